@@ -1,0 +1,44 @@
+package chunkfmt
+
+import (
+	"github.com/prometheus/prometheus/model/exemplar"
+	"github.com/prometheus/prometheus/model/histogram"
+	"github.com/prometheus/prometheus/model/labels"
+	"github.com/prometheus/prometheus/model/metadata"
+)
+
+// Floats are the float samples of one series as columns, in strictly ascending
+// order of T. All non-nil columns have the same length.
+type Floats struct {
+	T  []int64   // ms since the epoch
+	ST []int64   // start timestamps, ms since the epoch, 0 where unknown; nil if no sample has one
+	V  []float64 // every bit pattern survives, NaN payloads included
+}
+
+// Histograms are the native histogram samples with integer counts of one
+// series, in strictly ascending order of T. A staleness marker is a histogram
+// whose Sum is the stale NaN, as in Prometheus.
+type Histograms struct {
+	T  []int64
+	ST []int64 // nil if no sample has one
+	H  []*histogram.Histogram
+}
+
+// FloatHistograms are the native histogram samples with float counts of one
+// series, in strictly ascending order of T.
+type FloatHistograms struct {
+	T  []int64
+	ST []int64 // nil if no sample has one
+	H  []*histogram.FloatHistogram
+}
+
+// Series is all that a block holds of one series. The three kinds of samples
+// may interleave in time; no two samples, of whatever kind, share a timestamp.
+type Series struct {
+	Labels          labels.Labels
+	Metadata        metadata.Metadata // the newest known; zero if none
+	Floats          Floats
+	Histograms      Histograms
+	FloatHistograms FloatHistograms
+	Exemplars       []exemplar.Exemplar // ascending in Ts
+}
