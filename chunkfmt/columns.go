@@ -1,6 +1,9 @@
 package chunkfmt
 
 import (
+	"cmp"
+	"math"
+
 	"github.com/prometheus/prometheus/model/exemplar"
 	"github.com/prometheus/prometheus/model/histogram"
 	"github.com/prometheus/prometheus/model/labels"
@@ -40,5 +43,19 @@ type Series struct {
 	Floats          Floats
 	Histograms      Histograms
 	FloatHistograms FloatHistograms
-	Exemplars       []exemplar.Exemplar // ascending in Ts
+	Exemplars       []Exemplar // ascending in Ts
+}
+
+// Exemplar is an exemplar as Prometheus keeps it; Ts is in ms since the epoch.
+type Exemplar = exemplar.Exemplar
+
+// CompareExemplars orders exemplars by time, then by value, then by labels.
+func CompareExemplars(a, b Exemplar) int {
+	switch {
+	case a.Ts != b.Ts:
+		return cmp.Compare(a.Ts, b.Ts)
+	case math.Float64bits(a.Value) != math.Float64bits(b.Value):
+		return cmp.Compare(math.Float64bits(a.Value), math.Float64bits(b.Value))
+	}
+	return labels.Compare(a.Labels, b.Labels)
 }
