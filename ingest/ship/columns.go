@@ -1,0 +1,308 @@
+package ship
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"math"
+
+	"github.com/klauspost/compress/s2"
+	"github.com/prometheus/prometheus/model/histogram"
+
+	"github.com/epimetheus-tsdb/epimetheus/chunkfmt"
+)
+
+// Columns are the samples of a batch. The columns of one kind have the same
+// length; ST is nil if no sample of the kind has a start timestamp.
+type Columns struct {
+	Floats          Floats
+	Histograms      Histograms
+	FloatHistograms FloatHistograms
+}
+
+// Floats are float samples of any series of the session.
+type Floats struct {
+	Ref   []uint32
+	T, ST []int64 // ms since the epoch
+	V     []float64
+}
+
+// Histograms are native histogram samples with integer counts.
+type Histograms struct {
+	Ref   []uint32
+	T, ST []int64
+	H     []*histogram.Histogram
+}
+
+// FloatHistograms are native histogram samples with float counts.
+type FloatHistograms struct {
+	Ref   []uint32
+	T, ST []int64
+	H     []*histogram.FloatHistogram
+}
+
+// Len is the number of samples.
+func (c *Columns) Len() int {
+	return len(c.Floats.T) + len(c.Histograms.T) + len(c.FloatHistograms.T)
+}
+
+// Reset empties c and keeps its memory.
+func (c *Columns) Reset() {
+	f, h, fh := &c.Floats, &c.Histograms, &c.FloatHistograms
+	f.Ref, f.T, f.ST, f.V = f.Ref[:0], f.T[:0], f.ST[:0], f.V[:0]
+	clear(h.H)
+	h.Ref, h.T, h.ST, h.H = h.Ref[:0], h.T[:0], h.ST[:0], h.H[:0]
+	clear(fh.H)
+	fh.Ref, fh.T, fh.ST, fh.H = fh.Ref[:0], fh.T[:0], fh.ST[:0], fh.H[:0]
+}
+
+// Kinds and bounds of docs/protocols/ship.md.
+const (
+	kindFloats          = 1
+	kindHistograms      = 2
+	kindFloatHistograms = 3
+
+	flagStart = 1
+
+	maxColumnsBytes = 8 << 20
+	maxSamples      = 1 << 20
+)
+
+// ErrColumns is wrapped by every error of DecodeColumns: the bytes are not
+// columns of version 1.
+var ErrColumns = errors.New("invalid columns")
+
+// Encoder encodes columns, reusing its scratch memory. It is not safe for
+// concurrent use.
+type Encoder struct {
+	raw, hist []byte
+}
+
+// Encode appends the encoded columns to dst.
+func (e *Encoder) Encode(dst []byte, c *Columns) []byte {
+	b := e.raw[:0]
+	if f := &c.Floats; len(f.T) > 0 {
+		b = appendSection(b, kindFloats, f.Ref, f.T, f.ST)
+		for _, v := range f.V {
+			b = binary.LittleEndian.AppendUint64(b, math.Float64bits(v))
+		}
+	}
+	if h := &c.Histograms; len(h.T) > 0 {
+		b = appendSection(b, kindHistograms, h.Ref, h.T, h.ST)
+		for _, v := range h.H {
+			e.hist = chunkfmt.AppendHistogram(e.hist[:0], v)
+			b = append(binary.AppendUvarint(b, uint64(len(e.hist))), e.hist...)
+		}
+	}
+	if h := &c.FloatHistograms; len(h.T) > 0 {
+		b = appendSection(b, kindFloatHistograms, h.Ref, h.T, h.ST)
+		for _, v := range h.H {
+			e.hist = chunkfmt.AppendFloatHistogram(e.hist[:0], v)
+			b = append(binary.AppendUvarint(b, uint64(len(e.hist))), e.hist...)
+		}
+	}
+	e.raw = b
+	if len(b) == 0 {
+		return dst
+	}
+	return append(dst, s2.Encode(nil, b)...)
+}
+
+func appendSection(b []byte, kind byte, refs []uint32, ts, st []int64) []byte {
+	flags := byte(0)
+	if len(st) > 0 {
+		flags = flagStart
+	}
+	b = append(b, kind, flags)
+	b = binary.AppendUvarint(b, uint64(len(ts)))
+	prevRef := int64(0)
+	for _, r := range refs {
+		b = binary.AppendVarint(b, int64(r)-prevRef)
+		prevRef = int64(r)
+	}
+	prev := int64(0)
+	for _, t := range ts {
+		b = binary.AppendVarint(b, t-prev)
+		prev = t
+	}
+	if flags&flagStart != 0 {
+		for i, s := range st {
+			d := int64(0)
+			if s != 0 {
+				if d = ts[i] - s; d >= 0 {
+					d++
+				}
+			}
+			b = binary.AppendVarint(b, d)
+		}
+	}
+	return b
+}
+
+// Decoder decodes columns, reusing its scratch memory. It is not safe for
+// concurrent use.
+type Decoder struct {
+	raw []byte
+}
+
+// Decode replaces the content of c by the columns in b. Histograms are newly
+// allocated, the columns are not. Errors wrap ErrColumns; c is then undefined.
+func (d *Decoder) Decode(b []byte, c *Columns) error {
+	c.Reset()
+	if len(b) == 0 {
+		return nil
+	}
+	n, err := s2.DecodedLen(b)
+	if err != nil {
+		return fmt.Errorf("%w: compression header: %w", ErrColumns, err)
+	}
+	if n > maxColumnsBytes {
+		return fmt.Errorf("%w: %d bytes decompressed, the limit is %d", ErrColumns, n, maxColumnsBytes)
+	}
+	if cap(d.raw) < n {
+		d.raw = make([]byte, n)
+	}
+	raw, err := s2.Decode(d.raw[:n], b)
+	if err != nil {
+		return fmt.Errorf("%w: decompress: %w", ErrColumns, err)
+	}
+	r := reader{b: raw}
+	seen := [kindFloatHistograms + 1]bool{}
+	for len(r.b) > 0 && r.err == nil {
+		kind := r.b[0]
+		if kind < kindFloats || kind > kindFloatHistograms || seen[kind] {
+			return fmt.Errorf("%w: section of kind %d, unknown or repeated", ErrColumns, kind)
+		}
+		seen[kind] = true
+		r.b = r.b[1:]
+		switch kind {
+		case kindFloats:
+			f := &c.Floats
+			f.Ref, f.T, f.ST = r.section(f.Ref, f.T, f.ST)
+			f.V = r.floats(f.V, len(f.T))
+		case kindHistograms:
+			h := &c.Histograms
+			h.Ref, h.T, h.ST = r.section(h.Ref, h.T, h.ST)
+			h.H = histograms(&r, h.H, len(h.T), chunkfmt.DecodeHistogram)
+		case kindFloatHistograms:
+			h := &c.FloatHistograms
+			h.Ref, h.T, h.ST = r.section(h.Ref, h.T, h.ST)
+			h.H = histograms(&r, h.H, len(h.T), chunkfmt.DecodeFloatHistogram)
+		}
+	}
+	return r.err
+}
+
+// reader takes fields off the front of b; after the first error it gives zeros.
+type reader struct {
+	b   []byte
+	err error
+}
+
+func (r *reader) fail(what string) {
+	if r.err == nil {
+		r.err = fmt.Errorf("%w: %s", ErrColumns, what)
+	}
+	r.b = nil
+}
+
+func (r *reader) varint() int64 {
+	// Nearly all differences take one byte.
+	if len(r.b) > 0 && r.b[0] < 0x80 {
+		u := r.b[0]
+		r.b = r.b[1:]
+		return int64(u>>1) ^ -int64(u&1)
+	}
+	v, n := binary.Varint(r.b)
+	if n <= 0 {
+		r.fail("truncated or overlong number")
+		return 0
+	}
+	r.b = r.b[n:]
+	return v
+}
+
+// section reads what the kinds have in common.
+func (r *reader) section(refs []uint32, ts, st []int64) ([]uint32, []int64, []int64) {
+	if len(r.b) == 0 {
+		r.fail("truncated section")
+		return refs, ts, st
+	}
+	flags := r.b[0]
+	r.b = r.b[1:]
+	if flags&^flagStart != 0 {
+		r.fail("unknown flags")
+		return refs, ts, st
+	}
+	u, w := binary.Uvarint(r.b)
+	// A sample takes at least three bytes in the section: ref, time, value.
+	if w <= 0 || u == 0 || u > maxSamples || u > uint64(len(r.b)-w)/3 {
+		r.fail("count of samples that the section can't hold")
+		return refs, ts, st
+	}
+	r.b = r.b[w:]
+	n := int(u)
+	ref := int64(0)
+	for range n {
+		d := r.varint()
+		if ref += d; ref < 0 || ref > math.MaxUint32 {
+			r.fail("ref out of range")
+			return refs, ts, st
+		}
+		refs = append(refs, uint32(ref))
+	}
+	t := int64(0)
+	for range n {
+		t += r.varint()
+		ts = append(ts, t)
+	}
+	if flags&flagStart != 0 {
+		for i := range n {
+			switch d := r.varint(); {
+			case d == 0:
+				st = append(st, 0)
+			case d > 0:
+				st = append(st, ts[i]-(d-1))
+			default:
+				st = append(st, ts[i]-d)
+			}
+		}
+	}
+	return refs, ts, st
+}
+
+func (r *reader) floats(vs []float64, n int) []float64 {
+	if r.err != nil {
+		return vs
+	}
+	if len(r.b) < 8*n {
+		r.fail("truncated values")
+		return vs
+	}
+	for i := range n {
+		vs = append(vs, math.Float64frombits(binary.LittleEndian.Uint64(r.b[8*i:])))
+	}
+	r.b = r.b[8*n:]
+	return vs
+}
+
+func histograms[H any](r *reader, hs []H, n int, decode func([]byte) (H, []byte, error)) []H {
+	for range n {
+		if r.err != nil {
+			return hs
+		}
+		size, w := binary.Uvarint(r.b)
+		if w <= 0 || size > uint64(len(r.b)-w) {
+			r.fail("truncated histogram")
+			return hs
+		}
+		h, rest, err := decode(r.b[w : w+int(size)])
+		if err != nil || len(rest) > 0 {
+			r.fail(fmt.Sprintf("histogram of %d bytes, %d left over: %v", size, len(rest), err))
+			return hs
+		}
+		hs = append(hs, h)
+		r.b = r.b[w+int(size):]
+	}
+	return hs
+}
