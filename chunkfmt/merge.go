@@ -57,7 +57,7 @@ func Merge(runs ...*Series) *Series {
 				cs = append(cs, column[*histogram.Histogram]{r.Histograms.T, r.Histograms.ST, r.Histograms.H})
 			}
 		}
-		c := mergeColumns(cs, compareHistograms)
+		c := mergeColumns(cs, CompareHistograms)
 		if ints > 1 {
 			for i, h := range c.v {
 				c.v[i] = withoutHint(h)
@@ -72,7 +72,7 @@ func Merge(runs ...*Series) *Series {
 				cs = append(cs, column[*histogram.FloatHistogram]{r.FloatHistograms.T, r.FloatHistograms.ST, r.FloatHistograms.H})
 			}
 		}
-		c := mergeColumns(cs, compareFloatHistograms)
+		c := mergeColumns(cs, CompareFloatHistograms)
 		if fhs > 1 {
 			for i, h := range c.v {
 				c.v[i] = withoutFloatHint(h)
@@ -115,14 +115,17 @@ func wins(yes bool) int {
 	return -1
 }
 
-func compareHistograms(a, b *histogram.Histogram) int {
+// CompareHistograms orders two histograms of one timestamp: positive if a beats
+// b. Counter-reset hints don't count.
+func CompareHistograms(a, b *histogram.Histogram) int {
 	if as, bs := value.IsStaleNaN(a.Sum), value.IsStaleNaN(b.Sum); as != bs {
 		return wins(bs)
 	}
 	return bytes.Compare(AppendHistogram(nil, withoutHint(a)), AppendHistogram(nil, withoutHint(b)))
 }
 
-func compareFloatHistograms(a, b *histogram.FloatHistogram) int {
+// CompareFloatHistograms is CompareHistograms for float counts.
+func CompareFloatHistograms(a, b *histogram.FloatHistogram) int {
 	if as, bs := value.IsStaleNaN(a.Sum), value.IsStaleNaN(b.Sum); as != bs {
 		return wins(bs)
 	}
