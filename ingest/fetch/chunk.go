@@ -1,0 +1,111 @@
+package fetch
+
+import (
+	"errors"
+	"math"
+
+	"github.com/prometheus/prometheus/tsdb/chunkenc"
+
+	"github.com/epimetheus-tsdb/epimetheus/chunkfmt"
+)
+
+// Chunk is a run of samples of a series in an encoding of Prometheus. Data is
+// immutable.
+type Chunk struct {
+	Encoding   chunkenc.Encoding
+	MinT, MaxT int64 // ms since the epoch, of the first and last sample
+	Data       []byte
+}
+
+// Decoder turns chunks into columns, reusing its memory.
+type Decoder struct {
+	it  chunkenc.Iterator
+	one chunkfmt.Series
+}
+
+// Decode gives the samples of chunks of one series, which may overlap, merged.
+// The result is valid until the next call.
+func (d *Decoder) Decode(cs []Chunk) (*chunkfmt.Series, error) {
+	one := &d.one
+	reset(one)
+	overlap := false
+	last := int64(math.MinInt64)
+	for _, c := range cs {
+		if c.MinT <= last && last != math.MinInt64 {
+			overlap = true
+			break
+		}
+		last = c.MaxT
+	}
+	if !overlap {
+		for _, c := range cs {
+			if err := d.decode(c, one); err != nil {
+				return nil, err
+			}
+		}
+		return one, nil
+	}
+	runs := make([]*chunkfmt.Series, len(cs))
+	for i, c := range cs {
+		runs[i] = &chunkfmt.Series{}
+		if err := d.decode(c, runs[i]); err != nil {
+			return nil, err
+		}
+	}
+	return chunkfmt.Merge(runs...), nil
+}
+
+func reset(s *chunkfmt.Series) {
+	f, h, fh := &s.Floats, &s.Histograms, &s.FloatHistograms
+	*f = chunkfmt.Floats{T: f.T[:0], V: f.V[:0]}
+	*h = chunkfmt.Histograms{T: h.T[:0], H: h.H[:0]}
+	*fh = chunkfmt.FloatHistograms{T: fh.T[:0], H: fh.H[:0]}
+}
+
+// ErrChunk is wrapped by errors about bytes that are not a chunk.
+var ErrChunk = errors.New("invalid chunk")
+
+func (d *Decoder) decode(c Chunk, dst *chunkfmt.Series) error {
+	chunk, err := chunkenc.FromData(c.Encoding, c.Data)
+	if err != nil {
+		return errors.Join(ErrChunk, err)
+	}
+	d.it = chunk.Iterator(d.it)
+	it := d.it
+	f := &dst.Floats
+	for {
+		switch it.Next() {
+		case chunkenc.ValNone:
+			if err := it.Err(); err != nil {
+				return errors.Join(ErrChunk, err)
+			}
+			return nil
+		case chunkenc.ValFloat:
+			t, v := it.At()
+			f.ST = AppendStart(f.ST, len(f.T), it.AtST())
+			f.T, f.V = append(f.T, t), append(f.V, v)
+		case chunkenc.ValHistogram:
+			t, h := it.AtHistogram(nil)
+			c := &dst.Histograms
+			c.ST = AppendStart(c.ST, len(c.T), it.AtST())
+			c.T, c.H = append(c.T, t), append(c.H, h)
+		case chunkenc.ValFloatHistogram:
+			t, h := it.AtFloatHistogram(nil)
+			c := &dst.FloatHistograms
+			c.ST = AppendStart(c.ST, len(c.T), it.AtST())
+			c.T, c.H = append(c.T, t), append(c.H, h)
+		}
+	}
+}
+
+// AppendStart appends a start timestamp to a column that stays nil until the
+// first that is not 0; n samples came before.
+func AppendStart(sts []int64, n int, st int64) []int64 {
+	if sts == nil {
+		if st == 0 {
+			return nil
+		}
+		sts = make([]int64, n, n+1)
+	}
+	return append(sts, st)
+}

@@ -1,0 +1,165 @@
+package ingest
+
+import (
+	"context"
+	"fmt"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/prometheus/model/labels"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	"github.com/epimetheus-tsdb/epimetheus/chunkfmt"
+	"github.com/epimetheus-tsdb/epimetheus/ingest/fetch"
+	"github.com/epimetheus-tsdb/epimetheus/ingest/fetch/fetchpb"
+	"github.com/epimetheus-tsdb/epimetheus/ingest/head"
+)
+
+// messageBytes is about how much a message of an answer holds.
+const messageBytes = 1 << 20
+
+// fetcher answers gateways from the head.
+type fetcher struct {
+	fetchpb.UnimplementedFetchServer
+	head     *head.Head
+	requests *prometheus.CounterVec
+}
+
+func newFetcher(h *head.Head, reg prometheus.Registerer) *fetcher {
+	f := &fetcher{head: h, requests: prometheus.NewCounterVec(prometheus.CounterOpts{
+		Name: "epimetheus_ingester_fetch_requests_total",
+		Help: "Requests of gateways, by kind.",
+	}, []string{"kind"})}
+	reg.MustRegister(f.requests)
+	return f
+}
+
+func (f *fetcher) Select(req *fetchpb.SelectRequest, ss fetchpb.Fetch_SelectServer) error {
+	f.requests.WithLabelValues("select").Inc()
+	ms, err := fetch.ToMatchers(req.Matchers)
+	if err != nil {
+		return status.Error(codes.InvalidArgument, err.Error())
+	}
+	found, hd, err := f.head.Select(ss.Context(), fetch.Query{
+		Tenant: req.Tenant, MinT: req.Mint, MaxT: req.Maxt, Matchers: ms, Limit: int(req.Limit),
+	}, req.LabelsOnly)
+	if err != nil {
+		return toStatus(err)
+	}
+	if err := ss.Send(&fetchpb.SelectResponse{Header: header(hd)}); err != nil {
+		return err
+	}
+	size := 0
+	resp := &fetchpb.SelectResponse{}
+	for i, s := range found {
+		ps := &fetchpb.Series{Labels: toPairs(s.Labels)}
+		size += int(s.Labels.ByteSize()) + 16
+		for _, c := range s.Chunks {
+			ps.Chunks = append(ps.Chunks, &fetchpb.Chunk{
+				Encoding: uint32(c.Encoding), Mint: c.MinT, Maxt: c.MaxT, Data: c.Data,
+			})
+			size += len(c.Data) + 32
+		}
+		resp.Series = append(resp.Series, ps)
+		if size < messageBytes && i < len(found)-1 {
+			continue
+		}
+		if err := ss.Send(resp); err != nil {
+			return err
+		}
+		resp, size = &fetchpb.SelectResponse{}, 0
+	}
+	return nil
+}
+
+func (f *fetcher) Labels(ctx context.Context, req *fetchpb.LabelsRequest) (*fetchpb.LabelsResponse, error) {
+	f.requests.WithLabelValues("labels").Inc()
+	ms, err := fetch.ToMatchers(req.Matchers)
+	if err != nil {
+		return nil, status.Error(codes.InvalidArgument, err.Error())
+	}
+	values, hd, err := f.head.Labels(ctx, fetch.Query{
+		Tenant: req.Tenant, MinT: req.Mint, MaxT: req.Maxt, Matchers: ms, Limit: int(req.Limit),
+	}, req.Name)
+	if err != nil {
+		return nil, toStatus(err)
+	}
+	return &fetchpb.LabelsResponse{Header: header(hd), Values: values}, nil
+}
+
+func (f *fetcher) Exemplars(_ context.Context, req *fetchpb.ExemplarsRequest) (*fetchpb.ExemplarsResponse, error) {
+	f.requests.WithLabelValues("exemplars").Inc()
+	var sets [][]*labels.Matcher
+	for _, s := range req.Matchers {
+		ms, err := fetch.ToMatchers(s.Matchers)
+		if err != nil {
+			return nil, status.Error(codes.InvalidArgument, err.Error())
+		}
+		sets = append(sets, ms)
+	}
+	found, hd := f.head.Exemplars(req.Tenant, req.Mint, req.Maxt, sets)
+	resp := &fetchpb.ExemplarsResponse{Header: header(hd)}
+	for i := range found {
+		resp.Series = append(resp.Series, toExemplars(&found[i]))
+	}
+	return resp, nil
+}
+
+func (f *fetcher) Metadata(_ context.Context, req *fetchpb.MetadataRequest) (*fetchpb.MetadataResponse, error) {
+	f.requests.WithLabelValues("metadata").Inc()
+	found, hd := f.head.Metadata(req.Tenant, req.Metric, int(req.Limit))
+	resp := &fetchpb.MetadataResponse{Header: header(hd)}
+	for _, m := range found {
+		resp.Metadata = append(resp.Metadata, &fetchpb.Metadata{
+			Metric: m.Metric, Type: string(m.Type), Unit: m.Unit, Help: m.Help,
+		})
+	}
+	return resp, nil
+}
+
+func (f *fetcher) Stats(_ context.Context, req *fetchpb.StatsRequest) (*fetchpb.StatsResponse, error) {
+	f.requests.WithLabelValues("stats").Inc()
+	st := f.head.Stats(req.Tenant, int(req.Limit))
+	counts := func(cs []head.Count) []*fetchpb.Count {
+		var out []*fetchpb.Count
+		for _, c := range cs {
+			out = append(out, &fetchpb.Count{Name: c.Name, Value: c.Value})
+		}
+		return out
+	}
+	return &fetchpb.StatsResponse{
+		Series: st.Series, Chunks: st.Chunks, LabelPairs: st.LabelPairs, Mint: st.MinT, Maxt: st.MaxT,
+		SeriesByMetric: counts(st.SeriesByMetric), ValuesByLabel: counts(st.ValuesByLabel),
+		BytesByLabel: counts(st.BytesByLabel), SeriesByPair: counts(st.SeriesByPair),
+	}, nil
+}
+
+func header(h fetch.Header) *fetchpb.Header {
+	p := &fetchpb.Header{HasSamples: h.HasSamples, Oldest: h.Oldest, Newest: h.Newest}
+	for _, b := range h.Blocks {
+		p.Blocks = append(p.Blocks, b[:])
+	}
+	return p
+}
+
+func toPairs(ls labels.Labels) []string {
+	out := make([]string, 0, 2*ls.Len())
+	ls.Range(func(l labels.Label) { out = append(out, l.Name, l.Value) })
+	return out
+}
+
+func toExemplars(s *chunkfmt.Series) *fetchpb.ExemplarSeries {
+	p := &fetchpb.ExemplarSeries{Labels: toPairs(s.Labels)}
+	for _, e := range s.Exemplars {
+		p.Exemplars = append(p.Exemplars, fetch.FromExemplar(e))
+	}
+	return p
+}
+
+// toStatus is the boundary to gRPC.
+func toStatus(err error) error {
+	if s := status.FromContextError(err); s.Code() != codes.Unknown {
+		return s.Err()
+	}
+	return status.Error(codes.Internal, fmt.Sprint(err))
+}

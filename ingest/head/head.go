@@ -1,0 +1,383 @@
+package head
+
+import (
+	"slices"
+	"sync"
+	"sync/atomic"
+
+	"github.com/oklog/ulid/v2"
+	"github.com/prometheus/prometheus/model/labels"
+	"github.com/prometheus/prometheus/model/metadata"
+	"github.com/prometheus/prometheus/tsdb/chunkenc"
+
+	"github.com/epimetheus-tsdb/epimetheus/chunkfmt"
+	"github.com/epimetheus-tsdb/epimetheus/ingest/ship"
+)
+
+// Head holds the generations of an ingester. See the package comment.
+type Head struct {
+	maxSeries int // of a tenant in a generation; 0: no limit
+
+	// A batch is appended under mu held for reading, so that Rotate, which
+	// holds it for writing, puts a batch into one generation.
+	mu          sync.RWMutex
+	generations []*Generation // oldest first; the last one is current
+}
+
+// New makes an empty head. maxSeriesPerTenant of 0 means no limit.
+func New(maxSeriesPerTenant int) *Head {
+	return &Head{maxSeries: maxSeriesPerTenant, generations: []*Generation{newGeneration(1, nil)}}
+}
+
+// Generation is what one flush takes.
+type Generation struct {
+	id       uint64
+	previous *Generation // for metadata; nil once frozen
+
+	bytes, samples, series atomic.Int64
+
+	mu      sync.RWMutex
+	tenants map[string]*tenantHead
+	blocks  map[string][]ulid.ULID // by tenant, once published
+}
+
+func newGeneration(id uint64, previous *Generation) *Generation {
+	return &Generation{id: id, previous: previous, tenants: map[string]*tenantHead{}}
+}
+
+// ID counts generations from 1.
+func (g *Generation) ID() uint64 { return g.id }
+
+// Samples is how many samples were appended.
+func (g *Generation) Samples() int64 { return g.samples.Load() }
+
+// Bytes is about how much memory the generation takes.
+func (g *Generation) Bytes() int64 { return g.bytes.Load() }
+
+func (g *Generation) tenant(name string) *tenantHead {
+	g.mu.RLock()
+	defer g.mu.RUnlock()
+	return g.tenants[name]
+}
+
+func (g *Generation) getOrCreateTenant(name string) *tenantHead {
+	if t := g.tenant(name); t != nil {
+		return t
+	}
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	t := g.tenants[name]
+	if t == nil {
+		var previous *tenantHead
+		if g.previous != nil {
+			previous = g.previous.tenant(name)
+		}
+		t = newTenantHead(g.id, previous)
+		g.tenants[name] = t
+	}
+	return t
+}
+
+// Refs are the series that a session has announced, by its refs. The session
+// serialises all use.
+type Refs struct {
+	entries []entry
+	it      chunkenc.Iterator // scratch
+}
+
+type entry struct {
+	labels labels.Labels
+	series *memSeries // in some generation; nil: not looked up yet
+	state  entryState
+}
+
+type entryState uint8
+
+const (
+	unknown entryState = iota // never announced, or withdrawn
+	announced
+	refused // the announcement was; samples are dropped and counted
+)
+
+// Len is the number of refs ever announced.
+func (r *Refs) Len() int { return len(r.entries) }
+
+// Announce gives a ref its labels. It is false if the ref is beyond Len: refs
+// are dense. Samples of a ref with refuse set are counted and dropped.
+func (r *Refs) Announce(ref uint32, ls labels.Labels, refuse bool) bool {
+	if int(ref) > len(r.entries) {
+		return false
+	}
+	e := entry{labels: ls, state: announced}
+	if refuse {
+		e.state = refused
+	}
+	if int(ref) == len(r.entries) {
+		r.entries = append(r.entries, e)
+		return true
+	}
+	r.entries[ref] = e
+	return true
+}
+
+// Withdraw makes a ref mean nothing. It is false if the ref was not announced.
+func (r *Refs) Withdraw(ref uint32) bool {
+	if int(ref) >= len(r.entries) || r.entries[ref].state == unknown {
+		return false
+	}
+	r.entries[ref] = entry{}
+	return true
+}
+
+// Valid says whether samples of the ref may be sent.
+func (r *Refs) Valid(ref uint32) bool {
+	return int(ref) < len(r.entries) && r.entries[ref].state != unknown
+}
+
+// Labels of an announced ref.
+func (r *Refs) Labels(ref uint32) labels.Labels { return r.entries[ref].labels }
+
+// Batch is what Append takes. All refs are valid.
+type Batch struct {
+	Columns   *ship.Columns
+	Exemplars []Exemplar
+	Metadata  []Metadata
+}
+
+// Exemplar of the series ref.
+type Exemplar struct {
+	Ref uint32
+	chunkfmt.Exemplar
+}
+
+// Metadata of the series ref.
+type Metadata struct {
+	Ref uint32
+	metadata.Metadata
+}
+
+// Result says what became of the samples of a batch.
+type Result struct {
+	Generation                 uint64
+	Appended, Late, Duplicates int
+	Refused                    map[Reason]Refusal
+}
+
+// Reason why samples were refused, in the form of a metric label's value.
+type Reason string
+
+// Reasons for refusals.
+const (
+	ReasonInvalidSeries Reason = "invalid_series"
+	ReasonSeriesLimit   Reason = "series_limit"
+	ReasonExemplarLimit Reason = "exemplar_limit"
+	ReasonMetadataLimit Reason = "metadata_limit"
+	ReasonHistogram     Reason = "invalid_histogram"
+)
+
+// Refusal counts what was refused for one reason.
+type Refusal struct {
+	Samples int
+	Example labels.Labels // one of the series
+}
+
+// Append adds a batch to the current generation. Bad samples are refused one
+// by one, the rest is taken.
+func (h *Head) Append(tenant string, refs *Refs, b *Batch) Result {
+	h.mu.RLock()
+	defer h.mu.RUnlock()
+	g := h.generations[len(h.generations)-1]
+	a := appender{head: h, g: g, t: g.getOrCreateTenant(tenant), refs: refs, result: Result{Generation: g.id}}
+	f, hs, fhs := &b.Columns.Floats, &b.Columns.Histograms, &b.Columns.FloatHistograms
+	for i, ref := range f.Ref {
+		a.append(ref, sample{t: f.T[i], st: at(f.ST, i), v: f.V[i]})
+	}
+	for i, ref := range hs.Ref {
+		a.append(ref, sample{t: hs.T[i], st: at(hs.ST, i), h: hs.H[i]})
+	}
+	for i, ref := range fhs.Ref {
+		a.append(ref, sample{t: fhs.T[i], st: at(fhs.ST, i), fh: fhs.H[i]})
+	}
+	for _, e := range b.Exemplars {
+		if s := a.series(e.Ref); s != nil && !a.t.addExemplar(s, e.Exemplar) {
+			a.refuse(ReasonExemplarLimit, s.labels)
+		}
+	}
+	for _, m := range b.Metadata {
+		ls := refs.Labels(m.Ref)
+		if !a.t.addMetadata(ls.Get(labels.MetricName), m.Metadata) {
+			a.refuse(ReasonMetadataLimit, ls)
+		}
+	}
+	if a.any {
+		a.t.observe(a.mint, a.maxt)
+	}
+	g.bytes.Add(int64(a.grown))
+	g.series.Add(int64(a.created))
+	g.samples.Add(int64(a.result.Appended + a.result.Late))
+	return a.result
+}
+
+func at(st []int64, i int) int64 {
+	if len(st) == 0 {
+		return 0
+	}
+	return st[i]
+}
+
+// appender is the state of one Append.
+type appender struct {
+	head       *Head
+	g          *Generation
+	t          *tenantHead
+	refs       *Refs
+	result     Result
+	grown      int // bytes
+	created    int // series
+	any        bool
+	mint, maxt int64
+}
+
+func (a *appender) append(ref uint32, s sample) {
+	m := a.series(ref)
+	if m == nil {
+		return
+	}
+	o, grown, it, err := m.append(&s, a.refs.it)
+	a.refs.it = it
+	a.grown += grown
+	if err != nil {
+		a.refuse(ReasonHistogram, m.labels)
+		return
+	}
+	switch o {
+	case appended:
+		a.result.Appended++
+	case appendedLate:
+		a.result.Late++
+	case duplicate:
+		a.result.Duplicates++
+	}
+	if !a.any {
+		a.any, a.mint, a.maxt = true, s.t, s.t
+		return
+	}
+	a.mint, a.maxt = min(a.mint, s.t), max(a.maxt, s.t)
+}
+
+// series gives the series of a ref in the current generation, or nil if it is
+// refused, which it counts.
+func (a *appender) series(ref uint32) *memSeries {
+	e := &a.refs.entries[ref]
+	if e.series != nil && e.series.generation == a.g.id {
+		return e.series
+	}
+	if e.state == refused {
+		a.refuse(ReasonInvalidSeries, e.labels)
+		return nil
+	}
+	s, grown := a.t.getOrCreate(e.labels, a.head.maxSeries)
+	if s == nil {
+		a.refuse(ReasonSeriesLimit, e.labels)
+		return nil
+	}
+	if grown > 0 {
+		a.grown += grown
+		a.created++
+	}
+	// Share the labels of the series: another session may have brought them.
+	e.series, e.labels = s, s.labels
+	return s
+}
+
+func (a *appender) refuse(reason Reason, ls labels.Labels) {
+	if a.result.Refused == nil {
+		a.result.Refused = map[Reason]Refusal{}
+	}
+	r := a.result.Refused[reason]
+	if r.Samples == 0 {
+		r.Example = ls
+	}
+	r.Samples++
+	a.result.Refused[reason] = r
+}
+
+// Rotate freezes the current generation and begins a new one. Batches that
+// Append has returned from are in the frozen one or an older one.
+func (h *Head) Rotate() *Generation {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	frozen := h.generations[len(h.generations)-1]
+	frozen.previous = nil
+	h.generations = append(h.generations, newGeneration(frozen.id+1, frozen))
+	return frozen
+}
+
+// Current is the generation that batches go to now.
+func (h *Head) Current() *Generation {
+	h.mu.RLock()
+	defer h.mu.RUnlock()
+	return h.generations[len(h.generations)-1]
+}
+
+// Published notes the blocks, by tenant, that a frozen generation went to and
+// whose rows are written.
+func (h *Head) Published(g *Generation, blocks map[string][]ulid.ULID) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.blocks = blocks
+}
+
+// Drop lets go of a frozen generation: readers find its samples in blocks.
+func (h *Head) Drop(g *Generation) {
+	h.mu.Lock()
+	h.generations = slices.DeleteFunc(slices.Clone(h.generations), func(x *Generation) bool { return x == g })
+	for _, x := range h.generations {
+		if x.previous == g {
+			x.previous = nil
+		}
+	}
+	h.mu.Unlock()
+	g.mu.RLock()
+	defer g.mu.RUnlock()
+	for _, t := range g.tenants {
+		t.mu.RLock()
+		for _, s := range t.series {
+			s.release()
+		}
+		t.mu.RUnlock()
+	}
+}
+
+// readable gives the generations that readers see, oldest first.
+func (h *Head) readable() []*Generation {
+	h.mu.RLock()
+	defer h.mu.RUnlock()
+	return h.generations
+}
+
+// Size is what the head holds.
+type Size struct {
+	Generations int
+	Bytes       int64 // about
+	Series      int64 // of the current generation
+	Samples     int64
+	Tenants     int // of the current generation
+}
+
+// Size adds up all generations.
+func (h *Head) Size() Size {
+	var s Size
+	gens := h.readable()
+	for _, g := range gens {
+		s.Generations++
+		s.Bytes += g.bytes.Load()
+		s.Samples += g.samples.Load()
+	}
+	current := gens[len(gens)-1]
+	s.Series = current.series.Load()
+	current.mu.RLock()
+	defer current.mu.RUnlock()
+	s.Tenants = len(current.tenants)
+	return s
+}

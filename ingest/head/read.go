@@ -1,0 +1,329 @@
+package head
+
+import (
+	"context"
+	"maps"
+	"math"
+	"slices"
+	"strings"
+
+	"github.com/prometheus/prometheus/model/labels"
+
+	"github.com/epimetheus-tsdb/epimetheus/chunkfmt"
+	"github.com/epimetheus-tsdb/epimetheus/ingest/fetch"
+)
+
+// view is a tenant's part of the readable generations.
+func (h *Head) view(tenant string) ([]*tenantHead, fetch.Header) {
+	var ts []*tenantHead
+	var hd fetch.Header
+	for _, g := range h.readable() {
+		g.mu.RLock()
+		t, blocks := g.tenants[tenant], g.blocks[tenant]
+		g.mu.RUnlock()
+		if t == nil {
+			continue
+		}
+		hd.Blocks = append(hd.Blocks, blocks...)
+		ts = append(ts, t)
+		mint, maxt, ok := t.timeRange()
+		if !ok {
+			continue
+		}
+		if !hd.HasSamples {
+			hd.HasSamples, hd.Oldest, hd.Newest = true, mint, maxt
+		}
+		hd.Oldest, hd.Newest = min(hd.Oldest, mint), max(hd.Newest, maxt)
+	}
+	return ts, hd
+}
+
+// Select gives the series that match and have samples in the time range,
+// ascending in labels. With labelsOnly their chunks are left out.
+func (h *Head) Select(ctx context.Context, q fetch.Query, labelsOnly bool) ([]fetch.Series, fetch.Header, error) {
+	ts, hd := h.view(q.Tenant)
+	var out []fetch.Series
+	for _, t := range ts {
+		if mint, maxt, ok := t.timeRange(); !ok || mint > q.MaxT || maxt < q.MinT {
+			continue
+		}
+		t.mu.RLock()
+		found := t.match(q.Matchers)
+		t.mu.RUnlock()
+		part := make([]fetch.Series, 0, len(found))
+		for i, s := range found {
+			if i%1024 == 0 && ctx.Err() != nil {
+				return nil, hd, context.Cause(ctx)
+			}
+			if labelsOnly {
+				if s.overlaps(q.MinT, q.MaxT) {
+					part = append(part, fetch.Series{Labels: s.labels})
+				}
+				continue
+			}
+			cs, err := s.chunks(q.MinT, q.MaxT)
+			if err != nil {
+				return nil, hd, err
+			}
+			if len(cs) > 0 {
+				part = append(part, fetch.Series{Labels: s.labels, Chunks: cs})
+			}
+		}
+		slices.SortFunc(part, func(a, b fetch.Series) int { return labels.Compare(a.Labels, b.Labels) })
+		out = mergeSeries(out, part)
+	}
+	if q.Limit > 0 && len(out) > q.Limit {
+		out = out[:q.Limit]
+	}
+	return out, hd, nil
+}
+
+// mergeSeries merges two lists that ascend in labels.
+func mergeSeries(a, b []fetch.Series) []fetch.Series {
+	if len(a) == 0 {
+		return b
+	}
+	out := make([]fetch.Series, 0, max(len(a), len(b)))
+	for len(a) > 0 && len(b) > 0 {
+		switch c := labels.Compare(a[0].Labels, b[0].Labels); {
+		case c < 0:
+			out, a = append(out, a[0]), a[1:]
+		case c > 0:
+			out, b = append(out, b[0]), b[1:]
+		default:
+			out = append(out, fetch.Series{a[0].Labels, append(slices.Clip(a[0].Chunks), b[0].Chunks...)})
+			a, b = a[1:], b[1:]
+		}
+	}
+	return append(append(out, a...), b...)
+}
+
+// Labels gives the label names (name empty) or the values of the label name,
+// sorted, of the series that match and have samples in the time range. Without
+// matchers the range is compared with that of whole generations only.
+func (h *Head) Labels(ctx context.Context, q fetch.Query, name string) ([]string, fetch.Header, error) {
+	ts, hd := h.view(q.Tenant)
+	set := map[string]struct{}{}
+	for _, t := range ts {
+		if mint, maxt, ok := t.timeRange(); !ok || mint > q.MaxT || maxt < q.MinT {
+			continue
+		}
+		t.mu.RLock()
+		if len(q.Matchers) == 0 {
+			if name == "" {
+				for n := range t.postings {
+					set[n] = struct{}{}
+				}
+			} else {
+				for v := range t.postings[name] {
+					set[v] = struct{}{}
+				}
+			}
+			t.mu.RUnlock()
+			continue
+		}
+		found := t.match(q.Matchers)
+		t.mu.RUnlock()
+		for i, s := range found {
+			if i%1024 == 0 && ctx.Err() != nil {
+				return nil, hd, context.Cause(ctx)
+			}
+			if name != "" {
+				if v := s.labels.Get(name); v != "" {
+					if _, ok := set[v]; !ok && s.overlaps(q.MinT, q.MaxT) {
+						set[v] = struct{}{}
+					}
+				}
+				continue
+			}
+			if s.overlaps(q.MinT, q.MaxT) {
+				s.labels.Range(func(l labels.Label) { set[l.Name] = struct{}{} })
+			}
+		}
+	}
+	out := slices.Sorted(maps.Keys(set))
+	if q.Limit > 0 && len(out) > q.Limit {
+		out = out[:q.Limit]
+	}
+	return out, hd, nil
+}
+
+// Exemplars gives the exemplars in the time range of series that match all
+// matchers of any of the sets, as series whose samples are left out.
+func (h *Head) Exemplars(tenant string, mint, maxt int64, sets [][]*labels.Matcher) ([]chunkfmt.Series, fetch.Header) {
+	ts, hd := h.view(tenant)
+	var out []chunkfmt.Series
+	for _, t := range ts {
+		t.mu.RLock()
+		seen := map[uint32]bool{}
+		for _, ms := range sets {
+			for _, s := range t.match(ms) {
+				es := t.exemplars[s.ref]
+				if seen[s.ref] || len(es) == 0 {
+					continue
+				}
+				seen[s.ref] = true
+				var in []chunkfmt.Exemplar
+				for _, e := range es {
+					if e.Ts >= mint && e.Ts <= maxt {
+						in = append(in, e)
+					}
+				}
+				if len(in) > 0 {
+					out = append(out, chunkfmt.Series{Labels: s.labels, Exemplars: in})
+				}
+			}
+		}
+		t.mu.RUnlock()
+	}
+	slices.SortStableFunc(out, func(a, b chunkfmt.Series) int { return labels.Compare(a.Labels, b.Labels) })
+	return out, hd
+}
+
+// Metadata gives the metadata of a metric, or of all if metric is empty, sorted
+// by metric; limit bounds the metrics, 0 means none. A metric may have several
+// entries, the newest last.
+func (h *Head) Metadata(tenant, metric string, limit int) ([]fetch.MetricMetadata, fetch.Header) {
+	ts, hd := h.view(tenant)
+	var out []fetch.MetricMetadata
+	if len(ts) == 0 {
+		return nil, hd
+	}
+	// A generation takes over what the one before knew.
+	t := ts[len(ts)-1]
+	t.mu.RLock()
+	defer t.mu.RUnlock()
+	names := []string{metric}
+	if metric == "" {
+		names = slices.Sorted(maps.Keys(t.metadata))
+	}
+	for i, n := range names {
+		if limit > 0 && i >= limit {
+			break
+		}
+		for _, m := range t.metadata[n] {
+			out = append(out, fetch.MetricMetadata{n, m})
+		}
+	}
+	return out, hd
+}
+
+// Count is a name with a number.
+type Count struct {
+	Name  string
+	Value uint64
+}
+
+// Stats is what the current generation holds of a tenant, in the terms of
+// Prometheus's TSDB status page.
+type Stats struct {
+	Series, Chunks, LabelPairs                                uint64
+	MinT, MaxT                                                int64 // ms since the epoch; 0 without samples
+	SeriesByMetric, ValuesByLabel, BytesByLabel, SeriesByPair []Count
+}
+
+// Stats counts; each list has at most limit entries, the greatest first.
+func (h *Head) Stats(tenant string, limit int) Stats {
+	ts, hd := h.view(tenant)
+	var st Stats
+	if len(ts) == 0 {
+		return st
+	}
+	if hd.HasSamples {
+		st.MinT, st.MaxT = hd.Oldest, hd.Newest
+	}
+	t := ts[len(ts)-1]
+	t.mu.RLock()
+	defer t.mu.RUnlock()
+	st.Series, st.LabelPairs = uint64(len(t.series)), uint64(t.pairs)
+	for _, s := range t.series {
+		s.mu.Lock()
+		st.Chunks += uint64(len(s.inOrder.done))
+		if s.inOrder.open != nil {
+			st.Chunks++
+		}
+		s.mu.Unlock()
+	}
+	for name, values := range t.postings {
+		size := 0
+		for v, refs := range values {
+			size += len(v) * len(refs)
+			st.SeriesByPair = append(st.SeriesByPair, Count{name + "=" + v, uint64(len(refs))})
+			if name == labels.MetricName {
+				st.SeriesByMetric = append(st.SeriesByMetric, Count{v, uint64(len(refs))})
+			}
+		}
+		st.ValuesByLabel = append(st.ValuesByLabel, Count{name, uint64(len(values))})
+		st.BytesByLabel = append(st.BytesByLabel, Count{name, uint64(size)})
+	}
+	for _, l := range []*[]Count{&st.SeriesByMetric, &st.ValuesByLabel, &st.BytesByLabel, &st.SeriesByPair} {
+		*l = greatest(*l, limit)
+	}
+	return st
+}
+
+func greatest(cs []Count, limit int) []Count {
+	slices.SortFunc(cs, func(a, b Count) int {
+		if a.Value != b.Value {
+			if a.Value > b.Value {
+				return -1
+			}
+			return 1
+		}
+		return strings.Compare(a.Name, b.Name)
+	})
+	return cs[:min(len(cs), limit)]
+}
+
+// Tenants of a generation, sorted.
+func (g *Generation) Tenants() []string {
+	g.mu.RLock()
+	defer g.mu.RUnlock()
+	return slices.Sorted(maps.Keys(g.tenants))
+}
+
+// Walk calls fn for each series of a tenant in a frozen generation that has
+// samples or exemplars, in the order of a block: by metric name, then by
+// labels. The series and its columns are valid during the call only.
+func (g *Generation) Walk(tenant string, fn func(*chunkfmt.Series) error) error {
+	t := g.tenant(tenant)
+	if t == nil {
+		return nil
+	}
+	t.mu.RLock()
+	defer t.mu.RUnlock()
+	type keyed struct {
+		metric string
+		s      *memSeries
+	}
+	order := make([]keyed, len(t.series))
+	for i, s := range t.series {
+		order[i] = keyed{s.labels.Get(labels.MetricName), s}
+	}
+	slices.SortFunc(order, func(a, b keyed) int {
+		if c := strings.Compare(a.metric, b.metric); c != 0 {
+			return c
+		}
+		return labels.Compare(a.s.labels, b.s.labels)
+	})
+	var d fetch.Decoder
+	for _, k := range order {
+		cs, err := k.s.chunks(math.MinInt64, math.MaxInt64)
+		if err != nil {
+			return err
+		}
+		exemplars := t.exemplars[k.s.ref]
+		if len(cs) == 0 && len(exemplars) == 0 {
+			continue
+		}
+		out, err := d.Decode(cs)
+		if err != nil {
+			return err
+		}
+		out.Labels, out.Metadata, out.Exemplars = k.s.labels, t.newestMetadata(k.metric), exemplars
+		if err := fn(out); err != nil {
+			return err
+		}
+	}
+	return nil
+}

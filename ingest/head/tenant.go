@@ -1,0 +1,179 @@
+package head
+
+import (
+	"slices"
+	"sync"
+
+	"github.com/prometheus/prometheus/model/labels"
+	"github.com/prometheus/prometheus/model/metadata"
+
+	"github.com/epimetheus-tsdb/epimetheus/chunkfmt"
+)
+
+// Bounds on what accompanies the samples of a tenant in a generation.
+const (
+	maxExemplars         = 100_000 // of a tenant
+	maxMetadataPerMetric = 8       // different entries of one metric
+	maxMetadataMetrics   = 100_000
+)
+
+// tenantHead is what a generation holds of one tenant.
+type tenantHead struct {
+	generation uint64
+
+	mu       sync.RWMutex
+	byHash   map[uint64]*memSeries          // by labels.Hash, chained by next
+	series   []*memSeries                   // by ref, in order of creation
+	postings map[string]map[string][]uint32 // label name → value → refs, ascending
+	pairs    int                            // distinct label pairs
+
+	exemplars     map[uint32][]chunkfmt.Exemplar // by ref
+	exemplarCount int
+	metadata      map[string][]metadata.Metadata // by metric name, newest last
+
+	hasSamples bool
+	mint, maxt int64 // of all samples; valid with hasSamples
+}
+
+func newTenantHead(generation uint64, previous *tenantHead) *tenantHead {
+	t := &tenantHead{
+		generation: generation,
+		byHash:     map[uint64]*memSeries{},
+		postings:   map[string]map[string][]uint32{},
+	}
+	if previous != nil {
+		// Sources announce metadata once; it holds until it changes.
+		previous.mu.RLock()
+		defer previous.mu.RUnlock()
+		if len(previous.metadata) > 0 {
+			t.metadata = make(map[string][]metadata.Metadata, len(previous.metadata))
+			for k, v := range previous.metadata {
+				t.metadata[k] = slices.Clone(v)
+			}
+		}
+	}
+	return t
+}
+
+// seriesBytes is about what a series takes beside its labels and samples: the
+// struct, its places in maps and postings.
+const seriesBytes = 280
+
+// getOrCreate finds the series or makes it. limit bounds the number of series,
+// 0 means none; nil is returned where it is reached. grown is in bytes.
+func (t *tenantHead) getOrCreate(ls labels.Labels, limit int) (s *memSeries, grown int) {
+	hash := ls.Hash()
+	t.mu.RLock()
+	s = t.find(hash, ls)
+	t.mu.RUnlock()
+	if s != nil {
+		return s, 0
+	}
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if s = t.find(hash, ls); s != nil {
+		return s, 0
+	}
+	if limit > 0 && len(t.series) >= limit {
+		return nil, 0
+	}
+	s = &memSeries{labels: ls, generation: t.generation, ref: uint32(len(t.series)), next: t.byHash[hash]}
+	t.byHash[hash] = s
+	t.series = append(t.series, s)
+	n := 0
+	ls.Range(func(l labels.Label) {
+		values := t.postings[l.Name]
+		if values == nil {
+			values = map[string][]uint32{}
+			t.postings[l.Name] = values
+		}
+		refs := values[l.Value]
+		if refs == nil {
+			t.pairs++
+		}
+		values[l.Value] = append(refs, s.ref)
+		n++
+	})
+	return s, seriesBytes + int(ls.ByteSize()) + 8*n
+}
+
+func (t *tenantHead) find(hash uint64, ls labels.Labels) *memSeries {
+	for s := t.byHash[hash]; s != nil; s = s.next {
+		if labels.Equal(s.labels, ls) {
+			return s
+		}
+	}
+	return nil
+}
+
+// observe widens the time range of the tenant.
+func (t *tenantHead) observe(mint, maxt int64) {
+	t.mu.RLock()
+	inside := t.hasSamples && mint >= t.mint && maxt <= t.maxt
+	t.mu.RUnlock()
+	if inside {
+		return
+	}
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if !t.hasSamples {
+		t.hasSamples, t.mint, t.maxt = true, mint, maxt
+		return
+	}
+	t.mint, t.maxt = min(t.mint, mint), max(t.maxt, maxt)
+}
+
+func (t *tenantHead) timeRange() (mint, maxt int64, ok bool) {
+	t.mu.RLock()
+	defer t.mu.RUnlock()
+	return t.mint, t.maxt, t.hasSamples
+}
+
+// addExemplar keeps an exemplar; false means that there is no room. A repeated
+// one is dropped.
+func (t *tenantHead) addExemplar(s *memSeries, e chunkfmt.Exemplar) bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.exemplars == nil {
+		t.exemplars = map[uint32][]chunkfmt.Exemplar{}
+	}
+	es := t.exemplars[s.ref]
+	i, found := slices.BinarySearchFunc(es, e, chunkfmt.CompareExemplars)
+	if found {
+		return true
+	}
+	if t.exemplarCount >= maxExemplars {
+		return false
+	}
+	t.exemplars[s.ref] = slices.Insert(es, i, e)
+	t.exemplarCount++
+	return true
+}
+
+// addMetadata keeps metadata of a metric; false means that there is no room.
+func (t *tenantHead) addMetadata(metric string, m metadata.Metadata) bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.metadata == nil {
+		t.metadata = map[string][]metadata.Metadata{}
+	}
+	ms, known := t.metadata[metric]
+	if !known && len(t.metadata) >= maxMetadataMetrics {
+		return false
+	}
+	if i := slices.Index(ms, m); i >= 0 {
+		ms = slices.Delete(ms, i, i+1)
+	}
+	if len(ms) >= maxMetadataPerMetric {
+		ms = slices.Delete(ms, 0, 1)
+	}
+	t.metadata[metric] = append(ms, m)
+	return true
+}
+
+func (t *tenantHead) newestMetadata(metric string) metadata.Metadata {
+	if ms := t.metadata[metric]; len(ms) > 0 {
+		return ms[len(ms)-1]
+	}
+	return metadata.Metadata{}
+}

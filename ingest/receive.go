@@ -1,0 +1,454 @@
+package ingest
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"math"
+	"sync"
+	"sync/atomic"
+	"time"
+	"unicode/utf8"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/common/model"
+	"github.com/prometheus/prometheus/model/labels"
+	"github.com/prometheus/prometheus/model/metadata"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	"github.com/epimetheus-tsdb/epimetheus/chunkfmt"
+	"github.com/epimetheus-tsdb/epimetheus/ingest/head"
+	"github.com/epimetheus-tsdb/epimetheus/ingest/ship"
+	"github.com/epimetheus-tsdb/epimetheus/ingest/ship/shippb"
+)
+
+// Bounds and times of docs/protocols/ship.md.
+const (
+	ackEvery     = 50 * time.Millisecond // at most
+	ackAtLeast   = 5 * time.Second
+	sessionTTL   = 10 * time.Minute
+	silenceLimit = 30 * time.Second // a stream without any message is ended
+	maxRefs      = 16 << 20         // of a session
+	maxTenant    = 150              // bytes
+)
+
+// receiver keeps the sessions and applies their batches to the head.
+type receiver struct {
+	shippb.UnimplementedShipServer
+
+	process  [16]byte
+	member   string
+	head     *head.Head
+	admit    func(context.Context) error // waits while the head is full
+	window   uint64
+	limits   Limits
+	logger   *slog.Logger
+	metrics  *receiveMetrics
+	draining atomic.Bool
+
+	durable atomic.Uint64 // generations up to this one
+
+	mu       sync.Mutex
+	sessions map[sessionID]*session
+}
+
+// Limits of a tenant. Zero means none.
+type Limits struct {
+	Series          int `yaml:"series"` // of one generation of one ingester
+	LabelsPerSeries int `yaml:"labels_per_series"`
+	LabelNameBytes  int `yaml:"label_name_bytes"`
+	LabelValueBytes int `yaml:"label_value_bytes"`
+}
+
+type receiveMetrics struct {
+	samples, batches, refused *prometheus.CounterVec
+	bytes                     prometheus.Counter
+	streams                   prometheus.Gauge
+}
+
+func newReceiveMetrics(reg prometheus.Registerer) *receiveMetrics {
+	m := &receiveMetrics{
+		samples: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "epimetheus_ingester_received_samples_total",
+			Help: "Samples received, by what became of them: in_order, late or duplicate.",
+		}, []string{"outcome"}),
+		batches: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "epimetheus_ingester_received_batches_total",
+			Help: "Batches received, by what became of them: applied or repeated.",
+		}, []string{"outcome"}),
+		refused: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "epimetheus_ingester_refused_samples_total",
+			Help: "Samples refused for good, by reason.",
+		}, []string{"reason"}),
+		bytes: prometheus.NewCounter(prometheus.CounterOpts{
+			Name: "epimetheus_ingester_received_bytes_total",
+			Help: "Bytes of sample columns received, as encoded.",
+		}),
+		streams: prometheus.NewGauge(prometheus.GaugeOpts{
+			Name: "epimetheus_ingester_ship_streams",
+			Help: "Streams of sidecars that are open.",
+		}),
+	}
+	reg.MustRegister(m.samples, m.batches, m.refused, m.bytes, m.streams)
+	for _, o := range []string{"in_order", "late", "duplicate"} {
+		m.samples.WithLabelValues(o)
+	}
+	return m
+}
+
+// Stream implements the ship protocol.
+func (r *receiver) Stream(ss shippb.Ship_StreamServer) error {
+	if r.draining.Load() {
+		return status.Error(codes.Unavailable, "the ingester is leaving: send to the other owners on the ring")
+	}
+	first, err := ss.Recv()
+	if err != nil {
+		return err
+	}
+	hello := first.GetHello()
+	if hello == nil {
+		return status.Error(codes.InvalidArgument, "the first message of a stream must be a hello")
+	}
+	if hello.Version != ship.Version {
+		return status.Errorf(codes.FailedPrecondition, "ship protocol version %d is not spoken here, version %d is", hello.Version, ship.Version)
+	}
+	if len(hello.Session) != 16 || len(hello.Source) != 16 {
+		return status.Error(codes.InvalidArgument, "session and source must have 16 bytes")
+	}
+	if hello.Tenant == "" || len(hello.Tenant) > maxTenant || !utf8.ValidString(hello.Tenant) {
+		return status.Errorf(codes.InvalidArgument, "tenant must be valid UTF-8 of 1 to %d bytes, it has %d", maxTenant, len(hello.Tenant))
+	}
+
+	ctx, cancel := context.WithCancelCause(ss.Context())
+	defer cancel(nil)
+	st := &stream{cancel: cancel, done: make(chan struct{})}
+	defer close(st.done)
+	s, resumed, err := r.attach(ctx, hello, st)
+	if err != nil {
+		return err
+	}
+	defer r.detach(s, st)
+	r.metrics.streams.Inc()
+	defer r.metrics.streams.Dec()
+
+	s.mu.Lock()
+	welcome := &shippb.Welcome{
+		Version: ship.Version, Process: r.process[:], Ingester: r.member,
+		Received: s.received, Durable: s.durable, WindowBytes: r.window, Resumed: resumed,
+	}
+	s.mu.Unlock()
+	if err := ss.Send(&shippb.ToSidecar{Message: &shippb.ToSidecar_Welcome{Welcome: welcome}}); err != nil {
+		return err
+	}
+
+	if len(hello.Process) > 0 && !resumed {
+		return status.Error(codes.NotFound, "the session is not known here: begin a new one")
+	}
+
+	// The answers have a goroutine of their own; this one owns it and waits.
+	answered := make(chan struct{})
+	go func() {
+		defer close(answered)
+		if err := r.answer(ctx, ss, s); err != nil {
+			cancel(err)
+		}
+	}()
+	err = r.receive(ctx, ss, s)
+	cancel(err)
+	<-answered
+	return err
+}
+
+// attach finds or makes the session and makes st its stream; the stream that it
+// had before is ended first.
+func (r *receiver) attach(ctx context.Context, hello *shippb.Hello, st *stream) (*session, bool, error) {
+	id := sessionID{tenant: hello.Tenant, id: [16]byte(hello.Session)}
+	continues := len(hello.Process) > 0
+	for {
+		r.mu.Lock()
+		s := r.sessions[id]
+		if s == nil {
+			if continues {
+				// Another process knew it, or it has expired. The client hears
+				// that it is not resumed, and gives it up; nothing is kept.
+				r.mu.Unlock()
+				return &session{id: id, changed: make(chan struct{}, 1), stream: st}, false, nil
+			}
+			s = &session{id: id, source: [16]byte(hello.Source), changed: make(chan struct{}, 1), stream: st}
+			r.sessions[id] = s
+			r.mu.Unlock()
+			return s, false, nil
+		}
+		r.mu.Unlock()
+		s.mu.Lock()
+		old := s.stream
+		if old == nil {
+			s.stream = st
+			s.mu.Unlock()
+			return s, true, nil
+		}
+		s.mu.Unlock()
+		old.cancel(status.Error(codes.Aborted, "another stream continues the session"))
+		select {
+		case <-old.done:
+		case <-ctx.Done():
+			return nil, false, ctx.Err()
+		}
+	}
+}
+
+func (r *receiver) detach(s *session, st *stream) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.stream == st {
+		s.stream, s.lastSeen = nil, time.Now()
+	}
+}
+
+// expire forgets sessions without a stream for too long.
+func (r *receiver) expire(now time.Time) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for id, s := range r.sessions {
+		s.mu.Lock()
+		if s.stream == nil && now.Sub(s.lastSeen) > sessionTTL {
+			delete(r.sessions, id)
+		}
+		s.mu.Unlock()
+	}
+}
+
+// flushed tells all sessions that generations up to the one given are durable.
+func (r *receiver) flushed(generation uint64) {
+	r.durable.Store(generation)
+	r.mu.Lock()
+	all := make([]*session, 0, len(r.sessions))
+	for _, s := range r.sessions {
+		all = append(all, s)
+	}
+	r.mu.Unlock()
+	for _, s := range all {
+		s.flushed(generation)
+	}
+}
+
+// answer sends acknowledgements until ctx ends.
+func (r *receiver) answer(ctx context.Context, ss shippb.Ship_StreamServer, s *session) error {
+	beat := time.NewTicker(ackAtLeast)
+	defer beat.Stop()
+	pause := time.NewTicker(ackEvery)
+	defer pause.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-s.changed:
+		case <-beat.C:
+		}
+		s.mu.Lock()
+		ack := &shippb.Ack{Received: s.received, Durable: s.durable, Refused: s.refused}
+		s.refused, s.dropped = nil, 0
+		s.mu.Unlock()
+		if err := ss.Send(&shippb.ToSidecar{Message: &shippb.ToSidecar_Ack{Ack: ack}}); err != nil {
+			return err
+		}
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-pause.C:
+		}
+	}
+}
+
+// receive applies batches until the stream ends.
+func (r *receiver) receive(ctx context.Context, ss shippb.Ship_StreamServer, s *session) error {
+	msgs := make(chan *shippb.ToIngester)
+	failed := make(chan error, 1)
+	// Recv can't be cancelled but by leaving the handler, which ends it: the
+	// goroutine is gone once Stream has returned.
+	go func() {
+		for {
+			m, err := ss.Recv()
+			if err != nil {
+				failed <- err
+				return
+			}
+			select {
+			case msgs <- m:
+			case <-ctx.Done():
+				return
+			}
+		}
+	}()
+	silence := time.NewTimer(silenceLimit)
+	defer silence.Stop()
+	var dec ship.Decoder
+	var cols ship.Columns
+	for {
+		select {
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		case err := <-failed:
+			if errors.Is(err, io.EOF) {
+				return nil
+			}
+			return err
+		case <-silence.C:
+			return status.Errorf(codes.DeadlineExceeded, "no message, not even a heartbeat, for %s", silenceLimit)
+		case m := <-msgs:
+			silence.Reset(silenceLimit)
+			switch m := m.Message.(type) {
+			case *shippb.ToIngester_Batch:
+				if err := r.admit(ctx); err != nil {
+					return err
+				}
+				if err := r.apply(s, m.Batch, &dec, &cols); err != nil {
+					return err
+				}
+			case *shippb.ToIngester_Heartbeat:
+				s.mu.Lock()
+				s.lag = time.Duration(m.Heartbeat.LagMs) * time.Millisecond
+				s.rewinds = m.Heartbeat.OpenRewinds
+				s.mu.Unlock()
+			default:
+				return status.Error(codes.InvalidArgument, "a second hello, or an unknown message")
+			}
+		}
+	}
+}
+
+// apply adds a batch to the head.
+func (r *receiver) apply(s *session, b *shippb.Batch, dec *ship.Decoder, cols *ship.Columns) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if b.Seq <= s.received {
+		r.metrics.batches.WithLabelValues("repeated").Inc()
+		return nil
+	}
+	if b.Seq != s.received+1 {
+		return status.Errorf(codes.InvalidArgument, "batch %d follows batch %d", b.Seq, s.received)
+	}
+	for _, a := range b.Announce {
+		ls, err := r.labels(a.Labels)
+		if int64(a.Ref) >= maxRefs {
+			return status.Errorf(codes.InvalidArgument, "ref %d is beyond the limit of %d series in a session", a.Ref, maxRefs)
+		}
+		if err != nil {
+			r.logger.Debug("series refused", "tenant", s.id.tenant, "series", ls.String(), "err", err)
+		}
+		if !s.refs.Announce(a.Ref, ls, err != nil) {
+			return status.Errorf(codes.InvalidArgument, "ref %d announced after %d refs: refs must be dense", a.Ref, s.refs.Len())
+		}
+	}
+	if err := dec.Decode(b.Columns, cols); err != nil {
+		return status.Errorf(codes.InvalidArgument, "batch %d: %v", b.Seq, err)
+	}
+	batch := head.Batch{Columns: cols}
+	if err := s.checkRefs(cols); err != nil {
+		return err
+	}
+	for _, e := range b.Exemplars {
+		if !s.refs.Valid(e.Ref) {
+			return unknownRef(e.Ref)
+		}
+		ls, err := pairs(e.Labels)
+		if err != nil {
+			s.refuse(b.Seq, "invalid_exemplar", head.Refusal{Samples: 1, Example: s.refs.Labels(e.Ref)})
+			continue
+		}
+		batch.Exemplars = append(batch.Exemplars, head.Exemplar{Ref: e.Ref, Exemplar: chunkfmt.Exemplar{
+			Labels: ls, Ts: e.T, HasTs: true, Value: math.Float64frombits(e.Value),
+		}})
+	}
+	for _, m := range b.Metadata {
+		if !s.refs.Valid(m.Ref) {
+			return unknownRef(m.Ref)
+		}
+		batch.Metadata = append(batch.Metadata, head.Metadata{Ref: m.Ref, Metadata: metadata.Metadata{
+			Type: model.MetricType(m.Type), Unit: m.Unit, Help: m.Help,
+		}})
+	}
+	res := r.head.Append(s.id.tenant, &s.refs, &batch)
+	for _, ref := range b.Withdraw {
+		if !s.refs.Withdraw(ref) {
+			return unknownRef(ref)
+		}
+	}
+	s.applied(b.Seq, res.Generation, r.durable.Load())
+	r.metrics.batches.WithLabelValues("applied").Inc()
+	r.metrics.bytes.Add(float64(len(b.Columns)))
+	r.metrics.samples.WithLabelValues("in_order").Add(float64(res.Appended))
+	r.metrics.samples.WithLabelValues("late").Add(float64(res.Late))
+	r.metrics.samples.WithLabelValues("duplicate").Add(float64(res.Duplicates))
+	for reason, f := range res.Refused {
+		s.refuse(b.Seq, reason, f)
+		r.metrics.refused.WithLabelValues(string(reason)).Add(float64(f.Samples))
+	}
+	s.wake()
+	return nil
+}
+
+func unknownRef(ref uint32) error {
+	return status.Errorf(codes.InvalidArgument, "ref %d is not announced", ref)
+}
+
+func (s *session) checkRefs(c *ship.Columns) error {
+	for _, refs := range [][]uint32{c.Floats.Ref, c.Histograms.Ref, c.FloatHistograms.Ref} {
+		for _, ref := range refs {
+			if !s.refs.Valid(ref) {
+				return unknownRef(ref)
+			}
+		}
+	}
+	return nil
+}
+
+// pairs makes labels of name, value, name, value, …
+func pairs(ss []string) (labels.Labels, error) {
+	if len(ss)%2 != 0 {
+		return labels.EmptyLabels(), errors.New("a label name without a value")
+	}
+	var b labels.ScratchBuilder
+	for i := 0; i < len(ss); i += 2 {
+		if i > 0 && ss[i] <= ss[i-2] {
+			return labels.EmptyLabels(), fmt.Errorf("label name %q after %q", ss[i], ss[i-2])
+		}
+		if ss[i] == "" || !utf8.ValidString(ss[i]) || !utf8.ValidString(ss[i+1]) {
+			return labels.EmptyLabels(), fmt.Errorf("label %q: empty name or invalid UTF-8", ss[i])
+		}
+		b.Add(ss[i], ss[i+1])
+	}
+	return b.Labels(), nil
+}
+
+// labels checks the labels of an announcement; with an error the series is
+// refused.
+func (r *receiver) labels(ss []string) (labels.Labels, error) {
+	ls, err := pairs(ss)
+	if err != nil {
+		return ls, err
+	}
+	if l := r.limits; l.LabelsPerSeries > 0 && len(ss)/2 > l.LabelsPerSeries {
+		return ls, fmt.Errorf("%d labels, the limit is %d", len(ss)/2, l.LabelsPerSeries)
+	}
+	named := false
+	for i := 0; i < len(ss); i += 2 {
+		if ss[i+1] == "" {
+			return ls, fmt.Errorf("label %q has an empty value", ss[i])
+		}
+		if l := r.limits.LabelNameBytes; l > 0 && len(ss[i]) > l {
+			return ls, fmt.Errorf("label name of %d bytes, the limit is %d", len(ss[i]), l)
+		}
+		if l := r.limits.LabelValueBytes; l > 0 && len(ss[i+1]) > l {
+			return ls, fmt.Errorf("value of label %q has %d bytes, the limit is %d", ss[i], len(ss[i+1]), l)
+		}
+		named = named || ss[i] == labels.MetricName
+	}
+	if !named {
+		return ls, errors.New("no metric name")
+	}
+	return ls, nil
+}

@@ -1,0 +1,99 @@
+package ingest
+
+import (
+	"sync"
+	"time"
+
+	"github.com/epimetheus-tsdb/epimetheus/ingest/head"
+	"github.com/epimetheus-tsdb/epimetheus/ingest/ship/shippb"
+)
+
+// sessionID is what the client chose; it counts under its tenant only.
+type sessionID struct {
+	tenant string
+	id     [16]byte
+}
+
+// session is an ordered run of batches from one source.
+type session struct {
+	id     sessionID
+	source [16]byte
+
+	// changed has room for one: the stream is to look at the numbers.
+	changed chan struct{}
+
+	mu       sync.Mutex // held while a batch is applied
+	refs     head.Refs
+	received uint64
+	durable  uint64
+	marks    []mark // ascending in both
+	refused  []*shippb.Refused
+	dropped  uint64 // refusals beyond maxRefused, not reported one by one
+	stream   *stream
+	lastSeen time.Time // of the end of the last stream
+	lag      time.Duration
+	rewinds  uint32
+}
+
+// mark says that batches up to seq are in the generation or older ones.
+type mark struct {
+	generation uint64
+	seq        uint64
+}
+
+// maxRefused bounds the refusals kept until the next answer.
+const maxRefused = 64
+
+// stream is the connection that a session has at present.
+type stream struct {
+	cancel func(error)
+	done   chan struct{} // closed when the handler has let go of the session
+}
+
+// applied notes a batch. The caller holds s.mu.
+func (s *session) applied(seq, generation uint64, durable uint64) {
+	s.received = seq
+	if generation <= durable {
+		s.durable = seq
+		return
+	}
+	if n := len(s.marks); n > 0 && s.marks[n-1].generation == generation {
+		s.marks[n-1].seq = seq
+		return
+	}
+	s.marks = append(s.marks, mark{generation, seq})
+}
+
+// flushed moves durable on: generations up to the one given are durable.
+func (s *session) flushed(generation uint64) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	n := 0
+	for n < len(s.marks) && s.marks[n].generation <= generation {
+		s.durable = s.marks[n].seq
+		n++
+	}
+	if n > 0 {
+		s.marks = append(s.marks[:0], s.marks[n:]...)
+		s.wake()
+	}
+}
+
+// wake makes the stream look at the numbers.
+func (s *session) wake() {
+	select {
+	case s.changed <- struct{}{}:
+	default:
+	}
+}
+
+// refuse keeps a refusal for the next answer. The caller holds s.mu.
+func (s *session) refuse(seq uint64, reason head.Reason, r head.Refusal) {
+	if len(s.refused) >= maxRefused {
+		s.dropped += uint64(r.Samples)
+		return
+	}
+	s.refused = append(s.refused, &shippb.Refused{
+		Seq: seq, Reason: string(reason), Samples: uint64(r.Samples), Example: r.Example.String(),
+	})
+}
