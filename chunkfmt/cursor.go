@@ -99,6 +99,19 @@ func (c *cursor) bytes(n int) []byte {
 // text reads a length and as many bytes.
 func (c *cursor) text() string { return string(c.bytes(c.count(1))) }
 
+// MaxLabel is the largest label name or value, in bytes; package labels of
+// Prometheus panics on larger ones.
+const MaxLabel = 1<<24 - 1
+
+// label reads a text of at most MaxLabel bytes.
+func (c *cursor) label() string {
+	n := c.count(1)
+	if n > MaxLabel {
+		c.fail("label of %d bytes", n)
+	}
+	return string(c.bytes(n))
+}
+
 // end reports the sticky error, or that bytes were left over.
 func (c *cursor) end() error {
 	if c.err == nil && len(c.b) > 0 {

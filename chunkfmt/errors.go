@@ -3,13 +3,15 @@ package chunkfmt
 import (
 	"errors"
 	"fmt"
+
+	"github.com/epimetheus-tsdb/epimetheus/chunkfmt/codec"
 )
 
 var (
 	// ErrCorrupt says that bytes are not what this package wrote: a checksum
 	// does not match, a count or length passes its bound, or a field has a
 	// value that the format does not allow.
-	ErrCorrupt = errors.New("corrupt block data")
+	ErrCorrupt = codec.ErrCorrupt
 
 	// ErrVersion says that bytes were written by a later, unknown version of
 	// the format.

@@ -1,0 +1,325 @@
+package chunkfmt
+
+import (
+	"encoding/binary"
+	"fmt"
+
+	"github.com/prometheus/prometheus/model/labels"
+)
+
+// Directory tells which pages a tenant has in a block. It is safe for
+// concurrent use.
+type Directory struct {
+	Times   Range
+	Series  uint64
+	Samples uint64
+	// Labels is the location of the label page. Its Size is 0 if there is
+	// none, which is so if there is at most one series page: that page's
+	// LabelPage method then tells the same.
+	Labels Location
+
+	pages []PageRef
+}
+
+// PageRef is what a directory says of one series page.
+type PageRef struct {
+	Location             // of the series page
+	Data        Location // of all data pages of its series, which lie together
+	FirstMetric string   // metric name of its first series
+	LastMetric  string   // and of its last
+	Times       Range    // of all its samples and exemplars
+	Series      uint64
+	Samples     uint64
+
+	// Bytes is the page itself, if it came with the directory; else nil.
+	Bytes []byte
+}
+
+// Lists of pages in a directory. A reader skips those it does not know.
+const listSeries = 1
+
+// ParseDirectory checks the bytes at a TenantSummary's Directory. The result
+// keeps b.
+func ParseDirectory(b []byte) (*Directory, error) {
+	body, rest, err := openPage(b, pageDirectory)
+	if err != nil {
+		return nil, fmt.Errorf("directory: %w", err)
+	}
+	d, c := &Directory{}, cursor{b: body}
+	self := c.offset()
+	d.Times = c.timeRange()
+	d.Series, d.Samples = c.uvarint(), c.uvarint()
+	if size := c.bounded("label page", MaxPage+pageHead+pageTail); size > 0 {
+		d.Labels = Location{Offset: c.offset(), Size: int64(size)}
+	}
+	c.parts(func(list int, c *cursor) {
+		if list == listSeries {
+			d.pages = c.pageRefs()
+		} else {
+			c.b = nil
+		}
+	})
+	if err := c.end(); err != nil {
+		return nil, fmt.Errorf("directory: %w", err)
+	}
+	with := Location{Offset: self + int64(len(b)-len(rest)), Size: int64(len(rest))}
+	for i := range d.pages {
+		if p := &d.pages[i]; p.Offset >= with.Offset && p.End() <= with.End() {
+			p.Bytes = rest[p.Offset-with.Offset : p.End()-with.Offset]
+		}
+	}
+	return d, nil
+}
+
+func (c *cursor) pageRefs() []PageRef {
+	offset := c.offset()
+	refs := make([]PageRef, c.count(9))
+	last := ""
+	name := func() string {
+		shared := c.bounded("shared prefix", uint64(len(last)))
+		s := last[:shared] + c.text()
+		if s < last {
+			c.fail("metric names out of order at %q", s)
+		}
+		last = s
+		return s
+	}
+	for i := range refs {
+		p := &refs[i]
+		p.Location = Location{Offset: offset, Size: int64(c.bounded("series page", MaxPage+pageHead+pageTail))}
+		offset += p.Size
+		p.Data = Location{Offset: c.offset(), Size: c.offset()}
+		p.FirstMetric, p.LastMetric = name(), name()
+		p.Times = c.timeRange()
+		p.Series, p.Samples = c.uvarint(), c.uvarint()
+		if c.err != nil {
+			return nil
+		}
+	}
+	return refs
+}
+
+// Pages returns the series pages that may hold series that match all of ms and
+// have samples in mint to maxt, both included; all pages for no matchers and
+// math.MinInt64 to math.MaxInt64. They lie in ascending order in the object.
+func (d *Directory) Pages(ms []*labels.Matcher, mint, maxt int64) []PageRef {
+	var out []PageRef
+	for _, p := range d.pages {
+		if p.Times.Overlaps(mint, maxt) && p.mayMatch(ms) {
+			out = append(out, p)
+		}
+	}
+	return out
+}
+
+func (p *PageRef) mayMatch(ms []*labels.Matcher) bool {
+	for _, m := range ms {
+		if m.Name != labels.MetricName {
+			continue
+		}
+		if p.FirstMetric == p.LastMetric {
+			if !m.Matches(p.FirstMetric) {
+				return false
+			}
+			continue
+		}
+		switch m.Type {
+		case labels.MatchEqual:
+			if m.Value < p.FirstMetric || m.Value > p.LastMetric {
+				return false
+			}
+		case labels.MatchRegexp:
+			if names := m.SetMatches(); len(names) > 0 {
+				any := false
+				for _, n := range names {
+					any = any || n >= p.FirstMetric && n <= p.LastMetric
+				}
+				if !any {
+					return false
+				}
+			} else if prefix := m.Prefix(); prefix != "" {
+				if p.LastMetric < prefix || p.FirstMetric > prefix && p.FirstMetric[:min(len(prefix), len(p.FirstMetric))] > prefix {
+					return false
+				}
+			}
+		}
+	}
+	return true
+}
+
+// append appends the directory's page, which will lie at offset in the object.
+func (d *Directory) append(dst []byte, offset int64, compress bool) []byte {
+	body := binary.AppendUvarint(nil, uint64(offset))
+	body = appendTimeRange(body, d.Times)
+	body = binary.AppendUvarint(body, d.Series)
+	body = binary.AppendUvarint(body, d.Samples)
+	body = binary.AppendUvarint(body, uint64(d.Labels.Size))
+	if d.Labels.Size > 0 {
+		body = binary.AppendUvarint(body, uint64(d.Labels.Offset))
+	}
+	if len(d.pages) > 0 {
+		list := binary.AppendUvarint(nil, uint64(d.pages[0].Offset))
+		list = binary.AppendUvarint(list, uint64(len(d.pages)))
+		last := ""
+		name := func(s string) {
+			n := sharedPrefix(last, s)
+			list = binary.AppendUvarint(list, uint64(n))
+			list = appendText(list, s[n:])
+			last = s
+		}
+		for _, p := range d.pages {
+			list = binary.AppendUvarint(list, uint64(p.Size))
+			list = binary.AppendUvarint(list, uint64(p.Data.Offset))
+			list = binary.AppendUvarint(list, uint64(p.Data.Size))
+			name(p.FirstMetric)
+			name(p.LastMetric)
+			list = appendTimeRange(list, p.Times)
+			list = binary.AppendUvarint(list, p.Series)
+			list = binary.AppendUvarint(list, p.Samples)
+		}
+		body = appendPart(body, listSeries, list)
+	}
+	return appendPage(dst, pageDirectory, body, compress)
+}
+
+// Footer tells which tenants a block holds.
+type Footer struct {
+	Version int
+	Tenants []TenantSummary // ascending by Tenant
+}
+
+// TenantSummary is what a block holds of one tenant: all that its index rows need.
+type TenantSummary struct {
+	Tenant string
+	Range  // of all samples and exemplars; MinT > MaxT never
+	// Windows are the ranges of the samples in each window of
+	// WriterOptions.Window that has any, ascending; just Range without windows.
+	Windows   []Range
+	Series    uint64
+	Samples   uint64 // without exemplars
+	Directory Location
+}
+
+// Summary describes a finished block.
+type Summary struct {
+	Size    int64 // bytes
+	Tenants []TenantSummary
+}
+
+const (
+	// Version is the format version that this package writes.
+	Version = 1
+
+	headerSize  = 8
+	trailerSize = 16
+	magic       = "EPIBLOCK"
+)
+
+// FooterTail is how many bytes from the end of an object to read first: enough
+// for the footer of a block with few tenants.
+const FooterTail = 4 << 10
+
+// TailError says that more bytes from the end of the object are needed to
+// parse its footer.
+type TailError struct {
+	Need int64 // bytes
+}
+
+func (e *TailError) Error() string {
+	return fmt.Sprintf("the footer takes the last %d bytes of the block", e.Need)
+}
+
+// ParseFooter reads the footer from the last bytes of an object of objectSize
+// bytes. If tail is too short, the error is a *TailError that says how much to
+// read; else errors wrap ErrCorrupt or ErrVersion.
+func ParseFooter(tail []byte, objectSize int64) (*Footer, error) {
+	if objectSize < headerSize+trailerSize || int64(len(tail)) > objectSize {
+		return nil, fmt.Errorf("footer: %w", corrupt("an object of %d bytes is no block", objectSize))
+	}
+	if len(tail) < trailerSize {
+		return nil, &TailError{Need: min(FooterTail, objectSize)}
+	}
+	trailer := tail[len(tail)-trailerSize:]
+	if string(trailer[8:]) != magic {
+		return nil, fmt.Errorf("footer: %w", corrupt("no block: its last bytes are %q", trailer[8:]))
+	}
+	version := binary.LittleEndian.Uint32(trailer[4:])
+	if version != Version {
+		return nil, fmt.Errorf("footer: %w: %d, this program reads %d", ErrVersion, version, Version)
+	}
+	size := int64(binary.LittleEndian.Uint32(trailer))
+	if size > objectSize-headerSize-trailerSize || size > MaxPage+pageHead+pageTail {
+		return nil, fmt.Errorf("footer: %w", corrupt("footer of %d bytes in an object of %d", size, objectSize))
+	}
+	if need := size + trailerSize; int64(len(tail)) < need {
+		return nil, &TailError{Need: need}
+	}
+	body, err := onlyPage(tail[int64(len(tail))-trailerSize-size:len(tail)-trailerSize], pageFooter)
+	if err != nil {
+		return nil, fmt.Errorf("footer: %w", err)
+	}
+	f, c := &Footer{Version: int(version)}, cursor{b: body}
+	f.Tenants = make([]TenantSummary, c.count(8))
+	for i := range f.Tenants {
+		t := &f.Tenants[i]
+		t.Tenant = c.text()
+		t.Directory = Location{Offset: c.offset(), Size: c.offset()}
+		t.Series, t.Samples = c.uvarint(), c.uvarint()
+		t.Windows = make([]Range, c.count(2))
+		for j := range t.Windows {
+			t.Windows[j] = c.timeRange()
+			if j == 0 {
+				t.Range = t.Windows[0]
+			} else if t.Windows[j].MinT <= t.MaxT {
+				c.fail("windows out of order")
+			}
+			t.MaxT = t.Windows[j].MaxT
+		}
+		if c.err == nil && len(t.Windows) == 0 {
+			c.fail("tenant %q has no samples", t.Tenant)
+		}
+		if c.err == nil && i > 0 && f.Tenants[i-1].Tenant >= t.Tenant {
+			c.fail("tenants out of order at %q", t.Tenant)
+		}
+		if c.err == nil && t.Directory.End() > objectSize-trailerSize-size {
+			c.fail("directory of tenant %q lies behind the end", t.Tenant)
+		}
+		if c.err != nil {
+			break
+		}
+	}
+	if err := c.end(); err != nil {
+		return nil, fmt.Errorf("footer: %w", err)
+	}
+	return f, nil
+}
+
+func appendFooter(dst []byte, tenants []TenantSummary, compress bool) []byte {
+	body := binary.AppendUvarint(nil, uint64(len(tenants)))
+	for i := range tenants {
+		t := &tenants[i]
+		body = appendText(body, t.Tenant)
+		body = binary.AppendUvarint(body, uint64(t.Directory.Offset))
+		body = binary.AppendUvarint(body, uint64(t.Directory.Size))
+		body = binary.AppendUvarint(body, t.Series)
+		body = binary.AppendUvarint(body, t.Samples)
+		body = binary.AppendUvarint(body, uint64(len(t.Windows)))
+		for _, w := range t.Windows {
+			body = appendTimeRange(body, w)
+		}
+	}
+	before := len(dst)
+	dst = appendPage(dst, pageFooter, body, compress)
+	dst = binary.LittleEndian.AppendUint32(dst, uint32(len(dst)-before))
+	dst = binary.LittleEndian.AppendUint32(dst, Version)
+	return append(dst, magic...)
+}
+
+// windowOf numbers the window (a, b] of the given width, in ms, that t lies in.
+func windowOf(t, width int64) int64 {
+	w := t / width
+	if r := t % width; r < 0 || r == 0 {
+		w--
+	}
+	return w
+}

@@ -1,0 +1,635 @@
+package chunkfmt
+
+import (
+	"encoding/binary"
+	"fmt"
+	"math"
+	"slices"
+	"sort"
+
+	"github.com/prometheus/common/model"
+	"github.com/prometheus/prometheus/model/labels"
+	"github.com/prometheus/prometheus/model/metadata"
+)
+
+// Chunk says where a run of samples of one series lies.
+type Chunk struct {
+	Page    Location // of the data page
+	Index   int      // in that page
+	Kind    Kind
+	MinT    int64 // ms, of the first sample
+	MaxT    int64 // ms, of the last sample
+	Samples int
+}
+
+// Overlaps reports whether the chunk may hold samples of mint to maxt, both included.
+func (c Chunk) Overlaps(mint, maxt int64) bool { return c.MinT <= maxt && mint <= c.MaxT }
+
+// Entry is what a series page says of one series.
+type Entry struct {
+	Labels   labels.Labels
+	Metadata metadata.Metadata // zero if unknown
+	// Chunks that overlap the time asked for; of each kind in ascending order
+	// of time. Their pages lie in the object in the order of the entries.
+	Chunks []Chunk
+	// Exemplars are the chunks of exemplars that overlap the time asked for,
+	// ascending.
+	Exemplars []Chunk
+}
+
+// Parts of a series page, each a number, a length in bytes and as many bytes.
+// A reader skips those it does not know.
+const (
+	partChunks    = 1
+	partExemplars = 2
+	partMetadata  = 3
+)
+
+// absent is the id of a label that a series does not have.
+const absent = 0
+
+// SeriesPage is a parsed series page. It is safe for concurrent use.
+type SeriesPage struct {
+	names     []labelColumn // ascending by name
+	series    int
+	chunks    chunkPart
+	exemplars chunkPart
+	metas     []metadata.Metadata
+	metaOf    []uint32 // per series, 0 for none, else index+1 into metas
+}
+
+type labelColumn struct {
+	name   string
+	values []string // ascending
+	width  int      // bytes per id: 1, 2 or 4
+	ids    []byte   // per series: absent, or index+1 into values
+}
+
+// chunkPart are the chunks of all series, in the order of the data pages.
+type chunkPart struct {
+	pages  []Location
+	first  []uint32 // of each page: its first chunk in chunks; one more at the end
+	chunks []chunkRef
+	of     []uint32 // of each series: its first chunk in chunks; one more at the end
+	spans  []span
+}
+
+type chunkRef struct {
+	kind Kind
+	span uint32
+}
+
+type span struct {
+	Range
+	samples int
+}
+
+func (l *labelColumn) id(series int) uint32 {
+	switch l.width {
+	case 1:
+		return uint32(l.ids[series])
+	case 2:
+		return uint32(binary.LittleEndian.Uint16(l.ids[2*series:]))
+	default:
+		return binary.LittleEndian.Uint32(l.ids[4*series:])
+	}
+}
+
+// ParseSeriesPage checks a series page. The page keeps b and must not outlive
+// changes to it.
+func ParseSeriesPage(b []byte) (*SeriesPage, error) {
+	body, err := onlyPage(b, pageSeries)
+	if err != nil {
+		return nil, fmt.Errorf("series page: %w", err)
+	}
+	p, c := &SeriesPage{}, cursor{b: body}
+	p.series = c.count(1)
+	p.names = make([]labelColumn, c.count(3))
+	for i := range p.names {
+		l := &p.names[i]
+		l.name = c.label()
+		l.values = c.ascending()
+		l.width = idWidth(len(l.values))
+		l.ids = c.bytes(p.series * l.width)
+		if c.err == nil && (l.name == "" || i > 0 && p.names[i-1].name >= l.name) {
+			c.fail("label names out of order at %q", l.name)
+		}
+		if c.err != nil {
+			return nil, fmt.Errorf("series page: %w", c.err)
+		}
+		for s := range p.series {
+			if l.id(s) > uint32(len(l.values)) {
+				return nil, fmt.Errorf("series page: %w", corrupt("label %q has %d values, id %d", l.name, len(l.values), l.id(s)))
+			}
+		}
+	}
+	c.parts(func(part int, c *cursor) {
+		switch part {
+		case partChunks:
+			p.chunks = c.chunkPart(p.series)
+		case partExemplars:
+			p.exemplars = c.chunkPart(p.series)
+		case partMetadata:
+			p.metadata(c)
+		default:
+			c.b = nil
+		}
+	})
+	if err := c.end(); err != nil {
+		return nil, fmt.Errorf("series page: %w", err)
+	}
+	return p, nil
+}
+
+// parts calls read for each part, with a cursor over the part alone.
+func (c *cursor) parts(read func(part int, c *cursor)) {
+	seen := 0
+	for len(c.b) > 0 && c.err == nil {
+		part := c.bounded("part", math.MaxInt32)
+		sub := cursor{b: c.bytes(c.count(1))}
+		if c.err != nil {
+			return
+		}
+		if part <= seen {
+			c.fail("part %d behind part %d", part, seen)
+			return
+		}
+		seen = part
+		read(part, &sub)
+		if err := sub.end(); err != nil {
+			c.fail("part %d: %v", part, err)
+		}
+	}
+}
+
+func (p *SeriesPage) metadata(c *cursor) {
+	p.metas = make([]metadata.Metadata, c.count(3))
+	for i := range p.metas {
+		p.metas[i] = metadata.Metadata{Type: model.MetricType(c.text()), Unit: c.text(), Help: c.text()}
+	}
+	if p.series > len(c.b) {
+		c.fail("ends early")
+		return
+	}
+	p.metaOf = make([]uint32, p.series)
+	for i := range p.metaOf {
+		p.metaOf[i] = uint32(c.bounded("metadata", uint64(len(p.metas))))
+	}
+}
+
+func (c *cursor) chunkPart(series int) (p chunkPart) {
+	offset := c.offset()
+	p.pages = make([]Location, c.count(2))
+	p.first = make([]uint32, 1, len(p.pages)+1)
+	total := uint64(0)
+	for i := range p.pages {
+		size := c.bounded("page size", MaxPage+pageHead+pageTail)
+		p.pages[i] = Location{Offset: offset, Size: int64(size)}
+		offset += int64(size)
+		total += c.uvarint()
+		if total > uint64(len(c.b)) {
+			c.fail("%d chunks, %d bytes left", total, len(c.b))
+			return p
+		}
+		p.first = append(p.first, uint32(total))
+	}
+	p.spans = make([]span, c.count(3))
+	for i := range p.spans {
+		p.spans[i] = span{Range: c.timeRange(), samples: c.bounded("samples of a chunk", MaxChunkSamples)}
+	}
+	if series > len(c.b) {
+		c.fail("ends early")
+		return p
+	}
+	p.of = make([]uint32, 1, series+1)
+	sum := uint64(0)
+	for range series {
+		n := c.uvarint()
+		if sum += n; n > total || sum > total {
+			c.fail("series have more than the %d chunks", total)
+			return p
+		}
+		p.of = append(p.of, uint32(sum))
+	}
+	if sum != total {
+		c.fail("series have %d of %d chunks", sum, total)
+		return p
+	}
+	if 2*total > uint64(len(c.b)) {
+		c.fail("ends early")
+		return p
+	}
+	p.chunks = make([]chunkRef, total)
+	for i := range p.chunks {
+		p.chunks[i] = chunkRef{kind: Kind(c.byte()), span: uint32(c.bounded("time range", uint64(len(p.spans))))}
+		if p.chunks[i].span == uint32(len(p.spans)) {
+			c.fail("time range %d of %d", p.chunks[i].span, len(p.spans))
+			return p
+		}
+	}
+	return p
+}
+
+// offset reads an offset in the object.
+func (c *cursor) offset() int64 { return int64(c.bounded("offset", math.MaxInt64/2)) }
+
+// timeRange reads the first instant and the distance of the last.
+func (c *cursor) timeRange() Range {
+	mint := c.varint()
+	r := Range{MinT: mint, MaxT: int64(uint64(mint) + c.uvarint())}
+	if r.MaxT < r.MinT {
+		c.fail("time range ends before it starts")
+	}
+	return r
+}
+
+func appendTimeRange(dst []byte, r Range) []byte {
+	dst = binary.AppendVarint(dst, r.MinT)
+	return binary.AppendUvarint(dst, uint64(r.MaxT)-uint64(r.MinT))
+}
+
+// ascending reads strings in strictly ascending order: each is the length of
+// the start it shares with the one before, and the rest.
+func (c *cursor) ascending() []string {
+	n := c.count(2)
+	if n == 0 {
+		return nil
+	}
+	out := make([]string, n)
+	var last []byte
+	// What comes out may be larger than what came in; MaxPage bounds it.
+	total := 0
+	for i := range out {
+		shared := c.bounded("shared prefix", uint64(len(last)))
+		last = append(last[:shared], c.bytes(c.count(1))...)
+		out[i] = string(last)
+		if total += len(last); total > MaxPage || len(last) > MaxLabel {
+			c.fail("strings exceed %d bytes", MaxPage)
+		}
+		if i > 0 && out[i-1] >= out[i] {
+			c.fail("strings out of order at %q", out[i])
+		}
+		if c.err != nil {
+			return nil
+		}
+	}
+	return out
+}
+
+func appendAscending(dst []byte, ss []string) []byte {
+	dst = binary.AppendUvarint(dst, uint64(len(ss)))
+	last := ""
+	for _, s := range ss {
+		n := sharedPrefix(last, s)
+		dst = binary.AppendUvarint(dst, uint64(n))
+		dst = appendText(dst, s[n:])
+		last = s
+	}
+	return dst
+}
+
+func sharedPrefix(a, b string) int {
+	n := min(len(a), len(b))
+	for i := range n {
+		if a[i] != b[i] {
+			return i
+		}
+	}
+	return n
+}
+
+func idWidth(values int) int {
+	switch {
+	case values < 1<<8:
+		return 1
+	case values < 1<<16:
+		return 2
+	default:
+		return 4
+	}
+}
+
+// Len is the number of series in the page.
+func (p *SeriesPage) Len() int { return p.series }
+
+// Select returns the series that match all of ms and have a chunk or exemplar
+// in mint to maxt, both included, in order of metric name, then labels. Each
+// matcher is evaluated once for each distinct value in the page.
+func (p *SeriesPage) Select(ms []*labels.Matcher, mint, maxt int64) []Entry {
+	keep := p.match(ms)
+	var out []Entry
+	var builder labels.ScratchBuilder
+	for i, ok := range keep {
+		if !ok {
+			continue
+		}
+		e := Entry{Chunks: p.chunks.select1(i, mint, maxt), Exemplars: p.exemplars.select1(i, mint, maxt)}
+		if e.Chunks == nil && e.Exemplars == nil {
+			continue
+		}
+		e.Labels = p.labels(i, &builder)
+		if p.metaOf != nil && p.metaOf[i] > 0 {
+			e.Metadata = p.metas[p.metaOf[i]-1]
+		}
+		out = append(out, e)
+	}
+	return out
+}
+
+func (p *SeriesPage) labels(i int, b *labels.ScratchBuilder) labels.Labels {
+	b.Reset()
+	for j := range p.names {
+		if id := p.names[j].id(i); id != absent {
+			b.Add(p.names[j].name, p.names[j].values[id-1])
+		}
+	}
+	return b.Labels()
+}
+
+// match tells for each series whether it matches all of ms.
+func (p *SeriesPage) match(ms []*labels.Matcher) []bool {
+	keep := make([]bool, p.series)
+	for i := range keep {
+		keep[i] = true
+	}
+	for _, m := range ms {
+		j, ok := slices.BinarySearchFunc(p.names, m.Name, func(l labelColumn, name string) int {
+			switch {
+			case l.name < name:
+				return -1
+			case l.name > name:
+				return 1
+			}
+			return 0
+		})
+		if !ok {
+			if !m.Matches("") {
+				return nil
+			}
+			continue
+		}
+		l := &p.names[j]
+		good := make([]bool, len(l.values)+1)
+		any := m.Matches("")
+		good[absent] = any
+		for k, v := range l.values {
+			good[k+1] = m.Matches(v)
+			any = any || good[k+1]
+		}
+		if !any {
+			return nil
+		}
+		for i := range keep {
+			keep[i] = keep[i] && good[l.id(i)]
+		}
+	}
+	return keep
+}
+
+// select1 gives the chunks of one series that overlap the range.
+func (p *chunkPart) select1(series int, mint, maxt int64) []Chunk {
+	if len(p.of) == 0 {
+		return nil
+	}
+	var out []Chunk
+	from, to := p.of[series], p.of[series+1]
+	for i := from; i < to; i++ {
+		ref := p.chunks[i]
+		s := &p.spans[ref.span]
+		if !s.Overlaps(mint, maxt) {
+			continue
+		}
+		page := sort.Search(len(p.pages), func(k int) bool { return p.first[k+1] > i })
+		if out == nil {
+			out = make([]Chunk, 0, to-i)
+		}
+		out = append(out, Chunk{
+			Page: p.pages[page], Index: int(i - p.first[page]), Kind: ref.kind,
+			MinT: s.MinT, MaxT: s.MaxT, Samples: s.samples,
+		})
+	}
+	return out
+}
+
+// LabelNames returns the names of the labels in the page, ascending.
+func (p *SeriesPage) LabelNames() []string {
+	out := make([]string, len(p.names))
+	for i := range p.names {
+		out[i] = p.names[i].name
+	}
+	return out
+}
+
+// LabelValues returns the values of a label in the page, ascending; not to be
+// changed.
+func (p *SeriesPage) LabelValues(name string) []string {
+	for i := range p.names {
+		if p.names[i].name == name {
+			return p.names[i].values
+		}
+	}
+	return nil
+}
+
+// seriesBuilder collects one series page.
+type seriesBuilder struct {
+	series    int
+	names     []*nameBuilder
+	byName    map[string]*nameBuilder
+	chunks    chunkBuilder
+	exemplars chunkBuilder
+	metas     map[metadata.Metadata]uint32
+	metaBytes []byte
+	metaOf    []byte
+	first     string // metric names
+	last      string
+	times     Range
+	samples   uint64
+}
+
+type nameBuilder struct {
+	name   string
+	ids    map[string]uint32
+	values []string
+	col    []uint32
+	lastID uint32 // of the series before, most often the same
+}
+
+// chunkBuilder collects a chunkPart.
+type chunkBuilder struct {
+	offset   int64
+	sizes    []int64
+	counts   []int
+	inPage   int
+	spanIDs  map[span]uint32
+	spans    []byte
+	refs     []byte
+	perSerie []byte
+	total    int
+}
+
+func newSeriesBuilder() *seriesBuilder {
+	return &seriesBuilder{
+		byName: map[string]*nameBuilder{}, metas: map[metadata.Metadata]uint32{},
+		times: Range{math.MaxInt64, math.MinInt64},
+	}
+}
+
+func (b *seriesBuilder) addLabels(ls labels.Labels) {
+	ls.Range(func(l labels.Label) {
+		n := b.byName[l.Name]
+		if n == nil {
+			n = &nameBuilder{name: string([]byte(l.Name)), ids: map[string]uint32{}}
+			b.byName[n.name] = n
+			b.names = append(b.names, n)
+		}
+		for len(n.col) < b.series {
+			n.col = append(n.col, absent)
+		}
+		if n.lastID == absent || n.values[n.lastID-1] != l.Value {
+			id, ok := n.ids[l.Value]
+			if !ok {
+				v := string([]byte(l.Value))
+				n.values = append(n.values, v)
+				id = uint32(len(n.values))
+				n.ids[v] = id
+			}
+			n.lastID = id
+		}
+		n.col = append(n.col, n.lastID)
+	})
+}
+
+func (b *seriesBuilder) addMetadata(m metadata.Metadata) {
+	if m == (metadata.Metadata{}) {
+		b.metaOf = append(b.metaOf, 0)
+		return
+	}
+	id, ok := b.metas[m]
+	if !ok {
+		id = uint32(len(b.metas) + 1)
+		m = metadata.Metadata{Type: model.MetricType([]byte(m.Type)), Unit: string([]byte(m.Unit)), Help: string([]byte(m.Help))}
+		b.metas[m] = id
+		b.metaBytes = appendText(b.metaBytes, string(m.Type))
+		b.metaBytes = appendText(b.metaBytes, m.Unit)
+		b.metaBytes = appendText(b.metaBytes, m.Help)
+	}
+	b.metaOf = binary.AppendUvarint(b.metaOf, uint64(id))
+}
+
+func (b *chunkBuilder) add(kind Kind, r Range, samples int) {
+	s := span{r, samples}
+	id, ok := b.spanIDs[s]
+	if !ok {
+		if b.spanIDs == nil {
+			b.spanIDs = map[span]uint32{}
+		}
+		id = uint32(len(b.spanIDs))
+		b.spanIDs[s] = id
+		b.spans = appendTimeRange(b.spans, r)
+		b.spans = binary.AppendUvarint(b.spans, uint64(samples))
+	}
+	b.refs = append(b.refs, byte(kind))
+	b.refs = binary.AppendUvarint(b.refs, uint64(id))
+	b.inPage++
+	b.total++
+}
+
+// endPage notes that the chunks added since the last page are in one of size bytes.
+func (b *chunkBuilder) endPage(offset, size int64) {
+	if len(b.sizes) == 0 {
+		b.offset = offset
+	}
+	b.sizes = append(b.sizes, size)
+	b.counts = append(b.counts, b.inPage)
+	b.inPage = 0
+}
+
+func (b *chunkBuilder) data() Location {
+	l := Location{Offset: b.offset}
+	for _, n := range b.sizes {
+		l.Size += n
+	}
+	return l
+}
+
+func (b *chunkBuilder) append(dst []byte) []byte {
+	dst = binary.AppendUvarint(dst, uint64(b.offset))
+	dst = binary.AppendUvarint(dst, uint64(len(b.sizes)))
+	for i := range b.sizes {
+		dst = binary.AppendUvarint(dst, uint64(b.sizes[i]))
+		dst = binary.AppendUvarint(dst, uint64(b.counts[i]))
+	}
+	dst = binary.AppendUvarint(dst, uint64(len(b.spanIDs)))
+	dst = append(dst, b.spans...)
+	dst = append(dst, b.perSerie...)
+	return append(dst, b.refs...)
+}
+
+func appendPart(dst []byte, part int, b []byte) []byte {
+	dst = binary.AppendUvarint(dst, uint64(part))
+	dst = binary.AppendUvarint(dst, uint64(len(b)))
+	return append(dst, b...)
+}
+
+// appendTo appends the page to dst.
+func (b *seriesBuilder) appendTo(dst []byte, compress bool) []byte {
+	slices.SortFunc(b.names, func(x, y *nameBuilder) int {
+		if x.name < y.name {
+			return -1
+		}
+		return 1
+	})
+	body := binary.AppendUvarint(nil, uint64(b.series))
+	body = binary.AppendUvarint(body, uint64(len(b.names)))
+	for _, n := range b.names {
+		body = n.append(body, b.series)
+	}
+	body = appendPart(body, partChunks, b.chunks.append(nil))
+	if b.exemplars.total > 0 {
+		body = appendPart(body, partExemplars, b.exemplars.append(nil))
+	}
+	if len(b.metas) > 0 {
+		metas := binary.AppendUvarint(nil, uint64(len(b.metas)))
+		metas = append(metas, b.metaBytes...)
+		body = appendPart(body, partMetadata, append(metas, b.metaOf...))
+	}
+	return appendPage(dst, pageSeries, body, compress)
+}
+
+func (n *nameBuilder) append(dst []byte, series int) []byte {
+	order := make([]uint32, len(n.values))
+	for i := range order {
+		order[i] = uint32(i)
+	}
+	slices.SortFunc(order, func(x, y uint32) int {
+		if n.values[x] < n.values[y] {
+			return -1
+		}
+		return 1
+	})
+	rank := make([]uint32, len(order)+1)
+	values := make([]string, len(order))
+	for i, o := range order {
+		rank[o+1] = uint32(i + 1)
+		values[i] = n.values[o]
+	}
+	dst = appendText(dst, n.name)
+	dst = appendAscending(dst, values)
+	for len(n.col) < series {
+		n.col = append(n.col, absent)
+	}
+	width := idWidth(len(values))
+	for _, id := range n.col {
+		id = rank[id]
+		switch width {
+		case 1:
+			dst = append(dst, byte(id))
+		case 2:
+			dst = binary.LittleEndian.AppendUint16(dst, uint16(id))
+		default:
+			dst = binary.LittleEndian.AppendUint32(dst, id)
+		}
+	}
+	return dst
+}
