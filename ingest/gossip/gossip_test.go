@@ -1,0 +1,125 @@
+package gossip
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"net"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"go.uber.org/goleak"
+
+	"github.com/epimetheus-tsdb/epimetheus/ingest/ring"
+)
+
+func TestMain(m *testing.M) {
+	// A probe under way at Shutdown ends by its own timeout; memberlist doesn't
+	// wait for it.
+	goleak.VerifyTestMain(m, goleak.IgnoreAnyFunction("github.com/hashicorp/memberlist.(*Memberlist).probeNode"))
+}
+
+type node struct {
+	*Gossip
+	live *ring.Live
+	addr string
+	stop func()
+}
+
+// create makes a member that does not run: it can vanish without leaving.
+func create(t *testing.T, id, addr string, join ...string) *node {
+	t.Helper()
+	n := &node{live: &ring.Live{}, addr: addr}
+	if n.addr == "" {
+		l, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			t.Fatal(err)
+		}
+		n.addr = l.Addr().String()
+		l.Close()
+	}
+	var err error
+	n.Gossip, err = New(Options{
+		ID: id, Bind: n.addr, Join: join, Member: ring.Member{Address: "addr-of-" + id, Zone: "z"},
+	}, n.live, slog.New(slog.DiscardHandler), prometheus.NewRegistry())
+	if err != nil {
+		t.Fatal(err)
+	}
+	return n
+}
+
+func start(t *testing.T, id, addr string, join ...string) *node {
+	t.Helper()
+	n := create(t, id, addr, join...)
+	ctx, cancel := context.WithCancel(context.Background())
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		if err := n.Run(ctx); err != nil {
+			t.Logf("run: %v", err)
+		}
+	})
+	n.stop = func() { cancel(); wg.Wait() }
+	t.Cleanup(n.stop)
+	return n
+}
+
+// await waits until the ring as seen by n is as told: "id=state id=state".
+func await(t *testing.T, n *node, want string) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
+	defer cancel()
+	got, version := "", ""
+	for ctx.Err() == nil {
+		r := n.live.Wait(ctx, version)
+		version = r.Version()
+		got = ""
+		for i, m := range r.Snapshot().Members {
+			if i > 0 {
+				got += " "
+			}
+			got += fmt.Sprintf("%s=%s", m.ID, m.State)
+		}
+		if got == want {
+			return
+		}
+	}
+	t.Fatalf("members are %q, want %q", got, want)
+}
+
+func TestMembersComeAndGo(t *testing.T) {
+	a := start(t, "a", "")
+	b := start(t, "b", "", a.addr)
+	c := create(t, "c", "")
+	if _, err := c.list.Join([]string{a.addr}); err != nil {
+		t.Fatal(err)
+	}
+	for _, n := range []*node{a, b, c} {
+		if err := n.SetState(ring.Active); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, n := range []*node{a, b, c} {
+		await(t, n, "a=active b=active c=active")
+	}
+	// One leaves as it should.
+	if err := b.SetState(ring.Leaving); err != nil {
+		t.Fatal(err)
+	}
+	await(t, a, "a=active b=leaving c=active")
+	b.stop()
+	await(t, a, "a=active c=active")
+	// One vanishes.
+	if err := c.list.Shutdown(); err != nil {
+		t.Fatal(err)
+	}
+	await(t, a, "a=active c=lost")
+}
+
+func TestBadAddress(t *testing.T) {
+	_, err := New(Options{ID: "x", Bind: "nonsense"}, &ring.Live{}, slog.New(slog.DiscardHandler), prometheus.NewRegistry())
+	if err == nil {
+		t.Error("an address without a port was taken")
+	}
+}
