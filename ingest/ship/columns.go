@@ -126,14 +126,10 @@ func appendSection(b []byte, kind byte, refs []uint32, ts, st []int64) []byte {
 		prev = t
 	}
 	if flags&flagStart != 0 {
-		for i, s := range st {
-			d := int64(0)
-			if s != 0 {
-				if d = ts[i] - s; d >= 0 {
-					d++
-				}
-			}
-			b = binary.AppendVarint(b, d)
+		prev = 0
+		for _, s := range st {
+			b = binary.AppendVarint(b, s-prev)
+			prev = s
 		}
 	}
 	return b
@@ -257,15 +253,10 @@ func (r *reader) section(refs []uint32, ts, st []int64) ([]uint32, []int64, []in
 		ts = append(ts, t)
 	}
 	if flags&flagStart != 0 {
-		for i := range n {
-			switch d := r.varint(); {
-			case d == 0:
-				st = append(st, 0)
-			case d > 0:
-				st = append(st, ts[i]-(d-1))
-			default:
-				st = append(st, ts[i]-d)
-			}
+		t = 0
+		for range n {
+			t += r.varint()
+			st = append(st, t)
 		}
 	}
 	return refs, ts, st
