@@ -1,17 +1,21 @@
 // Package codec turns columns of timestamps, integers and floats into bytes and
 // back, in bulk. Every encoding delimits itself, given the number of values,
-// which the caller stores and bounds (MaxLen). Encodings are chosen by
-// estimated size at write time; decoding is loops over slices.
+// which the caller stores. Encodings are chosen by estimated size, from a
+// stretch of the values; decoding is loops over slices.
 //
-// Decoders treat bytes as hostile: errors wrap ErrCorrupt, and what is
-// allocated depends on the number of values asked for, never on the bytes.
+// The base of all is a column of integers (ints.go): constant, or blocks of 256
+// values as differences to a minimum in as many bits as most of them need, with
+// patches for the rest (pack.go); plain or as differences to the value before;
+// less a common divisor; with runs of equal values stored apart. Floats
+// (floats.go) are mapped to integers, as decimals with few digits or by their
+// bits; what doesn't map is an exception. Timestamps (times.go) are a grid and
+// how far each lies off it.
+//
+// Decoders treat bytes as hostile: errors are ErrCorrupt, and what is allocated
+// depends on the number of values asked for, never on the bytes.
 package codec
 
-import (
-	"encoding/binary"
-	"errors"
-	"math"
-)
+import "errors"
 
 // ErrCorrupt says that bytes are no encoding of as many values as were asked for.
 var ErrCorrupt = errors.New("corrupt block data")
@@ -21,60 +25,16 @@ const MaxLen = 1 << 16
 
 // Encoder encodes columns. It keeps scratch memory between calls; the zero
 // value is ready. Not safe for concurrent use.
-type Encoder struct{}
+type Encoder struct {
+	sorted, deltas, values, lens, scaled []int64
+	ints, diff, residuals                []int64
+	exceptions                           []int
+}
 
 // Decoder decodes columns. It keeps scratch memory between calls; the zero
 // value is ready. Not safe for concurrent use.
-type Decoder struct{}
-
-// AppendTimes appends an encoding of timestamps in ascending order.
-func (e *Encoder) AppendTimes(dst []byte, t []int64) []byte { return e.AppendInts(dst, t) }
-
-// Times appends n timestamps to dst and returns the bytes behind them.
-func (d *Decoder) Times(dst []int64, b []byte, n int) (out []int64, rest []byte, err error) {
-	return d.Ints(dst, b, n)
-}
-
-// AppendInts appends an encoding of any integers.
-func (e *Encoder) AppendInts(dst []byte, v []int64) []byte {
-	var prev int64
-	for _, x := range v {
-		dst = binary.AppendVarint(dst, x-prev)
-		prev = x
-	}
-	return dst
-}
-
-// Ints appends n integers to dst and returns the bytes behind them.
-func (d *Decoder) Ints(dst []int64, b []byte, n int) (out []int64, rest []byte, err error) {
-	var x int64
-	for range n {
-		y, k := binary.Varint(b)
-		if k <= 0 {
-			return nil, nil, ErrCorrupt
-		}
-		x += y
-		b = b[k:]
-		dst = append(dst, x)
-	}
-	return dst, b, nil
-}
-
-// AppendFloats appends an encoding of any floats, bit for bit.
-func (e *Encoder) AppendFloats(dst []byte, v []float64) []byte {
-	for _, x := range v {
-		dst = binary.LittleEndian.AppendUint64(dst, math.Float64bits(x))
-	}
-	return dst
-}
-
-// Floats appends n floats to dst and returns the bytes behind them.
-func (d *Decoder) Floats(dst []float64, b []byte, n int) (out []float64, rest []byte, err error) {
-	if len(b)/8 < n {
-		return nil, nil, ErrCorrupt
-	}
-	for i := range n {
-		dst = append(dst, math.Float64frombits(binary.LittleEndian.Uint64(b[i*8:])))
-	}
-	return dst, b[n*8:], nil
+type Decoder struct {
+	values, lens []int64
+	ints64       []int64
+	slack        []byte
 }

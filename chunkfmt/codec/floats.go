@@ -1,0 +1,409 @@
+package codec
+
+import (
+	"encoding/binary"
+	"math"
+	"math/bits"
+)
+
+// A column of floats begins with how they become integers:
+const (
+	floatConst    = 0x20 // all are the same, whose bits follow as a varint with their bytes reversed
+	floatBits     = 0x21 // a column of integers follows: the bits, ordered as the numbers are
+	floatBase     = 0x40 // flag: add the integers of the base column
+	floatExcept   = 0x80 // flag: exceptions follow the column of integers
+	maxDecimals   = 18   // any lower number: a column of integers follows, which are divided by 10 to that power
+	scanDecimals  = 15   // more are not tried
+	decimalSample = 32   // values looked at to find out how many decimals there are
+)
+
+// What an exception is.
+const (
+	exceptBits     = 0 // eight bytes
+	exceptStale    = 1
+	exceptNaN      = 2
+	exceptInf      = 3
+	exceptNegInf   = 4
+	exceptNegZero  = 5
+	exceptFirstBad = 6
+)
+
+const (
+	staleBits   = 0x7ff0000000000002 // value.StaleNaN of Prometheus
+	nanBits     = 0x7ff8000000000001 // value.NormalNaN, which is math.NaN()
+	infBits     = 0x7ff0000000000000
+	negInfBits  = 0xfff0000000000000
+	negZeroBits = 0x8000000000000000
+)
+
+var exceptionBits = [exceptFirstBad]uint64{
+	exceptStale: staleBits, exceptNaN: nanBits, exceptInf: infBits, exceptNegInf: negInfBits, exceptNegZero: negZeroBits,
+}
+
+var powersOf10 = [maxDecimals + 1]float64{
+	1, 1e1, 1e2, 1e3, 1e4, 1e5, 1e6, 1e7, 1e8, 1e9, 1e10, 1e11, 1e12, 1e13, 1e14, 1e15, 1e16, 1e17, 1e18,
+}
+
+// orderedBits maps floats to integers such that greater numbers have greater
+// integers. It is its own inverse but for the types.
+func orderedBits(b uint64) int64 { return int64(b ^ uint64(int64(b)>>63)>>1) }
+
+// AppendFloats appends an encoding of any floats, bit for bit, to dst.
+func (e *Encoder) AppendFloats(dst []byte, v []float64) []byte {
+	dst, _, _ = e.AppendFloatsOn(dst, v, nil)
+	return dst
+}
+
+// AppendFloatsOn is AppendFloats, where the values may be stored as differences
+// to the integers of an earlier column of the same length: bases are those that
+// come into question. It returns the integers of this column for use as a base,
+// nil if it can't be one, valid until the next call; and which of bases was
+// taken, -1 for none.
+func (e *Encoder) AppendFloatsOn(dst []byte, v []float64, bases [][]int64) (out []byte, ints []int64, base int) {
+	if len(v) == 0 {
+		return dst, nil, -1
+	}
+	if first := math.Float64bits(v[0]); allBits(v, first) {
+		dst = binary.AppendUvarint(append(dst, floatConst), bits.ReverseBytes64(first))
+		return dst, nil, -1
+	}
+	head := byte(floatBits)
+	if decimals := decimals(v); decimals >= 0 && e.toDecimals(v, decimals) {
+		head = byte(decimals)
+	} else {
+		e.toBits(v)
+	}
+	column := e.ints
+	base = -1
+	if head == 0 && len(bases) > 0 {
+		base = e.chooseBase(bases)
+		if base >= 0 {
+			column = e.diff[:0]
+			for i, x := range e.ints {
+				column = append(column, x-bases[base][i])
+			}
+			e.diff = column
+			head |= floatBase
+		}
+	}
+	if len(e.exceptions) > 0 {
+		head |= floatExcept
+	}
+	dst = e.AppendInts(append(dst, head), column)
+	if head&floatExcept != 0 {
+		dst = e.appendExceptions(dst, v)
+	}
+	if head&^(floatExcept|floatBase) != 0 {
+		return dst, nil, base
+	}
+	return dst, e.ints, base
+}
+
+func allBits(v []float64, b uint64) bool {
+	for _, x := range v {
+		if math.Float64bits(x) != b {
+			return false
+		}
+	}
+	return true
+}
+
+// special reports whether v is an exception wherever there is not a lot of them.
+func special(v float64) bool {
+	return v-v != 0 || v == 0 && math.Signbit(v)
+}
+
+// decimals is how many decimals the values have, or -1 for too many.
+func decimals(v []float64) int {
+	most, seen, bad := 0, 0, 0
+	step := max(1, len(v)/decimalSample)
+	for i := 0; i < len(v); i += step {
+		x := v[i]
+		if special(x) {
+			continue
+		}
+		seen++
+		k := most
+		for k <= scanDecimals {
+			if _, ok := toDecimal(x, powersOf10[k]); ok {
+				break
+			}
+			k++
+		}
+		if k > scanDecimals {
+			if bad++; bad > decimalSample/8 {
+				return -1
+			}
+			continue
+		}
+		most = k
+	}
+	if seen == 0 || 4*bad > seen {
+		return -1
+	}
+	return most
+}
+
+// toDecimal gives the integer that divided by power is v, bit for bit.
+func toDecimal(v, power float64) (i int64, ok bool) {
+	p := v * power
+	if !(p < 1<<62 && p > -(1<<62)) {
+		return 0, false
+	}
+	i = int64(p + math.Copysign(0.5, p))
+	if power == 1 {
+		i = int64(p)
+	}
+	return i, math.Float64bits(float64(i)/power) == math.Float64bits(v)
+}
+
+// toDecimals fills e.ints and e.exceptions; it reports false if there would be
+// too many exceptions.
+func (e *Encoder) toDecimals(v []float64, decimals int) bool {
+	power := powersOf10[decimals]
+	e.ints, e.exceptions = e.ints[:0], e.exceptions[:0]
+	limit := len(v)/8 + 1
+	for i, x := range v {
+		if decimals == 0 {
+			if k := int64(x); math.Float64bits(float64(k)) == math.Float64bits(x) && k < 1<<62 && k > -(1<<62) {
+				e.ints = append(e.ints, k)
+				continue
+			}
+		} else if k, ok := toDecimal(x, power); ok {
+			e.ints = append(e.ints, k)
+			continue
+		}
+		if len(e.exceptions) == limit {
+			return false
+		}
+		e.except(i)
+	}
+	e.fillFront()
+	return true
+}
+
+// toBits fills e.ints and e.exceptions with all floats that are numbers.
+func (e *Encoder) toBits(v []float64) {
+	e.ints, e.exceptions = e.ints[:0], e.exceptions[:0]
+	limit := len(v)/8 + 1
+	for i, x := range v {
+		if !special(x) {
+			e.ints = append(e.ints, orderedBits(math.Float64bits(x)))
+			continue
+		}
+		if len(e.exceptions) == limit {
+			e.ints, e.exceptions = e.ints[:0], e.exceptions[:0]
+			for _, x := range v {
+				e.ints = append(e.ints, orderedBits(math.Float64bits(x)))
+			}
+			return
+		}
+		e.except(i)
+	}
+	e.fillFront()
+}
+
+// except notes value i as an exception. Its integer goes on as those before do.
+func (e *Encoder) except(i int) {
+	e.exceptions = append(e.exceptions, i)
+	switch {
+	case i > 1:
+		e.ints = append(e.ints, 2*e.ints[i-1]-e.ints[i-2])
+	case i == 1:
+		e.ints = append(e.ints, e.ints[0])
+	default:
+		e.ints = append(e.ints, 0)
+	}
+}
+
+// fillFront gives exceptions at the front the integer of the first that is none.
+func (e *Encoder) fillFront() {
+	k := 0
+	for k < len(e.exceptions) && e.exceptions[k] == k {
+		k++
+	}
+	if k < len(e.ints) {
+		for i := range k {
+			e.ints[i] = e.ints[k]
+		}
+	}
+}
+
+// chooseBase returns the base on which e.ints are likely to be smallest, or -1.
+func (e *Encoder) chooseBase(bases [][]int64) int {
+	s := sample(e.ints)
+	best, least := -1, e.estimate(s)
+	least -= least/8 + 2
+	for k, b := range bases {
+		if len(b) != len(e.ints) {
+			continue
+		}
+		b = sample(b)
+		e.diff = e.diff[:0]
+		for i, x := range s {
+			e.diff = append(e.diff, x-b[i])
+		}
+		if c := e.estimate(e.diff); c < least {
+			best, least = k, c
+		}
+	}
+	return best
+}
+
+// estimate is about what v takes, in bytes.
+func (e *Encoder) estimate(v []int64) int {
+	values, lens := distinct(e.values[:0], e.lens[:0], v)
+	e.values, e.lens = values, lens
+	if len(values) == 1 {
+		return 3
+	}
+	if len(values) > len(v)-len(v)/4 {
+		return e.cost(v)
+	}
+	inner := e.cost(values)
+	return min(e.cost(v), inner+(len(v)+7)/8, inner+e.blocksCost(lens)+4)
+}
+
+func (e *Encoder) appendExceptions(dst []byte, v []float64) []byte {
+	dst = binary.AppendUvarint(dst, uint64(len(e.exceptions)))
+	next := 0
+	for _, i := range e.exceptions {
+		dst = binary.AppendUvarint(dst, uint64(i-next))
+		next = i + 1
+		b := math.Float64bits(v[i])
+		code := byte(exceptBits)
+		for k := byte(1); k < exceptFirstBad; k++ {
+			if exceptionBits[k] == b {
+				code = k
+			}
+		}
+		dst = append(dst, code)
+		if code == exceptBits {
+			dst = binary.LittleEndian.AppendUint64(dst, b)
+		}
+	}
+	return dst
+}
+
+// Floats appends n floats, at most MaxLen, to dst and returns the bytes behind
+// them. A column on a base is refused.
+func (d *Decoder) Floats(dst []float64, b []byte, n int) (out []float64, rest []byte, err error) {
+	return d.FloatsOn(dst, b, n, nil)
+}
+
+// FloatsOn is Floats for a column on a base whose integers are given.
+func (d *Decoder) FloatsOn(dst []float64, b []byte, n int, base []int64) (out []float64, rest []byte, err error) {
+	out, fill, err := grow(dst, n)
+	if err != nil || n == 0 {
+		return out, b, err
+	}
+	if len(b) == 0 {
+		return dst, nil, ErrCorrupt
+	}
+	head := b[0]
+	b = b[1:]
+	if head == floatConst {
+		v, k := binary.Uvarint(b)
+		if k <= 0 {
+			return dst, nil, ErrCorrupt
+		}
+		x := math.Float64frombits(bits.ReverseBytes64(v))
+		for i := range fill {
+			fill[i] = x
+		}
+		return out, b[k:], nil
+	}
+	kind := head &^ (floatExcept | floatBase)
+	if kind > maxDecimals && kind != floatBits || head&floatBase != 0 && (kind != 0 || len(base) != n) {
+		return dst, nil, ErrCorrupt
+	}
+	var ints []int64
+	if d.ints64, ints, err = grow(d.ints64[:0], n); err != nil {
+		return dst, nil, err
+	}
+	if b, err = d.ints(ints, b, levelAny); err != nil {
+		return dst, nil, err
+	}
+	switch {
+	case head&floatBase != 0:
+		base = base[:len(ints)]
+		fill = fill[:len(ints)]
+		for i, x := range ints {
+			fill[i] = float64(x + base[i])
+		}
+	case kind == 0:
+		fill = fill[:len(ints)]
+		for i, x := range ints {
+			fill[i] = float64(x)
+		}
+	case kind == floatBits:
+		fill = fill[:len(ints)]
+		for i, x := range ints {
+			fill[i] = math.Float64frombits(uint64(orderedBits(uint64(x))))
+		}
+	default:
+		power := powersOf10[kind]
+		fill = fill[:len(ints)]
+		for i, x := range ints {
+			fill[i] = float64(x) / power
+		}
+	}
+	if head&floatExcept != 0 {
+		if b, err = exceptions(fill, b); err != nil {
+			return dst, nil, err
+		}
+	}
+	return out, b, nil
+}
+
+// HasBase reports whether the column of floats at the start of b is on a base.
+func HasBase(b []byte) bool { return len(b) > 0 && b[0]&floatBase != 0 }
+
+// BaseInts adds the integers of the column of floats at the start of b to sum,
+// which has as many elements as the column. A column that can't be a base is
+// refused.
+func (d *Decoder) BaseInts(sum []int64, b []byte) error {
+	if len(b) == 0 || b[0]&^(floatExcept|floatBase) != 0 {
+		return ErrCorrupt
+	}
+	var ints []int64
+	var err error
+	if d.ints64, ints, err = grow(d.ints64[:0], len(sum)); err != nil {
+		return err
+	}
+	if _, err = d.ints(ints, b[1:], levelAny); err != nil {
+		return err
+	}
+	for i, x := range ints {
+		sum[i] += x
+	}
+	return nil
+}
+
+func exceptions(v []float64, b []byte) (rest []byte, err error) {
+	count, k := binary.Uvarint(b)
+	if k <= 0 || count > uint64(len(v)) {
+		return nil, ErrCorrupt
+	}
+	b = b[k:]
+	next := uint64(0)
+	for range count {
+		gap, k := binary.Uvarint(b)
+		if k <= 0 || gap >= uint64(len(v)) || next+gap >= uint64(len(v)) || len(b) < k+1 || b[k] >= exceptFirstBad {
+			return nil, ErrCorrupt
+		}
+		x := exceptionBits[b[k]]
+		raw := b[k] == exceptBits
+		b = b[k+1:]
+		if raw {
+			if len(b) < 8 {
+				return nil, ErrCorrupt
+			}
+			x = binary.LittleEndian.Uint64(b)
+			b = b[8:]
+		}
+		v[next+gap] = math.Float64frombits(x)
+		next += gap + 1
+	}
+	return b, nil
+}

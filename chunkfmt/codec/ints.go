@@ -1,0 +1,413 @@
+package codec
+
+import (
+	"encoding/binary"
+	"math/bits"
+)
+
+// A column of integers begins with its form.
+const (
+	formConst  = 0 // a varint: all values
+	formPacked = 1 // blocks of values
+	formDelta  = 2 // a varint: the first value; blocks of differences to the value before
+	formScaled = 3 // a varint o and a uvarint g, then a column q: values are o + g*q
+	formBitmap = 4 // a bit per value, set if it differs from the one before; then a column of distinct values
+	formRuns   = 5 // a uvarint: how many runs; a column of their lengths, a column of their values
+)
+
+// Which forms may hold which: each only those of a lower level, so that
+// decoding ends and every step lowers the number of values or the level.
+const (
+	levelPlain  = iota // const, packed, delta
+	levelScaled        // and scaled
+	levelAny           // and bitmap, runs
+)
+
+// sampleLen is how many consecutive values the choice of a form looks at.
+const sampleLen = 2 * blockLen
+
+// AppendInts appends an encoding of any integers to dst.
+func (e *Encoder) AppendInts(dst []byte, v []int64) []byte {
+	if len(v) == 0 {
+		return dst
+	}
+	changes := 0
+	last := v[0]
+	for _, x := range v {
+		if x != last {
+			changes++
+		}
+		last = x
+	}
+	if changes == 0 {
+		return binary.AppendVarint(append(dst, formConst), v[0])
+	}
+	switch e.chooseExpand(v, changes) {
+	case formBitmap:
+		return e.appendBitmap(dst, v)
+	case formRuns:
+		return e.appendRuns(dst, v)
+	default:
+		return e.appendScaled(dst, v)
+	}
+}
+
+// sample is a stretch from the middle of v.
+func sample(v []int64) []int64 {
+	if len(v) <= sampleLen {
+		return v
+	}
+	from := (len(v) - sampleLen) / 2
+	return v[from : from+sampleLen]
+}
+
+// chooseExpand decides whether to store runs of equal values apart.
+func (e *Encoder) chooseExpand(v []int64, changes int) byte {
+	n := len(v)
+	if changes > n-n/4 {
+		return formPacked
+	}
+	if changes < n/32 {
+		return formRuns
+	}
+	s := sample(v)
+	values, lens := distinct(e.values[:0], e.lens[:0], s)
+	e.values, e.lens = values, lens
+	if len(values) < 2 {
+		return formRuns
+	}
+	direct := e.cost(s)
+	inner := e.cost(values)
+	bitmap, runs := inner+(len(s)+7)/8, inner+e.blocksCost(lens)+4
+	switch {
+	case runs <= bitmap && runs < direct:
+		return formRuns
+	case bitmap < direct:
+		return formBitmap
+	default:
+		return formPacked
+	}
+}
+
+// distinct appends the first value of each run of equal values, and how long it is.
+func distinct(values, lens, v []int64) ([]int64, []int64) {
+	from := 0
+	for i := 1; i <= len(v); i++ {
+		if i == len(v) || v[i] != v[from] {
+			values = append(values, v[from])
+			lens = append(lens, int64(i-from))
+			from = i
+		}
+	}
+	return values, lens
+}
+
+// blocksCost is about what v takes as formPacked, in bytes.
+func (e *Encoder) blocksCost(v []int64) int {
+	cost := 1
+	for len(v) > 0 {
+		k := min(blockLen, len(v))
+		f := e.chooseFrame(v[:k])
+		cost += f.cost + 2 + bits.Len64(uint64(f.min^f.min>>63))/7
+		v = v[k:]
+	}
+	return cost
+}
+
+// cost is about what v takes as formPacked or formDelta, in bytes.
+func (e *Encoder) cost(v []int64) int {
+	c, _ := e.packedOrDelta(v)
+	return c
+}
+
+func (e *Encoder) packedOrDelta(v []int64) (cost int, delta bool) {
+	e.deltas = appendDeltas(e.deltas[:0], v)
+	plain := e.blocksCost(v)
+	diff := e.blocksCost(e.deltas) + 1 + bits.Len64(uint64(v[0]^v[0]>>63))/7
+	if diff < plain {
+		return diff, true
+	}
+	return plain, false
+}
+
+func appendDeltas(dst, v []int64) []int64 {
+	for i := 1; i < len(v); i++ {
+		dst = append(dst, v[i]-v[i-1])
+	}
+	return dst
+}
+
+func (e *Encoder) appendBitmap(dst []byte, v []int64) []byte {
+	dst = append(dst, formBitmap)
+	values := append(e.values[:0], v[0])
+	var word byte
+	for i := range v {
+		if i > 0 && v[i] != v[i-1] {
+			word |= 1 << (i & 7)
+			values = append(values, v[i])
+		}
+		if i&7 == 7 || i == len(v)-1 {
+			dst = append(dst, word)
+			word = 0
+		}
+	}
+	e.values = values
+	return e.appendScaled(dst, values)
+}
+
+func (e *Encoder) appendRuns(dst []byte, v []int64) []byte {
+	values, lens := distinct(e.values[:0], e.lens[:0], v)
+	e.values, e.lens = values, lens
+	dst = binary.AppendUvarint(append(dst, formRuns), uint64(len(values)))
+	dst = e.appendPlain(dst, lens)
+	return e.appendScaled(dst, values)
+}
+
+// appendScaled takes a common divisor out of the differences, if there is one.
+func (e *Encoder) appendScaled(dst []byte, v []int64) []byte {
+	g := commonDivisor(v)
+	if g <= 1 || (bits.Len64(g)-1)*len(v) < 8*(3+bits.Len64(g)/7) {
+		return e.appendPlain(dst, v)
+	}
+	dst = append(dst, formScaled)
+	dst = binary.AppendVarint(dst, v[0])
+	dst = binary.AppendUvarint(dst, g)
+	q := e.scaled[:0]
+	for _, x := range v {
+		q = append(q, (x-v[0])/int64(g))
+	}
+	e.scaled = q
+	return e.appendPlain(dst, q)
+}
+
+// commonDivisor is the largest number below 1<<62 that divides all v[i]-v[0],
+// or 0 or 1 if none is of use.
+func commonDivisor(v []int64) uint64 {
+	var g uint64
+	for _, x := range v[1:] {
+		d := x - v[0]
+		if (x^v[0])&(x^d) < 0 {
+			return 0 // overflow
+		}
+		a := uint64(max(d, -d))
+		if a>>62 != 0 {
+			return 0
+		}
+		switch {
+		case a == 0:
+		case g == 0:
+			g = a
+		case a%g != 0:
+			for a != 0 {
+				g, a = a, g%a
+			}
+		}
+		if g == 1 {
+			return 1
+		}
+	}
+	return g
+}
+
+// appendPlain encodes without looking for runs or divisors.
+func (e *Encoder) appendPlain(dst []byte, v []int64) []byte {
+	_, delta := e.packedOrDelta(sample(v))
+	if !delta {
+		return e.appendBlocks(append(dst, formPacked), v)
+	}
+	dst = binary.AppendVarint(append(dst, formDelta), v[0])
+	e.deltas = appendDeltas(e.deltas[:0], v)
+	return e.appendBlocks(dst, e.deltas)
+}
+
+func (e *Encoder) appendBlocks(dst []byte, v []int64) []byte {
+	for len(v) > 0 {
+		k := min(blockLen, len(v))
+		dst = e.appendBlock(dst, v[:k])
+		v = v[k:]
+	}
+	return dst
+}
+
+// Ints appends n integers, at most MaxLen, to dst and returns the bytes behind
+// them.
+func (d *Decoder) Ints(dst []int64, b []byte, n int) (out []int64, rest []byte, err error) {
+	out, fill, err := grow(dst, n)
+	if err == nil {
+		rest, err = d.ints(fill, b, levelAny)
+	}
+	return out, rest, err
+}
+
+func grow[T any](dst []T, n int) (all, added []T, err error) {
+	if n < 0 || n > MaxLen {
+		return dst, nil, ErrCorrupt
+	}
+	have := len(dst)
+	if cap(dst)-have < n {
+		dst = append(make([]T, 0, have+n), dst...)
+	}
+	dst = dst[:have+n]
+	return dst, dst[have:], nil
+}
+
+// ints fills dst, whose length is at most MaxLen.
+func (d *Decoder) ints(dst []int64, b []byte, level int) (rest []byte, err error) {
+	if len(dst) == 0 {
+		return b, nil
+	}
+	if len(b) == 0 {
+		return nil, ErrCorrupt
+	}
+	form := b[0]
+	b = b[1:]
+	switch {
+	case form == formConst:
+		v, k := binary.Varint(b)
+		if k <= 0 {
+			return nil, ErrCorrupt
+		}
+		for i := range dst {
+			dst[i] = v
+		}
+		return b[k:], nil
+	case form == formPacked:
+		return d.blocks(dst, b)
+	case form == formDelta:
+		v, k := binary.Varint(b)
+		if k <= 0 {
+			return nil, ErrCorrupt
+		}
+		if b, err = d.blocks(dst[1:], b[k:]); err != nil {
+			return nil, err
+		}
+		for i := range dst[1:] {
+			dst[i], v = v, v+dst[i+1]
+		}
+		dst[len(dst)-1] = v
+		return b, nil
+	case form == formScaled && level >= levelScaled:
+		off, k := binary.Varint(b)
+		if k <= 0 {
+			return nil, ErrCorrupt
+		}
+		g, k2 := binary.Uvarint(b[k:])
+		if k2 <= 0 {
+			return nil, ErrCorrupt
+		}
+		if b, err = d.ints(dst, b[k+k2:], levelPlain); err != nil {
+			return nil, err
+		}
+		for i, q := range dst {
+			dst[i] = off + int64(g)*q
+		}
+		return b, nil
+	case form == formBitmap && level >= levelAny:
+		return d.bitmap(dst, b)
+	case form == formRuns && level >= levelAny:
+		return d.runs(dst, b)
+	default:
+		return nil, ErrCorrupt
+	}
+}
+
+func (d *Decoder) blocks(dst []int64, b []byte) (rest []byte, err error) {
+	for len(dst) > 0 {
+		k := min(blockLen, len(dst))
+		if b, err = d.block(dst[:k], b); err != nil {
+			return nil, err
+		}
+		dst = dst[k:]
+	}
+	return b, nil
+}
+
+func (d *Decoder) bitmap(dst []int64, b []byte) (rest []byte, err error) {
+	n := (len(dst) + 7) / 8
+	if len(b) < n || b[0]&1 != 0 {
+		return nil, ErrCorrupt
+	}
+	m := b[:n]
+	if k := len(dst) & 7; k != 0 && m[n-1]>>k != 0 {
+		return nil, ErrCorrupt
+	}
+	ones := 0
+	full := n &^ 7
+	for i := 0; i < full; i += 8 {
+		ones += bits.OnesCount64(binary.LittleEndian.Uint64(m[i:]))
+	}
+	for _, x := range m[full:] {
+		ones += bits.OnesCount8(x)
+	}
+	var values []int64
+	d.values, values, err = grow(d.values[:0], ones+1)
+	if err != nil {
+		return nil, err
+	}
+	if rest, err = d.ints(values, b[n:], levelScaled); err != nil {
+		return nil, err
+	}
+	j := 0
+	for len(dst) >= 8 {
+		x := uint(m[0])
+		m = m[1:]
+		o := (*[8]int64)(dst)
+		j += int(x & 1)
+		o[0] = values[j]
+		j += int(x >> 1 & 1)
+		o[1] = values[j]
+		j += int(x >> 2 & 1)
+		o[2] = values[j]
+		j += int(x >> 3 & 1)
+		o[3] = values[j]
+		j += int(x >> 4 & 1)
+		o[4] = values[j]
+		j += int(x >> 5 & 1)
+		o[5] = values[j]
+		j += int(x >> 6 & 1)
+		o[6] = values[j]
+		j += int(x >> 7 & 1)
+		o[7] = values[j]
+		dst = dst[8:]
+	}
+	for i := range dst {
+		j += int(m[0] >> i & 1)
+		dst[i] = values[j]
+	}
+	return rest, nil
+}
+
+func (d *Decoder) runs(dst []int64, b []byte) (rest []byte, err error) {
+	m, k := binary.Uvarint(b)
+	if k <= 0 || m > uint64(len(dst)) {
+		return nil, ErrCorrupt
+	}
+	var values, lens []int64
+	if d.values, values, err = grow(d.values[:0], int(m)); err != nil {
+		return nil, err
+	}
+	if d.lens, lens, err = grow(d.lens[:0], int(m)); err != nil {
+		return nil, err
+	}
+	if b, err = d.ints(lens, b[k:], levelPlain); err != nil {
+		return nil, err
+	}
+	if b, err = d.ints(values, b, levelScaled); err != nil {
+		return nil, err
+	}
+	for i, l := range lens {
+		if l < 1 || l > int64(len(dst)) {
+			return nil, ErrCorrupt
+		}
+		v := values[i]
+		run := dst[:l]
+		for j := range run {
+			run[j] = v
+		}
+		dst = dst[l:]
+	}
+	if len(dst) > 0 {
+		return nil, ErrCorrupt
+	}
+	return b, nil
+}

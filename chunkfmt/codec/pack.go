@@ -1,0 +1,277 @@
+package codec
+
+import (
+	"encoding/binary"
+	"math/bits"
+	"slices"
+)
+
+//go:generate go run ./internal/genunpack
+
+const (
+	// blockLen is how many values share a minimum and a width.
+	blockLen = 256
+
+	// maxWidth is the widest packing but for whole words of 64 bits: a value
+	// at any bit lies in one load of eight bytes.
+	maxWidth = 57
+
+	wholeWord = 64
+
+	patched = 0x80 // in a block's width: patches follow
+)
+
+// frame is how a block is packed: value - min in width bits each, patches for
+// those that don't fit.
+type frame struct {
+	min     int64
+	width   uint
+	patches int
+	cost    int // bytes, about
+}
+
+func roundWidth(w int) uint {
+	if w > maxWidth {
+		return wholeWord
+	}
+	return uint(w)
+}
+
+func packedLen(n int, width uint) int { return (n + 7) / 8 * int(width) }
+
+// fits reports whether v needs no patch.
+func (f *frame) fits(v int64) bool {
+	return f.width == wholeWord || uint64(v-f.min)>>f.width == 0
+}
+
+// patchCost is about what a patch takes, in bytes, if its value differs from
+// the minimum by a number of so many bits.
+func patchCost(bitLen int) int { return 2 + (bitLen+1)/7 }
+
+// chooseFrame finds the frame of least cost for at most blockLen values.
+func (e *Encoder) chooseFrame(v []int64) frame {
+	lo, hi := v[0], v[0]
+	for _, x := range v[1:] {
+		lo, hi = min(lo, x), max(hi, x)
+	}
+	w0 := bits.Len64(uint64(hi - lo))
+	best := frame{min: lo, width: roundWidth(w0)}
+	best.cost = packedLen(len(v), best.width)
+	if w0 == 0 {
+		return best
+	}
+	// Outliers above: bit lengths from the minimum. Below: from the maximum.
+	var up, down [65]uint16
+	for _, x := range v {
+		up[bits.Len64(uint64(x-lo))]++
+		down[bits.Len64(uint64(hi-x))]++
+	}
+	best.fewer(len(v), w0, &up, lo, 0)
+	best.fewer(len(v), w0, &down, hi, 1)
+	if w0 >= 4 && e.twoSided(v, w0) {
+		e.window(v, w0, &best)
+	}
+	return best
+}
+
+// fewer tries smaller widths with patches for the values of more bits.
+func (f *frame) fewer(n, w0 int, lens *[65]uint16, anchor, down int64) {
+	patches, extra := 0, 1
+	for w := w0 - 1; w >= 0; w-- {
+		k := int(lens[w+1])
+		patches += k
+		extra += k * patchCost(w+1)
+		if patches > n/4+1 {
+			return
+		}
+		if c := packedLen(n, roundWidth(w)) + extra; c < f.cost {
+			*f = frame{min: anchor - down*(1<<uint(w)-1), width: roundWidth(w), patches: patches, cost: c}
+			if f.width == wholeWord {
+				f.min, f.patches = anchor-down*(1<<uint(w)-1), 0
+			}
+		}
+	}
+}
+
+// twoSided guesses from a few values whether the middle ones lie much closer
+// together than the outer ones.
+func (e *Encoder) twoSided(v []int64, w0 int) bool {
+	var s [16]int64
+	k := min(len(v), len(s))
+	for i := range k {
+		s[i] = v[i*len(v)/k]
+	}
+	slices.Sort(s[:k])
+	return bits.Len64(uint64(s[k-1-k/6]-s[k/6]))+1 < w0
+}
+
+// window looks for the best frame that leaves out values at both ends.
+func (e *Encoder) window(v []int64, w0 int, best *frame) {
+	s := append(e.sorted[:0], v...)
+	e.sorted = s
+	slices.Sort(s)
+	for w := min(w0-1, maxWidth-1); w >= 0; w-- {
+		if packedLen(len(s), uint(w)) >= best.cost {
+			continue
+		}
+		most, from := 0, 0
+		for i, j := 0, 0; j < len(s); j++ {
+			for uint64(s[j]-s[i])>>uint(w) != 0 {
+				i++
+			}
+			if j+1-i > most {
+				most, from = j+1-i, i
+			}
+		}
+		if len(s)-most > len(s)/3 {
+			return
+		}
+		extra := 1
+		for _, x := range s[:from] {
+			extra += patchCost(bits.Len64(uint64(s[from] - x)))
+		}
+		for _, x := range s[from+most:] {
+			extra += patchCost(bits.Len64(uint64(x - s[from])))
+		}
+		if c := packedLen(len(s), uint(w)) + extra; c < best.cost {
+			*best = frame{min: s[from], width: uint(w), patches: len(s) - most, cost: c}
+		}
+	}
+}
+
+// appendBlock packs at most blockLen values.
+func (e *Encoder) appendBlock(dst []byte, v []int64) []byte {
+	f := e.chooseFrame(v)
+	patches := 0
+	var at [blockLen]byte
+	for i, x := range v {
+		if !f.fits(x) {
+			at[patches] = byte(i)
+			patches++
+		}
+	}
+	head := byte(f.width)
+	if patches > 0 {
+		head |= patched
+	}
+	dst = append(dst, head)
+	dst = binary.AppendVarint(dst, f.min)
+	dst = pack(dst, v, &f)
+	if patches > 0 {
+		dst = append(dst, byte(patches-1))
+		dst = append(dst, at[:patches]...)
+		for _, i := range at[:patches] {
+			dst = binary.AppendVarint(dst, v[i]-f.min)
+		}
+	}
+	return dst
+}
+
+// pack appends the values, padded with zeros to a whole number of groups of
+// eight. Those that don't fit become zero.
+func pack(dst []byte, v []int64, f *frame) []byte {
+	if f.width == 0 {
+		return dst
+	}
+	n := packedLen(len(v), f.width)
+	if f.width == wholeWord {
+		for _, x := range v {
+			dst = binary.LittleEndian.AppendUint64(dst, uint64(x-f.min))
+		}
+		return append(dst, make([]byte, n-8*len(v))...)
+	}
+	start := len(dst)
+	var word uint64
+	var used uint
+	for _, x := range v {
+		u := uint64(x - f.min)
+		if u>>f.width != 0 {
+			u = 0
+		}
+		word |= u << used
+		if used += f.width; used >= 64 {
+			dst = binary.LittleEndian.AppendUint64(dst, word)
+			used -= 64
+			word = u >> (f.width - used)
+		}
+	}
+	for len(dst)-start < n {
+		dst = append(dst, byte(word))
+		word >>= 8
+	}
+	return dst[:start+n]
+}
+
+// block unpacks len(dst) values, at most blockLen, and returns the bytes behind.
+func (d *Decoder) block(dst []int64, b []byte) ([]byte, error) {
+	if len(b) < 2 {
+		return nil, ErrCorrupt
+	}
+	head := b[0]
+	base, k := binary.Varint(b[1:])
+	if k <= 0 {
+		return nil, ErrCorrupt
+	}
+	b = b[1+k:]
+	width := uint(head &^ patched)
+	n := packedLen(len(dst), width)
+	if len(b) < n || width > maxWidth && width != wholeWord {
+		return nil, ErrCorrupt
+	}
+	switch width {
+	case 0:
+		for i := range dst {
+			dst[i] = base
+		}
+	case wholeWord:
+		for i := range dst {
+			dst[i] = base + int64(binary.LittleEndian.Uint64(b[8*i:]))
+		}
+	default:
+		d.unpackBlock(dst, b, n, width, base)
+	}
+	b = b[n:]
+	if head&patched == 0 {
+		return b, nil
+	}
+	return patch(dst, b, base)
+}
+
+// unpackBlock unpacks the n bytes at the start of b without reading behind its
+// end.
+func (d *Decoder) unpackBlock(dst []int64, b []byte, n int, width uint, base int64) {
+	if len(b) < n+8 {
+		b = append(d.slack[:0], b[:n]...)
+		b = append(b, 0, 0, 0, 0, 0, 0, 0, 0)
+	}
+	whole := len(dst) &^ 7
+	if whole > 0 {
+		unpack(dst[:whole], b, width, base)
+	}
+	if whole < len(dst) {
+		var last [8]int64
+		unpack(last[:], b[n-int(width):], width, base)
+		copy(dst[whole:], last[:])
+	}
+}
+
+func patch(dst []int64, b []byte, base int64) ([]byte, error) {
+	if len(b) < 1 {
+		return nil, ErrCorrupt
+	}
+	count := int(b[0]) + 1
+	if len(b) < 1+2*count {
+		return nil, ErrCorrupt
+	}
+	at := b[1 : 1+count]
+	b = b[1+count:]
+	for _, i := range at {
+		v, k := binary.Varint(b)
+		if k <= 0 || int(i) >= len(dst) {
+			return nil, ErrCorrupt
+		}
+		b = b[k:]
+		dst[i] = base + v
+	}
+	return b, nil
+}
