@@ -21,8 +21,9 @@ const messageBytes = 1 << 20
 // fetcher answers gateways from the head.
 type fetcher struct {
 	fetchpb.UnimplementedFetchServer
-	head     *head.Head
-	requests *prometheus.CounterVec
+	head      *head.Head
+	resending func(tenant string) bool // sources have ranges to send again
+	requests  *prometheus.CounterVec
 }
 
 func newFetcher(h *head.Head, reg prometheus.Registerer) *fetcher {
@@ -46,7 +47,7 @@ func (f *fetcher) Select(req *fetchpb.SelectRequest, ss fetchpb.Fetch_SelectServ
 	if err != nil {
 		return toStatus(err)
 	}
-	if err := ss.Send(&fetchpb.SelectResponse{Header: header(hd)}); err != nil {
+	if err := ss.Send(&fetchpb.SelectResponse{Header: f.header(req.Tenant, hd)}); err != nil {
 		return err
 	}
 	size := 0
@@ -84,7 +85,7 @@ func (f *fetcher) Labels(ctx context.Context, req *fetchpb.LabelsRequest) (*fetc
 	if err != nil {
 		return nil, toStatus(err)
 	}
-	return &fetchpb.LabelsResponse{Header: header(hd), Values: values}, nil
+	return &fetchpb.LabelsResponse{Header: f.header(req.Tenant, hd), Values: values}, nil
 }
 
 func (f *fetcher) Exemplars(_ context.Context, req *fetchpb.ExemplarsRequest) (*fetchpb.ExemplarsResponse, error) {
@@ -98,7 +99,7 @@ func (f *fetcher) Exemplars(_ context.Context, req *fetchpb.ExemplarsRequest) (*
 		sets = append(sets, ms)
 	}
 	found, hd := f.head.Exemplars(req.Tenant, req.Mint, req.Maxt, sets)
-	resp := &fetchpb.ExemplarsResponse{Header: header(hd)}
+	resp := &fetchpb.ExemplarsResponse{Header: f.header(req.Tenant, hd)}
 	for i := range found {
 		resp.Series = append(resp.Series, toExemplars(&found[i]))
 	}
@@ -108,7 +109,7 @@ func (f *fetcher) Exemplars(_ context.Context, req *fetchpb.ExemplarsRequest) (*
 func (f *fetcher) Metadata(_ context.Context, req *fetchpb.MetadataRequest) (*fetchpb.MetadataResponse, error) {
 	f.requests.WithLabelValues("metadata").Inc()
 	found, hd := f.head.Metadata(req.Tenant, req.Metric, int(req.Limit))
-	resp := &fetchpb.MetadataResponse{Header: header(hd)}
+	resp := &fetchpb.MetadataResponse{Header: f.header(req.Tenant, hd)}
 	for _, m := range found {
 		resp.Metadata = append(resp.Metadata, &fetchpb.Metadata{
 			Metric: m.Metric, Type: string(m.Type), Unit: m.Unit, Help: m.Help,
@@ -134,8 +135,8 @@ func (f *fetcher) Stats(_ context.Context, req *fetchpb.StatsRequest) (*fetchpb.
 	}, nil
 }
 
-func header(h fetch.Header) *fetchpb.Header {
-	p := &fetchpb.Header{HasSamples: h.HasSamples, Oldest: h.Oldest, Newest: h.Newest}
+func (f *fetcher) header(tenant string, h fetch.Header) *fetchpb.Header {
+	p := &fetchpb.Header{HasSamples: h.HasSamples, Oldest: h.Oldest, Newest: h.Newest, Resending: f.resending(tenant)}
 	for _, b := range h.Blocks {
 		p.Blocks = append(p.Blocks, b[:])
 	}

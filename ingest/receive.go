@@ -53,6 +53,9 @@ type receiver struct {
 
 	mu       sync.Mutex
 	sessions map[sessionID]*session
+
+	rewindsMu sync.Mutex
+	rewinds   map[string]int // sessions with ranges to send again, by tenant; 0 is left out
 }
 
 // Limits of a tenant. Zero means none.
@@ -208,6 +211,37 @@ func (r *receiver) detach(s *session, st *stream) {
 	}
 }
 
+// beat notes what the source says of itself.
+func (r *receiver) beat(s *session, b *shippb.Heartbeat) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.lag = time.Duration(b.LagMs) * time.Millisecond
+	r.setRewinds(s, b.OpenRewinds)
+}
+
+// setRewinds keeps the count by tenant. The caller holds s.mu.
+func (r *receiver) setRewinds(s *session, n uint32) {
+	before, after := s.rewinds > 0, n > 0
+	s.rewinds = n
+	if before == after {
+		return
+	}
+	r.rewindsMu.Lock()
+	defer r.rewindsMu.Unlock()
+	if after {
+		r.rewinds[s.id.tenant]++
+	} else if r.rewinds[s.id.tenant]--; r.rewinds[s.id.tenant] == 0 {
+		delete(r.rewinds, s.id.tenant)
+	}
+}
+
+// resending says whether a source of the tenant has ranges to send again.
+func (r *receiver) resending(tenant string) bool {
+	r.rewindsMu.Lock()
+	defer r.rewindsMu.Unlock()
+	return r.rewinds[tenant] > 0
+}
+
 // expire forgets sessions without a stream for too long.
 func (r *receiver) expire(now time.Time) {
 	r.mu.Lock()
@@ -215,6 +249,7 @@ func (r *receiver) expire(now time.Time) {
 	for id, s := range r.sessions {
 		s.mu.Lock()
 		if s.stream == nil && now.Sub(s.lastSeen) > sessionTTL {
+			r.setRewinds(s, 0)
 			delete(r.sessions, id)
 		}
 		s.mu.Unlock()
@@ -309,10 +344,7 @@ func (r *receiver) receive(ctx context.Context, ss shippb.Ship_StreamServer, s *
 					return err
 				}
 			case *shippb.ToIngester_Heartbeat:
-				s.mu.Lock()
-				s.lag = time.Duration(m.Heartbeat.LagMs) * time.Millisecond
-				s.rewinds = m.Heartbeat.OpenRewinds
-				s.mu.Unlock()
+				r.beat(s, m.Heartbeat)
 			default:
 				return status.Error(codes.InvalidArgument, "a second hello, or an unknown message")
 			}

@@ -26,6 +26,9 @@ type Header struct {
 	Blocks         []ulid.ULID
 	HasSamples     bool
 	Oldest, Newest int64 // ms since the epoch, of the tenant's samples; valid with HasSamples
+	// Resending: sources of the tenant have ranges to send again, as an ingester
+	// went away. Until they have, fresh samples may be missing.
+	Resending bool
 }
 
 // Series is a series with chunks that may overlap in time.
@@ -216,7 +219,7 @@ func toHeader(p *fetchpb.Header) (Header, error) {
 	if p == nil {
 		return Header{}, fmt.Errorf("%w: no header", errProtocol)
 	}
-	h := Header{HasSamples: p.HasSamples, Oldest: p.Oldest, Newest: p.Newest}
+	h := Header{HasSamples: p.HasSamples, Oldest: p.Oldest, Newest: p.Newest, Resending: p.Resending}
 	for _, b := range p.Blocks {
 		if len(b) != len(ulid.ULID{}) {
 			return h, fmt.Errorf("%w: block id of %d bytes", errProtocol, len(b))

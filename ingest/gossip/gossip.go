@@ -30,7 +30,8 @@ type Options struct {
 	Bind      string   // host:port to listen on, TCP and UDP
 	Advertise string   // host:port that others reach it by; empty: Bind
 	Join      []string // host:port of others; names are resolved at each try
-	// Member is what goes on the ring: the address of the gRPC server, the zone.
+	// Member is what goes on the ring: the address of the gRPC server, the
+	// zone, the process.
 	// A gateway leaves Address empty.
 	Member  ring.Member
 	LostFor time.Duration // how long a vanished member is kept as lost
@@ -58,6 +59,7 @@ type meta struct {
 	Address string     `json:"a,omitempty"`
 	Zone    string     `json:"z,omitempty"`
 	State   ring.State `json:"s,omitempty"`
+	Process string     `json:"p,omitempty"`
 }
 
 const (
@@ -175,7 +177,7 @@ func (g *Gossip) publish() {
 		if p.meta.Address == "" {
 			continue
 		}
-		m := ring.Member{ID: id, Address: p.meta.Address, Zone: p.meta.Zone, State: p.meta.State}
+		m := ring.Member{ID: id, Address: p.meta.Address, Zone: p.meta.Zone, State: p.meta.State, Process: p.meta.Process}
 		if !p.lost.IsZero() {
 			m.State = ring.Lost
 		}
@@ -226,7 +228,7 @@ func (g *Gossip) NodeMeta(limit int) []byte {
 	defer g.mu.Unlock()
 	m := meta{Address: g.opts.Member.Address, Zone: g.opts.Member.Zone}
 	if m.Address != "" {
-		m.State = g.state
+		m.State, m.Process = g.state, g.opts.Member.Process
 	}
 	b, err := json.Marshal(m)
 	if err != nil || len(b) > limit {

@@ -91,7 +91,7 @@ func mergeSeries(a, b []fetch.Series) []fetch.Series {
 		case c > 0:
 			out, b = append(out, b[0]), b[1:]
 		default:
-			out = append(out, fetch.Series{a[0].Labels, append(slices.Clip(a[0].Chunks), b[0].Chunks...)})
+			out = append(out, fetch.Series{Labels: a[0].Labels, Chunks: append(slices.Clip(a[0].Chunks), b[0].Chunks...)})
 			a, b = a[1:], b[1:]
 		}
 	}
@@ -202,7 +202,7 @@ func (h *Head) Metadata(tenant, metric string, limit int) ([]fetch.MetricMetadat
 			break
 		}
 		for _, m := range t.metadata[n] {
-			out = append(out, fetch.MetricMetadata{n, m})
+			out = append(out, fetch.MetricMetadata{Metric: n, Metadata: m})
 		}
 	}
 	return out, hd

@@ -44,6 +44,9 @@ type Member struct {
 	Address string `json:"address"` // host:port of its gRPC server
 	Zone    string `json:"zone,omitempty"`
 	State   State  `json:"state"`
+	// Process is new at each start of the member, so that a list before a
+	// restart and one after differ in version.
+	Process string `json:"process,omitempty"`
 }
 
 // Snapshot is the list of members at one moment, sorted by id. Version is a
@@ -58,7 +61,7 @@ func NewSnapshot(members []Member) Snapshot {
 	slices.SortFunc(members, func(a, b Member) int { return strings.Compare(a.ID, b.ID) })
 	var buf []byte
 	for _, m := range members {
-		for _, s := range []string{m.ID, m.Address, m.Zone, string(m.State)} {
+		for _, s := range []string{m.ID, m.Address, m.Zone, string(m.State), m.Process} {
 			buf = binary.AppendUvarint(buf, uint64(len(s)))
 			buf = append(buf, s...)
 		}

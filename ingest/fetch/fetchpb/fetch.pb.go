@@ -185,10 +185,12 @@ type Header struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Ids of the blocks that generations still readable here went to and whose
 	// rows are written: a reader refreshes its rows until it sees them.
-	Blocks        [][]byte `protobuf:"bytes,1,rep,name=blocks,proto3" json:"blocks,omitempty"`
-	HasSamples    bool     `protobuf:"varint,2,opt,name=has_samples,json=hasSamples,proto3" json:"has_samples,omitempty"`
-	Oldest        int64    `protobuf:"varint,3,opt,name=oldest,proto3" json:"oldest,omitempty"` // ms since the epoch: of all samples of the tenant here
-	Newest        int64    `protobuf:"varint,4,opt,name=newest,proto3" json:"newest,omitempty"`
+	Blocks     [][]byte `protobuf:"bytes,1,rep,name=blocks,proto3" json:"blocks,omitempty"`
+	HasSamples bool     `protobuf:"varint,2,opt,name=has_samples,json=hasSamples,proto3" json:"has_samples,omitempty"`
+	Oldest     int64    `protobuf:"varint,3,opt,name=oldest,proto3" json:"oldest,omitempty"` // ms since the epoch: of all samples of the tenant here
+	Newest     int64    `protobuf:"varint,4,opt,name=newest,proto3" json:"newest,omitempty"`
+	// Sources of the tenant have ranges to send again: an ingester went away.
+	Resending     bool `protobuf:"varint,5,opt,name=resending,proto3" json:"resending,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -249,6 +251,13 @@ func (x *Header) GetNewest() int64 {
 		return x.Newest
 	}
 	return 0
+}
+
+func (x *Header) GetResending() bool {
+	if x != nil {
+		return x.Resending
+	}
+	return false
 }
 
 type SelectRequest struct {
@@ -1284,13 +1293,14 @@ const file_fetch_fetch_proto_rawDesc = "" +
 	"\n" +
 	"NOT_REGEXP\x10\x03\"D\n" +
 	"\bMatchers\x128\n" +
-	"\bmatchers\x18\x01 \x03(\v2\x1c.epimetheus.fetch.v1.MatcherR\bmatchers\"q\n" +
+	"\bmatchers\x18\x01 \x03(\v2\x1c.epimetheus.fetch.v1.MatcherR\bmatchers\"\x8f\x01\n" +
 	"\x06Header\x12\x16\n" +
 	"\x06blocks\x18\x01 \x03(\fR\x06blocks\x12\x1f\n" +
 	"\vhas_samples\x18\x02 \x01(\bR\n" +
 	"hasSamples\x12\x16\n" +
 	"\x06oldest\x18\x03 \x01(\x03R\x06oldest\x12\x16\n" +
-	"\x06newest\x18\x04 \x01(\x03R\x06newest\"\xc0\x01\n" +
+	"\x06newest\x18\x04 \x01(\x03R\x06newest\x12\x1c\n" +
+	"\tresending\x18\x05 \x01(\bR\tresending\"\xc0\x01\n" +
 	"\rSelectRequest\x12\x16\n" +
 	"\x06tenant\x18\x01 \x01(\tR\x06tenant\x12\x12\n" +
 	"\x04mint\x18\x02 \x01(\x03R\x04mint\x12\x12\n" +

@@ -1,0 +1,268 @@
+package ingest
+
+import (
+	"bytes"
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"log/slog"
+	mrand "math/rand/v2"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/oklog/ulid/v2"
+	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/epimetheus-tsdb/epimetheus/chunkfmt"
+	"github.com/epimetheus-tsdb/epimetheus/ingest/head"
+)
+
+// Publish stores a block and makes it visible: object, then rows, then guard.
+// It may be called again with the same id and bytes after an error. When it
+// returns nil the block is durable. (history.History.Publish)
+type Publish func(ctx context.Context, id ulid.ULID, data []byte, summary *chunkfmt.Summary) error
+
+// maxBlockBytes is where a flush goes on in another block.
+const maxBlockBytes = 128 << 20
+
+// block is what part of a generation became.
+type block struct {
+	id      ulid.ULID
+	data    []byte
+	summary *chunkfmt.Summary
+}
+
+// encode turns a frozen generation into blocks: one for all tenants, unless it
+// would pass maxBytes. window is the width of index rows in ms.
+func encode(g *head.Generation, window int64, maxBytes int64, now time.Time) ([]block, error) {
+	var out []block
+	var buf *bytes.Buffer
+	var w *chunkfmt.Writer
+	end := func() error {
+		if w == nil {
+			return nil
+		}
+		sum, err := w.Close()
+		if err != nil {
+			return err
+		}
+		id, err := ulid.New(ulid.Timestamp(now), rand.Reader)
+		if err != nil {
+			return fmt.Errorf("new block id: %w", err)
+		}
+		out = append(out, block{id: id, data: buf.Bytes(), summary: sum})
+		w = nil
+		return nil
+	}
+	for _, tenant := range g.Tenants() {
+		err := g.Walk(tenant, func(s *chunkfmt.Series) error {
+			if w != nil && w.Size() >= maxBytes {
+				if err := end(); err != nil {
+					return err
+				}
+			}
+			if w == nil {
+				buf = &bytes.Buffer{}
+				w = chunkfmt.NewWriter(buf, chunkfmt.WriterOptions{Window: window})
+			}
+			return w.Add(tenant, s)
+		})
+		if err != nil {
+			return nil, fmt.Errorf("tenant %q: %w", tenant, err)
+		}
+	}
+	if err := end(); err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+// flusher rotates the head and publishes what was in it.
+type flusher struct {
+	head       *head.Head
+	publish    Publish
+	flushed    func(generation uint64) // tells sessions
+	interval   time.Duration
+	window     int64 // ms
+	visibility time.Duration
+	logger     *slog.Logger
+	metrics    *flushMetrics
+
+	now  chan struct{} // flush at once; room for one
+	last atomic.Int64  // unix ms of the last flush that worked
+
+	flushing sync.Mutex // held during a flush
+	pending  []*pending // frozen and not published, oldest first
+
+	mu      sync.Mutex
+	waiting []published // until the visibility delay has passed, oldest first
+}
+
+// pending is a frozen generation on its way into blocks.
+type pending struct {
+	g         *head.Generation
+	at        time.Time
+	encoded   bool
+	blocks    []block
+	published int // blocks
+	byTenant  map[string][]ulid.ULID
+	size      int // bytes published
+}
+
+type published struct {
+	g  *head.Generation
+	at time.Time
+}
+
+type flushMetrics struct {
+	duration         prometheus.Histogram
+	samples, bytes   prometheus.Counter
+	blocks, failures prometheus.Counter
+}
+
+func newFlushMetrics(reg prometheus.Registerer) *flushMetrics {
+	m := &flushMetrics{
+		duration: prometheus.NewHistogram(prometheus.HistogramOpts{
+			Name:    "epimetheus_ingester_flush_duration_seconds",
+			Help:    "Time from the rotation of the head to its samples being durable.",
+			Buckets: prometheus.ExponentialBuckets(0.01, 4, 9),
+		}),
+		samples: prometheus.NewCounter(prometheus.CounterOpts{
+			Name: "epimetheus_ingester_flushed_samples_total", Help: "Samples made durable.",
+		}),
+		bytes: prometheus.NewCounter(prometheus.CounterOpts{
+			Name: "epimetheus_ingester_flushed_bytes_total", Help: "Bytes of the blocks made durable.",
+		}),
+		blocks: prometheus.NewCounter(prometheus.CounterOpts{
+			Name: "epimetheus_ingester_flushed_blocks_total", Help: "Blocks made durable.",
+		}),
+		failures: prometheus.NewCounter(prometheus.CounterOpts{
+			Name: "epimetheus_ingester_flush_failures_total", Help: "Attempts to publish a block that failed; they are repeated.",
+		}),
+	}
+	reg.MustRegister(m.duration, m.samples, m.bytes, m.blocks, m.failures)
+	return m
+}
+
+// trigger asks for a flush now.
+func (f *flusher) trigger() {
+	select {
+	case f.now <- struct{}{}:
+	default:
+	}
+}
+
+// run flushes every interval, and when triggered, until ctx ends.
+func (f *flusher) run(ctx context.Context) error {
+	for {
+		// Spread the ingesters' flushes a little.
+		timer := time.NewTimer(f.interval - f.interval/20 + mrand.N(f.interval/10+1))
+		select {
+		case <-ctx.Done():
+			timer.Stop()
+			return nil
+		case <-timer.C:
+		case <-f.now:
+			timer.Stop()
+		}
+		if err := f.flush(ctx); err != nil && ctx.Err() == nil {
+			return err
+		}
+	}
+}
+
+// flush makes durable all that Append has returned for, generation after
+// generation. It tries until it works or ctx ends; what is left then, the next
+// call begins with.
+func (f *flusher) flush(ctx context.Context) error {
+	f.flushing.Lock()
+	defer f.flushing.Unlock()
+	f.pending = append(f.pending, &pending{g: f.head.Rotate(), at: time.Now()})
+	for len(f.pending) > 0 {
+		if err := f.flushOne(ctx, f.pending[0]); err != nil {
+			return fmt.Errorf("generation %d: %w", f.pending[0].g.ID(), err)
+		}
+		f.pending = f.pending[1:]
+	}
+	return nil
+}
+
+func (f *flusher) flushOne(ctx context.Context, p *pending) error {
+	if !p.encoded {
+		var err error
+		if p.blocks, err = encode(p.g, f.window, maxBlockBytes, p.at); err != nil {
+			// A bug: nothing outside could bring a generation into such a state.
+			return fmt.Errorf("encode: %w", err)
+		}
+		p.encoded, p.byTenant = true, map[string][]ulid.ULID{}
+	}
+	for p.published < len(p.blocks) {
+		b := &p.blocks[p.published]
+		if err := f.publishOne(ctx, b); err != nil {
+			return err
+		}
+		for _, t := range b.summary.Tenants {
+			p.byTenant[t.Tenant] = append(p.byTenant[t.Tenant], b.id)
+		}
+		p.size += len(b.data)
+		b.data = nil
+		p.published++
+	}
+	f.head.Published(p.g, p.byTenant)
+	f.mu.Lock()
+	f.waiting = append(f.waiting, published{p.g, time.Now()})
+	f.mu.Unlock()
+	f.flushed(p.g.ID())
+	f.last.Store(time.Now().UnixMilli())
+	f.metrics.duration.Observe(time.Since(p.at).Seconds())
+	f.metrics.samples.Add(float64(p.g.Samples()))
+	f.metrics.bytes.Add(float64(p.size))
+	f.metrics.blocks.Add(float64(len(p.blocks)))
+	if len(p.blocks) > 0 {
+		f.logger.Info("flushed", "generation", p.g.ID(), "tenants", len(p.byTenant), "samples", p.g.Samples(),
+			"blocks", len(p.blocks), "size_bytes", p.size, "duration", time.Since(p.at))
+	}
+	return nil
+}
+
+// publishOne tries with jittered, growing pauses until it works or ctx ends.
+func (f *flusher) publishOne(ctx context.Context, b *block) error {
+	pause := 200 * time.Millisecond
+	for try := 1; ; try++ {
+		err := f.publish(ctx, b.id, b.data, b.summary)
+		if err == nil {
+			return nil
+		}
+		f.metrics.failures.Inc()
+		if ctx.Err() != nil {
+			return errors.Join(context.Cause(ctx), err)
+		}
+		if try == 1 || try%20 == 0 {
+			f.logger.Warn("block not published, trying on: nothing is lost, but memory fills up meanwhile",
+				"block", b.id, "size_bytes", len(b.data), "attempt", try, "err", err)
+		}
+		select {
+		case <-ctx.Done():
+			return errors.Join(context.Cause(ctx), err)
+		case <-time.After(pause/2 + mrand.N(pause)):
+		}
+		pause = min(2*pause, 10*time.Second)
+	}
+}
+
+// drop lets go of generations that every reader finds in blocks by now.
+func (f *flusher) drop(now time.Time) {
+	f.mu.Lock()
+	n := 0
+	for n < len(f.waiting) && now.Sub(f.waiting[n].at) >= f.visibility {
+		n++
+	}
+	gone := f.waiting[:n:n]
+	f.waiting = f.waiting[n:]
+	f.mu.Unlock()
+	for _, p := range gone {
+		f.head.Drop(p.g)
+	}
+}
