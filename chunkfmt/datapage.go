@@ -45,8 +45,12 @@ const (
 	// more than one sample.
 	maxChunkBuckets = 1 << 20
 
-	kindMask = 0x0f
-	chunkST  = 0x10 // start timestamps precede the values
+	kindMask  = 0x0f
+	chunkST   = 0x10 // start timestamps precede the values
+	chunkBase = 0x20 // the body begins with how far before it in the table the chunk lies that it is based on
+
+	// maxBases is how many chunks may have to be decoded for one.
+	maxBases = 16
 )
 
 // DataPage is a parsed page of chunks. Its methods keep scratch memory in it:
@@ -55,6 +59,12 @@ type DataPage struct {
 	times  []timesColumn
 	chunks []pageChunk
 	dec    codec.Decoder
+
+	// The integers of lastChunk, the last decoded that was on a base, -1 for
+	// none: most often they are the base of the next.
+	lastInts  []int64
+	lastChunk int
+	chain     []int
 }
 
 type timesColumn struct {
@@ -65,6 +75,7 @@ type timesColumn struct {
 type pageChunk struct {
 	kind  byte
 	times uint32
+	base  uint32 // distance to the chunk it is based on, 0 for none
 	b     []byte
 }
 
@@ -79,7 +90,7 @@ func ParseDataPage(b []byte) (*DataPage, error) {
 	if err != nil {
 		return nil, fmt.Errorf("data page: %w", err)
 	}
-	p := &DataPage{}
+	p := &DataPage{lastChunk: -1}
 	c := cursor{b: body}
 	p.times = make([]timesColumn, c.count(2))
 	sizes := make([]uint64, 0, 2*len(p.times))
@@ -108,8 +119,19 @@ func ParseDataPage(b []byte) (*DataPage, error) {
 		column := c.bytes(int(n))
 		if i < len(p.times) {
 			p.times[i].b = column
-		} else {
-			p.chunks[i-len(p.times)].b = column
+			continue
+		}
+		i -= len(p.times)
+		k := &p.chunks[i]
+		k.b = column
+		if k.kind&chunkBase != 0 {
+			b := cursor{b: column}
+			k.base = uint32(b.bounded("base", uint64(i)))
+			k.b = b.b
+			if b.err != nil || k.base == 0 || k.kind != byte(KindFloat)|chunkBase && k.kind != byte(KindFloat)|chunkBase|chunkST || p.chunks[i-int(k.base)].times != k.times {
+				c.fail("chunk %d has a base %d before it", i, k.base)
+				break
+			}
 		}
 	}
 	if err := c.end(); err != nil {
@@ -119,7 +141,9 @@ func ParseDataPage(b []byte) (*DataPage, error) {
 }
 
 // Clone returns a page over the same bytes, for use by another goroutine.
-func (p *DataPage) Clone() *DataPage { return &DataPage{times: p.times, chunks: p.chunks} }
+func (p *DataPage) Clone() *DataPage {
+	return &DataPage{times: p.times, chunks: p.chunks, lastChunk: -1}
+}
 
 // Len is the number of chunks in the page.
 func (p *DataPage) Len() int { return len(p.chunks) }
@@ -147,7 +171,7 @@ func (p *DataPage) open(i int, kind Kind, t, st []int64) (outT, outST []int64, r
 		return nil, nil, nil, 0, corrupt("chunk %d is no %s chunk", i, kind)
 	}
 	k := &p.chunks[i]
-	if k.kind&^(kindMask|chunkST) != 0 {
+	if k.kind&^(kindMask|chunkST|chunkBase) != 0 {
 		return nil, nil, nil, 0, corrupt("chunk %d has flags %#x", i, k.kind)
 	}
 	times := &p.times[k.times]
@@ -179,7 +203,14 @@ func (p *DataPage) Floats(i int, dst *Floats) error {
 	if err != nil {
 		return fmt.Errorf("chunk %d: %w", i, err)
 	}
-	v, rest, err := p.dec.Floats(dst.V, b, n)
+	base, err := p.base(i, n)
+	if err != nil {
+		return fmt.Errorf("chunk %d: %w", i, err)
+	}
+	v, rest, err := p.dec.FloatsOn(dst.V, b, n, base)
+	if err == nil && base != nil {
+		p.lastChunk = i // whose integers base now holds
+	}
 	if err == nil && len(rest) > 0 {
 		err = corrupt("%d bytes behind values", len(rest))
 	}
@@ -188,6 +219,44 @@ func (p *DataPage) Floats(i int, dst *Floats) error {
 	}
 	dst.T, dst.ST, dst.V = t, st, v
 	return nil
+}
+
+// base returns the integers of the chunk that chunk i is based on, or nil.
+func (p *DataPage) base(i, n int) ([]int64, error) {
+	if p.chunks[i].base == 0 {
+		return nil, nil
+	}
+	p.chain = p.chain[:0]
+	for p.chunks[i].base != 0 {
+		i -= int(p.chunks[i].base)
+		if i == p.lastChunk {
+			break
+		}
+		if p.chain = append(p.chain, i); len(p.chain) > maxBases {
+			return nil, corrupt("chunk based on more than %d others", maxBases)
+		}
+	}
+	if i != p.lastChunk {
+		p.lastInts = slices.Grow(p.lastInts[:0], n)[:n]
+		clear(p.lastInts)
+	}
+	p.lastChunk = -1 // until the caller has what it wants
+	for _, j := range slices.Backward(p.chain) {
+		b := p.chunks[j].b
+		if p.Kind(j) != KindFloat {
+			return nil, corrupt("chunk %d is a base and no float chunk", j)
+		}
+		if p.chunks[j].kind&chunkST != 0 {
+			var err error
+			if _, b, err = p.dec.Ints(nil, b, n); err != nil {
+				return nil, err
+			}
+		}
+		if err := p.dec.BaseInts(p.lastInts, b); err != nil {
+			return nil, err
+		}
+	}
+	return p.lastInts, nil
 }
 
 // Histograms appends the samples of chunk i to dst. Histograms of one chunk may
@@ -266,85 +335,4 @@ func appendExemplars(dst []byte, es []exemplar.Exemplar) []byte {
 		})
 	}
 	return dst
-}
-
-// pageBuilder collects the chunks of one data page.
-type pageBuilder struct {
-	enc    codec.Encoder
-	times  []builtTimes
-	known  map[uint64][]int // hash of timestamps → candidates in times
-	heads  []byte           // table of chunks
-	chunks int
-	bodies []byte
-	buf    []byte
-}
-
-type builtTimes struct {
-	t []int64
-	b []byte
-}
-
-// size is about how large the page is so far, in bytes.
-func (p *pageBuilder) size() int {
-	n := len(p.heads) + len(p.bodies)
-	for i := range p.times {
-		n += len(p.times[i].b) + 4
-	}
-	return n
-}
-
-// timestamps returns the index of the column t, which is stored once.
-func (p *pageBuilder) timestamps(t []int64) int {
-	h := uint64(len(t))
-	if len(t) > 0 {
-		for _, x := range []int64{t[0], t[len(t)/2], t[len(t)-1]} {
-			h = (h ^ uint64(x)) * 0x9e3779b97f4a7c15
-		}
-	}
-	for _, i := range p.known[h] {
-		if slices.Equal(p.times[i].t, t) {
-			return i
-		}
-	}
-	if p.known == nil {
-		p.known = map[uint64][]int{}
-	}
-	i := len(p.times)
-	p.known[h] = append(p.known[h], i)
-	p.times = append(p.times, builtTimes{t: slices.Clone(t), b: p.enc.AppendTimes(nil, t)})
-	return i
-}
-
-// add appends a chunk; values appends its encoded values.
-func (p *pageBuilder) add(kind Kind, t, st []int64, values func(dst []byte) []byte) {
-	head, start := byte(kind), len(p.bodies)
-	if st != nil {
-		head |= chunkST
-		p.bodies = p.enc.AppendInts(p.bodies, st)
-	}
-	p.bodies = values(p.bodies)
-	p.heads = append(p.heads, head)
-	p.heads = binary.AppendUvarint(p.heads, uint64(p.timestamps(t)))
-	p.heads = binary.AppendUvarint(p.heads, uint64(len(p.bodies)-start))
-	p.chunks++
-}
-
-// appendTo appends the page to dst and makes p ready for the next.
-func (p *pageBuilder) appendTo(dst []byte, typ pageType) []byte {
-	b := binary.AppendUvarint(p.buf[:0], uint64(len(p.times)))
-	for i := range p.times {
-		b = binary.AppendUvarint(b, uint64(len(p.times[i].t)))
-		b = binary.AppendUvarint(b, uint64(len(p.times[i].b)))
-	}
-	b = binary.AppendUvarint(b, uint64(p.chunks))
-	b = append(b, p.heads...)
-	for i := range p.times {
-		b = append(b, p.times[i].b...)
-	}
-	b = append(b, p.bodies...)
-	p.buf = b
-	clear(p.times)
-	p.times, p.heads, p.bodies, p.chunks = p.times[:0], p.heads[:0], p.bodies[:0], 0
-	clear(p.known)
-	return appendPage(dst, typ, b, typ == pageExemplars)
 }

@@ -64,6 +64,7 @@ type Writer struct {
 	// Of the series page being filled.
 	series    *seriesBuilder
 	data      pageBuilder
+	classic   classic
 	exemplars pageBuilder
 	exPages   [][]byte // that follow the data pages
 	buf       []byte
@@ -201,6 +202,7 @@ func validColumns(what string, t, st []int64, values int) error {
 func (w *Writer) addChunks(s *Series) {
 	b := w.series
 	before := b.chunks.total
+	w.classic.set(w.metric, s.Labels)
 	cut := func(kind Kind, t, st []int64, i, j int, values func(dst []byte) []byte) {
 		if st != nil {
 			st = st[i:j]
@@ -208,7 +210,11 @@ func (w *Writer) addChunks(s *Series) {
 				st = nil
 			}
 		}
-		w.data.add(kind, t[i:j], st, values)
+		if kind == KindFloat {
+			w.data.addFloats(&w.classic, t[i:j], st, s.Floats.V[i:j])
+		} else {
+			w.data.add(kind, t[i:j], st, values)
+		}
 		b.chunks.add(kind, Range{t[i], t[j-1]}, j-i)
 		b.samples += uint64(j - i)
 		w.tenant.Samples += uint64(j - i)
@@ -219,9 +225,7 @@ func (w *Writer) addChunks(s *Series) {
 	}
 	for i, j := 0, 0; i < len(s.Floats.T); i = j {
 		j = min(i+w.o.ChunkSamples, len(s.Floats.T))
-		cut(KindFloat, s.Floats.T, s.Floats.ST, i, j, func(dst []byte) []byte {
-			return w.data.enc.AppendFloats(dst, s.Floats.V[i:j])
-		})
+		cut(KindFloat, s.Floats.T, s.Floats.ST, i, j, nil)
 	}
 	for i, j := 0, 0; i < len(s.Histograms.T); i = j {
 		j = w.cutHistograms(i, len(s.Histograms.T), func(k int) int {

@@ -13,7 +13,7 @@ const (
 	floatBase     = 0x40 // flag: add the integers of the base column
 	floatExcept   = 0x80 // flag: exceptions follow the column of integers
 	maxDecimals   = 18   // any lower number: a column of integers follows, which are divided by 10 to that power
-	scanDecimals  = 15   // more are not tried
+	scanDecimals  = 14   // more are not tried
 	decimalSample = 32   // values looked at to find out how many decimals there are
 )
 
@@ -146,14 +146,16 @@ func decimals(v []float64) int {
 
 // toDecimal gives the integer that divided by power is v, bit for bit.
 func toDecimal(v, power float64) (i int64, ok bool) {
+	if power == 1 {
+		i = int64(v)
+		return i, math.Float64bits(float64(i)) == math.Float64bits(v) && i < 1<<62 && i > -(1<<62)
+	}
 	p := v * power
-	if !(p < 1<<62 && p > -(1<<62)) {
+	// More than 15 digits: any float is such a decimal, or nearly so.
+	if !(p < 1e15 && p > -1e15) {
 		return 0, false
 	}
 	i = int64(p + math.Copysign(0.5, p))
-	if power == 1 {
-		i = int64(p)
-	}
 	return i, math.Float64bits(float64(i)/power) == math.Float64bits(v)
 }
 
@@ -164,12 +166,7 @@ func (e *Encoder) toDecimals(v []float64, decimals int) bool {
 	e.ints, e.exceptions = e.ints[:0], e.exceptions[:0]
 	limit := len(v)/8 + 1
 	for i, x := range v {
-		if decimals == 0 {
-			if k := int64(x); math.Float64bits(float64(k)) == math.Float64bits(x) && k < 1<<62 && k > -(1<<62) {
-				e.ints = append(e.ints, k)
-				continue
-			}
-		} else if k, ok := toDecimal(x, power); ok {
+		if k, ok := toDecimal(x, power); ok {
 			e.ints = append(e.ints, k)
 			continue
 		}
@@ -185,34 +182,32 @@ func (e *Encoder) toDecimals(v []float64, decimals int) bool {
 // toBits fills e.ints and e.exceptions with all floats that are numbers.
 func (e *Encoder) toBits(v []float64) {
 	e.ints, e.exceptions = e.ints[:0], e.exceptions[:0]
-	limit := len(v)/8 + 1
 	for i, x := range v {
-		if !special(x) {
+		if special(x) {
+			e.except(i)
+		} else {
 			e.ints = append(e.ints, orderedBits(math.Float64bits(x)))
-			continue
 		}
-		if len(e.exceptions) == limit {
-			e.ints, e.exceptions = e.ints[:0], e.exceptions[:0]
-			for _, x := range v {
-				e.ints = append(e.ints, orderedBits(math.Float64bits(x)))
-			}
-			return
-		}
-		e.except(i)
 	}
 	e.fillFront()
 }
 
-// except notes value i as an exception. Its integer goes on as those before do.
+// except notes value i as an exception. Its integer is that of the value before,
+// or on the line of those before where they rise or fall steadily.
 func (e *Encoder) except(i int) {
 	e.exceptions = append(e.exceptions, i)
 	switch {
-	case i > 1:
-		e.ints = append(e.ints, 2*e.ints[i-1]-e.ints[i-2])
-	case i == 1:
-		e.ints = append(e.ints, e.ints[0])
-	default:
+	case i == 0:
 		e.ints = append(e.ints, 0)
+	case i > 2:
+		d, before := e.ints[i-1]-e.ints[i-2], e.ints[i-2]-e.ints[i-3]
+		if d^before >= 0 {
+			e.ints = append(e.ints, e.ints[i-1]+d)
+			return
+		}
+		fallthrough
+	default:
+		e.ints = append(e.ints, e.ints[i-1])
 	}
 }
 
@@ -265,24 +260,29 @@ func (e *Encoder) estimate(v []int64) int {
 }
 
 func (e *Encoder) appendExceptions(dst []byte, v []float64) []byte {
-	dst = binary.AppendUvarint(dst, uint64(len(e.exceptions)))
+	gaps, codes := e.values[:0], e.lens[:0]
+	var raw []byte
 	next := 0
 	for _, i := range e.exceptions {
-		dst = binary.AppendUvarint(dst, uint64(i-next))
+		gaps = append(gaps, int64(i-next))
 		next = i + 1
 		b := math.Float64bits(v[i])
-		code := byte(exceptBits)
-		for k := byte(1); k < exceptFirstBad; k++ {
-			if exceptionBits[k] == b {
-				code = k
+		code := int64(exceptBits)
+		for k := range exceptionBits {
+			if k > 0 && exceptionBits[k] == b {
+				code = int64(k)
 			}
 		}
-		dst = append(dst, code)
+		codes = append(codes, code)
 		if code == exceptBits {
-			dst = binary.LittleEndian.AppendUint64(dst, b)
+			raw = binary.LittleEndian.AppendUint64(raw, b)
 		}
 	}
-	return dst
+	e.values, e.lens = gaps, codes
+	dst = binary.AppendUvarint(dst, uint64(len(gaps)))
+	dst = e.appendPlain(dst, gaps)
+	dst = e.appendPlain(dst, codes)
+	return append(dst, raw...)
 }
 
 // Floats appends n floats, at most MaxLen, to dst and returns the bytes behind
@@ -291,7 +291,8 @@ func (d *Decoder) Floats(dst []float64, b []byte, n int) (out []float64, rest []
 	return d.FloatsOn(dst, b, n, nil)
 }
 
-// FloatsOn is Floats for a column on a base whose integers are given.
+// FloatsOn is Floats for a column on a base whose integers are given. They become
+// those of this column, for use as a base in turn.
 func (d *Decoder) FloatsOn(dst []float64, b []byte, n int, base []int64) (out []float64, rest []byte, err error) {
 	out, fill, err := grow(dst, n)
 	if err != nil || n == 0 {
@@ -302,6 +303,9 @@ func (d *Decoder) FloatsOn(dst []float64, b []byte, n int, base []int64) (out []
 	}
 	head := b[0]
 	b = b[1:]
+	if base != nil && head&floatBase == 0 {
+		return dst, nil, ErrCorrupt
+	}
 	if head == floatConst {
 		v, k := binary.Uvarint(b)
 		if k <= 0 {
@@ -329,7 +333,9 @@ func (d *Decoder) FloatsOn(dst []float64, b []byte, n int, base []int64) (out []
 		base = base[:len(ints)]
 		fill = fill[:len(ints)]
 		for i, x := range ints {
-			fill[i] = float64(x + base[i])
+			x += base[i]
+			base[i] = x
+			fill[i] = float64(x)
 		}
 	case kind == 0:
 		fill = fill[:len(ints)]
@@ -349,7 +355,7 @@ func (d *Decoder) FloatsOn(dst []float64, b []byte, n int, base []int64) (out []
 		}
 	}
 	if head&floatExcept != 0 {
-		if b, err = exceptions(fill, b); err != nil {
+		if b, err = d.exceptions(fill, b); err != nil {
 			return dst, nil, err
 		}
 	}
@@ -380,30 +386,37 @@ func (d *Decoder) BaseInts(sum []int64, b []byte) error {
 	return nil
 }
 
-func exceptions(v []float64, b []byte) (rest []byte, err error) {
+// exceptions overwrites the exceptions in v.
+func (d *Decoder) exceptions(v []float64, b []byte) (rest []byte, err error) {
 	count, k := binary.Uvarint(b)
 	if k <= 0 || count > uint64(len(v)) {
 		return nil, ErrCorrupt
 	}
-	b = b[k:]
-	next := uint64(0)
-	for range count {
-		gap, k := binary.Uvarint(b)
-		if k <= 0 || gap >= uint64(len(v)) || next+gap >= uint64(len(v)) || len(b) < k+1 || b[k] >= exceptFirstBad {
+	var gaps, codes []int64
+	if d.values, gaps, err = grow(d.values[:0], int(count)); err != nil {
+		return nil, err
+	}
+	if d.lens, codes, err = grow(d.lens[:0], int(count)); err != nil {
+		return nil, err
+	}
+	if b, err = d.ints(gaps, b[k:], levelPlain); err != nil {
+		return nil, err
+	}
+	if b, err = d.ints(codes, b, levelPlain); err != nil {
+		return nil, err
+	}
+	for i, gap := range gaps {
+		code := codes[i]
+		if uint64(gap) >= uint64(len(v)) || code < 0 || code >= exceptFirstBad || code == exceptBits && len(b) < 8 {
 			return nil, ErrCorrupt
 		}
-		x := exceptionBits[b[k]]
-		raw := b[k] == exceptBits
-		b = b[k+1:]
-		if raw {
-			if len(b) < 8 {
-				return nil, ErrCorrupt
-			}
+		x := exceptionBits[code]
+		if code == exceptBits {
 			x = binary.LittleEndian.Uint64(b)
 			b = b[8:]
 		}
-		v[next+gap] = math.Float64frombits(x)
-		next += gap + 1
+		v[gap] = math.Float64frombits(x)
+		v = v[gap+1:]
 	}
 	return b, nil
 }
