@@ -1,0 +1,202 @@
+package merge
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/prometheus/model/labels"
+	"github.com/prometheus/prometheus/util/annotations"
+	"google.golang.org/grpc"
+
+	"github.com/epimetheus-tsdb/epimetheus/chunkfmt"
+	"github.com/epimetheus-tsdb/epimetheus/ingest/fetch"
+	"github.com/epimetheus-tsdb/epimetheus/ingest/fetch/fetchpb"
+	"github.com/epimetheus-tsdb/epimetheus/ingest/ring"
+)
+
+// headTimeout bounds one request to an ingester: a query is not held up by one
+// that hangs.
+const headTimeout = 15 * time.Second
+
+// maxAnswer bounds a message of an ingester, in bytes.
+const maxAnswer = 64 << 20
+
+// Heads asks the ingesters of the ring. Close it after use.
+type Heads struct {
+	live    *ring.Live
+	dial    []grpc.DialOption
+	logger  *slog.Logger
+	failed  prometheus.Counter
+	seconds prometheus.Histogram
+
+	mu    sync.Mutex
+	conns map[string]*grpc.ClientConn // by address
+}
+
+// NewHeads uses dial for each connection: transport security goes there.
+func NewHeads(live *ring.Live, logger *slog.Logger, reg prometheus.Registerer, dial ...grpc.DialOption) *Heads {
+	h := &Heads{
+		live: live, dial: append(dial, grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxAnswer))),
+		logger: logger, conns: map[string]*grpc.ClientConn{},
+		failed: prometheus.NewCounter(prometheus.CounterOpts{
+			Name: "epimetheus_gateway_head_failures_total",
+			Help: "Requests to ingesters that failed; the answers carried a warning.",
+		}),
+		seconds: prometheus.NewHistogram(prometheus.HistogramOpts{
+			Name: "epimetheus_gateway_head_request_duration_seconds", Help: "Time that requests to ingesters took.",
+			Buckets: prometheus.ExponentialBuckets(0.0005, 4, 9),
+		}),
+	}
+	reg.MustRegister(h.failed, h.seconds)
+	return h
+}
+
+// Close closes the connections.
+func (h *Heads) Close() error {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	var errs []error
+	for _, c := range h.conns {
+		errs = append(errs, c.Close())
+	}
+	h.conns = map[string]*grpc.ClientConn{}
+	return errors.Join(errs...)
+}
+
+// client gives the client for an address, and closes connections to addresses
+// that are no longer on the ring.
+func (h *Heads) client(address string, members []ring.Member) (*fetch.Client, error) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	for a, c := range h.conns {
+		if !slices.ContainsFunc(members, func(m ring.Member) bool { return m.Address == a }) {
+			if err := c.Close(); err != nil {
+				h.logger.Warn("connection not closed", "addr", a, "err", err)
+			}
+			delete(h.conns, a)
+		}
+	}
+	c := h.conns[address]
+	if c == nil {
+		var err error
+		if c, err = grpc.NewClient(address, h.dial...); err != nil {
+			return nil, err
+		}
+		h.conns[address] = c
+	}
+	return fetch.NewClient(c), nil
+}
+
+// answer is what one ingester said.
+type answer[T any] struct {
+	value  T
+	header fetch.Header
+}
+
+// ask asks all ingesters at once. Those that don't answer, or that vanished,
+// make warnings. ring is the ring that was asked.
+func ask[T any](ctx context.Context, h *Heads, fn func(context.Context, *fetch.Client) (T, fetch.Header, error)) (_ []answer[T], _ *ring.Ring, warnings annotations.Annotations, _ error) {
+	r := h.live.Ring()
+	members := r.Snapshot().Members
+	var mu sync.Mutex
+	var wg sync.WaitGroup
+	var out []answer[T]
+	warn := func(err error) {
+		mu.Lock()
+		defer mu.Unlock()
+		warnings.Add(err)
+	}
+	for _, m := range members {
+		switch m.State {
+		case ring.Left:
+			continue
+		case ring.Lost:
+			warn(fmt.Errorf("ingester %s vanished: its fresh samples are being sent again, some may be missing", m.ID))
+			continue
+		}
+		wg.Go(func() {
+			ctx, cancel := context.WithTimeout(ctx, headTimeout)
+			defer cancel()
+			start := time.Now()
+			c, err := h.client(m.Address, members)
+			var v T
+			var hd fetch.Header
+			if err == nil {
+				v, hd, err = fn(ctx, c)
+			}
+			h.seconds.Observe(time.Since(start).Seconds())
+			if err != nil {
+				h.failed.Inc()
+				warn(fmt.Errorf("ingester %s did not answer, fresh samples may be missing: %w", m.ID, err))
+				return
+			}
+			if hd.Resending {
+				warn(errors.New("samples of an ingester that went away are being sent again, some may be missing"))
+			}
+			mu.Lock()
+			defer mu.Unlock()
+			out = append(out, answer[T]{v, hd})
+		})
+	}
+	wg.Wait()
+	if ctx.Err() != nil {
+		return nil, r, nil, context.Cause(ctx)
+	}
+	return out, r, warnings, nil
+}
+
+// Metadata gives what the heads know of a metric's metadata, or of all if metric
+// is empty, sorted by metric, each entry once.
+func (h *Heads) Metadata(ctx context.Context, tenant, metric string, limit int) ([]fetch.MetricMetadata, annotations.Annotations, error) {
+	as, _, warnings, err := ask(ctx, h, func(ctx context.Context, c *fetch.Client) ([]fetch.MetricMetadata, fetch.Header, error) {
+		return c.Metadata(ctx, tenant, metric, limit)
+	})
+	if err != nil {
+		return nil, nil, err
+	}
+	var out []fetch.MetricMetadata
+	for _, a := range as {
+		out = append(out, a.value...)
+	}
+	slices.SortFunc(out, compareMetadata)
+	return slices.Compact(out), warnings, nil
+}
+
+func compareMetadata(a, b fetch.MetricMetadata) int {
+	for _, p := range [][2]string{{a.Metric, b.Metric}, {string(a.Type), string(b.Type)}, {a.Unit, b.Unit}, {a.Help, b.Help}} {
+		switch {
+		case p[0] < p[1]:
+			return -1
+		case p[0] > p[1]:
+			return 1
+		}
+	}
+	return 0
+}
+
+// Stats asks all ingesters what they hold of a tenant; each list of an answer
+// has at most limit entries.
+func (h *Heads) Stats(ctx context.Context, tenant string, limit int) ([]*fetchpb.StatsResponse, annotations.Annotations, error) {
+	as, _, warnings, err := ask(ctx, h, func(ctx context.Context, c *fetch.Client) (*fetchpb.StatsResponse, fetch.Header, error) {
+		s, err := c.Stats(ctx, tenant, limit)
+		return s, fetch.Header{}, err
+	})
+	var out []*fetchpb.StatsResponse
+	for _, a := range as {
+		out = append(out, a.value)
+	}
+	return out, warnings, err
+}
+
+// exemplars asks all ingesters; series may repeat.
+func (h *Heads) exemplars(ctx context.Context, tenant string, mint, maxt int64, sets [][]*labels.Matcher) ([]answer[[]chunkfmt.Series], *ring.Ring, annotations.Annotations, error) {
+	return ask(ctx, h, func(ctx context.Context, c *fetch.Client) ([]chunkfmt.Series, fetch.Header, error) {
+		return c.Exemplars(ctx, tenant, mint, maxt, sets)
+	})
+}
