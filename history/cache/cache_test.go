@@ -1,0 +1,149 @@
+package cache
+
+import (
+	"context"
+	"errors"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/testutil"
+	"go.uber.org/goleak"
+	"golang.org/x/sync/errgroup"
+)
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+
+func TestBound(t *testing.T) {
+	const n, size = 10, 1000
+	c := New[int, int](n * (size + overheadBytes))
+	for i := range 3 * n {
+		c.Put(i, i, size)
+		if c.Bytes() > c.maxBytes {
+			t.Fatalf("%d bytes of %d", c.Bytes(), c.maxBytes)
+		}
+		if v, _, _ := c.Get(0); v != 0 { // used, so it stays
+			t.Fatal("wrong value")
+		}
+	}
+	if _, l, mine := c.Get(0); l != nil || mine {
+		t.Error("the most used went")
+	}
+	if _, l, _ := c.Get(n); l == nil {
+		t.Error("the least used stayed")
+	}
+	c.Put(99, 1, 10*n*size)
+	if _, l, _ := c.Get(99); l == nil {
+		t.Error("a value larger than the cache stayed")
+	}
+	c.Put(29, 29, 2*size)
+	c.Remove(29)
+	if _, l, _ := c.Get(29); l == nil {
+		t.Error("a removed value stayed")
+	}
+}
+
+func TestZeroKeepsNothing(t *testing.T) {
+	c := New[int, int](0)
+	_, l, mine := c.Get(1)
+	if !mine {
+		t.Fatal("not mine")
+	}
+	c.Finish(1, l, 5, 8, nil)
+	if _, l, mine := c.Get(1); l == nil || !mine {
+		t.Error("it was kept")
+	}
+}
+
+func TestOneLoadsForAll(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := New[string, int](1 << 20)
+		var loads atomic.Int32
+		get := func(ctx context.Context) (int, error) {
+			for {
+				v, l, mine := c.Get("k")
+				switch {
+				case l == nil:
+					return v, nil
+				case mine:
+					loads.Add(1)
+					time.Sleep(time.Second) // in the bubble: until all others wait
+					c.Finish("k", l, 7, 10, ctx.Err())
+					return 7, ctx.Err()
+				}
+				v, again, err := l.Wait(ctx)
+				if !again {
+					return v, err
+				}
+			}
+		}
+		cancelled, cancel := context.WithCancel(t.Context())
+		cancel()
+		var g errgroup.Group
+		g.Go(func() error {
+			// The first loader is cancelled: another goes on in its place.
+			if _, err := get(cancelled); !errors.Is(err, context.Canceled) {
+				t.Errorf("cancelled loader: %v", err)
+			}
+			return nil
+		})
+		synctest.Wait() // it loads
+		for range 20 {
+			g.Go(func() error {
+				v, err := get(t.Context())
+				if v != 7 {
+					t.Errorf("got %d", v)
+				}
+				return err
+			})
+		}
+		if err := g.Wait(); err != nil {
+			t.Fatal(err)
+		}
+		if n := loads.Load(); n != 2 {
+			t.Errorf("%d loads, want 2", n)
+		}
+	})
+}
+
+func TestErrorIsSharedAndNotKept(t *testing.T) {
+	c := New[string, int](1 << 20)
+	_, l, _ := c.Get("k")
+	_, waiter, mine := c.Get("k")
+	if mine {
+		t.Fatal("two loaders")
+	}
+	broken := errors.New("broken")
+	c.Finish("k", l, 0, 0, broken)
+	if _, again, err := waiter.Wait(t.Context()); again || !errors.Is(err, broken) {
+		t.Errorf("again %v, %v", again, err)
+	}
+	if _, _, mine := c.Get("k"); !mine {
+		t.Error("the error was kept")
+	}
+}
+
+func TestMetrics(t *testing.T) {
+	reg := prometheus.NewRegistry()
+	c := New[int, int](10_000)
+	if err := c.Register(reg, "pages"); err != nil {
+		t.Fatal(err)
+	}
+	if err := New[int, int](1).Register(reg, "rows"); err != nil {
+		t.Fatal(err)
+	}
+	c.Put(1, 1, 800)
+	c.Get(1)
+	c.Get(2)
+	c.Get(2)
+	for _, m := range []string{
+		"epimetheus_cache_hits_total", "epimetheus_cache_misses_total", "epimetheus_cache_waits_total", "epimetheus_cache_evictions_total",
+		"epimetheus_cache_oversize_total", "epimetheus_cache_bytes", "epimetheus_cache_max_bytes",
+	} {
+		if n, err := testutil.GatherAndCount(reg, m); n != 2 || err != nil {
+			t.Errorf("%s: %d series, %v", m, n, err)
+		}
+	}
+}
