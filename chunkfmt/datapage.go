@@ -3,7 +3,6 @@ package chunkfmt
 import (
 	"encoding/binary"
 	"fmt"
-	"slices"
 
 	"github.com/prometheus/prometheus/model/exemplar"
 	"github.com/prometheus/prometheus/model/labels"
@@ -53,18 +52,11 @@ const (
 	maxBases = 16
 )
 
-// DataPage is a parsed page of chunks. Its methods keep scratch memory in it:
-// one goroutine at a time. Clone makes another over the same bytes.
+// DataPage is a parsed page of chunks. It is safe for concurrent use.
 type DataPage struct {
+	id     uint64 // of this page in the memory of decoders
 	times  []timesColumn
 	chunks []pageChunk
-	dec    codec.Decoder
-
-	// The integers of lastChunk, the last decoded that was on a base, -1 for
-	// none: most often they are the base of the next.
-	lastInts  []int64
-	lastChunk int
-	chain     []int
 }
 
 type timesColumn struct {
@@ -90,7 +82,7 @@ func ParseDataPage(b []byte) (*DataPage, error) {
 	if err != nil {
 		return nil, fmt.Errorf("data page: %w", err)
 	}
-	p := &DataPage{lastChunk: -1}
+	p := &DataPage{id: pageIDs.Add(1)}
 	c := cursor{b: body}
 	p.times = make([]timesColumn, c.count(2))
 	sizes := make([]uint64, 0, 2*len(p.times))
@@ -128,7 +120,7 @@ func ParseDataPage(b []byte) (*DataPage, error) {
 			b := cursor{b: column}
 			k.base = uint32(b.bounded("base", uint64(i)))
 			k.b = b.b
-			if b.err != nil || k.base == 0 || k.kind != byte(KindFloat)|chunkBase && k.kind != byte(KindFloat)|chunkBase|chunkST || p.chunks[i-int(k.base)].times != k.times {
+			if b.err != nil || k.base == 0 || k.kind != byte(KindFloat)|chunkBase && k.kind != byte(KindFloat)|chunkBase|chunkST || !p.mayBase(i-int(k.base), k.times) {
 				c.fail("chunk %d has a base %d before it", i, k.base)
 				break
 			}
@@ -140,9 +132,9 @@ func ParseDataPage(b []byte) (*DataPage, error) {
 	return p, nil
 }
 
-// Clone returns a page over the same bytes, for use by another goroutine.
-func (p *DataPage) Clone() *DataPage {
-	return &DataPage{times: p.times, chunks: p.chunks, lastChunk: -1}
+// mayBase reports whether chunk i may be the base of one with such timestamps.
+func (p *DataPage) mayBase(i int, times uint32) bool {
+	return p.Kind(i) == KindFloat && p.chunks[i].times == times
 }
 
 // Len is the number of chunks in the page.
@@ -166,7 +158,7 @@ func (p *DataPage) Kind(i int) Kind {
 }
 
 // open appends the timestamps of chunk i and returns the rest of its columns.
-func (p *DataPage) open(i int, kind Kind, t, st []int64) (outT, outST []int64, rest []byte, n int, err error) {
+func (p *DataPage) open(d *decoder, i int, kind Kind, t, st []int64) (outT, outST []int64, rest []byte, n int, err error) {
 	if p.Kind(i) != kind {
 		return nil, nil, nil, 0, corrupt("chunk %d is no %s chunk", i, kind)
 	}
@@ -174,98 +166,59 @@ func (p *DataPage) open(i int, kind Kind, t, st []int64) (outT, outST []int64, r
 	if k.kind&^(kindMask|chunkST|chunkBase) != 0 {
 		return nil, nil, nil, 0, corrupt("chunk %d has flags %#x", i, k.kind)
 	}
-	times := &p.times[k.times]
 	before := len(t)
-	t, rest, err = p.dec.Times(t, times.b, times.n)
+	times, err := d.times(p, k.times)
 	if err != nil {
 		return nil, nil, nil, 0, err
 	}
-	if len(rest) > 0 {
-		return nil, nil, nil, 0, corrupt("%d bytes behind timestamps", len(rest))
-	}
+	t = append(t, times...)
 	if k.kind&chunkST == 0 {
 		if st != nil {
-			st = append(st, make([]int64, times.n)...)
+			st = append(st, make([]int64, len(times))...)
 		}
-		return t, st, k.b, times.n, nil
+		return t, st, k.b, len(times), nil
 	}
 	if st == nil && before > 0 {
-		st = make([]int64, before, before+times.n)
+		st = make([]int64, before, before+len(times))
 	}
-	st, rest, err = p.dec.Ints(st, k.b, times.n)
-	return t, st, rest, times.n, err
+	st, rest, err = d.Ints(st, k.b, len(times))
+	return t, st, rest, len(times), err
 }
 
 // Floats appends the samples of chunk i to dst, reusing its capacity. If it
 // returns an error, dst is as before.
 func (p *DataPage) Floats(i int, dst *Floats) error {
-	t, st, b, n, err := p.open(i, KindFloat, dst.T, dst.ST)
+	d := acquire(p)
+	defer d.release()
+	t, st, b, n, err := p.open(d, i, KindFloat, dst.T, dst.ST)
 	if err != nil {
 		return fmt.Errorf("chunk %d: %w", i, err)
 	}
-	base, err := p.base(i, n)
+	base, err := d.base(p, i, n)
 	if err != nil {
 		return fmt.Errorf("chunk %d: %w", i, err)
 	}
-	v, rest, err := p.dec.FloatsOn(dst.V, b, n, base)
-	if err == nil && base != nil {
-		p.lastChunk = i // whose integers base now holds
-	}
+	v, rest, err := d.FloatsOn(dst.V, b, n, base.ints)
 	if err == nil && len(rest) > 0 {
 		err = corrupt("%d bytes behind values", len(rest))
 	}
 	if err != nil {
 		return fmt.Errorf("chunk %d: %w", i, err)
 	}
+	base.chunk = i
 	dst.T, dst.ST, dst.V = t, st, v
 	return nil
-}
-
-// base returns the integers of the chunk that chunk i is based on, or nil.
-func (p *DataPage) base(i, n int) ([]int64, error) {
-	if p.chunks[i].base == 0 {
-		return nil, nil
-	}
-	p.chain = p.chain[:0]
-	for p.chunks[i].base != 0 {
-		i -= int(p.chunks[i].base)
-		if i == p.lastChunk {
-			break
-		}
-		if p.chain = append(p.chain, i); len(p.chain) > maxBases {
-			return nil, corrupt("chunk based on more than %d others", maxBases)
-		}
-	}
-	if i != p.lastChunk {
-		p.lastInts = slices.Grow(p.lastInts[:0], n)[:n]
-		clear(p.lastInts)
-	}
-	p.lastChunk = -1 // until the caller has what it wants
-	for _, j := range slices.Backward(p.chain) {
-		b := p.chunks[j].b
-		if p.Kind(j) != KindFloat {
-			return nil, corrupt("chunk %d is a base and no float chunk", j)
-		}
-		if p.chunks[j].kind&chunkST != 0 {
-			var err error
-			if _, b, err = p.dec.Ints(nil, b, n); err != nil {
-				return nil, err
-			}
-		}
-		if err := p.dec.BaseInts(p.lastInts, b); err != nil {
-			return nil, err
-		}
-	}
-	return p.lastInts, nil
 }
 
 // Histograms appends the samples of chunk i to dst. Histograms of one chunk may
 // share spans and custom values, which are not to be changed. If it returns an
 // error, dst is as before.
 func (p *DataPage) Histograms(i int, dst *Histograms) error {
-	t, st, b, n, err := p.open(i, KindHistogram, dst.T, dst.ST)
+	d := acquire(p)
+	defer d.release()
+	t, st, b, n, err := p.open(d, i, KindHistogram, dst.T, dst.ST)
 	if err == nil {
-		dst.H, err = decodeHistograms(&p.dec, b, n, dst.H)
+		dst.H, err = decodeHistograms(&d.Decoder, b, n, dst.H)
 	}
 	if err != nil {
 		return fmt.Errorf("chunk %d: %w", i, err)
@@ -276,9 +229,11 @@ func (p *DataPage) Histograms(i int, dst *Histograms) error {
 
 // FloatHistograms is Histograms for float counts.
 func (p *DataPage) FloatHistograms(i int, dst *FloatHistograms) error {
-	t, st, b, n, err := p.open(i, KindFloatHistogram, dst.T, dst.ST)
+	d := acquire(p)
+	defer d.release()
+	t, st, b, n, err := p.open(d, i, KindFloatHistogram, dst.T, dst.ST)
 	if err == nil {
-		dst.H, err = decodeFloatHistograms(&p.dec, b, n, dst.H)
+		dst.H, err = decodeFloatHistograms(&d.Decoder, b, n, dst.H)
 	}
 	if err != nil {
 		return fmt.Errorf("chunk %d: %w", i, err)
@@ -290,7 +245,9 @@ func (p *DataPage) FloatHistograms(i int, dst *FloatHistograms) error {
 // Exemplars appends the exemplars of chunk i, which must be of KindExemplar,
 // to dst.
 func (p *DataPage) Exemplars(i int, dst []exemplar.Exemplar) ([]exemplar.Exemplar, error) {
-	t, _, b, n, err := p.open(i, KindExemplar, nil, nil)
+	d := acquire(p)
+	defer d.release()
+	t, _, b, n, err := p.open(d, i, KindExemplar, nil, nil)
 	if err != nil {
 		return dst, fmt.Errorf("chunk %d: %w", i, err)
 	}

@@ -36,5 +36,7 @@ type Encoder struct {
 type Decoder struct {
 	values, lens []int64
 	ints64       []int64
+	floats       []float64
 	slack        []byte
+	buf          [blockLen]int64
 }

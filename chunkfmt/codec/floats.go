@@ -321,38 +321,17 @@ func (d *Decoder) FloatsOn(dst []float64, b []byte, n int, base []int64) (out []
 	if kind > maxDecimals && kind != floatBits || head&floatBase != 0 && (kind != 0 || len(base) != n) {
 		return dst, nil, ErrCorrupt
 	}
-	var ints []int64
-	if d.ints64, ints, err = grow(d.ints64[:0], n); err != nil {
-		return dst, nil, err
+	m := mapping{kind: kind}
+	if kind <= maxDecimals {
+		m.power = powersOf10[kind]
 	}
-	if b, err = d.ints(ints, b, levelAny); err != nil {
-		return dst, nil, err
+	if head&floatBase != 0 {
+		b, err = d.intsOn(fill, b, base)
+	} else {
+		b, err = d.mapped(fill, b, m)
 	}
-	switch {
-	case head&floatBase != 0:
-		base = base[:len(ints)]
-		fill = fill[:len(ints)]
-		for i, x := range ints {
-			x += base[i]
-			base[i] = x
-			fill[i] = float64(x)
-		}
-	case kind == 0:
-		fill = fill[:len(ints)]
-		for i, x := range ints {
-			fill[i] = float64(x)
-		}
-	case kind == floatBits:
-		fill = fill[:len(ints)]
-		for i, x := range ints {
-			fill[i] = math.Float64frombits(uint64(orderedBits(uint64(x))))
-		}
-	default:
-		power := powersOf10[kind]
-		fill = fill[:len(ints)]
-		for i, x := range ints {
-			fill[i] = float64(x) / power
-		}
+	if err != nil {
+		return dst, nil, err
 	}
 	if head&floatExcept != 0 {
 		if b, err = d.exceptions(fill, b); err != nil {
@@ -362,9 +341,6 @@ func (d *Decoder) FloatsOn(dst []float64, b []byte, n int, base []int64) (out []
 	return out, b, nil
 }
 
-// HasBase reports whether the column of floats at the start of b is on a base.
-func HasBase(b []byte) bool { return len(b) > 0 && b[0]&floatBase != 0 }
-
 // BaseInts adds the integers of the column of floats at the start of b to sum,
 // which has as many elements as the column. A column that can't be a base is
 // refused.
@@ -372,18 +348,8 @@ func (d *Decoder) BaseInts(sum []int64, b []byte) error {
 	if len(b) == 0 || b[0]&^(floatExcept|floatBase) != 0 {
 		return ErrCorrupt
 	}
-	var ints []int64
-	var err error
-	if d.ints64, ints, err = grow(d.ints64[:0], len(sum)); err != nil {
-		return err
-	}
-	if _, err = d.ints(ints, b[1:], levelAny); err != nil {
-		return err
-	}
-	for i, x := range ints {
-		sum[i] += x
-	}
-	return nil
+	_, err := d.intsOn(nil, b[1:], sum)
+	return err
 }
 
 // exceptions overwrites the exceptions in v.

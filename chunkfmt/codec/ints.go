@@ -281,25 +281,19 @@ func (d *Decoder) ints(dst []int64, b []byte, level int) (rest []byte, err error
 		if b, err = d.blocks(dst[1:], b[k:]); err != nil {
 			return nil, err
 		}
-		for i := range dst[1:] {
-			dst[i], v = v, v+dst[i+1]
-		}
-		dst[len(dst)-1] = v
+		dst[0] = v
+		sumInts(dst[1:], v)
 		return b, nil
 	case form == formScaled && level >= levelScaled:
-		off, k := binary.Varint(b)
-		if k <= 0 {
-			return nil, ErrCorrupt
+		off, g, b, err := scale(b)
+		if err != nil {
+			return nil, err
 		}
-		g, k2 := binary.Uvarint(b[k:])
-		if k2 <= 0 {
-			return nil, ErrCorrupt
-		}
-		if b, err = d.ints(dst, b[k+k2:], levelPlain); err != nil {
+		if b, err = d.ints(dst, b, levelPlain); err != nil {
 			return nil, err
 		}
 		for i, q := range dst {
-			dst[i] = off + int64(g)*q
+			dst[i] = off + g*q
 		}
 		return b, nil
 	case form == formBitmap && level >= levelAny:
@@ -322,36 +316,92 @@ func (d *Decoder) blocks(dst []int64, b []byte) (rest []byte, err error) {
 	return b, nil
 }
 
+// scale reads the head of formScaled.
+func scale(b []byte) (off, g int64, rest []byte, err error) {
+	off, k := binary.Varint(b)
+	if k <= 0 {
+		return 0, 0, nil, ErrCorrupt
+	}
+	u, k2 := binary.Uvarint(b[k:])
+	if k2 <= 0 {
+		return 0, 0, nil, ErrCorrupt
+	}
+	return off, int64(u), b[k+k2:], nil
+}
+
 func (d *Decoder) bitmap(dst []int64, b []byte) (rest []byte, err error) {
-	n := (len(dst) + 7) / 8
-	if len(b) < n || b[0]&1 != 0 {
-		return nil, ErrCorrupt
-	}
-	m := b[:n]
-	if k := len(dst) & 7; k != 0 && m[n-1]>>k != 0 {
-		return nil, ErrCorrupt
-	}
-	ones := 0
-	full := n &^ 7
-	for i := 0; i < full; i += 8 {
-		ones += bits.OnesCount64(binary.LittleEndian.Uint64(m[i:]))
-	}
-	for _, x := range m[full:] {
-		ones += bits.OnesCount8(x)
-	}
-	var values []int64
-	d.values, values, err = grow(d.values[:0], ones+1)
+	bitmap, ones, b, err := bitmapHead(len(dst), b)
 	if err != nil {
 		return nil, err
 	}
-	if rest, err = d.ints(values, b[n:], levelScaled); err != nil {
+	var values []int64
+	if d.values, values, err = grow(d.values[:0], ones+1); err != nil {
 		return nil, err
 	}
+	if b, err = d.ints(values, b, levelScaled); err != nil {
+		return nil, err
+	}
+	expandBitmap(dst, bitmap, values)
+	return b, nil
+}
+
+func (d *Decoder) runs(dst []int64, b []byte) (rest []byte, err error) {
+	lens, b, err := d.runLengths(len(dst), b)
+	if err != nil {
+		return nil, err
+	}
+	var values []int64
+	if d.values, values, err = grow(d.values[:0], len(lens)); err != nil {
+		return nil, err
+	}
+	if b, err = d.ints(values, b, levelScaled); err != nil {
+		return nil, err
+	}
+	return b, expandRuns(dst, lens, values)
+}
+
+// bitmapHead reads the bitmap for n values and counts the ones in it, fewer
+// than n.
+func bitmapHead(n int, b []byte) (bitmap []byte, ones int, rest []byte, err error) {
+	size := (n + 7) / 8
+	if len(b) < size || b[0]&1 != 0 {
+		return nil, 0, nil, ErrCorrupt
+	}
+	bitmap = b[:size]
+	if k := n & 7; k != 0 && bitmap[size-1]>>k != 0 {
+		return nil, 0, nil, ErrCorrupt
+	}
+	whole := size &^ 7
+	for i := 0; i < whole; i += 8 {
+		ones += bits.OnesCount64(binary.LittleEndian.Uint64(bitmap[i:]))
+	}
+	for _, x := range bitmap[whole:] {
+		ones += bits.OnesCount8(x)
+	}
+	return bitmap, ones, b[size:], nil
+}
+
+// runLengths reads the lengths of runs of n values.
+func (d *Decoder) runLengths(n int, b []byte) (lens []int64, rest []byte, err error) {
+	m, k := binary.Uvarint(b)
+	if k <= 0 || m > uint64(n) {
+		return nil, nil, ErrCorrupt
+	}
+	if d.lens, lens, err = grow(d.lens[:0], int(m)); err != nil {
+		return nil, nil, err
+	}
+	b, err = d.ints(lens, b[k:], levelPlain)
+	return lens, b, err
+}
+
+// expandBitmap repeats values[i] where a bit is zero and goes on to the next
+// where it is one; values has one more than there are ones.
+func expandBitmap[T int64 | float64](dst []T, bitmap []byte, values []T) {
 	j := 0
 	for len(dst) >= 8 {
-		x := uint(m[0])
-		m = m[1:]
-		o := (*[8]int64)(dst)
+		x := uint(bitmap[0])
+		bitmap = bitmap[1:]
+		o := (*[8]T)(dst)
 		j += int(x & 1)
 		o[0] = values[j]
 		j += int(x >> 1 & 1)
@@ -371,33 +421,16 @@ func (d *Decoder) bitmap(dst []int64, b []byte) (rest []byte, err error) {
 		dst = dst[8:]
 	}
 	for i := range dst {
-		j += int(m[0] >> i & 1)
+		j += int(bitmap[0] >> i & 1)
 		dst[i] = values[j]
 	}
-	return rest, nil
 }
 
-func (d *Decoder) runs(dst []int64, b []byte) (rest []byte, err error) {
-	m, k := binary.Uvarint(b)
-	if k <= 0 || m > uint64(len(dst)) {
-		return nil, ErrCorrupt
-	}
-	var values, lens []int64
-	if d.values, values, err = grow(d.values[:0], int(m)); err != nil {
-		return nil, err
-	}
-	if d.lens, lens, err = grow(d.lens[:0], int(m)); err != nil {
-		return nil, err
-	}
-	if b, err = d.ints(lens, b[k:], levelPlain); err != nil {
-		return nil, err
-	}
-	if b, err = d.ints(values, b, levelScaled); err != nil {
-		return nil, err
-	}
+// expandRuns repeats each value as often as lens says, which must fill dst.
+func expandRuns[T int64 | float64](dst []T, lens []int64, values []T) error {
 	for i, l := range lens {
 		if l < 1 || l > int64(len(dst)) {
-			return nil, ErrCorrupt
+			return ErrCorrupt
 		}
 		v := values[i]
 		run := dst[:l]
@@ -407,7 +440,7 @@ func (d *Decoder) runs(dst []int64, b []byte) (rest []byte, err error) {
 		dst = dst[l:]
 	}
 	if len(dst) > 0 {
-		return nil, ErrCorrupt
+		return ErrCorrupt
 	}
-	return b, nil
+	return nil
 }

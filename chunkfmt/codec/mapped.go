@@ -1,0 +1,237 @@
+package codec
+
+import (
+	"encoding/binary"
+	"math"
+)
+
+// Columns of floats are decoded without writing their integers to memory: block
+// by block through a small buffer, and runs of equal values after their
+// expansion has become that of floats.
+
+// mapping is how integers become floats.
+type mapping struct {
+	kind  byte    // how many decimals, or floatBits
+	power float64 // of ten
+
+	scaled bool // first becomes off + g*integer
+	off, g int64
+}
+
+// apply maps as many integers as dst is long.
+func (m *mapping) apply(dst []float64, ints []int64) {
+	ints = ints[:len(dst)]
+	if m.scaled {
+		for i, q := range ints {
+			ints[i] = m.off + m.g*q
+		}
+	}
+	switch m.kind {
+	case 0:
+		for i, x := range ints {
+			dst[i] = float64(x)
+		}
+	case floatBits:
+		for i, x := range ints {
+			dst[i] = math.Float64frombits(uint64(orderedBits(uint64(x))))
+		}
+	default:
+		power := m.power
+		for i, x := range ints {
+			dst[i] = float64(x) / power
+		}
+	}
+}
+
+// mapped decodes a column of integers that become floats.
+func (d *Decoder) mapped(dst []float64, b []byte, m mapping) (rest []byte, err error) {
+	if len(b) == 0 {
+		return nil, ErrCorrupt
+	}
+	switch b[0] {
+	case formBitmap:
+		bitmap, ones, b, err := bitmapHead(len(dst), b[1:])
+		if err != nil {
+			return nil, err
+		}
+		var values []float64
+		if d.floats, values, err = grow(d.floats[:0], ones+1); err != nil {
+			return nil, err
+		}
+		if b, err = d.mappedScaled(values, b, m); err != nil {
+			return nil, err
+		}
+		expandBitmap(dst, bitmap, values)
+		return b, nil
+	case formRuns:
+		lens, b, err := d.runLengths(len(dst), b[1:])
+		if err != nil {
+			return nil, err
+		}
+		var values []float64
+		if d.floats, values, err = grow(d.floats[:0], len(lens)); err != nil {
+			return nil, err
+		}
+		if b, err = d.mappedScaled(values, b, m); err != nil {
+			return nil, err
+		}
+		return b, expandRuns(dst, lens, values)
+	default:
+		return d.mappedScaled(dst, b, m)
+	}
+}
+
+func (d *Decoder) mappedScaled(dst []float64, b []byte, m mapping) (rest []byte, err error) {
+	if len(b) > 0 && b[0] == formScaled {
+		m.scaled = true
+		if m.off, m.g, b, err = scale(b[1:]); err != nil {
+			return nil, err
+		}
+	}
+	return d.mappedPlain(dst, b, m)
+}
+
+func (d *Decoder) mappedPlain(dst []float64, b []byte, m mapping) (rest []byte, err error) {
+	if len(dst) == 0 {
+		return b, nil
+	}
+	if len(b) == 0 {
+		return nil, ErrCorrupt
+	}
+	form := b[0]
+	b = b[1:]
+	var last int64
+	if form == formConst || form == formDelta {
+		x, k := binary.Varint(b)
+		if k <= 0 {
+			return nil, ErrCorrupt
+		}
+		b = b[k:]
+		last = x
+		d.buf[0] = x
+		m.apply(dst[:1], d.buf[:1])
+	}
+	switch form {
+	case formConst:
+		v := dst[0]
+		for i := range dst {
+			dst[i] = v
+		}
+		return b, nil
+	case formPacked:
+		for len(dst) > 0 {
+			k := min(blockLen, len(dst))
+			if b, err = d.block(d.buf[:k], b); err != nil {
+				return nil, err
+			}
+			m.apply(dst[:k], d.buf[:k])
+			dst = dst[k:]
+		}
+		return b, nil
+	case formDelta:
+		dst = dst[1:]
+		for len(dst) > 0 {
+			k := min(blockLen, len(dst))
+			if b, err = d.block(d.buf[:k], b); err != nil {
+				return nil, err
+			}
+			if m.kind == 0 && !m.scaled {
+				last = sumFloats(dst[:k], d.buf[:k], last)
+			} else {
+				last = sumInts(d.buf[:k], last)
+				m.apply(dst[:k], d.buf[:k])
+			}
+			dst = dst[k:]
+		}
+		return b, nil
+	default:
+		return nil, ErrCorrupt
+	}
+}
+
+// sumInts turns differences into values.
+func sumInts(v []int64, last int64) int64 {
+	for i, x := range v {
+		last += x
+		v[i] = last
+	}
+	return last
+}
+
+func sumFloats(dst []float64, deltas []int64, last int64) int64 {
+	dst = dst[:len(deltas)]
+	for i, x := range deltas {
+		last += x
+		dst[i] = float64(last)
+	}
+	return last
+}
+
+// intsOn decodes a column of integers, adds base to them, which it changes in
+// place, and converts them, unless dst is nil.
+func (d *Decoder) intsOn(dst []float64, b []byte, base []int64) (rest []byte, err error) {
+	if len(b) == 0 || len(base) == 0 {
+		return nil, ErrCorrupt
+	}
+	switch b[0] {
+	case formPacked:
+		b = b[1:]
+		for len(base) > 0 {
+			k := min(blockLen, len(base))
+			if b, err = d.block(d.buf[:k], b); err != nil {
+				return nil, err
+			}
+			dst = addInts(dst, base[:k], d.buf[:k])
+			base = base[k:]
+		}
+		return b, nil
+	case formDelta:
+		last, k := binary.Varint(b[1:])
+		if k <= 0 {
+			return nil, ErrCorrupt
+		}
+		b = b[1+k:]
+		d.buf[0] = last
+		dst = addInts(dst, base[:1], d.buf[:1])
+		base = base[1:]
+		for len(base) > 0 {
+			k := min(blockLen, len(base))
+			if b, err = d.block(d.buf[:k], b); err != nil {
+				return nil, err
+			}
+			last = sumInts(d.buf[:k], last)
+			dst = addInts(dst, base[:k], d.buf[:k])
+			base = base[k:]
+		}
+		return b, nil
+	default:
+		var ints []int64
+		if d.ints64, ints, err = grow(d.ints64[:0], len(base)); err != nil {
+			return nil, err
+		}
+		if b, err = d.ints(ints, b, levelAny); err != nil {
+			return nil, err
+		}
+		addInts(dst, base, ints)
+		return b, nil
+	}
+}
+
+// addInts adds v to sum and writes the sums to dst as floats, unless it is nil.
+// It returns the rest of dst.
+func addInts(dst []float64, sum, v []int64) []float64 {
+	sum = sum[:len(v)]
+	if dst == nil {
+		for i, x := range v {
+			sum[i] += x
+		}
+		return nil
+	}
+	out := dst[:len(v)]
+	for i, x := range v {
+		x += sum[i]
+		sum[i] = x
+		out[i] = float64(x)
+	}
+	return dst[len(v):]
+}
