@@ -294,7 +294,7 @@ func (d *Decoder) Floats(dst []float64, b []byte, n int) (out []float64, rest []
 // FloatsOn is Floats for a column on a base whose integers are given. They become
 // those of this column, for use as a base in turn.
 func (d *Decoder) FloatsOn(dst []float64, b []byte, n int, base []int64) (out []float64, rest []byte, err error) {
-	out, fill, err := grow(dst, n)
+	out, added, err := grow(dst, n)
 	if err != nil || n == 0 {
 		return out, b, err
 	}
@@ -311,10 +311,7 @@ func (d *Decoder) FloatsOn(dst []float64, b []byte, n int, base []int64) (out []
 		if k <= 0 {
 			return dst, nil, ErrCorrupt
 		}
-		x := math.Float64frombits(bits.ReverseBytes64(v))
-		for i := range fill {
-			fill[i] = x
-		}
+		fill(added, math.Float64frombits(bits.ReverseBytes64(v)))
 		return out, b[k:], nil
 	}
 	kind := head &^ (floatExcept | floatBase)
@@ -326,15 +323,15 @@ func (d *Decoder) FloatsOn(dst []float64, b []byte, n int, base []int64) (out []
 		m.power = powersOf10[kind]
 	}
 	if head&floatBase != 0 {
-		b, err = d.intsOn(fill, b, base)
+		b, err = d.intsOn(added, b, base)
 	} else {
-		b, err = d.mapped(fill, b, m)
+		b, err = d.mapped(added, b, m)
 	}
 	if err != nil {
 		return dst, nil, err
 	}
 	if head&floatExcept != 0 {
-		if b, err = d.exceptions(fill, b); err != nil {
+		if b, err = d.exceptions(added, b); err != nil {
 			return dst, nil, err
 		}
 	}

@@ -232,9 +232,9 @@ func (e *Encoder) appendBlocks(dst []byte, v []int64) []byte {
 // Ints appends n integers, at most MaxLen, to dst and returns the bytes behind
 // them.
 func (d *Decoder) Ints(dst []int64, b []byte, n int) (out []int64, rest []byte, err error) {
-	out, fill, err := grow(dst, n)
+	out, added, err := grow(dst, n)
 	if err == nil {
-		rest, err = d.ints(fill, b, levelAny)
+		rest, err = d.ints(added, b, levelAny)
 	}
 	return out, rest, err
 }
@@ -267,9 +267,7 @@ func (d *Decoder) ints(dst []int64, b []byte, level int) (rest []byte, err error
 		if k <= 0 {
 			return nil, ErrCorrupt
 		}
-		for i := range dst {
-			dst[i] = v
-		}
+		fill(dst, v)
 		return b[k:], nil
 	case form == formPacked:
 		return d.blocks(dst, b)
@@ -432,11 +430,7 @@ func expandRuns[T int64 | float64](dst []T, lens []int64, values []T) error {
 		if l < 1 || l > int64(len(dst)) {
 			return ErrCorrupt
 		}
-		v := values[i]
-		run := dst[:l]
-		for j := range run {
-			run[j] = v
-		}
+		fill(dst[:l], values[i])
 		dst = dst[l:]
 	}
 	if len(dst) > 0 {

@@ -28,9 +28,7 @@ func (m *mapping) apply(dst []float64, ints []int64) {
 	}
 	switch m.kind {
 	case 0:
-		for i, x := range ints {
-			dst[i] = float64(x)
-		}
+		toFloats(dst, ints)
 	case floatBits:
 		for i, x := range ints {
 			dst[i] = math.Float64frombits(uint64(orderedBits(uint64(x))))
@@ -40,6 +38,41 @@ func (m *mapping) apply(dst []float64, ints []int64) {
 		for i, x := range ints {
 			dst[i] = float64(x) / power
 		}
+	}
+}
+
+// The loops that every sample goes through are unrolled by hand: the compiler
+// doesn't, and it makes them up to twice as fast.
+
+func toFloats(dst []float64, ints []int64) {
+	for len(ints) >= 8 && len(dst) >= 8 {
+		o, s := (*[8]float64)(dst), (*[8]int64)(ints)
+		o[0] = float64(s[0])
+		o[1] = float64(s[1])
+		o[2] = float64(s[2])
+		o[3] = float64(s[3])
+		o[4] = float64(s[4])
+		o[5] = float64(s[5])
+		o[6] = float64(s[6])
+		o[7] = float64(s[7])
+		dst, ints = dst[8:], ints[8:]
+	}
+	dst = dst[:len(ints)]
+	for i, x := range ints {
+		dst[i] = float64(x)
+	}
+}
+
+// fill sets all of dst to v.
+func fill[T int64 | float64](dst []T, v T) {
+	for len(dst) >= 8 {
+		o := (*[8]T)(dst)
+		o[0], o[1], o[2], o[3] = v, v, v, v
+		o[4], o[5], o[6], o[7] = v, v, v, v
+		dst = dst[8:]
+	}
+	for i := range dst {
+		dst[i] = v
 	}
 }
 
@@ -113,10 +146,7 @@ func (d *Decoder) mappedPlain(dst []float64, b []byte, m mapping) (rest []byte, 
 	}
 	switch form {
 	case formConst:
-		v := dst[0]
-		for i := range dst {
-			dst[i] = v
-		}
+		fill(dst, dst[0])
 		return b, nil
 	case formPacked:
 		for len(dst) > 0 {
@@ -151,6 +181,26 @@ func (d *Decoder) mappedPlain(dst []float64, b []byte, m mapping) (rest []byte, 
 
 // sumInts turns differences into values.
 func sumInts(v []int64, last int64) int64 {
+	for len(v) >= 8 {
+		s := (*[8]int64)(v)
+		last += s[0]
+		s[0] = last
+		last += s[1]
+		s[1] = last
+		last += s[2]
+		s[2] = last
+		last += s[3]
+		s[3] = last
+		last += s[4]
+		s[4] = last
+		last += s[5]
+		s[5] = last
+		last += s[6]
+		s[6] = last
+		last += s[7]
+		s[7] = last
+		v = v[8:]
+	}
 	for i, x := range v {
 		last += x
 		v[i] = last
@@ -158,7 +208,28 @@ func sumInts(v []int64, last int64) int64 {
 	return last
 }
 
+// sumFloats is sumInts and toFloats in one.
 func sumFloats(dst []float64, deltas []int64, last int64) int64 {
+	for len(deltas) >= 8 && len(dst) >= 8 {
+		o, s := (*[8]float64)(dst), (*[8]int64)(deltas)
+		last += s[0]
+		o[0] = float64(last)
+		last += s[1]
+		o[1] = float64(last)
+		last += s[2]
+		o[2] = float64(last)
+		last += s[3]
+		o[3] = float64(last)
+		last += s[4]
+		o[4] = float64(last)
+		last += s[5]
+		o[5] = float64(last)
+		last += s[6]
+		o[6] = float64(last)
+		last += s[7]
+		o[7] = float64(last)
+		dst, deltas = dst[8:], deltas[8:]
+	}
 	dst = dst[:len(deltas)]
 	for i, x := range deltas {
 		last += x
@@ -227,11 +298,24 @@ func addInts(dst []float64, sum, v []int64) []float64 {
 		}
 		return nil
 	}
-	out := dst[:len(v)]
+	rest := dst[len(v):]
+	for len(v) >= 4 && len(sum) >= 4 && len(dst) >= 4 {
+		o, a, b := (*[4]float64)(dst), (*[4]int64)(sum), (*[4]int64)(v)
+		a[0] += b[0]
+		o[0] = float64(a[0])
+		a[1] += b[1]
+		o[1] = float64(a[1])
+		a[2] += b[2]
+		o[2] = float64(a[2])
+		a[3] += b[3]
+		o[3] = float64(a[3])
+		dst, sum, v = dst[4:], sum[4:], v[4:]
+	}
+	dst, sum = dst[:len(v)], sum[:len(v)]
 	for i, x := range v {
 		x += sum[i]
 		sum[i] = x
-		out[i] = float64(x)
+		dst[i] = float64(x)
 	}
-	return dst[len(v):]
+	return rest
 }

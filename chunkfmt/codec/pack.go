@@ -220,9 +220,7 @@ func (d *Decoder) block(dst []int64, b []byte) ([]byte, error) {
 	}
 	switch width {
 	case 0:
-		for i := range dst {
-			dst[i] = base
-		}
+		fill(dst, base)
 	case wholeWord:
 		for i := range dst {
 			dst[i] = base + int64(binary.LittleEndian.Uint64(b[8*i:]))
