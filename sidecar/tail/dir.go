@@ -156,8 +156,8 @@ func (d *Dir) Size(p Position) (int64, error) {
 	return n, nil
 }
 
-// file returns the path of the file that p lies in.
-func (d *Dir) file(p Position) string {
+// File returns the path of the file that p lies in.
+func (d *Dir) File(p Position) string {
 	if p.InCheckpoint {
 		return wlog.SegmentName(wlog.CheckpointDir(d.WAL(), p.Checkpoint), p.Segment)
 	}

@@ -146,12 +146,12 @@ func (t *Tail) Next() (*Batch, error) {
 func (t *Tail) followed() (bool, error) {
 	after := t.pos
 	after.Segment, after.Offset = t.pos.Segment+1, 0
-	if _, err := os.Stat(t.dir.file(after)); err == nil {
+	if _, err := os.Stat(t.dir.File(after)); err == nil {
 		t.next = true
 		return true, nil
 	}
 	// No newer segment. Is the open file still the one of that name?
-	info, err := os.Stat(t.dir.file(t.pos))
+	info, err := os.Stat(t.dir.File(t.pos))
 	if err == nil {
 		own, err := t.seg.f.Stat()
 		if err != nil {
@@ -179,7 +179,7 @@ func (t *Tail) followed() (bool, error) {
 
 // open opens the file at pos, or moves pos to where reading can go on.
 func (t *Tail) open() error {
-	seg, err := openSegment(t.dir.file(t.pos), t.pos.Offset, t.logger, t.metrics.live)
+	seg, err := openSegment(t.dir.File(t.pos), t.pos.Offset, t.logger, t.metrics.live)
 	if err == nil {
 		t.seg, t.next = seg, false
 		return nil
@@ -251,7 +251,7 @@ func (t *Tail) leave() {
 	p.Offset = 0
 	p.Segment++
 	if p.InCheckpoint {
-		if _, err := os.Stat(t.dir.file(p)); err != nil {
+		if _, err := os.Stat(t.dir.File(p)); err != nil {
 			p = Position{Epoch: p.Epoch, Segment: p.Checkpoint + 1}
 		}
 	}
@@ -275,7 +275,7 @@ func (t *Tail) corrupt(err error) bool {
 	if !t.pos.InCheckpoint {
 		after := t.pos
 		after.Segment, after.Offset = t.pos.Segment+1, 0
-		if _, err := os.Stat(t.dir.file(after)); err != nil {
+		if _, err := os.Stat(t.dir.File(after)); err != nil {
 			return false // nothing to go on with; Prometheus will repair it or roll over
 		}
 	}
@@ -320,7 +320,7 @@ func ReadRange(ctx context.Context, dir *Dir, from, to Position, logger *slog.Lo
 	}
 	t := New(dir, from, logger, metrics)
 	defer t.Close()
-	seg, err := openSegment(dir.file(from), from.Offset, logger, metrics.live)
+	seg, err := openSegment(dir.File(from), from.Offset, logger, metrics.live)
 	if err != nil {
 		return fmt.Errorf("read range: %w", err)
 	}

@@ -1,0 +1,103 @@
+package sidecar
+
+import (
+	"crypto/rand"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/epimetheus-tsdb/epimetheus/sidecar/tail"
+)
+
+// checkpoint is what the sidecar keeps in the file checkpoint.json in its data
+// directory: from where on it has to send again after a restart.
+type checkpoint struct {
+	Version int    `json:"version"` // of this format: 1
+	Source  string `json:"source"`  // 16 bytes in hex; made once
+	// Position is the start of the first range that isn't durable. Nil before
+	// the first start has found a WAL.
+	Position *tail.Position `json:"position,omitempty"`
+	// Inode is that of the segment which Position is in, and Checksum, reserved,
+	// that of its bytes up to Position: to see that it is still that segment.
+	Inode    uint64 `json:"inode,omitempty"`
+	Checksum string `json:"checksum,omitempty"`
+	// Labels are the versions of external labels and relabelling that were in
+	// force at or after Position, ascending.
+	Labels  []labelVersionFile `json:"labels,omitempty"`
+	Updated time.Time          `json:"updated"`
+}
+
+const checkpointVersion = 1
+
+func checkpointPath(dir string) string { return filepath.Join(dir, "checkpoint.json") }
+
+// loadCheckpoint reads the checkpoint, or makes one for a new source.
+func loadCheckpoint(dir string) (*checkpoint, error) {
+	b, err := os.ReadFile(checkpointPath(dir))
+	if errors.Is(err, fs.ErrNotExist) {
+		var id [16]byte
+		rand.Read(id[:])
+		c := &checkpoint{Version: checkpointVersion, Source: hex.EncodeToString(id[:])}
+		return c, c.save(dir)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("read checkpoint: %w", err)
+	}
+	c := &checkpoint{}
+	if err := json.Unmarshal(b, c); err != nil {
+		return nil, fmt.Errorf("checkpoint %s: %w; if it can't be repaired remove it: all of the WAL is then sent again", checkpointPath(dir), err)
+	}
+	if c.Version != checkpointVersion {
+		return nil, fmt.Errorf("checkpoint %s is of version %d, this program knows version %d", checkpointPath(dir), c.Version, checkpointVersion)
+	}
+	if id, err := hex.DecodeString(c.Source); err != nil || len(id) != 16 {
+		return nil, fmt.Errorf("checkpoint %s: source %q isn't 16 bytes in hex", checkpointPath(dir), c.Source)
+	}
+	return c, nil
+}
+
+func (c *checkpoint) source() (id [16]byte) {
+	b, _ := hex.DecodeString(c.Source)
+	copy(id[:], b)
+	return id
+}
+
+// save writes the checkpoint so that a crash leaves the old or the new one.
+func (c *checkpoint) save(dir string) error {
+	c.Updated = time.Now().UTC()
+	b, err := json.MarshalIndent(c, "", "  ")
+	if err != nil {
+		return fmt.Errorf("save checkpoint: %w", err)
+	}
+	tmp := checkpointPath(dir) + ".tmp"
+	f, err := os.OpenFile(tmp, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
+	if err != nil {
+		return fmt.Errorf("save checkpoint: %w", err)
+	}
+	_, err = f.Write(append(b, '\n'))
+	err = errors.Join(err, f.Sync(), f.Close())
+	if err == nil {
+		err = replaceFile(tmp, checkpointPath(dir))
+	}
+	if err != nil {
+		return fmt.Errorf("save checkpoint: %w", err)
+	}
+	return nil
+}
+
+// replaceFile renames a synced file over another and syncs the folder.
+func replaceFile(from, to string) error {
+	if err := os.Rename(from, to); err != nil {
+		return err
+	}
+	d, err := os.Open(filepath.Dir(to))
+	if err != nil {
+		return err
+	}
+	return errors.Join(d.Sync(), d.Close())
+}

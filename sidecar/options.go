@@ -1,0 +1,136 @@
+package sidecar
+
+import (
+	"errors"
+	"fmt"
+	"net/url"
+	"path/filepath"
+	"time"
+
+	"github.com/prometheus/common/model"
+	"github.com/prometheus/prometheus/model/relabel"
+	"google.golang.org/grpc"
+)
+
+// Options are the options of a Sidecar. PrometheusDir, DataDir and Gateways are
+// required; the zero value of all else is a sane default.
+type Options struct {
+	// PrometheusDir is the data directory of the Prometheus, server or agent.
+	PrometheusDir string
+	// DataDir is the sidecar's own: checkpoint and dictionary.
+	DataDir string
+	// Tenant is "default" if empty.
+	Tenant string
+	// Gateways are base URLs of gateways; one is asked for the ring.
+	Gateways []string
+	// PrometheusURL or PrometheusConfigFile is where the external labels come
+	// from: the running Prometheus or its configuration file. With neither,
+	// samples are sent without external labels.
+	PrometheusURL        string
+	PrometheusConfigFile string
+	// RelabelConfigs are applied to each series after the external labels were
+	// added, as Prometheus does for remote write.
+	RelabelConfigs []*relabel.Config
+	// Shards is the number of ingesters that the tenant's series are spread
+	// over; 0 for all.
+	Shards int
+
+	// PollInterval is how often the WAL is looked at; 100 ms by default. With
+	// nothing in it for a while, half as often.
+	PollInterval time.Duration
+	// RangeBytes and RangeAge bound a range of the ledger; 1 MiB, 5 s.
+	RangeBytes int64
+	RangeAge   time.Duration
+	// DetachAfter is how long an ingester may be out of reach, or keep its
+	// window full, before the tail goes on without it; 5 s.
+	DetachAfter time.Duration
+	// ReattachAfter is how long an ingester that was detached must be content
+	// again before it gets samples again; 10 s.
+	ReattachAfter time.Duration
+	// GiveUp is how long an ingester may be out of reach before all that isn't
+	// durable in it is sent to others; 60 s.
+	GiveUp time.Duration
+	// CheckpointInterval is how often the checkpoint is written; 5 s.
+	CheckpointInterval time.Duration
+	// LabelsInterval is how often external labels are asked for; 5 s.
+	LabelsInterval time.Duration
+	// RewindBytesPerSecond bounds how fast ranges are read again, in bytes of
+	// WAL; 16 MiB.
+	RewindBytesPerSecond int64
+	// RingWait is how long the gateway may hold back its answer; 20 s.
+	RingWait time.Duration
+
+	// DialOptions are for the connections to ingesters: credentials. None
+	// means plain text.
+	DialOptions []grpc.DialOption
+	// Version names this program to ingesters.
+	Version string
+}
+
+func (o *Options) setDefaults() {
+	def := func(d *time.Duration, v time.Duration) {
+		if *d <= 0 {
+			*d = v
+		}
+	}
+	if o.Tenant == "" {
+		o.Tenant = "default"
+	}
+	if o.RangeBytes <= 0 {
+		o.RangeBytes = 1 << 20
+	}
+	if o.RewindBytesPerSecond <= 0 {
+		o.RewindBytesPerSecond = 16 << 20
+	}
+	if o.Version == "" {
+		o.Version = "epimetheus"
+	}
+	def(&o.PollInterval, 100*time.Millisecond)
+	def(&o.RangeAge, 5*time.Second)
+	def(&o.DetachAfter, 5*time.Second)
+	def(&o.ReattachAfter, 10*time.Second)
+	def(&o.GiveUp, time.Minute)
+	def(&o.CheckpointInterval, 5*time.Second)
+	def(&o.LabelsInterval, 5*time.Second)
+	def(&o.RingWait, 20*time.Second)
+}
+
+// Validate returns all that is wrong with the options.
+func (o *Options) Validate() error {
+	var errs []error
+	bad := func(format string, args ...any) { errs = append(errs, fmt.Errorf(format, args...)) }
+	if o.PrometheusDir == "" {
+		bad("Prometheus's data directory is not given")
+	}
+	if o.DataDir == "" {
+		bad("the sidecar's own data directory is not given")
+	}
+	if o.PrometheusDir != "" && o.DataDir != "" && filepath.Clean(o.PrometheusDir) == filepath.Clean(o.DataDir) {
+		bad("the sidecar's own data directory is Prometheus's (%s): give it another", o.DataDir)
+	}
+	if len(o.Gateways) == 0 {
+		bad("no gateway is given")
+	}
+	for _, g := range o.Gateways {
+		if u, err := url.Parse(g); err != nil || (u.Scheme != "http" && u.Scheme != "https") || u.Host == "" {
+			bad("gateway %q: not a URL such as http://gateway:9009", g)
+		}
+	}
+	if o.PrometheusURL != "" {
+		if u, err := url.Parse(o.PrometheusURL); err != nil || (u.Scheme != "http" && u.Scheme != "https") || u.Host == "" {
+			bad("Prometheus's URL %q: not a URL such as http://localhost:9090", o.PrometheusURL)
+		}
+		if o.PrometheusConfigFile != "" {
+			bad("external labels come from Prometheus's URL or from its configuration file: give one of the two")
+		}
+	}
+	for i, c := range o.RelabelConfigs {
+		if err := c.Validate(model.UTF8Validation); err != nil {
+			bad("relabel configuration %d: %w", i+1, err)
+		}
+	}
+	if o.Shards < 0 {
+		bad("shards %d: must be 0 (all) or more", o.Shards)
+	}
+	return errors.Join(errs...)
+}

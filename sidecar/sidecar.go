@@ -1,0 +1,191 @@
+package sidecar
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/http"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/prometheus/model/labels"
+	"github.com/prometheus/prometheus/tsdb/fileutil"
+	"golang.org/x/sync/errgroup"
+
+	"github.com/epimetheus-tsdb/epimetheus/sidecar/tail"
+)
+
+// Sidecar tails one Prometheus and ships what it finds.
+type Sidecar struct {
+	opts    Options
+	logger  *slog.Logger
+	lock    fileutil.Releaser
+	shipper *shipper
+	client  *http.Client
+
+	mu     sync.Mutex
+	status Status
+}
+
+// Status says how a sidecar is doing, for its status page.
+type Status struct {
+	Time            time.Time       `json:"time"` // of this status
+	Source          string          `json:"source"`
+	Tenant          string          `json:"tenant"`
+	PrometheusDir   string          `json:"prometheus_dir"`
+	Agent           bool            `json:"agent"` // the Prometheus is an agent
+	Position        tail.Position   `json:"position"`
+	Checkpoint      tail.Position   `json:"checkpoint"` // all before it is durable
+	LagBytes        int64           `json:"lag_bytes"`  // of WAL, not read yet
+	NewestSample    time.Time       `json:"newest_sample"`
+	Gaps            int             `json:"gaps"` // times that WAL was truncated before it was read
+	Series          int             `json:"series"`
+	DictionaryBytes int64           `json:"dictionary_bytes"`
+	OpenRanges      int             `json:"open_ranges"`
+	QueuedRanges    int             `json:"queued_ranges"`
+	Ring            string          `json:"ring"` // version
+	RingError       string          `json:"ring_error,omitempty"`
+	LabelsKnown     bool            `json:"labels_known"`
+	ExternalLabels  labels.Labels   `json:"external_labels"`
+	LabelsError     string          `json:"labels_error,omitempty"`
+	Sessions        []SessionStatus `json:"sessions"`
+}
+
+// SessionStatus says how a session with an ingester is doing.
+type SessionStatus struct {
+	Owner         string    `json:"owner"`
+	Address       string    `json:"address"`
+	Connected     bool      `json:"connected"`
+	Detached      bool      `json:"detached"` // left out at present
+	Sent          uint64    `json:"sent"`     // sequence numbers
+	Received      uint64    `json:"received"`
+	Durable       uint64    `json:"durable"`
+	InflightBytes int64     `json:"inflight_bytes"`
+	LastAnswer    time.Time `json:"last_answer"`
+	Began         time.Time `json:"began"`
+}
+
+// New checks the options, opens the sidecar's own data directory and takes its
+// lock. Run starts it, and releases the lock when it ends.
+func New(opts Options, logger *slog.Logger, reg prometheus.Registerer) (*Sidecar, error) {
+	opts.setDefaults()
+	if err := opts.Validate(); err != nil {
+		return nil, err
+	}
+	dir, err := tail.OpenDir(opts.PrometheusDir)
+	if err != nil {
+		return nil, err
+	}
+	if err := os.MkdirAll(opts.DataDir, 0o700); err != nil {
+		return nil, fmt.Errorf("sidecar's data directory: %w", err)
+	}
+	lock, _, err := fileutil.Flock(filepath.Join(opts.DataDir, "lock"))
+	if err != nil {
+		return nil, fmt.Errorf("another sidecar uses the data directory %s (or it can't be locked: %w): give each its own", opts.DataDir, err)
+	}
+	s, err := open(opts, dir, logger, reg)
+	if err != nil {
+		return nil, errors.Join(err, lock.Release())
+	}
+	s.lock = lock
+	return s, nil
+}
+
+func open(opts Options, dir *tail.Dir, logger *slog.Logger, reg prometheus.Registerer) (*Sidecar, error) {
+	cp, err := loadCheckpoint(opts.DataDir)
+	if err != nil {
+		return nil, err
+	}
+	versions, err := loadLabelVersions(opts.Tenant, cp.Labels)
+	if err != nil {
+		return nil, err
+	}
+	dict, err := openDictionary(opts.DataDir)
+	if err != nil {
+		return nil, err
+	}
+	m := newMetrics(reg)
+	s := &Sidecar{opts: opts, logger: logger, client: &http.Client{Transport: http.DefaultTransport.(*http.Transport).Clone()}}
+	logger = logger.With("component", "sidecar", "tenant", opts.Tenant, "source", cp.Source)
+	sh := &shipper{
+		opts: opts, logger: logger, metrics: m, tailMetrics: tail.NewMetrics(reg), dir: dir, source: cp.source(),
+		dict: dict, cp: cp, versions: versions, wake: make(chan struct{}, 1), publish: s.setStatus,
+	}
+	sh.ringWatch = &ringWatch{
+		gateways: opts.Gateways, tenant: opts.Tenant, wait: opts.RingWait, client: s.client,
+		logger: logger, failed: m.ringErrors.Inc, notify: sh.notify,
+	}
+	sh.external = &externalLabels{
+		url: opts.PrometheusURL, file: opts.PrometheusConfigFile, every: opts.LabelsInterval, client: s.client,
+		logger: logger, failed: m.labelErrors.Inc, notify: sh.notify,
+	}
+	s.shipper = sh
+	s.setStatus(Status{})
+	return s, nil
+}
+
+// Run tails and ships until ctx is done. Whatever goes wrong outside of the
+// sidecar's own data directory is waited for.
+func (s *Sidecar) Run(ctx context.Context) error {
+	defer s.lock.Release()
+	defer s.shipper.dict.close()
+	defer s.client.CloseIdleConnections()
+	g, ctx := errgroup.WithContext(ctx)
+	g.Go(func() error { return s.shipper.ringWatch.run(ctx) })
+	g.Go(func() error { return s.shipper.external.run(ctx) })
+	g.Go(func() error { return s.shipper.run(ctx) })
+	return g.Wait()
+}
+
+func (s *Sidecar) setStatus(st Status) {
+	st.Source, st.Tenant, st.PrometheusDir = s.shipper.cp.Source, s.opts.Tenant, s.opts.PrometheusDir
+	slices.SortFunc(st.Sessions, func(a, b SessionStatus) int { return strings.Compare(a.Owner, b.Owner) })
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.status = st
+}
+
+// Status returns the state of about a second ago.
+func (s *Sidecar) Status() Status {
+	s.mu.Lock()
+	st := s.status
+	s.mu.Unlock()
+	if _, err := s.shipper.ringWatch.present(); err != nil {
+		st.RingError = err.Error()
+	}
+	if err := s.shipper.external.lastError(); err != nil {
+		st.LabelsError = err.Error()
+	}
+	return st
+}
+
+// Ready returns nil if the sidecar does its work: it reads the WAL and can send
+// what it reads. Otherwise the error says what it lacks.
+func (s *Sidecar) Ready() error {
+	st := s.Status()
+	var errs []error
+	if st.Time.IsZero() {
+		errs = append(errs, errors.New("no WAL to read yet"))
+	}
+	if !st.LabelsKnown {
+		errs = append(errs, fmt.Errorf("external labels of Prometheus are not known yet: %s", st.LabelsError))
+	}
+	if st.Ring == "" {
+		if st.RingError == "" {
+			st.RingError = "none is on it"
+		}
+		errs = append(errs, fmt.Errorf("no ingester to send to: %s", st.RingError))
+	} else if len(st.Sessions) > 0 && !slices.ContainsFunc(st.Sessions, func(x SessionStatus) bool { return x.Connected }) {
+		errs = append(errs, errors.New("no ingester can be reached"))
+	}
+	return errors.Join(errs...)
+}
+
+// Position is a place in a source's WAL.
+type Position = tail.Position
