@@ -3,6 +3,7 @@ package chunkfmt
 import (
 	"encoding/binary"
 	"fmt"
+	"sync/atomic"
 
 	"github.com/prometheus/prometheus/model/exemplar"
 	"github.com/prometheus/prometheus/model/labels"
@@ -60,8 +61,9 @@ type DataPage struct {
 }
 
 type timesColumn struct {
-	n int
-	b []byte
+	n      int
+	b      []byte
+	shared atomic.Pointer[[]int64] // decoded, once asked for
 }
 
 type pageChunk struct {
@@ -194,20 +196,76 @@ func (p *DataPage) Floats(i int, dst *Floats) error {
 	if err != nil {
 		return fmt.Errorf("chunk %d: %w", i, err)
 	}
-	base, err := d.base(p, i, n)
+	v, err := p.values(d, i, b, n, dst.V)
 	if err != nil {
 		return fmt.Errorf("chunk %d: %w", i, err)
 	}
-	v, rest, err := d.FloatsOn(dst.V, b, n, base.ints)
-	if err == nil && len(rest) > 0 {
-		err = corrupt("%d bytes behind values", len(rest))
-	}
-	if err != nil {
-		return fmt.Errorf("chunk %d: %w", i, err)
-	}
-	base.chunk = i
 	dst.T, dst.ST, dst.V = t, st, v
 	return nil
+}
+
+// Times returns the timestamps of chunk i. They are decoded once and shared by
+// all chunks that have the same: not to be changed. The page keeps them, so
+// cache its bytes rather than the page.
+func (p *DataPage) Times(i int) ([]int64, error) {
+	if p.Kind(i) == 0 {
+		return nil, corrupt("no chunk %d", i)
+	}
+	c := &p.times[p.chunks[i].times]
+	if t := c.shared.Load(); t != nil {
+		return *t, nil
+	}
+	d := acquire(p)
+	defer d.release()
+	t, err := c.decode(&d.Decoder, nil)
+	if err != nil {
+		return nil, fmt.Errorf("chunk %d: %w", i, err)
+	}
+	c.shared.Store(&t)
+	return t, nil
+}
+
+// Values appends the values of chunk i, which is of KindFloat, to dst, and
+// leaves out its timestamps and start timestamps.
+func (p *DataPage) Values(i int, dst []float64) ([]float64, error) {
+	if p.Kind(i) != KindFloat {
+		return dst, corrupt("chunk %d is no %s chunk", i, KindFloat)
+	}
+	d := acquire(p)
+	defer d.release()
+	k := &p.chunks[i]
+	b, n := k.b, p.times[k.times].n
+	var err error
+	if k.kind&chunkST != 0 {
+		_, b, err = d.Ints(nil, b, n)
+	}
+	if err == nil {
+		dst, err = p.values(d, i, b, n, dst)
+	}
+	if err != nil {
+		return dst, fmt.Errorf("chunk %d: %w", i, err)
+	}
+	return dst, nil
+}
+
+func (p *DataPage) values(d *decoder, i int, b []byte, n int, dst []float64) ([]float64, error) {
+	var rest []byte
+	var err error
+	if p.chunks[i].base == 0 {
+		dst, rest, err = d.Decoder.Floats(dst, b, n)
+	} else {
+		sum, base, err2 := d.base(p, i, n)
+		if err2 != nil {
+			return dst, err2
+		}
+		if dst, rest, err = d.FloatsOn(dst, b, n, sum.ints, base); err == nil {
+			sum.chunk = i
+		}
+	}
+	if err == nil && len(rest) > 0 {
+		return dst[:len(dst)-n], corrupt("%d bytes behind values", len(rest))
+	}
+	return dst, err
 }
 
 // Histograms appends the samples of chunk i to dst. Histograms of one chunk may

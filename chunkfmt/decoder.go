@@ -12,12 +12,9 @@ import (
 // of a histogram are based on each other.
 type decoder struct {
 	codec.Decoder
-	page  uint64 // id
-	timed [8]struct {
-		valid  bool
-		column uint32
-		t      []int64
-	}
+	page  uint64    // id
+	timed [][]int64 // by column; nil if not known
+	arena []int64   // that timed lie in
 	ints  [4]chunkInts
 	next  int // of ints, to be overwritten
 	chain []int
@@ -40,9 +37,11 @@ func acquire(p *DataPage) *decoder {
 	d := decoders.Get().(*decoder)
 	if d.page != p.id {
 		d.page = p.id
-		for i := range d.timed {
-			d.timed[i].valid = false
+		clear(d.timed)
+		if cap(d.timed) < len(p.times) {
+			d.timed = make([][]int64, len(p.times))
 		}
+		d.timed, d.arena = d.timed[:len(p.times)], d.arena[:0]
 		for i := range d.ints {
 			d.ints[i].chunk = -1
 		}
@@ -52,67 +51,88 @@ func acquire(p *DataPage) *decoder {
 
 func (d *decoder) release() { decoders.Put(d) }
 
+// rememberedTimes bounds the timestamps that a decoder remembers, in values.
+const rememberedTimes = 1 << 16
+
 // times returns a column of timestamps of p, valid until the next call.
 func (d *decoder) times(p *DataPage, column uint32) ([]int64, error) {
-	c := &d.timed[column%uint32(len(d.timed))]
-	if c.valid && c.column == column {
-		return c.t, nil
+	if t := d.timed[column]; t != nil {
+		return t, nil
 	}
-	c.valid = false
-	times := &p.times[column]
-	t, rest, err := d.Times(c.t[:0], times.b, times.n)
+	n := p.times[column].n
+	if n > cap(d.arena)-len(d.arena) {
+		if cap(d.arena) < rememberedTimes {
+			d.arena = make([]int64, 0, min(rememberedTimes, max(n, 2*cap(d.arena), 4096)))
+		}
+		d.arena = d.arena[:0]
+		clear(d.timed)
+	}
+	at := len(d.arena)
+	all, err := p.times[column].decode(&d.Decoder, d.arena)
 	if err != nil {
 		return nil, err
 	}
-	if len(rest) > 0 {
-		return nil, corrupt("%d bytes behind timestamps", len(rest))
+	d.arena = all
+	d.timed[column] = all[at:len(all):len(all)]
+	return d.timed[column], nil
+}
+
+func (c *timesColumn) decode(d *codec.Decoder, dst []int64) ([]int64, error) {
+	t, rest, err := d.Times(dst, c.b, c.n)
+	if err == nil && len(rest) > 0 {
+		err = corrupt("%d bytes behind timestamps", len(rest))
 	}
-	c.t, c.column, c.valid = t, column, true
-	return t, nil
+	return t, err
 }
 
 // base returns the integers of the chunk that chunk i of p is based on, nil if
-// none. Once chunk i has been decoded they are its own: then the caller notes i
-// in the result, so that they are remembered.
-func (d *decoder) base(p *DataPage, i, n int) (*chunkInts, error) {
+// none, and where those of chunk i itself are to go. The caller notes i there
+// once they have.
+func (d *decoder) base(p *DataPage, i, n int) (sum *chunkInts, base []int64, err error) {
 	if p.chunks[i].base == 0 {
-		return &chunkInts{}, nil
+		return nil, nil, nil
 	}
-	out := &d.ints[d.next]
+	sum = &d.ints[d.next]
 	d.next = (d.next + 1) % len(d.ints)
-	out.chunk = -1
-	known := false
+	sum.chunk = -1
+	if cap(sum.ints) < n {
+		sum.ints = make([]int64, n)
+	}
+	sum.ints = sum.ints[:n]
 	d.chain = d.chain[:0]
-	for j := i; p.chunks[j].base != 0 && !known; {
+	for j := i; p.chunks[j].base != 0 && base == nil; {
 		j -= int(p.chunks[j].base)
 		for k := range d.ints {
 			if d.ints[k].chunk == j {
-				out.ints = append(out.ints[:0], d.ints[k].ints...)
-				known = true
+				base = d.ints[k].ints
 			}
 		}
-		if known {
+		if base != nil {
 			break
 		}
 		if d.chain = append(d.chain, j); len(d.chain) > maxBases {
-			return nil, corrupt("chunk based on more than %d others", maxBases)
+			return nil, nil, corrupt("chunk based on more than %d others", maxBases)
 		}
 	}
-	if !known {
-		out.ints = append(out.ints[:0], make([]int64, n)...)
+	if len(d.chain) == 0 {
+		return sum, base, nil
+	}
+	if base == nil {
+		clear(sum.ints)
+	} else {
+		copy(sum.ints, base)
 	}
 	for k := len(d.chain) - 1; k >= 0; k-- {
 		c := &p.chunks[d.chain[k]]
 		b := c.b
 		if c.kind&chunkST != 0 {
-			var err error
 			if _, b, err = d.Ints(nil, b, n); err != nil {
-				return nil, err
+				return nil, nil, err
 			}
 		}
-		if err := d.BaseInts(out.ints, b); err != nil {
-			return nil, err
+		if err := d.BaseInts(sum.ints, b); err != nil {
+			return nil, nil, err
 		}
 	}
-	return out, nil
+	return sum, sum.ints, nil
 }

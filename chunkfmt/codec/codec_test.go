@@ -156,7 +156,7 @@ func TestFloatsOnBase(t *testing.T) {
 				t.Fatal("decoded without its base")
 			}
 		}
-		got, _, err := d.FloatsOn(nil, second, n, sum)
+		got, _, err := d.FloatsOn(nil, second, n, sum, sum)
 		if err != nil {
 			t.Fatal(err)
 		}

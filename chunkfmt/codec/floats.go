@@ -228,7 +228,7 @@ func (e *Encoder) fillFront() {
 func (e *Encoder) chooseBase(bases [][]int64) int {
 	s := sample(e.ints)
 	best, least := -1, e.estimate(s)
-	least -= least/8 + 2
+	least -= least/4 + 2
 	for k, b := range bases {
 		if len(b) != len(e.ints) {
 			continue
@@ -288,12 +288,12 @@ func (e *Encoder) appendExceptions(dst []byte, v []float64) []byte {
 // Floats appends n floats, at most MaxLen, to dst and returns the bytes behind
 // them. A column on a base is refused.
 func (d *Decoder) Floats(dst []float64, b []byte, n int) (out []float64, rest []byte, err error) {
-	return d.FloatsOn(dst, b, n, nil)
+	return d.FloatsOn(dst, b, n, nil, nil)
 }
 
-// FloatsOn is Floats for a column on a base whose integers are given. They become
-// those of this column, for use as a base in turn.
-func (d *Decoder) FloatsOn(dst []float64, b []byte, n int, base []int64) (out []float64, rest []byte, err error) {
+// FloatsOn is Floats for a column on a base whose n integers are given. Those of
+// this column, for use as a base in turn, go to sum, which may be base.
+func (d *Decoder) FloatsOn(dst []float64, b []byte, n int, sum, base []int64) (out []float64, rest []byte, err error) {
 	out, added, err := grow(dst, n)
 	if err != nil || n == 0 {
 		return out, b, err
@@ -315,7 +315,7 @@ func (d *Decoder) FloatsOn(dst []float64, b []byte, n int, base []int64) (out []
 		return out, b[k:], nil
 	}
 	kind := head &^ (floatExcept | floatBase)
-	if kind > maxDecimals && kind != floatBits || head&floatBase != 0 && (kind != 0 || len(base) != n) {
+	if kind > maxDecimals && kind != floatBits || head&floatBase != 0 && (kind != 0 || len(base) != n || len(sum) != n) {
 		return dst, nil, ErrCorrupt
 	}
 	m := mapping{kind: kind}
@@ -323,7 +323,7 @@ func (d *Decoder) FloatsOn(dst []float64, b []byte, n int, base []int64) (out []
 		m.power = powersOf10[kind]
 	}
 	if head&floatBase != 0 {
-		b, err = d.intsOn(added, b, base)
+		b, err = d.intsOn(added, b, sum, base)
 	} else {
 		b, err = d.mapped(added, b, m)
 	}
@@ -345,7 +345,7 @@ func (d *Decoder) BaseInts(sum []int64, b []byte) error {
 	if len(b) == 0 || b[0]&^(floatExcept|floatBase) != 0 {
 		return ErrCorrupt
 	}
-	_, err := d.intsOn(nil, b[1:], sum)
+	_, err := d.intsOn(nil, b[1:], sum, sum)
 	return err
 }
 

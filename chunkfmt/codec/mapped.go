@@ -238,42 +238,53 @@ func sumFloats(dst []float64, deltas []int64, last int64) int64 {
 	return last
 }
 
-// intsOn decodes a column of integers, adds base to them, which it changes in
-// place, and converts them, unless dst is nil.
-func (d *Decoder) intsOn(dst []float64, b []byte, base []int64) (rest []byte, err error) {
+// intsOn decodes a column of integers into sum, adds base to them, and converts
+// them, unless dst is nil. sum and base are of the same length and may be the
+// same.
+func (d *Decoder) intsOn(dst []float64, b []byte, sum, base []int64) (rest []byte, err error) {
 	if len(b) == 0 || len(base) == 0 {
 		return nil, ErrCorrupt
 	}
-	switch b[0] {
-	case formPacked:
+	form := b[0]
+	switch {
+	case form == formPacked || form == formDelta:
 		b = b[1:]
+		var last int64
+		if form == formDelta {
+			var k int
+			if last, k = binary.Varint(b); k <= 0 {
+				return nil, ErrCorrupt
+			}
+			b = b[k:]
+			d.buf[0] = last
+			dst = addInts(dst, sum[:1], base[:1], d.buf[:1])
+			sum, base = sum[1:], base[1:]
+		}
 		for len(base) > 0 {
 			k := min(blockLen, len(base))
 			if b, err = d.block(d.buf[:k], b); err != nil {
 				return nil, err
 			}
-			dst = addInts(dst, base[:k], d.buf[:k])
-			base = base[k:]
+			if form == formDelta {
+				last = sumInts(d.buf[:k], last)
+			}
+			dst = addInts(dst, sum[:k], base[:k], d.buf[:k])
+			sum, base = sum[k:], base[k:]
 		}
 		return b, nil
-	case formDelta:
-		last, k := binary.Varint(b[1:])
-		if k <= 0 {
-			return nil, ErrCorrupt
+	case form == formBitmap && dst != nil:
+		bitmap, ones, b, err := bitmapHead(len(base), b[1:])
+		if err != nil {
+			return nil, err
 		}
-		b = b[1+k:]
-		d.buf[0] = last
-		dst = addInts(dst, base[:1], d.buf[:1])
-		base = base[1:]
-		for len(base) > 0 {
-			k := min(blockLen, len(base))
-			if b, err = d.block(d.buf[:k], b); err != nil {
-				return nil, err
-			}
-			last = sumInts(d.buf[:k], last)
-			dst = addInts(dst, base[:k], d.buf[:k])
-			base = base[k:]
+		var values []int64
+		if d.values, values, err = grow(d.values[:0], ones+1); err != nil {
+			return nil, err
 		}
+		if b, err = d.ints(values, b, levelScaled); err != nil {
+			return nil, err
+		}
+		addBitmap(dst, sum, base, bitmap, values)
 		return b, nil
 	default:
 		var ints []int64
@@ -283,39 +294,69 @@ func (d *Decoder) intsOn(dst []float64, b []byte, base []int64) (rest []byte, er
 		if b, err = d.ints(ints, b, levelAny); err != nil {
 			return nil, err
 		}
-		addInts(dst, base, ints)
+		addInts(dst, sum, base, ints)
 		return b, nil
 	}
 }
 
-// addInts adds v to sum and writes the sums to dst as floats, unless it is nil.
-// It returns the rest of dst.
-func addInts(dst []float64, sum, v []int64) []float64 {
-	sum = sum[:len(v)]
+// addInts makes sum of base and v and writes it to dst as floats, unless that
+// is nil. It returns the rest of dst.
+func addInts(dst []float64, sum, base, v []int64) []float64 {
+	sum, base = sum[:len(v)], base[:len(v)]
 	if dst == nil {
 		for i, x := range v {
-			sum[i] += x
+			sum[i] = base[i] + x
 		}
 		return nil
 	}
 	rest := dst[len(v):]
-	for len(v) >= 4 && len(sum) >= 4 && len(dst) >= 4 {
-		o, a, b := (*[4]float64)(dst), (*[4]int64)(sum), (*[4]int64)(v)
-		a[0] += b[0]
-		o[0] = float64(a[0])
-		a[1] += b[1]
-		o[1] = float64(a[1])
-		a[2] += b[2]
-		o[2] = float64(a[2])
-		a[3] += b[3]
-		o[3] = float64(a[3])
-		dst, sum, v = dst[4:], sum[4:], v[4:]
+	for len(v) >= 4 && len(sum) >= 4 && len(dst) >= 4 && len(base) >= 4 {
+		o, s, a, b := (*[4]float64)(dst), (*[4]int64)(sum), (*[4]int64)(base), (*[4]int64)(v)
+		x0, x1, x2, x3 := a[0]+b[0], a[1]+b[1], a[2]+b[2], a[3]+b[3]
+		s[0], s[1], s[2], s[3] = x0, x1, x2, x3
+		o[0], o[1], o[2], o[3] = float64(x0), float64(x1), float64(x2), float64(x3)
+		dst, sum, base, v = dst[4:], sum[4:], base[4:], v[4:]
 	}
-	dst, sum = dst[:len(v)], sum[:len(v)]
+	dst, sum, base = dst[:len(v)], sum[:len(v)], base[:len(v)]
 	for i, x := range v {
-		x += sum[i]
+		x += base[i]
 		sum[i] = x
 		dst[i] = float64(x)
 	}
 	return rest
+}
+
+// addBitmap is expandBitmap and addInts in one.
+func addBitmap(dst []float64, sum, base []int64, bitmap []byte, values []int64) {
+	j := 0
+	for len(dst) >= 8 && len(sum) >= 8 && len(base) >= 8 {
+		bits := uint(bitmap[0])
+		o, s, a := (*[8]float64)(dst), (*[8]int64)(sum), (*[8]int64)(base)
+		j += int(bits & 1)
+		x0 := a[0] + values[j]
+		j += int(bits >> 1 & 1)
+		x1 := a[1] + values[j]
+		j += int(bits >> 2 & 1)
+		x2 := a[2] + values[j]
+		j += int(bits >> 3 & 1)
+		x3 := a[3] + values[j]
+		s[0], s[1], s[2], s[3] = x0, x1, x2, x3
+		o[0], o[1], o[2], o[3] = float64(x0), float64(x1), float64(x2), float64(x3)
+		j += int(bits >> 4 & 1)
+		x0 = a[4] + values[j]
+		j += int(bits >> 5 & 1)
+		x1 = a[5] + values[j]
+		j += int(bits >> 6 & 1)
+		x2 = a[6] + values[j]
+		j += int(bits >> 7 & 1)
+		x3 = a[7] + values[j]
+		s[4], s[5], s[6], s[7] = x0, x1, x2, x3
+		o[4], o[5], o[6], o[7] = float64(x0), float64(x1), float64(x2), float64(x3)
+		dst, sum, base, bitmap = dst[8:], sum[8:], base[8:], bitmap[1:]
+	}
+	for i := range dst {
+		j += int(bitmap[0] >> i & 1)
+		sum[i] = base[i] + values[j]
+		dst[i] = float64(sum[i])
+	}
 }
