@@ -254,27 +254,6 @@ func decodePages(tb testing.TB, pages [][]byte, dst *Floats) (samples int) {
 	return samples
 }
 
-// decodeShared decodes all floats to slices; chunks share those of timestamps.
-func decodeShared(tb testing.TB, pages [][]byte, dst *Floats) (samples int) {
-	for _, b := range pages {
-		p, err := ParseDataPage(b)
-		if err != nil {
-			tb.Fatal(err)
-		}
-		for i := range p.Len() {
-			t, err := p.Times(i)
-			if err != nil {
-				tb.Fatal(err)
-			}
-			if dst.V, err = p.Values(i, dst.V[:0]); err != nil {
-				tb.Fatal(err)
-			}
-			samples += len(t)
-		}
-	}
-	return samples
-}
-
 func iterate(tb testing.TB, chunks []chunkenc.Chunk) (samples int) {
 	var it chunkenc.Iterator
 	var sum float64
@@ -334,7 +313,6 @@ func BenchmarkDecode(b *testing.B) {
 			pages, size := encodePages(b, set)
 			var dst Floats
 			run("epimetheus", size, func() int { return decodePages(b, pages, &dst) })
-			run("epimetheus-shared", size, func() int { return decodeShared(b, pages, &dst) })
 			chunks, size := encodeProm(b, set, newXOR)
 			run("xor", size, func() int { return iterate(b, chunks) })
 			chunks, size = encodeProm(b, set, newXOR2)

@@ -3,7 +3,6 @@ package chunkfmt
 import (
 	"encoding/binary"
 	"fmt"
-	"sync/atomic"
 
 	"github.com/prometheus/prometheus/model/exemplar"
 	"github.com/prometheus/prometheus/model/labels"
@@ -61,9 +60,8 @@ type DataPage struct {
 }
 
 type timesColumn struct {
-	n      int
-	b      []byte
-	shared atomic.Pointer[[]int64] // decoded, once asked for
+	n int
+	b []byte
 }
 
 type pageChunk struct {
@@ -202,50 +200,6 @@ func (p *DataPage) Floats(i int, dst *Floats) error {
 	}
 	dst.T, dst.ST, dst.V = t, st, v
 	return nil
-}
-
-// Times returns the timestamps of chunk i. They are decoded once and shared by
-// all chunks that have the same: not to be changed. The page keeps them, so
-// cache its bytes rather than the page.
-func (p *DataPage) Times(i int) ([]int64, error) {
-	if p.Kind(i) == 0 {
-		return nil, corrupt("no chunk %d", i)
-	}
-	c := &p.times[p.chunks[i].times]
-	if t := c.shared.Load(); t != nil {
-		return *t, nil
-	}
-	d := acquire(p)
-	defer d.release()
-	t, err := c.decode(&d.Decoder, nil)
-	if err != nil {
-		return nil, fmt.Errorf("chunk %d: %w", i, err)
-	}
-	c.shared.Store(&t)
-	return t, nil
-}
-
-// Values appends the values of chunk i, which is of KindFloat, to dst, and
-// leaves out its timestamps and start timestamps.
-func (p *DataPage) Values(i int, dst []float64) ([]float64, error) {
-	if p.Kind(i) != KindFloat {
-		return dst, corrupt("chunk %d is no %s chunk", i, KindFloat)
-	}
-	d := acquire(p)
-	defer d.release()
-	k := &p.chunks[i]
-	b, n := k.b, p.times[k.times].n
-	var err error
-	if k.kind&chunkST != 0 {
-		_, b, err = d.Ints(nil, b, n)
-	}
-	if err == nil {
-		dst, err = p.values(d, i, b, n, dst)
-	}
-	if err != nil {
-		return dst, fmt.Errorf("chunk %d: %w", i, err)
-	}
-	return dst, nil
 }
 
 func (p *DataPage) values(d *decoder, i int, b []byte, n int, dst []float64) ([]float64, error) {

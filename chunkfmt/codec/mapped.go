@@ -162,12 +162,14 @@ func (d *Decoder) mappedPlain(dst []float64, b []byte, m mapping) (rest []byte, 
 		dst = dst[1:]
 		for len(dst) > 0 {
 			k := min(blockLen, len(dst))
-			if b, err = d.block(d.buf[:k], b); err != nil {
-				return nil, err
-			}
 			if m.kind == 0 && !m.scaled {
-				last = sumFloats(dst[:k], d.buf[:k], last)
+				if b, last, err = d.sumBlock(dst[:k], b, last); err != nil {
+					return nil, err
+				}
 			} else {
+				if b, err = d.block(d.buf[:k], b); err != nil {
+					return nil, err
+				}
 				last = sumInts(d.buf[:k], last)
 				m.apply(dst[:k], d.buf[:k])
 			}

@@ -202,21 +202,33 @@ func pack(dst []byte, v []int64, f *frame) []byte {
 	return dst[:start+n]
 }
 
-// block unpacks len(dst) values, at most blockLen, and returns the bytes behind.
-func (d *Decoder) block(dst []int64, b []byte) ([]byte, error) {
+// blockHead reads the width and minimum of a block of n values, and checks that
+// they all lie in b.
+func blockHead(n int, b []byte) (width uint, patches bool, base int64, size int, rest []byte, err error) {
 	if len(b) < 2 {
-		return nil, ErrCorrupt
+		return 0, false, 0, 0, nil, ErrCorrupt
 	}
-	head := b[0]
-	base, k := binary.Varint(b[1:])
-	if k <= 0 {
-		return nil, ErrCorrupt
+	width = uint(b[0] &^ patched)
+	patches = b[0]&patched != 0
+	k := 1
+	if u := b[1]; u < 0x80 {
+		base = int64(u>>1) ^ -int64(u&1)
+	} else if base, k = binary.Varint(b[1:]); k <= 0 {
+		return 0, false, 0, 0, nil, ErrCorrupt
 	}
 	b = b[1+k:]
-	width := uint(head &^ patched)
-	n := packedLen(len(dst), width)
-	if len(b) < n || width > maxWidth && width != wholeWord {
-		return nil, ErrCorrupt
+	size = packedLen(n, width)
+	if len(b) < size || width > maxWidth && width != wholeWord {
+		return 0, false, 0, 0, nil, ErrCorrupt
+	}
+	return width, patches, base, size, b, nil
+}
+
+// block unpacks len(dst) values, at most blockLen, and returns the bytes behind.
+func (d *Decoder) block(dst []int64, b []byte) ([]byte, error) {
+	width, patches, base, n, b, err := blockHead(len(dst), b)
+	if err != nil {
+		return nil, err
 	}
 	switch width {
 	case 0:
@@ -229,10 +241,25 @@ func (d *Decoder) block(dst []int64, b []byte) ([]byte, error) {
 		d.unpackBlock(dst, b, n, width, base)
 	}
 	b = b[n:]
-	if head&patched == 0 {
+	if !patches {
 		return b, nil
 	}
 	return patch(dst, b, base)
+}
+
+// sumBlock is block, and sumFloats of it.
+func (d *Decoder) sumBlock(dst []float64, b []byte, last int64) (rest []byte, sum int64, err error) {
+	width, patches, base, n, body, err := blockHead(len(dst), b)
+	if err != nil {
+		return nil, 0, err
+	}
+	if !patches && width != 0 && width != wholeWord && len(dst)&7 == 0 && len(body) >= n+8 {
+		return body[n:], unpackSum(dst, body, width, base, last), nil
+	}
+	if rest, err = d.block(d.buf[:len(dst)], b); err != nil {
+		return nil, 0, err
+	}
+	return rest, sumFloats(dst, d.buf[:len(dst)], last), nil
 }
 
 // unpackBlock unpacks the n bytes at the start of b without reading behind its

@@ -125,6 +125,128 @@ func unpack(dst []int64, src []byte, width uint, base int64) {
 	}
 }
 
+// unpackSum fills dst with the sums of last and the values that unpack would give,
+// up to each, and returns the last of them.
+func unpackSum(dst []float64, src []byte, width uint, base, last int64) int64 {
+	switch width {
+	case 1:
+		return unpackSum1(dst, src, base, last)
+	case 2:
+		return unpackSum2(dst, src, base, last)
+	case 3:
+		return unpackSum3(dst, src, base, last)
+	case 4:
+		return unpackSum4(dst, src, base, last)
+	case 5:
+		return unpackSum5(dst, src, base, last)
+	case 6:
+		return unpackSum6(dst, src, base, last)
+	case 7:
+		return unpackSum7(dst, src, base, last)
+	case 8:
+		return unpackSum8(dst, src, base, last)
+	case 9:
+		return unpackSum9(dst, src, base, last)
+	case 10:
+		return unpackSum10(dst, src, base, last)
+	case 11:
+		return unpackSum11(dst, src, base, last)
+	case 12:
+		return unpackSum12(dst, src, base, last)
+	case 13:
+		return unpackSum13(dst, src, base, last)
+	case 14:
+		return unpackSum14(dst, src, base, last)
+	case 15:
+		return unpackSum15(dst, src, base, last)
+	case 16:
+		return unpackSum16(dst, src, base, last)
+	case 17:
+		return unpackSum17(dst, src, base, last)
+	case 18:
+		return unpackSum18(dst, src, base, last)
+	case 19:
+		return unpackSum19(dst, src, base, last)
+	case 20:
+		return unpackSum20(dst, src, base, last)
+	case 21:
+		return unpackSum21(dst, src, base, last)
+	case 22:
+		return unpackSum22(dst, src, base, last)
+	case 23:
+		return unpackSum23(dst, src, base, last)
+	case 24:
+		return unpackSum24(dst, src, base, last)
+	case 25:
+		return unpackSum25(dst, src, base, last)
+	case 26:
+		return unpackSum26(dst, src, base, last)
+	case 27:
+		return unpackSum27(dst, src, base, last)
+	case 28:
+		return unpackSum28(dst, src, base, last)
+	case 29:
+		return unpackSum29(dst, src, base, last)
+	case 30:
+		return unpackSum30(dst, src, base, last)
+	case 31:
+		return unpackSum31(dst, src, base, last)
+	case 32:
+		return unpackSum32(dst, src, base, last)
+	case 33:
+		return unpackSum33(dst, src, base, last)
+	case 34:
+		return unpackSum34(dst, src, base, last)
+	case 35:
+		return unpackSum35(dst, src, base, last)
+	case 36:
+		return unpackSum36(dst, src, base, last)
+	case 37:
+		return unpackSum37(dst, src, base, last)
+	case 38:
+		return unpackSum38(dst, src, base, last)
+	case 39:
+		return unpackSum39(dst, src, base, last)
+	case 40:
+		return unpackSum40(dst, src, base, last)
+	case 41:
+		return unpackSum41(dst, src, base, last)
+	case 42:
+		return unpackSum42(dst, src, base, last)
+	case 43:
+		return unpackSum43(dst, src, base, last)
+	case 44:
+		return unpackSum44(dst, src, base, last)
+	case 45:
+		return unpackSum45(dst, src, base, last)
+	case 46:
+		return unpackSum46(dst, src, base, last)
+	case 47:
+		return unpackSum47(dst, src, base, last)
+	case 48:
+		return unpackSum48(dst, src, base, last)
+	case 49:
+		return unpackSum49(dst, src, base, last)
+	case 50:
+		return unpackSum50(dst, src, base, last)
+	case 51:
+		return unpackSum51(dst, src, base, last)
+	case 52:
+		return unpackSum52(dst, src, base, last)
+	case 53:
+		return unpackSum53(dst, src, base, last)
+	case 54:
+		return unpackSum54(dst, src, base, last)
+	case 55:
+		return unpackSum55(dst, src, base, last)
+	case 56:
+		return unpackSum56(dst, src, base, last)
+	case 57:
+		return unpackSum57(dst, src, base, last)
+	}
+	return last
+}
+
 func unpack1(dst []int64, src []byte, base int64) {
 	for len(dst) >= 8 {
 		s, d := (*[9]byte)(src), (*[8]int64)(dst)
@@ -139,6 +261,31 @@ func unpack1(dst []int64, src []byte, base int64) {
 		d[7] = base + int64(x>>7&(1<<1-1))
 		dst, src = dst[8:], src[1:]
 	}
+}
+
+func unpackSum1(dst []float64, src []byte, base, last int64) int64 {
+	for len(dst) >= 8 {
+		s, d := (*[9]byte)(src), (*[8]float64)(dst)
+		x := binary.LittleEndian.Uint64(s[0:])
+		last += base + int64(x&(1<<1-1))
+		d[0] = float64(last)
+		last += base + int64(x>>1&(1<<1-1))
+		d[1] = float64(last)
+		last += base + int64(x>>2&(1<<1-1))
+		d[2] = float64(last)
+		last += base + int64(x>>3&(1<<1-1))
+		d[3] = float64(last)
+		last += base + int64(x>>4&(1<<1-1))
+		d[4] = float64(last)
+		last += base + int64(x>>5&(1<<1-1))
+		d[5] = float64(last)
+		last += base + int64(x>>6&(1<<1-1))
+		d[6] = float64(last)
+		last += base + int64(x>>7&(1<<1-1))
+		d[7] = float64(last)
+		dst, src = dst[8:], src[1:]
+	}
+	return last
 }
 
 func unpack2(dst []int64, src []byte, base int64) {
@@ -157,6 +304,31 @@ func unpack2(dst []int64, src []byte, base int64) {
 	}
 }
 
+func unpackSum2(dst []float64, src []byte, base, last int64) int64 {
+	for len(dst) >= 8 {
+		s, d := (*[10]byte)(src), (*[8]float64)(dst)
+		x := binary.LittleEndian.Uint64(s[0:])
+		last += base + int64(x&(1<<2-1))
+		d[0] = float64(last)
+		last += base + int64(x>>2&(1<<2-1))
+		d[1] = float64(last)
+		last += base + int64(x>>4&(1<<2-1))
+		d[2] = float64(last)
+		last += base + int64(x>>6&(1<<2-1))
+		d[3] = float64(last)
+		last += base + int64(x>>8&(1<<2-1))
+		d[4] = float64(last)
+		last += base + int64(x>>10&(1<<2-1))
+		d[5] = float64(last)
+		last += base + int64(x>>12&(1<<2-1))
+		d[6] = float64(last)
+		last += base + int64(x>>14&(1<<2-1))
+		d[7] = float64(last)
+		dst, src = dst[8:], src[2:]
+	}
+	return last
+}
+
 func unpack3(dst []int64, src []byte, base int64) {
 	for len(dst) >= 8 {
 		s, d := (*[11]byte)(src), (*[8]int64)(dst)
@@ -171,6 +343,31 @@ func unpack3(dst []int64, src []byte, base int64) {
 		d[7] = base + int64(x>>21&(1<<3-1))
 		dst, src = dst[8:], src[3:]
 	}
+}
+
+func unpackSum3(dst []float64, src []byte, base, last int64) int64 {
+	for len(dst) >= 8 {
+		s, d := (*[11]byte)(src), (*[8]float64)(dst)
+		x := binary.LittleEndian.Uint64(s[0:])
+		last += base + int64(x&(1<<3-1))
+		d[0] = float64(last)
+		last += base + int64(x>>3&(1<<3-1))
+		d[1] = float64(last)
+		last += base + int64(x>>6&(1<<3-1))
+		d[2] = float64(last)
+		last += base + int64(x>>9&(1<<3-1))
+		d[3] = float64(last)
+		last += base + int64(x>>12&(1<<3-1))
+		d[4] = float64(last)
+		last += base + int64(x>>15&(1<<3-1))
+		d[5] = float64(last)
+		last += base + int64(x>>18&(1<<3-1))
+		d[6] = float64(last)
+		last += base + int64(x>>21&(1<<3-1))
+		d[7] = float64(last)
+		dst, src = dst[8:], src[3:]
+	}
+	return last
 }
 
 func unpack4(dst []int64, src []byte, base int64) {
@@ -189,6 +386,31 @@ func unpack4(dst []int64, src []byte, base int64) {
 	}
 }
 
+func unpackSum4(dst []float64, src []byte, base, last int64) int64 {
+	for len(dst) >= 8 {
+		s, d := (*[12]byte)(src), (*[8]float64)(dst)
+		x := binary.LittleEndian.Uint64(s[0:])
+		last += base + int64(x&(1<<4-1))
+		d[0] = float64(last)
+		last += base + int64(x>>4&(1<<4-1))
+		d[1] = float64(last)
+		last += base + int64(x>>8&(1<<4-1))
+		d[2] = float64(last)
+		last += base + int64(x>>12&(1<<4-1))
+		d[3] = float64(last)
+		last += base + int64(x>>16&(1<<4-1))
+		d[4] = float64(last)
+		last += base + int64(x>>20&(1<<4-1))
+		d[5] = float64(last)
+		last += base + int64(x>>24&(1<<4-1))
+		d[6] = float64(last)
+		last += base + int64(x>>28&(1<<4-1))
+		d[7] = float64(last)
+		dst, src = dst[8:], src[4:]
+	}
+	return last
+}
+
 func unpack5(dst []int64, src []byte, base int64) {
 	for len(dst) >= 8 {
 		s, d := (*[13]byte)(src), (*[8]int64)(dst)
@@ -203,6 +425,31 @@ func unpack5(dst []int64, src []byte, base int64) {
 		d[7] = base + int64(x>>35&(1<<5-1))
 		dst, src = dst[8:], src[5:]
 	}
+}
+
+func unpackSum5(dst []float64, src []byte, base, last int64) int64 {
+	for len(dst) >= 8 {
+		s, d := (*[13]byte)(src), (*[8]float64)(dst)
+		x := binary.LittleEndian.Uint64(s[0:])
+		last += base + int64(x&(1<<5-1))
+		d[0] = float64(last)
+		last += base + int64(x>>5&(1<<5-1))
+		d[1] = float64(last)
+		last += base + int64(x>>10&(1<<5-1))
+		d[2] = float64(last)
+		last += base + int64(x>>15&(1<<5-1))
+		d[3] = float64(last)
+		last += base + int64(x>>20&(1<<5-1))
+		d[4] = float64(last)
+		last += base + int64(x>>25&(1<<5-1))
+		d[5] = float64(last)
+		last += base + int64(x>>30&(1<<5-1))
+		d[6] = float64(last)
+		last += base + int64(x>>35&(1<<5-1))
+		d[7] = float64(last)
+		dst, src = dst[8:], src[5:]
+	}
+	return last
 }
 
 func unpack6(dst []int64, src []byte, base int64) {
@@ -221,6 +468,31 @@ func unpack6(dst []int64, src []byte, base int64) {
 	}
 }
 
+func unpackSum6(dst []float64, src []byte, base, last int64) int64 {
+	for len(dst) >= 8 {
+		s, d := (*[14]byte)(src), (*[8]float64)(dst)
+		x := binary.LittleEndian.Uint64(s[0:])
+		last += base + int64(x&(1<<6-1))
+		d[0] = float64(last)
+		last += base + int64(x>>6&(1<<6-1))
+		d[1] = float64(last)
+		last += base + int64(x>>12&(1<<6-1))
+		d[2] = float64(last)
+		last += base + int64(x>>18&(1<<6-1))
+		d[3] = float64(last)
+		last += base + int64(x>>24&(1<<6-1))
+		d[4] = float64(last)
+		last += base + int64(x>>30&(1<<6-1))
+		d[5] = float64(last)
+		last += base + int64(x>>36&(1<<6-1))
+		d[6] = float64(last)
+		last += base + int64(x>>42&(1<<6-1))
+		d[7] = float64(last)
+		dst, src = dst[8:], src[6:]
+	}
+	return last
+}
+
 func unpack7(dst []int64, src []byte, base int64) {
 	for len(dst) >= 8 {
 		s, d := (*[15]byte)(src), (*[8]int64)(dst)
@@ -237,6 +509,31 @@ func unpack7(dst []int64, src []byte, base int64) {
 	}
 }
 
+func unpackSum7(dst []float64, src []byte, base, last int64) int64 {
+	for len(dst) >= 8 {
+		s, d := (*[15]byte)(src), (*[8]float64)(dst)
+		x := binary.LittleEndian.Uint64(s[0:])
+		last += base + int64(x&(1<<7-1))
+		d[0] = float64(last)
+		last += base + int64(x>>7&(1<<7-1))
+		d[1] = float64(last)
+		last += base + int64(x>>14&(1<<7-1))
+		d[2] = float64(last)
+		last += base + int64(x>>21&(1<<7-1))
+		d[3] = float64(last)
+		last += base + int64(x>>28&(1<<7-1))
+		d[4] = float64(last)
+		last += base + int64(x>>35&(1<<7-1))
+		d[5] = float64(last)
+		last += base + int64(x>>42&(1<<7-1))
+		d[6] = float64(last)
+		last += base + int64(x>>49&(1<<7-1))
+		d[7] = float64(last)
+		dst, src = dst[8:], src[7:]
+	}
+	return last
+}
+
 func unpack8(dst []int64, src []byte, base int64) {
 	for len(dst) >= 8 {
 		s, d := (*[16]byte)(src), (*[8]int64)(dst)
@@ -251,6 +548,31 @@ func unpack8(dst []int64, src []byte, base int64) {
 		d[7] = base + int64(x>>56)
 		dst, src = dst[8:], src[8:]
 	}
+}
+
+func unpackSum8(dst []float64, src []byte, base, last int64) int64 {
+	for len(dst) >= 8 {
+		s, d := (*[16]byte)(src), (*[8]float64)(dst)
+		x := binary.LittleEndian.Uint64(s[0:])
+		last += base + int64(x&(1<<8-1))
+		d[0] = float64(last)
+		last += base + int64(x>>8&(1<<8-1))
+		d[1] = float64(last)
+		last += base + int64(x>>16&(1<<8-1))
+		d[2] = float64(last)
+		last += base + int64(x>>24&(1<<8-1))
+		d[3] = float64(last)
+		last += base + int64(x>>32&(1<<8-1))
+		d[4] = float64(last)
+		last += base + int64(x>>40&(1<<8-1))
+		d[5] = float64(last)
+		last += base + int64(x>>48&(1<<8-1))
+		d[6] = float64(last)
+		last += base + int64(x>>56)
+		d[7] = float64(last)
+		dst, src = dst[8:], src[8:]
+	}
+	return last
 }
 
 func unpack9(dst []int64, src []byte, base int64) {
@@ -270,6 +592,32 @@ func unpack9(dst []int64, src []byte, base int64) {
 	}
 }
 
+func unpackSum9(dst []float64, src []byte, base, last int64) int64 {
+	for len(dst) >= 8 {
+		s, d := (*[17]byte)(src), (*[8]float64)(dst)
+		x := binary.LittleEndian.Uint64(s[0:])
+		last += base + int64(x&(1<<9-1))
+		d[0] = float64(last)
+		last += base + int64(x>>9&(1<<9-1))
+		d[1] = float64(last)
+		last += base + int64(x>>18&(1<<9-1))
+		d[2] = float64(last)
+		last += base + int64(x>>27&(1<<9-1))
+		d[3] = float64(last)
+		last += base + int64(x>>36&(1<<9-1))
+		d[4] = float64(last)
+		last += base + int64(x>>45&(1<<9-1))
+		d[5] = float64(last)
+		last += base + int64(x>>54&(1<<9-1))
+		d[6] = float64(last)
+		x = binary.LittleEndian.Uint64(s[7:])
+		last += base + int64(x>>7&(1<<9-1))
+		d[7] = float64(last)
+		dst, src = dst[8:], src[9:]
+	}
+	return last
+}
+
 func unpack10(dst []int64, src []byte, base int64) {
 	for len(dst) >= 8 {
 		s, d := (*[18]byte)(src), (*[8]int64)(dst)
@@ -285,6 +633,32 @@ func unpack10(dst []int64, src []byte, base int64) {
 		d[7] = base + int64(x>>14&(1<<10-1))
 		dst, src = dst[8:], src[10:]
 	}
+}
+
+func unpackSum10(dst []float64, src []byte, base, last int64) int64 {
+	for len(dst) >= 8 {
+		s, d := (*[18]byte)(src), (*[8]float64)(dst)
+		x := binary.LittleEndian.Uint64(s[0:])
+		last += base + int64(x&(1<<10-1))
+		d[0] = float64(last)
+		last += base + int64(x>>10&(1<<10-1))
+		d[1] = float64(last)
+		last += base + int64(x>>20&(1<<10-1))
+		d[2] = float64(last)
+		last += base + int64(x>>30&(1<<10-1))
+		d[3] = float64(last)
+		last += base + int64(x>>40&(1<<10-1))
+		d[4] = float64(last)
+		last += base + int64(x>>50&(1<<10-1))
+		d[5] = float64(last)
+		x = binary.LittleEndian.Uint64(s[7:])
+		last += base + int64(x>>4&(1<<10-1))
+		d[6] = float64(last)
+		last += base + int64(x>>14&(1<<10-1))
+		d[7] = float64(last)
+		dst, src = dst[8:], src[10:]
+	}
+	return last
 }
 
 func unpack11(dst []int64, src []byte, base int64) {
@@ -304,6 +678,32 @@ func unpack11(dst []int64, src []byte, base int64) {
 	}
 }
 
+func unpackSum11(dst []float64, src []byte, base, last int64) int64 {
+	for len(dst) >= 8 {
+		s, d := (*[19]byte)(src), (*[8]float64)(dst)
+		x := binary.LittleEndian.Uint64(s[0:])
+		last += base + int64(x&(1<<11-1))
+		d[0] = float64(last)
+		last += base + int64(x>>11&(1<<11-1))
+		d[1] = float64(last)
+		last += base + int64(x>>22&(1<<11-1))
+		d[2] = float64(last)
+		last += base + int64(x>>33&(1<<11-1))
+		d[3] = float64(last)
+		last += base + int64(x>>44&(1<<11-1))
+		d[4] = float64(last)
+		x = binary.LittleEndian.Uint64(s[6:])
+		last += base + int64(x>>7&(1<<11-1))
+		d[5] = float64(last)
+		last += base + int64(x>>18&(1<<11-1))
+		d[6] = float64(last)
+		last += base + int64(x>>29&(1<<11-1))
+		d[7] = float64(last)
+		dst, src = dst[8:], src[11:]
+	}
+	return last
+}
+
 func unpack12(dst []int64, src []byte, base int64) {
 	for len(dst) >= 8 {
 		s, d := (*[20]byte)(src), (*[8]int64)(dst)
@@ -319,6 +719,32 @@ func unpack12(dst []int64, src []byte, base int64) {
 		d[7] = base + int64(x>>28&(1<<12-1))
 		dst, src = dst[8:], src[12:]
 	}
+}
+
+func unpackSum12(dst []float64, src []byte, base, last int64) int64 {
+	for len(dst) >= 8 {
+		s, d := (*[20]byte)(src), (*[8]float64)(dst)
+		x := binary.LittleEndian.Uint64(s[0:])
+		last += base + int64(x&(1<<12-1))
+		d[0] = float64(last)
+		last += base + int64(x>>12&(1<<12-1))
+		d[1] = float64(last)
+		last += base + int64(x>>24&(1<<12-1))
+		d[2] = float64(last)
+		last += base + int64(x>>36&(1<<12-1))
+		d[3] = float64(last)
+		last += base + int64(x>>48&(1<<12-1))
+		d[4] = float64(last)
+		x = binary.LittleEndian.Uint64(s[7:])
+		last += base + int64(x>>4&(1<<12-1))
+		d[5] = float64(last)
+		last += base + int64(x>>16&(1<<12-1))
+		d[6] = float64(last)
+		last += base + int64(x>>28&(1<<12-1))
+		d[7] = float64(last)
+		dst, src = dst[8:], src[12:]
+	}
+	return last
 }
 
 func unpack13(dst []int64, src []byte, base int64) {
@@ -338,6 +764,32 @@ func unpack13(dst []int64, src []byte, base int64) {
 	}
 }
 
+func unpackSum13(dst []float64, src []byte, base, last int64) int64 {
+	for len(dst) >= 8 {
+		s, d := (*[21]byte)(src), (*[8]float64)(dst)
+		x := binary.LittleEndian.Uint64(s[0:])
+		last += base + int64(x&(1<<13-1))
+		d[0] = float64(last)
+		last += base + int64(x>>13&(1<<13-1))
+		d[1] = float64(last)
+		last += base + int64(x>>26&(1<<13-1))
+		d[2] = float64(last)
+		last += base + int64(x>>39&(1<<13-1))
+		d[3] = float64(last)
+		x = binary.LittleEndian.Uint64(s[6:])
+		last += base + int64(x>>4&(1<<13-1))
+		d[4] = float64(last)
+		last += base + int64(x>>17&(1<<13-1))
+		d[5] = float64(last)
+		last += base + int64(x>>30&(1<<13-1))
+		d[6] = float64(last)
+		last += base + int64(x>>43&(1<<13-1))
+		d[7] = float64(last)
+		dst, src = dst[8:], src[13:]
+	}
+	return last
+}
+
 func unpack14(dst []int64, src []byte, base int64) {
 	for len(dst) >= 8 {
 		s, d := (*[22]byte)(src), (*[8]int64)(dst)
@@ -353,6 +805,32 @@ func unpack14(dst []int64, src []byte, base int64) {
 		d[7] = base + int64(x>>42&(1<<14-1))
 		dst, src = dst[8:], src[14:]
 	}
+}
+
+func unpackSum14(dst []float64, src []byte, base, last int64) int64 {
+	for len(dst) >= 8 {
+		s, d := (*[22]byte)(src), (*[8]float64)(dst)
+		x := binary.LittleEndian.Uint64(s[0:])
+		last += base + int64(x&(1<<14-1))
+		d[0] = float64(last)
+		last += base + int64(x>>14&(1<<14-1))
+		d[1] = float64(last)
+		last += base + int64(x>>28&(1<<14-1))
+		d[2] = float64(last)
+		last += base + int64(x>>42&(1<<14-1))
+		d[3] = float64(last)
+		x = binary.LittleEndian.Uint64(s[7:])
+		last += base + int64(x&(1<<14-1))
+		d[4] = float64(last)
+		last += base + int64(x>>14&(1<<14-1))
+		d[5] = float64(last)
+		last += base + int64(x>>28&(1<<14-1))
+		d[6] = float64(last)
+		last += base + int64(x>>42&(1<<14-1))
+		d[7] = float64(last)
+		dst, src = dst[8:], src[14:]
+	}
+	return last
 }
 
 func unpack15(dst []int64, src []byte, base int64) {
@@ -372,6 +850,32 @@ func unpack15(dst []int64, src []byte, base int64) {
 	}
 }
 
+func unpackSum15(dst []float64, src []byte, base, last int64) int64 {
+	for len(dst) >= 8 {
+		s, d := (*[23]byte)(src), (*[8]float64)(dst)
+		x := binary.LittleEndian.Uint64(s[0:])
+		last += base + int64(x&(1<<15-1))
+		d[0] = float64(last)
+		last += base + int64(x>>15&(1<<15-1))
+		d[1] = float64(last)
+		last += base + int64(x>>30&(1<<15-1))
+		d[2] = float64(last)
+		last += base + int64(x>>45&(1<<15-1))
+		d[3] = float64(last)
+		x = binary.LittleEndian.Uint64(s[7:])
+		last += base + int64(x>>4&(1<<15-1))
+		d[4] = float64(last)
+		last += base + int64(x>>19&(1<<15-1))
+		d[5] = float64(last)
+		last += base + int64(x>>34&(1<<15-1))
+		d[6] = float64(last)
+		last += base + int64(x>>49)
+		d[7] = float64(last)
+		dst, src = dst[8:], src[15:]
+	}
+	return last
+}
+
 func unpack16(dst []int64, src []byte, base int64) {
 	for len(dst) >= 8 {
 		s, d := (*[24]byte)(src), (*[8]int64)(dst)
@@ -387,6 +891,32 @@ func unpack16(dst []int64, src []byte, base int64) {
 		d[7] = base + int64(x>>48)
 		dst, src = dst[8:], src[16:]
 	}
+}
+
+func unpackSum16(dst []float64, src []byte, base, last int64) int64 {
+	for len(dst) >= 8 {
+		s, d := (*[24]byte)(src), (*[8]float64)(dst)
+		x := binary.LittleEndian.Uint64(s[0:])
+		last += base + int64(x&(1<<16-1))
+		d[0] = float64(last)
+		last += base + int64(x>>16&(1<<16-1))
+		d[1] = float64(last)
+		last += base + int64(x>>32&(1<<16-1))
+		d[2] = float64(last)
+		last += base + int64(x>>48)
+		d[3] = float64(last)
+		x = binary.LittleEndian.Uint64(s[8:])
+		last += base + int64(x&(1<<16-1))
+		d[4] = float64(last)
+		last += base + int64(x>>16&(1<<16-1))
+		d[5] = float64(last)
+		last += base + int64(x>>32&(1<<16-1))
+		d[6] = float64(last)
+		last += base + int64(x>>48)
+		d[7] = float64(last)
+		dst, src = dst[8:], src[16:]
+	}
+	return last
 }
 
 func unpack17(dst []int64, src []byte, base int64) {
@@ -407,6 +937,33 @@ func unpack17(dst []int64, src []byte, base int64) {
 	}
 }
 
+func unpackSum17(dst []float64, src []byte, base, last int64) int64 {
+	for len(dst) >= 8 {
+		s, d := (*[25]byte)(src), (*[8]float64)(dst)
+		x := binary.LittleEndian.Uint64(s[0:])
+		last += base + int64(x&(1<<17-1))
+		d[0] = float64(last)
+		last += base + int64(x>>17&(1<<17-1))
+		d[1] = float64(last)
+		last += base + int64(x>>34&(1<<17-1))
+		d[2] = float64(last)
+		x = binary.LittleEndian.Uint64(s[6:])
+		last += base + int64(x>>3&(1<<17-1))
+		d[3] = float64(last)
+		last += base + int64(x>>20&(1<<17-1))
+		d[4] = float64(last)
+		last += base + int64(x>>37&(1<<17-1))
+		d[5] = float64(last)
+		x = binary.LittleEndian.Uint64(s[12:])
+		last += base + int64(x>>6&(1<<17-1))
+		d[6] = float64(last)
+		last += base + int64(x>>23&(1<<17-1))
+		d[7] = float64(last)
+		dst, src = dst[8:], src[17:]
+	}
+	return last
+}
+
 func unpack18(dst []int64, src []byte, base int64) {
 	for len(dst) >= 8 {
 		s, d := (*[26]byte)(src), (*[8]int64)(dst)
@@ -423,6 +980,33 @@ func unpack18(dst []int64, src []byte, base int64) {
 		d[7] = base + int64(x>>22&(1<<18-1))
 		dst, src = dst[8:], src[18:]
 	}
+}
+
+func unpackSum18(dst []float64, src []byte, base, last int64) int64 {
+	for len(dst) >= 8 {
+		s, d := (*[26]byte)(src), (*[8]float64)(dst)
+		x := binary.LittleEndian.Uint64(s[0:])
+		last += base + int64(x&(1<<18-1))
+		d[0] = float64(last)
+		last += base + int64(x>>18&(1<<18-1))
+		d[1] = float64(last)
+		last += base + int64(x>>36&(1<<18-1))
+		d[2] = float64(last)
+		x = binary.LittleEndian.Uint64(s[6:])
+		last += base + int64(x>>6&(1<<18-1))
+		d[3] = float64(last)
+		last += base + int64(x>>24&(1<<18-1))
+		d[4] = float64(last)
+		last += base + int64(x>>42&(1<<18-1))
+		d[5] = float64(last)
+		x = binary.LittleEndian.Uint64(s[13:])
+		last += base + int64(x>>4&(1<<18-1))
+		d[6] = float64(last)
+		last += base + int64(x>>22&(1<<18-1))
+		d[7] = float64(last)
+		dst, src = dst[8:], src[18:]
+	}
+	return last
 }
 
 func unpack19(dst []int64, src []byte, base int64) {
@@ -443,6 +1027,33 @@ func unpack19(dst []int64, src []byte, base int64) {
 	}
 }
 
+func unpackSum19(dst []float64, src []byte, base, last int64) int64 {
+	for len(dst) >= 8 {
+		s, d := (*[27]byte)(src), (*[8]float64)(dst)
+		x := binary.LittleEndian.Uint64(s[0:])
+		last += base + int64(x&(1<<19-1))
+		d[0] = float64(last)
+		last += base + int64(x>>19&(1<<19-1))
+		d[1] = float64(last)
+		last += base + int64(x>>38&(1<<19-1))
+		d[2] = float64(last)
+		x = binary.LittleEndian.Uint64(s[7:])
+		last += base + int64(x>>1&(1<<19-1))
+		d[3] = float64(last)
+		last += base + int64(x>>20&(1<<19-1))
+		d[4] = float64(last)
+		last += base + int64(x>>39&(1<<19-1))
+		d[5] = float64(last)
+		x = binary.LittleEndian.Uint64(s[14:])
+		last += base + int64(x>>2&(1<<19-1))
+		d[6] = float64(last)
+		last += base + int64(x>>21&(1<<19-1))
+		d[7] = float64(last)
+		dst, src = dst[8:], src[19:]
+	}
+	return last
+}
+
 func unpack20(dst []int64, src []byte, base int64) {
 	for len(dst) >= 8 {
 		s, d := (*[28]byte)(src), (*[8]int64)(dst)
@@ -461,6 +1072,33 @@ func unpack20(dst []int64, src []byte, base int64) {
 	}
 }
 
+func unpackSum20(dst []float64, src []byte, base, last int64) int64 {
+	for len(dst) >= 8 {
+		s, d := (*[28]byte)(src), (*[8]float64)(dst)
+		x := binary.LittleEndian.Uint64(s[0:])
+		last += base + int64(x&(1<<20-1))
+		d[0] = float64(last)
+		last += base + int64(x>>20&(1<<20-1))
+		d[1] = float64(last)
+		last += base + int64(x>>40&(1<<20-1))
+		d[2] = float64(last)
+		x = binary.LittleEndian.Uint64(s[7:])
+		last += base + int64(x>>4&(1<<20-1))
+		d[3] = float64(last)
+		last += base + int64(x>>24&(1<<20-1))
+		d[4] = float64(last)
+		last += base + int64(x>>44)
+		d[5] = float64(last)
+		x = binary.LittleEndian.Uint64(s[15:])
+		last += base + int64(x&(1<<20-1))
+		d[6] = float64(last)
+		last += base + int64(x>>20&(1<<20-1))
+		d[7] = float64(last)
+		dst, src = dst[8:], src[20:]
+	}
+	return last
+}
+
 func unpack21(dst []int64, src []byte, base int64) {
 	for len(dst) >= 8 {
 		s, d := (*[29]byte)(src), (*[8]int64)(dst)
@@ -477,6 +1115,33 @@ func unpack21(dst []int64, src []byte, base int64) {
 		d[7] = base + int64(x>>43)
 		dst, src = dst[8:], src[21:]
 	}
+}
+
+func unpackSum21(dst []float64, src []byte, base, last int64) int64 {
+	for len(dst) >= 8 {
+		s, d := (*[29]byte)(src), (*[8]float64)(dst)
+		x := binary.LittleEndian.Uint64(s[0:])
+		last += base + int64(x&(1<<21-1))
+		d[0] = float64(last)
+		last += base + int64(x>>21&(1<<21-1))
+		d[1] = float64(last)
+		last += base + int64(x>>42&(1<<21-1))
+		d[2] = float64(last)
+		x = binary.LittleEndian.Uint64(s[7:])
+		last += base + int64(x>>7&(1<<21-1))
+		d[3] = float64(last)
+		last += base + int64(x>>28&(1<<21-1))
+		d[4] = float64(last)
+		x = binary.LittleEndian.Uint64(s[13:])
+		last += base + int64(x>>1&(1<<21-1))
+		d[5] = float64(last)
+		last += base + int64(x>>22&(1<<21-1))
+		d[6] = float64(last)
+		last += base + int64(x>>43)
+		d[7] = float64(last)
+		dst, src = dst[8:], src[21:]
+	}
+	return last
 }
 
 func unpack22(dst []int64, src []byte, base int64) {
@@ -498,6 +1163,34 @@ func unpack22(dst []int64, src []byte, base int64) {
 	}
 }
 
+func unpackSum22(dst []float64, src []byte, base, last int64) int64 {
+	for len(dst) >= 8 {
+		s, d := (*[30]byte)(src), (*[8]float64)(dst)
+		x := binary.LittleEndian.Uint64(s[0:])
+		last += base + int64(x&(1<<22-1))
+		d[0] = float64(last)
+		last += base + int64(x>>22&(1<<22-1))
+		d[1] = float64(last)
+		x = binary.LittleEndian.Uint64(s[5:])
+		last += base + int64(x>>4&(1<<22-1))
+		d[2] = float64(last)
+		last += base + int64(x>>26&(1<<22-1))
+		d[3] = float64(last)
+		x = binary.LittleEndian.Uint64(s[11:])
+		last += base + int64(x&(1<<22-1))
+		d[4] = float64(last)
+		last += base + int64(x>>22&(1<<22-1))
+		d[5] = float64(last)
+		x = binary.LittleEndian.Uint64(s[16:])
+		last += base + int64(x>>4&(1<<22-1))
+		d[6] = float64(last)
+		last += base + int64(x>>26&(1<<22-1))
+		d[7] = float64(last)
+		dst, src = dst[8:], src[22:]
+	}
+	return last
+}
+
 func unpack23(dst []int64, src []byte, base int64) {
 	for len(dst) >= 8 {
 		s, d := (*[31]byte)(src), (*[8]int64)(dst)
@@ -515,6 +1208,34 @@ func unpack23(dst []int64, src []byte, base int64) {
 		d[7] = base + int64(x>>25&(1<<23-1))
 		dst, src = dst[8:], src[23:]
 	}
+}
+
+func unpackSum23(dst []float64, src []byte, base, last int64) int64 {
+	for len(dst) >= 8 {
+		s, d := (*[31]byte)(src), (*[8]float64)(dst)
+		x := binary.LittleEndian.Uint64(s[0:])
+		last += base + int64(x&(1<<23-1))
+		d[0] = float64(last)
+		last += base + int64(x>>23&(1<<23-1))
+		d[1] = float64(last)
+		x = binary.LittleEndian.Uint64(s[5:])
+		last += base + int64(x>>6&(1<<23-1))
+		d[2] = float64(last)
+		last += base + int64(x>>29&(1<<23-1))
+		d[3] = float64(last)
+		x = binary.LittleEndian.Uint64(s[11:])
+		last += base + int64(x>>4&(1<<23-1))
+		d[4] = float64(last)
+		last += base + int64(x>>27&(1<<23-1))
+		d[5] = float64(last)
+		x = binary.LittleEndian.Uint64(s[17:])
+		last += base + int64(x>>2&(1<<23-1))
+		d[6] = float64(last)
+		last += base + int64(x>>25&(1<<23-1))
+		d[7] = float64(last)
+		dst, src = dst[8:], src[23:]
+	}
+	return last
 }
 
 func unpack24(dst []int64, src []byte, base int64) {
@@ -536,6 +1257,34 @@ func unpack24(dst []int64, src []byte, base int64) {
 	}
 }
 
+func unpackSum24(dst []float64, src []byte, base, last int64) int64 {
+	for len(dst) >= 8 {
+		s, d := (*[32]byte)(src), (*[8]float64)(dst)
+		x := binary.LittleEndian.Uint64(s[0:])
+		last += base + int64(x&(1<<24-1))
+		d[0] = float64(last)
+		last += base + int64(x>>24&(1<<24-1))
+		d[1] = float64(last)
+		x = binary.LittleEndian.Uint64(s[6:])
+		last += base + int64(x&(1<<24-1))
+		d[2] = float64(last)
+		last += base + int64(x>>24&(1<<24-1))
+		d[3] = float64(last)
+		x = binary.LittleEndian.Uint64(s[12:])
+		last += base + int64(x&(1<<24-1))
+		d[4] = float64(last)
+		last += base + int64(x>>24&(1<<24-1))
+		d[5] = float64(last)
+		x = binary.LittleEndian.Uint64(s[18:])
+		last += base + int64(x&(1<<24-1))
+		d[6] = float64(last)
+		last += base + int64(x>>24&(1<<24-1))
+		d[7] = float64(last)
+		dst, src = dst[8:], src[24:]
+	}
+	return last
+}
+
 func unpack25(dst []int64, src []byte, base int64) {
 	for len(dst) >= 8 {
 		s, d := (*[33]byte)(src), (*[8]int64)(dst)
@@ -553,6 +1302,34 @@ func unpack25(dst []int64, src []byte, base int64) {
 		d[7] = base + int64(x>>31&(1<<25-1))
 		dst, src = dst[8:], src[25:]
 	}
+}
+
+func unpackSum25(dst []float64, src []byte, base, last int64) int64 {
+	for len(dst) >= 8 {
+		s, d := (*[33]byte)(src), (*[8]float64)(dst)
+		x := binary.LittleEndian.Uint64(s[0:])
+		last += base + int64(x&(1<<25-1))
+		d[0] = float64(last)
+		last += base + int64(x>>25&(1<<25-1))
+		d[1] = float64(last)
+		x = binary.LittleEndian.Uint64(s[6:])
+		last += base + int64(x>>2&(1<<25-1))
+		d[2] = float64(last)
+		last += base + int64(x>>27&(1<<25-1))
+		d[3] = float64(last)
+		x = binary.LittleEndian.Uint64(s[12:])
+		last += base + int64(x>>4&(1<<25-1))
+		d[4] = float64(last)
+		last += base + int64(x>>29&(1<<25-1))
+		d[5] = float64(last)
+		x = binary.LittleEndian.Uint64(s[18:])
+		last += base + int64(x>>6&(1<<25-1))
+		d[6] = float64(last)
+		last += base + int64(x>>31&(1<<25-1))
+		d[7] = float64(last)
+		dst, src = dst[8:], src[25:]
+	}
+	return last
 }
 
 func unpack26(dst []int64, src []byte, base int64) {
@@ -574,6 +1351,34 @@ func unpack26(dst []int64, src []byte, base int64) {
 	}
 }
 
+func unpackSum26(dst []float64, src []byte, base, last int64) int64 {
+	for len(dst) >= 8 {
+		s, d := (*[34]byte)(src), (*[8]float64)(dst)
+		x := binary.LittleEndian.Uint64(s[0:])
+		last += base + int64(x&(1<<26-1))
+		d[0] = float64(last)
+		last += base + int64(x>>26&(1<<26-1))
+		d[1] = float64(last)
+		x = binary.LittleEndian.Uint64(s[6:])
+		last += base + int64(x>>4&(1<<26-1))
+		d[2] = float64(last)
+		last += base + int64(x>>30&(1<<26-1))
+		d[3] = float64(last)
+		x = binary.LittleEndian.Uint64(s[13:])
+		last += base + int64(x&(1<<26-1))
+		d[4] = float64(last)
+		last += base + int64(x>>26&(1<<26-1))
+		d[5] = float64(last)
+		x = binary.LittleEndian.Uint64(s[19:])
+		last += base + int64(x>>4&(1<<26-1))
+		d[6] = float64(last)
+		last += base + int64(x>>30&(1<<26-1))
+		d[7] = float64(last)
+		dst, src = dst[8:], src[26:]
+	}
+	return last
+}
+
 func unpack27(dst []int64, src []byte, base int64) {
 	for len(dst) >= 8 {
 		s, d := (*[35]byte)(src), (*[8]int64)(dst)
@@ -591,6 +1396,34 @@ func unpack27(dst []int64, src []byte, base int64) {
 		d[7] = base + int64(x>>29&(1<<27-1))
 		dst, src = dst[8:], src[27:]
 	}
+}
+
+func unpackSum27(dst []float64, src []byte, base, last int64) int64 {
+	for len(dst) >= 8 {
+		s, d := (*[35]byte)(src), (*[8]float64)(dst)
+		x := binary.LittleEndian.Uint64(s[0:])
+		last += base + int64(x&(1<<27-1))
+		d[0] = float64(last)
+		last += base + int64(x>>27&(1<<27-1))
+		d[1] = float64(last)
+		x = binary.LittleEndian.Uint64(s[6:])
+		last += base + int64(x>>6&(1<<27-1))
+		d[2] = float64(last)
+		last += base + int64(x>>33&(1<<27-1))
+		d[3] = float64(last)
+		x = binary.LittleEndian.Uint64(s[13:])
+		last += base + int64(x>>4&(1<<27-1))
+		d[4] = float64(last)
+		last += base + int64(x>>31&(1<<27-1))
+		d[5] = float64(last)
+		x = binary.LittleEndian.Uint64(s[20:])
+		last += base + int64(x>>2&(1<<27-1))
+		d[6] = float64(last)
+		last += base + int64(x>>29&(1<<27-1))
+		d[7] = float64(last)
+		dst, src = dst[8:], src[27:]
+	}
+	return last
 }
 
 func unpack28(dst []int64, src []byte, base int64) {
@@ -612,6 +1445,34 @@ func unpack28(dst []int64, src []byte, base int64) {
 	}
 }
 
+func unpackSum28(dst []float64, src []byte, base, last int64) int64 {
+	for len(dst) >= 8 {
+		s, d := (*[36]byte)(src), (*[8]float64)(dst)
+		x := binary.LittleEndian.Uint64(s[0:])
+		last += base + int64(x&(1<<28-1))
+		d[0] = float64(last)
+		last += base + int64(x>>28&(1<<28-1))
+		d[1] = float64(last)
+		x = binary.LittleEndian.Uint64(s[7:])
+		last += base + int64(x&(1<<28-1))
+		d[2] = float64(last)
+		last += base + int64(x>>28&(1<<28-1))
+		d[3] = float64(last)
+		x = binary.LittleEndian.Uint64(s[14:])
+		last += base + int64(x&(1<<28-1))
+		d[4] = float64(last)
+		last += base + int64(x>>28&(1<<28-1))
+		d[5] = float64(last)
+		x = binary.LittleEndian.Uint64(s[21:])
+		last += base + int64(x&(1<<28-1))
+		d[6] = float64(last)
+		last += base + int64(x>>28&(1<<28-1))
+		d[7] = float64(last)
+		dst, src = dst[8:], src[28:]
+	}
+	return last
+}
+
 func unpack29(dst []int64, src []byte, base int64) {
 	for len(dst) >= 8 {
 		s, d := (*[37]byte)(src), (*[8]int64)(dst)
@@ -631,6 +1492,34 @@ func unpack29(dst []int64, src []byte, base int64) {
 	}
 }
 
+func unpackSum29(dst []float64, src []byte, base, last int64) int64 {
+	for len(dst) >= 8 {
+		s, d := (*[37]byte)(src), (*[8]float64)(dst)
+		x := binary.LittleEndian.Uint64(s[0:])
+		last += base + int64(x&(1<<29-1))
+		d[0] = float64(last)
+		last += base + int64(x>>29&(1<<29-1))
+		d[1] = float64(last)
+		x = binary.LittleEndian.Uint64(s[7:])
+		last += base + int64(x>>2&(1<<29-1))
+		d[2] = float64(last)
+		last += base + int64(x>>31&(1<<29-1))
+		d[3] = float64(last)
+		x = binary.LittleEndian.Uint64(s[14:])
+		last += base + int64(x>>4&(1<<29-1))
+		d[4] = float64(last)
+		last += base + int64(x>>33&(1<<29-1))
+		d[5] = float64(last)
+		x = binary.LittleEndian.Uint64(s[21:])
+		last += base + int64(x>>6&(1<<29-1))
+		d[6] = float64(last)
+		last += base + int64(x>>35)
+		d[7] = float64(last)
+		dst, src = dst[8:], src[29:]
+	}
+	return last
+}
+
 func unpack30(dst []int64, src []byte, base int64) {
 	for len(dst) >= 8 {
 		s, d := (*[38]byte)(src), (*[8]int64)(dst)
@@ -648,6 +1537,34 @@ func unpack30(dst []int64, src []byte, base int64) {
 		d[7] = base + int64(x>>34)
 		dst, src = dst[8:], src[30:]
 	}
+}
+
+func unpackSum30(dst []float64, src []byte, base, last int64) int64 {
+	for len(dst) >= 8 {
+		s, d := (*[38]byte)(src), (*[8]float64)(dst)
+		x := binary.LittleEndian.Uint64(s[0:])
+		last += base + int64(x&(1<<30-1))
+		d[0] = float64(last)
+		last += base + int64(x>>30&(1<<30-1))
+		d[1] = float64(last)
+		x = binary.LittleEndian.Uint64(s[7:])
+		last += base + int64(x>>4&(1<<30-1))
+		d[2] = float64(last)
+		last += base + int64(x>>34)
+		d[3] = float64(last)
+		x = binary.LittleEndian.Uint64(s[15:])
+		last += base + int64(x&(1<<30-1))
+		d[4] = float64(last)
+		last += base + int64(x>>30&(1<<30-1))
+		d[5] = float64(last)
+		x = binary.LittleEndian.Uint64(s[22:])
+		last += base + int64(x>>4&(1<<30-1))
+		d[6] = float64(last)
+		last += base + int64(x>>34)
+		d[7] = float64(last)
+		dst, src = dst[8:], src[30:]
+	}
+	return last
 }
 
 func unpack31(dst []int64, src []byte, base int64) {
@@ -671,6 +1588,36 @@ func unpack31(dst []int64, src []byte, base int64) {
 	}
 }
 
+func unpackSum31(dst []float64, src []byte, base, last int64) int64 {
+	for len(dst) >= 8 {
+		s, d := (*[39]byte)(src), (*[8]float64)(dst)
+		x := binary.LittleEndian.Uint64(s[0:])
+		last += base + int64(x&(1<<31-1))
+		d[0] = float64(last)
+		last += base + int64(x>>31&(1<<31-1))
+		d[1] = float64(last)
+		x = binary.LittleEndian.Uint64(s[7:])
+		last += base + int64(x>>6&(1<<31-1))
+		d[2] = float64(last)
+		x = binary.LittleEndian.Uint64(s[11:])
+		last += base + int64(x>>5&(1<<31-1))
+		d[3] = float64(last)
+		x = binary.LittleEndian.Uint64(s[15:])
+		last += base + int64(x>>4&(1<<31-1))
+		d[4] = float64(last)
+		x = binary.LittleEndian.Uint64(s[19:])
+		last += base + int64(x>>3&(1<<31-1))
+		d[5] = float64(last)
+		x = binary.LittleEndian.Uint64(s[23:])
+		last += base + int64(x>>2&(1<<31-1))
+		d[6] = float64(last)
+		last += base + int64(x>>33)
+		d[7] = float64(last)
+		dst, src = dst[8:], src[31:]
+	}
+	return last
+}
+
 func unpack32(dst []int64, src []byte, base int64) {
 	for len(dst) >= 8 {
 		s, d := (*[40]byte)(src), (*[8]int64)(dst)
@@ -688,6 +1635,34 @@ func unpack32(dst []int64, src []byte, base int64) {
 		d[7] = base + int64(x>>32)
 		dst, src = dst[8:], src[32:]
 	}
+}
+
+func unpackSum32(dst []float64, src []byte, base, last int64) int64 {
+	for len(dst) >= 8 {
+		s, d := (*[40]byte)(src), (*[8]float64)(dst)
+		x := binary.LittleEndian.Uint64(s[0:])
+		last += base + int64(x&(1<<32-1))
+		d[0] = float64(last)
+		last += base + int64(x>>32)
+		d[1] = float64(last)
+		x = binary.LittleEndian.Uint64(s[8:])
+		last += base + int64(x&(1<<32-1))
+		d[2] = float64(last)
+		last += base + int64(x>>32)
+		d[3] = float64(last)
+		x = binary.LittleEndian.Uint64(s[16:])
+		last += base + int64(x&(1<<32-1))
+		d[4] = float64(last)
+		last += base + int64(x>>32)
+		d[5] = float64(last)
+		x = binary.LittleEndian.Uint64(s[24:])
+		last += base + int64(x&(1<<32-1))
+		d[6] = float64(last)
+		last += base + int64(x>>32)
+		d[7] = float64(last)
+		dst, src = dst[8:], src[32:]
+	}
+	return last
 }
 
 func unpack33(dst []int64, src []byte, base int64) {
@@ -713,6 +1688,38 @@ func unpack33(dst []int64, src []byte, base int64) {
 	}
 }
 
+func unpackSum33(dst []float64, src []byte, base, last int64) int64 {
+	for len(dst) >= 8 {
+		s, d := (*[41]byte)(src), (*[8]float64)(dst)
+		x := binary.LittleEndian.Uint64(s[0:])
+		last += base + int64(x&(1<<33-1))
+		d[0] = float64(last)
+		x = binary.LittleEndian.Uint64(s[4:])
+		last += base + int64(x>>1&(1<<33-1))
+		d[1] = float64(last)
+		x = binary.LittleEndian.Uint64(s[8:])
+		last += base + int64(x>>2&(1<<33-1))
+		d[2] = float64(last)
+		x = binary.LittleEndian.Uint64(s[12:])
+		last += base + int64(x>>3&(1<<33-1))
+		d[3] = float64(last)
+		x = binary.LittleEndian.Uint64(s[16:])
+		last += base + int64(x>>4&(1<<33-1))
+		d[4] = float64(last)
+		x = binary.LittleEndian.Uint64(s[20:])
+		last += base + int64(x>>5&(1<<33-1))
+		d[5] = float64(last)
+		x = binary.LittleEndian.Uint64(s[24:])
+		last += base + int64(x>>6&(1<<33-1))
+		d[6] = float64(last)
+		x = binary.LittleEndian.Uint64(s[28:])
+		last += base + int64(x>>7&(1<<33-1))
+		d[7] = float64(last)
+		dst, src = dst[8:], src[33:]
+	}
+	return last
+}
+
 func unpack34(dst []int64, src []byte, base int64) {
 	for len(dst) >= 8 {
 		s, d := (*[42]byte)(src), (*[8]int64)(dst)
@@ -734,6 +1741,38 @@ func unpack34(dst []int64, src []byte, base int64) {
 		d[7] = base + int64(x>>6&(1<<34-1))
 		dst, src = dst[8:], src[34:]
 	}
+}
+
+func unpackSum34(dst []float64, src []byte, base, last int64) int64 {
+	for len(dst) >= 8 {
+		s, d := (*[42]byte)(src), (*[8]float64)(dst)
+		x := binary.LittleEndian.Uint64(s[0:])
+		last += base + int64(x&(1<<34-1))
+		d[0] = float64(last)
+		x = binary.LittleEndian.Uint64(s[4:])
+		last += base + int64(x>>2&(1<<34-1))
+		d[1] = float64(last)
+		x = binary.LittleEndian.Uint64(s[8:])
+		last += base + int64(x>>4&(1<<34-1))
+		d[2] = float64(last)
+		x = binary.LittleEndian.Uint64(s[12:])
+		last += base + int64(x>>6&(1<<34-1))
+		d[3] = float64(last)
+		x = binary.LittleEndian.Uint64(s[17:])
+		last += base + int64(x&(1<<34-1))
+		d[4] = float64(last)
+		x = binary.LittleEndian.Uint64(s[21:])
+		last += base + int64(x>>2&(1<<34-1))
+		d[5] = float64(last)
+		x = binary.LittleEndian.Uint64(s[25:])
+		last += base + int64(x>>4&(1<<34-1))
+		d[6] = float64(last)
+		x = binary.LittleEndian.Uint64(s[29:])
+		last += base + int64(x>>6&(1<<34-1))
+		d[7] = float64(last)
+		dst, src = dst[8:], src[34:]
+	}
+	return last
 }
 
 func unpack35(dst []int64, src []byte, base int64) {
@@ -759,6 +1798,38 @@ func unpack35(dst []int64, src []byte, base int64) {
 	}
 }
 
+func unpackSum35(dst []float64, src []byte, base, last int64) int64 {
+	for len(dst) >= 8 {
+		s, d := (*[43]byte)(src), (*[8]float64)(dst)
+		x := binary.LittleEndian.Uint64(s[0:])
+		last += base + int64(x&(1<<35-1))
+		d[0] = float64(last)
+		x = binary.LittleEndian.Uint64(s[4:])
+		last += base + int64(x>>3&(1<<35-1))
+		d[1] = float64(last)
+		x = binary.LittleEndian.Uint64(s[8:])
+		last += base + int64(x>>6&(1<<35-1))
+		d[2] = float64(last)
+		x = binary.LittleEndian.Uint64(s[13:])
+		last += base + int64(x>>1&(1<<35-1))
+		d[3] = float64(last)
+		x = binary.LittleEndian.Uint64(s[17:])
+		last += base + int64(x>>4&(1<<35-1))
+		d[4] = float64(last)
+		x = binary.LittleEndian.Uint64(s[21:])
+		last += base + int64(x>>7&(1<<35-1))
+		d[5] = float64(last)
+		x = binary.LittleEndian.Uint64(s[26:])
+		last += base + int64(x>>2&(1<<35-1))
+		d[6] = float64(last)
+		x = binary.LittleEndian.Uint64(s[30:])
+		last += base + int64(x>>5&(1<<35-1))
+		d[7] = float64(last)
+		dst, src = dst[8:], src[35:]
+	}
+	return last
+}
+
 func unpack36(dst []int64, src []byte, base int64) {
 	for len(dst) >= 8 {
 		s, d := (*[44]byte)(src), (*[8]int64)(dst)
@@ -780,6 +1851,38 @@ func unpack36(dst []int64, src []byte, base int64) {
 		d[7] = base + int64(x>>4&(1<<36-1))
 		dst, src = dst[8:], src[36:]
 	}
+}
+
+func unpackSum36(dst []float64, src []byte, base, last int64) int64 {
+	for len(dst) >= 8 {
+		s, d := (*[44]byte)(src), (*[8]float64)(dst)
+		x := binary.LittleEndian.Uint64(s[0:])
+		last += base + int64(x&(1<<36-1))
+		d[0] = float64(last)
+		x = binary.LittleEndian.Uint64(s[4:])
+		last += base + int64(x>>4&(1<<36-1))
+		d[1] = float64(last)
+		x = binary.LittleEndian.Uint64(s[9:])
+		last += base + int64(x&(1<<36-1))
+		d[2] = float64(last)
+		x = binary.LittleEndian.Uint64(s[13:])
+		last += base + int64(x>>4&(1<<36-1))
+		d[3] = float64(last)
+		x = binary.LittleEndian.Uint64(s[18:])
+		last += base + int64(x&(1<<36-1))
+		d[4] = float64(last)
+		x = binary.LittleEndian.Uint64(s[22:])
+		last += base + int64(x>>4&(1<<36-1))
+		d[5] = float64(last)
+		x = binary.LittleEndian.Uint64(s[27:])
+		last += base + int64(x&(1<<36-1))
+		d[6] = float64(last)
+		x = binary.LittleEndian.Uint64(s[31:])
+		last += base + int64(x>>4&(1<<36-1))
+		d[7] = float64(last)
+		dst, src = dst[8:], src[36:]
+	}
+	return last
 }
 
 func unpack37(dst []int64, src []byte, base int64) {
@@ -805,6 +1908,38 @@ func unpack37(dst []int64, src []byte, base int64) {
 	}
 }
 
+func unpackSum37(dst []float64, src []byte, base, last int64) int64 {
+	for len(dst) >= 8 {
+		s, d := (*[45]byte)(src), (*[8]float64)(dst)
+		x := binary.LittleEndian.Uint64(s[0:])
+		last += base + int64(x&(1<<37-1))
+		d[0] = float64(last)
+		x = binary.LittleEndian.Uint64(s[4:])
+		last += base + int64(x>>5&(1<<37-1))
+		d[1] = float64(last)
+		x = binary.LittleEndian.Uint64(s[9:])
+		last += base + int64(x>>2&(1<<37-1))
+		d[2] = float64(last)
+		x = binary.LittleEndian.Uint64(s[13:])
+		last += base + int64(x>>7&(1<<37-1))
+		d[3] = float64(last)
+		x = binary.LittleEndian.Uint64(s[18:])
+		last += base + int64(x>>4&(1<<37-1))
+		d[4] = float64(last)
+		x = binary.LittleEndian.Uint64(s[23:])
+		last += base + int64(x>>1&(1<<37-1))
+		d[5] = float64(last)
+		x = binary.LittleEndian.Uint64(s[27:])
+		last += base + int64(x>>6&(1<<37-1))
+		d[6] = float64(last)
+		x = binary.LittleEndian.Uint64(s[32:])
+		last += base + int64(x>>3&(1<<37-1))
+		d[7] = float64(last)
+		dst, src = dst[8:], src[37:]
+	}
+	return last
+}
+
 func unpack38(dst []int64, src []byte, base int64) {
 	for len(dst) >= 8 {
 		s, d := (*[46]byte)(src), (*[8]int64)(dst)
@@ -826,6 +1961,38 @@ func unpack38(dst []int64, src []byte, base int64) {
 		d[7] = base + int64(x>>2&(1<<38-1))
 		dst, src = dst[8:], src[38:]
 	}
+}
+
+func unpackSum38(dst []float64, src []byte, base, last int64) int64 {
+	for len(dst) >= 8 {
+		s, d := (*[46]byte)(src), (*[8]float64)(dst)
+		x := binary.LittleEndian.Uint64(s[0:])
+		last += base + int64(x&(1<<38-1))
+		d[0] = float64(last)
+		x = binary.LittleEndian.Uint64(s[4:])
+		last += base + int64(x>>6&(1<<38-1))
+		d[1] = float64(last)
+		x = binary.LittleEndian.Uint64(s[9:])
+		last += base + int64(x>>4&(1<<38-1))
+		d[2] = float64(last)
+		x = binary.LittleEndian.Uint64(s[14:])
+		last += base + int64(x>>2&(1<<38-1))
+		d[3] = float64(last)
+		x = binary.LittleEndian.Uint64(s[19:])
+		last += base + int64(x&(1<<38-1))
+		d[4] = float64(last)
+		x = binary.LittleEndian.Uint64(s[23:])
+		last += base + int64(x>>6&(1<<38-1))
+		d[5] = float64(last)
+		x = binary.LittleEndian.Uint64(s[28:])
+		last += base + int64(x>>4&(1<<38-1))
+		d[6] = float64(last)
+		x = binary.LittleEndian.Uint64(s[33:])
+		last += base + int64(x>>2&(1<<38-1))
+		d[7] = float64(last)
+		dst, src = dst[8:], src[38:]
+	}
+	return last
 }
 
 func unpack39(dst []int64, src []byte, base int64) {
@@ -851,6 +2018,38 @@ func unpack39(dst []int64, src []byte, base int64) {
 	}
 }
 
+func unpackSum39(dst []float64, src []byte, base, last int64) int64 {
+	for len(dst) >= 8 {
+		s, d := (*[47]byte)(src), (*[8]float64)(dst)
+		x := binary.LittleEndian.Uint64(s[0:])
+		last += base + int64(x&(1<<39-1))
+		d[0] = float64(last)
+		x = binary.LittleEndian.Uint64(s[4:])
+		last += base + int64(x>>7&(1<<39-1))
+		d[1] = float64(last)
+		x = binary.LittleEndian.Uint64(s[9:])
+		last += base + int64(x>>6&(1<<39-1))
+		d[2] = float64(last)
+		x = binary.LittleEndian.Uint64(s[14:])
+		last += base + int64(x>>5&(1<<39-1))
+		d[3] = float64(last)
+		x = binary.LittleEndian.Uint64(s[19:])
+		last += base + int64(x>>4&(1<<39-1))
+		d[4] = float64(last)
+		x = binary.LittleEndian.Uint64(s[24:])
+		last += base + int64(x>>3&(1<<39-1))
+		d[5] = float64(last)
+		x = binary.LittleEndian.Uint64(s[29:])
+		last += base + int64(x>>2&(1<<39-1))
+		d[6] = float64(last)
+		x = binary.LittleEndian.Uint64(s[34:])
+		last += base + int64(x>>1&(1<<39-1))
+		d[7] = float64(last)
+		dst, src = dst[8:], src[39:]
+	}
+	return last
+}
+
 func unpack40(dst []int64, src []byte, base int64) {
 	for len(dst) >= 8 {
 		s, d := (*[48]byte)(src), (*[8]int64)(dst)
@@ -872,6 +2071,38 @@ func unpack40(dst []int64, src []byte, base int64) {
 		d[7] = base + int64(x&(1<<40-1))
 		dst, src = dst[8:], src[40:]
 	}
+}
+
+func unpackSum40(dst []float64, src []byte, base, last int64) int64 {
+	for len(dst) >= 8 {
+		s, d := (*[48]byte)(src), (*[8]float64)(dst)
+		x := binary.LittleEndian.Uint64(s[0:])
+		last += base + int64(x&(1<<40-1))
+		d[0] = float64(last)
+		x = binary.LittleEndian.Uint64(s[5:])
+		last += base + int64(x&(1<<40-1))
+		d[1] = float64(last)
+		x = binary.LittleEndian.Uint64(s[10:])
+		last += base + int64(x&(1<<40-1))
+		d[2] = float64(last)
+		x = binary.LittleEndian.Uint64(s[15:])
+		last += base + int64(x&(1<<40-1))
+		d[3] = float64(last)
+		x = binary.LittleEndian.Uint64(s[20:])
+		last += base + int64(x&(1<<40-1))
+		d[4] = float64(last)
+		x = binary.LittleEndian.Uint64(s[25:])
+		last += base + int64(x&(1<<40-1))
+		d[5] = float64(last)
+		x = binary.LittleEndian.Uint64(s[30:])
+		last += base + int64(x&(1<<40-1))
+		d[6] = float64(last)
+		x = binary.LittleEndian.Uint64(s[35:])
+		last += base + int64(x&(1<<40-1))
+		d[7] = float64(last)
+		dst, src = dst[8:], src[40:]
+	}
+	return last
 }
 
 func unpack41(dst []int64, src []byte, base int64) {
@@ -897,6 +2128,38 @@ func unpack41(dst []int64, src []byte, base int64) {
 	}
 }
 
+func unpackSum41(dst []float64, src []byte, base, last int64) int64 {
+	for len(dst) >= 8 {
+		s, d := (*[49]byte)(src), (*[8]float64)(dst)
+		x := binary.LittleEndian.Uint64(s[0:])
+		last += base + int64(x&(1<<41-1))
+		d[0] = float64(last)
+		x = binary.LittleEndian.Uint64(s[5:])
+		last += base + int64(x>>1&(1<<41-1))
+		d[1] = float64(last)
+		x = binary.LittleEndian.Uint64(s[10:])
+		last += base + int64(x>>2&(1<<41-1))
+		d[2] = float64(last)
+		x = binary.LittleEndian.Uint64(s[15:])
+		last += base + int64(x>>3&(1<<41-1))
+		d[3] = float64(last)
+		x = binary.LittleEndian.Uint64(s[20:])
+		last += base + int64(x>>4&(1<<41-1))
+		d[4] = float64(last)
+		x = binary.LittleEndian.Uint64(s[25:])
+		last += base + int64(x>>5&(1<<41-1))
+		d[5] = float64(last)
+		x = binary.LittleEndian.Uint64(s[30:])
+		last += base + int64(x>>6&(1<<41-1))
+		d[6] = float64(last)
+		x = binary.LittleEndian.Uint64(s[35:])
+		last += base + int64(x>>7&(1<<41-1))
+		d[7] = float64(last)
+		dst, src = dst[8:], src[41:]
+	}
+	return last
+}
+
 func unpack42(dst []int64, src []byte, base int64) {
 	for len(dst) >= 8 {
 		s, d := (*[50]byte)(src), (*[8]int64)(dst)
@@ -918,6 +2181,38 @@ func unpack42(dst []int64, src []byte, base int64) {
 		d[7] = base + int64(x>>6&(1<<42-1))
 		dst, src = dst[8:], src[42:]
 	}
+}
+
+func unpackSum42(dst []float64, src []byte, base, last int64) int64 {
+	for len(dst) >= 8 {
+		s, d := (*[50]byte)(src), (*[8]float64)(dst)
+		x := binary.LittleEndian.Uint64(s[0:])
+		last += base + int64(x&(1<<42-1))
+		d[0] = float64(last)
+		x = binary.LittleEndian.Uint64(s[5:])
+		last += base + int64(x>>2&(1<<42-1))
+		d[1] = float64(last)
+		x = binary.LittleEndian.Uint64(s[10:])
+		last += base + int64(x>>4&(1<<42-1))
+		d[2] = float64(last)
+		x = binary.LittleEndian.Uint64(s[15:])
+		last += base + int64(x>>6&(1<<42-1))
+		d[3] = float64(last)
+		x = binary.LittleEndian.Uint64(s[21:])
+		last += base + int64(x&(1<<42-1))
+		d[4] = float64(last)
+		x = binary.LittleEndian.Uint64(s[26:])
+		last += base + int64(x>>2&(1<<42-1))
+		d[5] = float64(last)
+		x = binary.LittleEndian.Uint64(s[31:])
+		last += base + int64(x>>4&(1<<42-1))
+		d[6] = float64(last)
+		x = binary.LittleEndian.Uint64(s[36:])
+		last += base + int64(x>>6&(1<<42-1))
+		d[7] = float64(last)
+		dst, src = dst[8:], src[42:]
+	}
+	return last
 }
 
 func unpack43(dst []int64, src []byte, base int64) {
@@ -943,6 +2238,38 @@ func unpack43(dst []int64, src []byte, base int64) {
 	}
 }
 
+func unpackSum43(dst []float64, src []byte, base, last int64) int64 {
+	for len(dst) >= 8 {
+		s, d := (*[51]byte)(src), (*[8]float64)(dst)
+		x := binary.LittleEndian.Uint64(s[0:])
+		last += base + int64(x&(1<<43-1))
+		d[0] = float64(last)
+		x = binary.LittleEndian.Uint64(s[5:])
+		last += base + int64(x>>3&(1<<43-1))
+		d[1] = float64(last)
+		x = binary.LittleEndian.Uint64(s[10:])
+		last += base + int64(x>>6&(1<<43-1))
+		d[2] = float64(last)
+		x = binary.LittleEndian.Uint64(s[16:])
+		last += base + int64(x>>1&(1<<43-1))
+		d[3] = float64(last)
+		x = binary.LittleEndian.Uint64(s[21:])
+		last += base + int64(x>>4&(1<<43-1))
+		d[4] = float64(last)
+		x = binary.LittleEndian.Uint64(s[26:])
+		last += base + int64(x>>7&(1<<43-1))
+		d[5] = float64(last)
+		x = binary.LittleEndian.Uint64(s[32:])
+		last += base + int64(x>>2&(1<<43-1))
+		d[6] = float64(last)
+		x = binary.LittleEndian.Uint64(s[37:])
+		last += base + int64(x>>5&(1<<43-1))
+		d[7] = float64(last)
+		dst, src = dst[8:], src[43:]
+	}
+	return last
+}
+
 func unpack44(dst []int64, src []byte, base int64) {
 	for len(dst) >= 8 {
 		s, d := (*[52]byte)(src), (*[8]int64)(dst)
@@ -964,6 +2291,38 @@ func unpack44(dst []int64, src []byte, base int64) {
 		d[7] = base + int64(x>>4&(1<<44-1))
 		dst, src = dst[8:], src[44:]
 	}
+}
+
+func unpackSum44(dst []float64, src []byte, base, last int64) int64 {
+	for len(dst) >= 8 {
+		s, d := (*[52]byte)(src), (*[8]float64)(dst)
+		x := binary.LittleEndian.Uint64(s[0:])
+		last += base + int64(x&(1<<44-1))
+		d[0] = float64(last)
+		x = binary.LittleEndian.Uint64(s[5:])
+		last += base + int64(x>>4&(1<<44-1))
+		d[1] = float64(last)
+		x = binary.LittleEndian.Uint64(s[11:])
+		last += base + int64(x&(1<<44-1))
+		d[2] = float64(last)
+		x = binary.LittleEndian.Uint64(s[16:])
+		last += base + int64(x>>4&(1<<44-1))
+		d[3] = float64(last)
+		x = binary.LittleEndian.Uint64(s[22:])
+		last += base + int64(x&(1<<44-1))
+		d[4] = float64(last)
+		x = binary.LittleEndian.Uint64(s[27:])
+		last += base + int64(x>>4&(1<<44-1))
+		d[5] = float64(last)
+		x = binary.LittleEndian.Uint64(s[33:])
+		last += base + int64(x&(1<<44-1))
+		d[6] = float64(last)
+		x = binary.LittleEndian.Uint64(s[38:])
+		last += base + int64(x>>4&(1<<44-1))
+		d[7] = float64(last)
+		dst, src = dst[8:], src[44:]
+	}
+	return last
 }
 
 func unpack45(dst []int64, src []byte, base int64) {
@@ -989,6 +2348,38 @@ func unpack45(dst []int64, src []byte, base int64) {
 	}
 }
 
+func unpackSum45(dst []float64, src []byte, base, last int64) int64 {
+	for len(dst) >= 8 {
+		s, d := (*[53]byte)(src), (*[8]float64)(dst)
+		x := binary.LittleEndian.Uint64(s[0:])
+		last += base + int64(x&(1<<45-1))
+		d[0] = float64(last)
+		x = binary.LittleEndian.Uint64(s[5:])
+		last += base + int64(x>>5&(1<<45-1))
+		d[1] = float64(last)
+		x = binary.LittleEndian.Uint64(s[11:])
+		last += base + int64(x>>2&(1<<45-1))
+		d[2] = float64(last)
+		x = binary.LittleEndian.Uint64(s[16:])
+		last += base + int64(x>>7&(1<<45-1))
+		d[3] = float64(last)
+		x = binary.LittleEndian.Uint64(s[22:])
+		last += base + int64(x>>4&(1<<45-1))
+		d[4] = float64(last)
+		x = binary.LittleEndian.Uint64(s[28:])
+		last += base + int64(x>>1&(1<<45-1))
+		d[5] = float64(last)
+		x = binary.LittleEndian.Uint64(s[33:])
+		last += base + int64(x>>6&(1<<45-1))
+		d[6] = float64(last)
+		x = binary.LittleEndian.Uint64(s[39:])
+		last += base + int64(x>>3&(1<<45-1))
+		d[7] = float64(last)
+		dst, src = dst[8:], src[45:]
+	}
+	return last
+}
+
 func unpack46(dst []int64, src []byte, base int64) {
 	for len(dst) >= 8 {
 		s, d := (*[54]byte)(src), (*[8]int64)(dst)
@@ -1010,6 +2401,38 @@ func unpack46(dst []int64, src []byte, base int64) {
 		d[7] = base + int64(x>>2&(1<<46-1))
 		dst, src = dst[8:], src[46:]
 	}
+}
+
+func unpackSum46(dst []float64, src []byte, base, last int64) int64 {
+	for len(dst) >= 8 {
+		s, d := (*[54]byte)(src), (*[8]float64)(dst)
+		x := binary.LittleEndian.Uint64(s[0:])
+		last += base + int64(x&(1<<46-1))
+		d[0] = float64(last)
+		x = binary.LittleEndian.Uint64(s[5:])
+		last += base + int64(x>>6&(1<<46-1))
+		d[1] = float64(last)
+		x = binary.LittleEndian.Uint64(s[11:])
+		last += base + int64(x>>4&(1<<46-1))
+		d[2] = float64(last)
+		x = binary.LittleEndian.Uint64(s[17:])
+		last += base + int64(x>>2&(1<<46-1))
+		d[3] = float64(last)
+		x = binary.LittleEndian.Uint64(s[23:])
+		last += base + int64(x&(1<<46-1))
+		d[4] = float64(last)
+		x = binary.LittleEndian.Uint64(s[28:])
+		last += base + int64(x>>6&(1<<46-1))
+		d[5] = float64(last)
+		x = binary.LittleEndian.Uint64(s[34:])
+		last += base + int64(x>>4&(1<<46-1))
+		d[6] = float64(last)
+		x = binary.LittleEndian.Uint64(s[40:])
+		last += base + int64(x>>2&(1<<46-1))
+		d[7] = float64(last)
+		dst, src = dst[8:], src[46:]
+	}
+	return last
 }
 
 func unpack47(dst []int64, src []byte, base int64) {
@@ -1035,6 +2458,38 @@ func unpack47(dst []int64, src []byte, base int64) {
 	}
 }
 
+func unpackSum47(dst []float64, src []byte, base, last int64) int64 {
+	for len(dst) >= 8 {
+		s, d := (*[55]byte)(src), (*[8]float64)(dst)
+		x := binary.LittleEndian.Uint64(s[0:])
+		last += base + int64(x&(1<<47-1))
+		d[0] = float64(last)
+		x = binary.LittleEndian.Uint64(s[5:])
+		last += base + int64(x>>7&(1<<47-1))
+		d[1] = float64(last)
+		x = binary.LittleEndian.Uint64(s[11:])
+		last += base + int64(x>>6&(1<<47-1))
+		d[2] = float64(last)
+		x = binary.LittleEndian.Uint64(s[17:])
+		last += base + int64(x>>5&(1<<47-1))
+		d[3] = float64(last)
+		x = binary.LittleEndian.Uint64(s[23:])
+		last += base + int64(x>>4&(1<<47-1))
+		d[4] = float64(last)
+		x = binary.LittleEndian.Uint64(s[29:])
+		last += base + int64(x>>3&(1<<47-1))
+		d[5] = float64(last)
+		x = binary.LittleEndian.Uint64(s[35:])
+		last += base + int64(x>>2&(1<<47-1))
+		d[6] = float64(last)
+		x = binary.LittleEndian.Uint64(s[41:])
+		last += base + int64(x>>1&(1<<47-1))
+		d[7] = float64(last)
+		dst, src = dst[8:], src[47:]
+	}
+	return last
+}
+
 func unpack48(dst []int64, src []byte, base int64) {
 	for len(dst) >= 8 {
 		s, d := (*[56]byte)(src), (*[8]int64)(dst)
@@ -1056,6 +2511,38 @@ func unpack48(dst []int64, src []byte, base int64) {
 		d[7] = base + int64(x&(1<<48-1))
 		dst, src = dst[8:], src[48:]
 	}
+}
+
+func unpackSum48(dst []float64, src []byte, base, last int64) int64 {
+	for len(dst) >= 8 {
+		s, d := (*[56]byte)(src), (*[8]float64)(dst)
+		x := binary.LittleEndian.Uint64(s[0:])
+		last += base + int64(x&(1<<48-1))
+		d[0] = float64(last)
+		x = binary.LittleEndian.Uint64(s[6:])
+		last += base + int64(x&(1<<48-1))
+		d[1] = float64(last)
+		x = binary.LittleEndian.Uint64(s[12:])
+		last += base + int64(x&(1<<48-1))
+		d[2] = float64(last)
+		x = binary.LittleEndian.Uint64(s[18:])
+		last += base + int64(x&(1<<48-1))
+		d[3] = float64(last)
+		x = binary.LittleEndian.Uint64(s[24:])
+		last += base + int64(x&(1<<48-1))
+		d[4] = float64(last)
+		x = binary.LittleEndian.Uint64(s[30:])
+		last += base + int64(x&(1<<48-1))
+		d[5] = float64(last)
+		x = binary.LittleEndian.Uint64(s[36:])
+		last += base + int64(x&(1<<48-1))
+		d[6] = float64(last)
+		x = binary.LittleEndian.Uint64(s[42:])
+		last += base + int64(x&(1<<48-1))
+		d[7] = float64(last)
+		dst, src = dst[8:], src[48:]
+	}
+	return last
 }
 
 func unpack49(dst []int64, src []byte, base int64) {
@@ -1081,6 +2568,38 @@ func unpack49(dst []int64, src []byte, base int64) {
 	}
 }
 
+func unpackSum49(dst []float64, src []byte, base, last int64) int64 {
+	for len(dst) >= 8 {
+		s, d := (*[57]byte)(src), (*[8]float64)(dst)
+		x := binary.LittleEndian.Uint64(s[0:])
+		last += base + int64(x&(1<<49-1))
+		d[0] = float64(last)
+		x = binary.LittleEndian.Uint64(s[6:])
+		last += base + int64(x>>1&(1<<49-1))
+		d[1] = float64(last)
+		x = binary.LittleEndian.Uint64(s[12:])
+		last += base + int64(x>>2&(1<<49-1))
+		d[2] = float64(last)
+		x = binary.LittleEndian.Uint64(s[18:])
+		last += base + int64(x>>3&(1<<49-1))
+		d[3] = float64(last)
+		x = binary.LittleEndian.Uint64(s[24:])
+		last += base + int64(x>>4&(1<<49-1))
+		d[4] = float64(last)
+		x = binary.LittleEndian.Uint64(s[30:])
+		last += base + int64(x>>5&(1<<49-1))
+		d[5] = float64(last)
+		x = binary.LittleEndian.Uint64(s[36:])
+		last += base + int64(x>>6&(1<<49-1))
+		d[6] = float64(last)
+		x = binary.LittleEndian.Uint64(s[42:])
+		last += base + int64(x>>7&(1<<49-1))
+		d[7] = float64(last)
+		dst, src = dst[8:], src[49:]
+	}
+	return last
+}
+
 func unpack50(dst []int64, src []byte, base int64) {
 	for len(dst) >= 8 {
 		s, d := (*[58]byte)(src), (*[8]int64)(dst)
@@ -1102,6 +2621,38 @@ func unpack50(dst []int64, src []byte, base int64) {
 		d[7] = base + int64(x>>6&(1<<50-1))
 		dst, src = dst[8:], src[50:]
 	}
+}
+
+func unpackSum50(dst []float64, src []byte, base, last int64) int64 {
+	for len(dst) >= 8 {
+		s, d := (*[58]byte)(src), (*[8]float64)(dst)
+		x := binary.LittleEndian.Uint64(s[0:])
+		last += base + int64(x&(1<<50-1))
+		d[0] = float64(last)
+		x = binary.LittleEndian.Uint64(s[6:])
+		last += base + int64(x>>2&(1<<50-1))
+		d[1] = float64(last)
+		x = binary.LittleEndian.Uint64(s[12:])
+		last += base + int64(x>>4&(1<<50-1))
+		d[2] = float64(last)
+		x = binary.LittleEndian.Uint64(s[18:])
+		last += base + int64(x>>6&(1<<50-1))
+		d[3] = float64(last)
+		x = binary.LittleEndian.Uint64(s[25:])
+		last += base + int64(x&(1<<50-1))
+		d[4] = float64(last)
+		x = binary.LittleEndian.Uint64(s[31:])
+		last += base + int64(x>>2&(1<<50-1))
+		d[5] = float64(last)
+		x = binary.LittleEndian.Uint64(s[37:])
+		last += base + int64(x>>4&(1<<50-1))
+		d[6] = float64(last)
+		x = binary.LittleEndian.Uint64(s[43:])
+		last += base + int64(x>>6&(1<<50-1))
+		d[7] = float64(last)
+		dst, src = dst[8:], src[50:]
+	}
+	return last
 }
 
 func unpack51(dst []int64, src []byte, base int64) {
@@ -1127,6 +2678,38 @@ func unpack51(dst []int64, src []byte, base int64) {
 	}
 }
 
+func unpackSum51(dst []float64, src []byte, base, last int64) int64 {
+	for len(dst) >= 8 {
+		s, d := (*[59]byte)(src), (*[8]float64)(dst)
+		x := binary.LittleEndian.Uint64(s[0:])
+		last += base + int64(x&(1<<51-1))
+		d[0] = float64(last)
+		x = binary.LittleEndian.Uint64(s[6:])
+		last += base + int64(x>>3&(1<<51-1))
+		d[1] = float64(last)
+		x = binary.LittleEndian.Uint64(s[12:])
+		last += base + int64(x>>6&(1<<51-1))
+		d[2] = float64(last)
+		x = binary.LittleEndian.Uint64(s[19:])
+		last += base + int64(x>>1&(1<<51-1))
+		d[3] = float64(last)
+		x = binary.LittleEndian.Uint64(s[25:])
+		last += base + int64(x>>4&(1<<51-1))
+		d[4] = float64(last)
+		x = binary.LittleEndian.Uint64(s[31:])
+		last += base + int64(x>>7&(1<<51-1))
+		d[5] = float64(last)
+		x = binary.LittleEndian.Uint64(s[38:])
+		last += base + int64(x>>2&(1<<51-1))
+		d[6] = float64(last)
+		x = binary.LittleEndian.Uint64(s[44:])
+		last += base + int64(x>>5&(1<<51-1))
+		d[7] = float64(last)
+		dst, src = dst[8:], src[51:]
+	}
+	return last
+}
+
 func unpack52(dst []int64, src []byte, base int64) {
 	for len(dst) >= 8 {
 		s, d := (*[60]byte)(src), (*[8]int64)(dst)
@@ -1148,6 +2731,38 @@ func unpack52(dst []int64, src []byte, base int64) {
 		d[7] = base + int64(x>>4&(1<<52-1))
 		dst, src = dst[8:], src[52:]
 	}
+}
+
+func unpackSum52(dst []float64, src []byte, base, last int64) int64 {
+	for len(dst) >= 8 {
+		s, d := (*[60]byte)(src), (*[8]float64)(dst)
+		x := binary.LittleEndian.Uint64(s[0:])
+		last += base + int64(x&(1<<52-1))
+		d[0] = float64(last)
+		x = binary.LittleEndian.Uint64(s[6:])
+		last += base + int64(x>>4&(1<<52-1))
+		d[1] = float64(last)
+		x = binary.LittleEndian.Uint64(s[13:])
+		last += base + int64(x&(1<<52-1))
+		d[2] = float64(last)
+		x = binary.LittleEndian.Uint64(s[19:])
+		last += base + int64(x>>4&(1<<52-1))
+		d[3] = float64(last)
+		x = binary.LittleEndian.Uint64(s[26:])
+		last += base + int64(x&(1<<52-1))
+		d[4] = float64(last)
+		x = binary.LittleEndian.Uint64(s[32:])
+		last += base + int64(x>>4&(1<<52-1))
+		d[5] = float64(last)
+		x = binary.LittleEndian.Uint64(s[39:])
+		last += base + int64(x&(1<<52-1))
+		d[6] = float64(last)
+		x = binary.LittleEndian.Uint64(s[45:])
+		last += base + int64(x>>4&(1<<52-1))
+		d[7] = float64(last)
+		dst, src = dst[8:], src[52:]
+	}
+	return last
 }
 
 func unpack53(dst []int64, src []byte, base int64) {
@@ -1173,6 +2788,38 @@ func unpack53(dst []int64, src []byte, base int64) {
 	}
 }
 
+func unpackSum53(dst []float64, src []byte, base, last int64) int64 {
+	for len(dst) >= 8 {
+		s, d := (*[61]byte)(src), (*[8]float64)(dst)
+		x := binary.LittleEndian.Uint64(s[0:])
+		last += base + int64(x&(1<<53-1))
+		d[0] = float64(last)
+		x = binary.LittleEndian.Uint64(s[6:])
+		last += base + int64(x>>5&(1<<53-1))
+		d[1] = float64(last)
+		x = binary.LittleEndian.Uint64(s[13:])
+		last += base + int64(x>>2&(1<<53-1))
+		d[2] = float64(last)
+		x = binary.LittleEndian.Uint64(s[19:])
+		last += base + int64(x>>7&(1<<53-1))
+		d[3] = float64(last)
+		x = binary.LittleEndian.Uint64(s[26:])
+		last += base + int64(x>>4&(1<<53-1))
+		d[4] = float64(last)
+		x = binary.LittleEndian.Uint64(s[33:])
+		last += base + int64(x>>1&(1<<53-1))
+		d[5] = float64(last)
+		x = binary.LittleEndian.Uint64(s[39:])
+		last += base + int64(x>>6&(1<<53-1))
+		d[6] = float64(last)
+		x = binary.LittleEndian.Uint64(s[46:])
+		last += base + int64(x>>3&(1<<53-1))
+		d[7] = float64(last)
+		dst, src = dst[8:], src[53:]
+	}
+	return last
+}
+
 func unpack54(dst []int64, src []byte, base int64) {
 	for len(dst) >= 8 {
 		s, d := (*[62]byte)(src), (*[8]int64)(dst)
@@ -1194,6 +2841,38 @@ func unpack54(dst []int64, src []byte, base int64) {
 		d[7] = base + int64(x>>2&(1<<54-1))
 		dst, src = dst[8:], src[54:]
 	}
+}
+
+func unpackSum54(dst []float64, src []byte, base, last int64) int64 {
+	for len(dst) >= 8 {
+		s, d := (*[62]byte)(src), (*[8]float64)(dst)
+		x := binary.LittleEndian.Uint64(s[0:])
+		last += base + int64(x&(1<<54-1))
+		d[0] = float64(last)
+		x = binary.LittleEndian.Uint64(s[6:])
+		last += base + int64(x>>6&(1<<54-1))
+		d[1] = float64(last)
+		x = binary.LittleEndian.Uint64(s[13:])
+		last += base + int64(x>>4&(1<<54-1))
+		d[2] = float64(last)
+		x = binary.LittleEndian.Uint64(s[20:])
+		last += base + int64(x>>2&(1<<54-1))
+		d[3] = float64(last)
+		x = binary.LittleEndian.Uint64(s[27:])
+		last += base + int64(x&(1<<54-1))
+		d[4] = float64(last)
+		x = binary.LittleEndian.Uint64(s[33:])
+		last += base + int64(x>>6&(1<<54-1))
+		d[5] = float64(last)
+		x = binary.LittleEndian.Uint64(s[40:])
+		last += base + int64(x>>4&(1<<54-1))
+		d[6] = float64(last)
+		x = binary.LittleEndian.Uint64(s[47:])
+		last += base + int64(x>>2&(1<<54-1))
+		d[7] = float64(last)
+		dst, src = dst[8:], src[54:]
+	}
+	return last
 }
 
 func unpack55(dst []int64, src []byte, base int64) {
@@ -1219,6 +2898,38 @@ func unpack55(dst []int64, src []byte, base int64) {
 	}
 }
 
+func unpackSum55(dst []float64, src []byte, base, last int64) int64 {
+	for len(dst) >= 8 {
+		s, d := (*[63]byte)(src), (*[8]float64)(dst)
+		x := binary.LittleEndian.Uint64(s[0:])
+		last += base + int64(x&(1<<55-1))
+		d[0] = float64(last)
+		x = binary.LittleEndian.Uint64(s[6:])
+		last += base + int64(x>>7&(1<<55-1))
+		d[1] = float64(last)
+		x = binary.LittleEndian.Uint64(s[13:])
+		last += base + int64(x>>6&(1<<55-1))
+		d[2] = float64(last)
+		x = binary.LittleEndian.Uint64(s[20:])
+		last += base + int64(x>>5&(1<<55-1))
+		d[3] = float64(last)
+		x = binary.LittleEndian.Uint64(s[27:])
+		last += base + int64(x>>4&(1<<55-1))
+		d[4] = float64(last)
+		x = binary.LittleEndian.Uint64(s[34:])
+		last += base + int64(x>>3&(1<<55-1))
+		d[5] = float64(last)
+		x = binary.LittleEndian.Uint64(s[41:])
+		last += base + int64(x>>2&(1<<55-1))
+		d[6] = float64(last)
+		x = binary.LittleEndian.Uint64(s[48:])
+		last += base + int64(x>>1&(1<<55-1))
+		d[7] = float64(last)
+		dst, src = dst[8:], src[55:]
+	}
+	return last
+}
+
 func unpack56(dst []int64, src []byte, base int64) {
 	for len(dst) >= 8 {
 		s, d := (*[64]byte)(src), (*[8]int64)(dst)
@@ -1242,6 +2953,38 @@ func unpack56(dst []int64, src []byte, base int64) {
 	}
 }
 
+func unpackSum56(dst []float64, src []byte, base, last int64) int64 {
+	for len(dst) >= 8 {
+		s, d := (*[64]byte)(src), (*[8]float64)(dst)
+		x := binary.LittleEndian.Uint64(s[0:])
+		last += base + int64(x&(1<<56-1))
+		d[0] = float64(last)
+		x = binary.LittleEndian.Uint64(s[7:])
+		last += base + int64(x&(1<<56-1))
+		d[1] = float64(last)
+		x = binary.LittleEndian.Uint64(s[14:])
+		last += base + int64(x&(1<<56-1))
+		d[2] = float64(last)
+		x = binary.LittleEndian.Uint64(s[21:])
+		last += base + int64(x&(1<<56-1))
+		d[3] = float64(last)
+		x = binary.LittleEndian.Uint64(s[28:])
+		last += base + int64(x&(1<<56-1))
+		d[4] = float64(last)
+		x = binary.LittleEndian.Uint64(s[35:])
+		last += base + int64(x&(1<<56-1))
+		d[5] = float64(last)
+		x = binary.LittleEndian.Uint64(s[42:])
+		last += base + int64(x&(1<<56-1))
+		d[6] = float64(last)
+		x = binary.LittleEndian.Uint64(s[49:])
+		last += base + int64(x&(1<<56-1))
+		d[7] = float64(last)
+		dst, src = dst[8:], src[56:]
+	}
+	return last
+}
+
 func unpack57(dst []int64, src []byte, base int64) {
 	for len(dst) >= 8 {
 		s, d := (*[65]byte)(src), (*[8]int64)(dst)
@@ -1263,4 +3006,36 @@ func unpack57(dst []int64, src []byte, base int64) {
 		d[7] = base + int64(x>>7)
 		dst, src = dst[8:], src[57:]
 	}
+}
+
+func unpackSum57(dst []float64, src []byte, base, last int64) int64 {
+	for len(dst) >= 8 {
+		s, d := (*[65]byte)(src), (*[8]float64)(dst)
+		x := binary.LittleEndian.Uint64(s[0:])
+		last += base + int64(x&(1<<57-1))
+		d[0] = float64(last)
+		x = binary.LittleEndian.Uint64(s[7:])
+		last += base + int64(x>>1&(1<<57-1))
+		d[1] = float64(last)
+		x = binary.LittleEndian.Uint64(s[14:])
+		last += base + int64(x>>2&(1<<57-1))
+		d[2] = float64(last)
+		x = binary.LittleEndian.Uint64(s[21:])
+		last += base + int64(x>>3&(1<<57-1))
+		d[3] = float64(last)
+		x = binary.LittleEndian.Uint64(s[28:])
+		last += base + int64(x>>4&(1<<57-1))
+		d[4] = float64(last)
+		x = binary.LittleEndian.Uint64(s[35:])
+		last += base + int64(x>>5&(1<<57-1))
+		d[5] = float64(last)
+		x = binary.LittleEndian.Uint64(s[42:])
+		last += base + int64(x>>6&(1<<57-1))
+		d[6] = float64(last)
+		x = binary.LittleEndian.Uint64(s[49:])
+		last += base + int64(x>>7)
+		d[7] = float64(last)
+		dst, src = dst[8:], src[57:]
+	}
+	return last
 }

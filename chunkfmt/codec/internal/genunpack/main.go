@@ -16,37 +16,28 @@ func main() {
 	b.WriteString("// unpack fills dst with base plus the values of width bits, 1 to maxWidth, packed\n")
 	b.WriteString("// in src: whole groups of eight values, and eight readable bytes behind them.\n")
 	b.WriteString("func unpack(dst []int64, src []byte, width uint, base int64) {\n\tswitch width {\n")
-	for w := 1; w <= 57; w++ {
+	for w := 1; w <= widest; w++ {
 		fmt.Fprintf(&b, "case %d:\nunpack%d(dst, src, base)\n", w, w)
 	}
 	b.WriteString("}\n}\n\n")
-	for w := 1; w <= 57; w++ {
+	b.WriteString("// unpackSum fills dst with the sums of last and the values that unpack would give,\n")
+	b.WriteString("// up to each, and returns the last of them.\n")
+	b.WriteString("func unpackSum(dst []float64, src []byte, width uint, base, last int64) int64 {\n\tswitch width {\n")
+	for w := 1; w <= widest; w++ {
+		fmt.Fprintf(&b, "case %d:\nreturn unpackSum%d(dst, src, base, last)\n", w, w)
+	}
+	b.WriteString("}\nreturn last\n}\n\n")
+	for w := 1; w <= widest; w++ {
 		fmt.Fprintf(&b, "func unpack%d(dst []int64, src []byte, base int64) {\n", w)
-		fmt.Fprintf(&b, "for len(dst) >= 8 {\ns, d := (*[%d]byte)(src), (*[8]int64)(dst)\n", w+8)
-		last := -1
-		for k := range 8 {
-			off, shift := k*w/8, k*w%8
-			// One load serves as many values as lie in it whole.
-			if last < 0 || k*w+w-last*8 > 64 {
-				last = off
-				if k == 0 {
-					b.WriteString("x := ")
-				} else {
-					b.WriteString("x = ")
-				}
-				fmt.Fprintf(&b, "binary.LittleEndian.Uint64(s[%d:])\n", off)
-			} else {
-				shift = k*w - last*8
-			}
-			if shift == 0 {
-				fmt.Fprintf(&b, "d[%d] = base + int64(x&(1<<%d-1))\n", k, w)
-			} else if shift+w == 64 {
-				fmt.Fprintf(&b, "d[%d] = base + int64(x>>%d)\n", k, shift)
-			} else {
-				fmt.Fprintf(&b, "d[%d] = base + int64(x>>%d&(1<<%d-1))\n", k, shift, w)
-			}
-		}
-		fmt.Fprintf(&b, "dst, src = dst[8:], src[%d:]\n}\n}\n\n", w)
+		loop(&b, w, "int64", func(k int, bits string) {
+			fmt.Fprintf(&b, "d[%d] = base + int64(%s)\n", k, bits)
+		})
+		b.WriteString("}\n\n")
+		fmt.Fprintf(&b, "func unpackSum%d(dst []float64, src []byte, base, last int64) int64 {\n", w)
+		loop(&b, w, "float64", func(k int, bits string) {
+			fmt.Fprintf(&b, "last += base + int64(%s)\nd[%d] = float64(last)\n", bits, k)
+		})
+		b.WriteString("return last\n}\n\n")
 	}
 	out, err := format.Source(b.Bytes())
 	if err != nil {
@@ -57,4 +48,37 @@ func main() {
 		fmt.Fprintln(os.Stderr, err)
 		os.Exit(1)
 	}
+}
+
+// widest is the widest packing whose values lie in one load of eight bytes.
+const widest = 57
+
+// loop writes the loop over groups of eight values of w bits; emit writes what
+// is done with value k of a group, given as an expression.
+func loop(b *bytes.Buffer, w int, elem string, emit func(k int, bits string)) {
+	fmt.Fprintf(b, "for len(dst) >= 8 {\ns, d := (*[%d]byte)(src), (*[8]%s)(dst)\n", w+8, elem)
+	start := -1 // of the last load, in bytes
+	for k := range 8 {
+		off, shift := k*w/8, k*w%8
+		// One load serves as many values as lie in it whole.
+		if start < 0 || k*w+w-start*8 > 64 {
+			start = off
+			assign := "="
+			if k == 0 {
+				assign = ":="
+			}
+			fmt.Fprintf(b, "x %s binary.LittleEndian.Uint64(s[%d:])\n", assign, off)
+		} else {
+			shift = k*w - start*8
+		}
+		switch {
+		case shift == 0:
+			emit(k, fmt.Sprintf("x&(1<<%d-1)", w))
+		case shift+w == 64:
+			emit(k, fmt.Sprintf("x>>%d", shift))
+		default:
+			emit(k, fmt.Sprintf("x>>%d&(1<<%d-1)", shift, w))
+		}
+	}
+	fmt.Fprintf(b, "dst, src = dst[8:], src[%d:]\n}\n", w)
 }
