@@ -1,0 +1,320 @@
+package history
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"slices"
+
+	"golang.org/x/sync/errgroup"
+
+	"github.com/epimetheus-tsdb/epimetheus/chunkfmt"
+	"github.com/epimetheus-tsdb/epimetheus/history/cache"
+	"github.com/epimetheus-tsdb/epimetheus/history/object"
+)
+
+// PageError says which page of which object could not be read. It wraps
+// object.ErrNotExist if the object is absent, chunkfmt.ErrCorrupt or
+// chunkfmt.ErrVersion if the page is not as it was written or of a later version.
+type PageError struct {
+	Object       string
+	Page         string // what kind
+	Offset, Size int64  // bytes
+	Err          error
+}
+
+func (e *PageError) Error() string {
+	return fmt.Sprintf("object %s: %s at offset %d, %d bytes: %v", e.Object, e.Page, e.Offset, e.Size, e.Err)
+}
+
+func (e *PageError) Unwrap() error { return e.Err }
+
+// pageKind is how the bytes at a location are to be understood.
+type pageKind uint8
+
+const (
+	directoryPage pageKind = iota + 1
+	labelPage
+	labelValuesPage
+	seriesPage
+	dataPage
+)
+
+func (k pageKind) String() string {
+	return [...]string{"page", "directory", "label page", "label values", "series page", "data page"}[k]
+}
+
+// page is a parsed page: one of its fields is set, by its kind.
+type page struct {
+	directory *chunkfmt.Directory
+	labels    *chunkfmt.LabelPage
+	values    *chunkfmt.LabelValues
+	series    *chunkfmt.SeriesPage
+	data      *chunkfmt.DataPage
+}
+
+// pageKey: objects never change, so a page is known by its place.
+type pageKey struct {
+	object string
+	offset int64
+	kind   pageKind
+}
+
+// want is a page to fetch.
+type want struct {
+	object string
+	at     chunkfmt.Location
+	kind   pageKind
+	labels *chunkfmt.LabelPage // that the label values belong to
+	bytes  []byte              // the page, if it came with another
+}
+
+func (w *want) key() pageKey { return pageKey{w.object, w.at.Offset, w.kind} }
+
+func (w *want) error(err error) error {
+	return &PageError{Object: w.object, Page: w.kind.String(), Offset: w.at.Offset, Size: w.at.Size, Err: err}
+}
+
+// parse verifies a page and says about how many bytes of memory it takes.
+func (w *want) parse(b []byte) (p page, size int64, err error) {
+	size = int64(len(b))
+	switch w.kind {
+	case directoryPage:
+		p.directory, err = chunkfmt.ParseDirectory(b)
+		size *= 4
+	case labelPage:
+		p.labels, err = chunkfmt.ParseLabelPage(b)
+		size *= 8 // strings, unpacked
+	case labelValuesPage:
+		p.values, err = w.labels.ParseValues(b)
+		size *= 8
+	case seriesPage:
+		if p.series, err = chunkfmt.ParseSeriesPage(b); err == nil {
+			size = 4*size + 80*int64(p.series.Len())
+		}
+	default:
+		if p.data, err = chunkfmt.ParseDataPage(b); err == nil {
+			size += 64 * int64(p.data.Len())
+		}
+	}
+	return p, size, err
+}
+
+const (
+	// maxGap is how many bytes between two wanted pages are read along rather
+	// than asked for twice: about what a request's latency is worth.
+	maxGap = 256 << 10
+	// maxRun is where a run of near pages is cut, so that its parts are read at
+	// the same time.
+	maxRun = 8 << 20
+	// getsPerCall is how many GETs one call has under way.
+	getsPerCall = 32
+)
+
+// fetching says how pages are to be got.
+type fetching struct {
+	// runs, if not 0, is into how many GETs the pages of an object are put at
+	// most, whatever lies between them: for pages that lie close together.
+	runs int
+}
+
+// fetch gets pages from the cache or the object store; out[i] is wants[i]. Pages
+// that others load are waited for, after our own are on their way.
+func (h *History) fetch(ctx context.Context, stats *Stats, how fetching, wants []want) ([]page, error) {
+	out := make([]page, len(wants))
+	stats.Pages.Add(int64(len(wants)))
+	pending := make([]int, len(wants))
+	for i := range pending {
+		pending[i] = i
+	}
+	first := true
+	for len(pending) > 0 {
+		var mine, others []pendingPage
+		for _, i := range pending {
+			v, load, claimed := h.pages.Get(wants[i].key())
+			switch {
+			case load == nil:
+				out[i] = v
+				stats.PagesCached.Add(1)
+			case claimed:
+				mine = append(mine, pendingPage{i, load})
+			default:
+				others = append(others, pendingPage{i, load})
+			}
+		}
+		if err := h.load(ctx, stats, how, wants, mine, out); err != nil {
+			return nil, err
+		}
+		pending = pending[:0]
+		for _, p := range others {
+			v, again, err := p.load.Wait(ctx)
+			if err != nil {
+				return nil, err
+			}
+			if again {
+				pending = append(pending, p.i)
+				continue
+			}
+			out[p.i] = v
+			if first {
+				stats.PagesCached.Add(1)
+			}
+		}
+		first = false
+	}
+	return out, nil
+}
+
+// pendingPage is a page that is being loaded for wants[i].
+type pendingPage struct {
+	i    int
+	load *cache.Load[page]
+}
+
+// load fetches the pages that this caller has claimed and finishes every claim,
+// whatever happens.
+func (h *History) load(ctx context.Context, stats *Stats, how fetching, wants []want, mine []pendingPage, out []page) error {
+	if len(mine) == 0 {
+		return nil
+	}
+	finish := func(p pendingPage, b []byte, err error) error {
+		w := &wants[p.i]
+		var v page
+		var size int64
+		if err == nil {
+			if v, size, err = w.parse(b); err != nil {
+				h.metrics.corrupt.Inc()
+				h.o.Logger.Error("page can't be read", "object", w.object, "page", w.kind.String(), "offset", w.at.Offset, "size_bytes", w.at.Size, "err", err)
+			}
+		}
+		if err != nil {
+			err = w.error(err)
+		}
+		h.pages.Finish(w.key(), p.load, v, size, err)
+		out[p.i] = v
+		return err
+	}
+	var errs []error
+	var absent []pendingPage
+	for _, p := range mine {
+		if b := wants[p.i].bytes; b != nil {
+			errs = append(errs, finish(p, b, nil))
+		} else {
+			absent = append(absent, p)
+		}
+	}
+	var g errgroup.Group
+	g.SetLimit(getsPerCall)
+	for _, run := range coalesce(how, wants, absent) {
+		g.Go(func() error {
+			b, err := h.get(ctx, stats, run.object, run.at)
+			var errs []error
+			for _, p := range run.pages {
+				w := &wants[p.i]
+				var pageBytes []byte
+				if err == nil {
+					pageBytes = b[w.at.Offset-run.at.Offset:][:w.at.Size]
+					if len(run.pages) > 1 || int64(len(b)) != w.at.Size {
+						// A page that is kept must not keep the whole run.
+						pageBytes = slices.Clone(pageBytes)
+					}
+				}
+				errs = append(errs, finish(p, pageBytes, err))
+			}
+			return errors.Join(errs...)
+		})
+	}
+	if err := errors.Join(append(errs, g.Wait())...); err != nil {
+		if ctx.Err() != nil {
+			return context.Cause(ctx)
+		}
+		return firstError(err)
+	}
+	return nil
+}
+
+// firstError picks one of many joined errors, one of an absent object if there
+// is one, for that decides what is done.
+func firstError(err error) error {
+	joined, ok := err.(interface{ Unwrap() []error }) //nolint:errorlint // only of this level: a PageError is to stay whole
+	if !ok {
+		return err
+	}
+	all := joined.Unwrap()
+	if i := slices.IndexFunc(all, func(e error) bool { return errors.Is(e, object.ErrNotExist) }); i >= 0 {
+		return firstError(all[i])
+	}
+	return firstError(all[0])
+}
+
+// get is one ranged GET.
+func (h *History) get(ctx context.Context, stats *Stats, key string, at chunkfmt.Location) ([]byte, error) {
+	select {
+	case h.gets <- struct{}{}:
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
+	defer func() { <-h.gets }()
+	stats.ObjectGets.Add(1)
+	b, err := h.o.Objects.GetRange(ctx, key, at.Offset, at.Size)
+	if err != nil {
+		return nil, err
+	}
+	stats.ObjectBytes.Add(int64(len(b)))
+	if int64(len(b)) != at.Size {
+		return nil, fmt.Errorf("read %d of %d bytes: %w", len(b), at.Size, io.ErrUnexpectedEOF)
+	}
+	return b, nil
+}
+
+// run is a range of an object that holds pages.
+type run struct {
+	object string
+	at     chunkfmt.Location
+	pages  []pendingPage
+}
+
+// coalesce puts near pages together.
+func coalesce(how fetching, wants []want, ps []pendingPage) []run {
+	slices.SortFunc(ps, func(a, b pendingPage) int {
+		x, y := &wants[a.i], &wants[b.i]
+		return cmp.Or(cmp.Compare(x.object, y.object), cmp.Compare(x.at.Offset, y.at.Offset))
+	})
+	var out []run
+	start := 0 // of the runs of the present object
+	for _, p := range ps {
+		w := &wants[p.i]
+		if n := len(out); n > 0 && out[n-1].object == w.object {
+			r := &out[n-1]
+			end := max(r.at.End(), w.at.End())
+			if w.at.Offset-r.at.End() <= maxGap && (end-r.at.Offset <= maxRun || how.runs > 0) {
+				r.at.Size = end - r.at.Offset
+				r.pages = append(r.pages, p)
+				continue
+			}
+		} else {
+			start = n
+		}
+		out = append(out, run{object: w.object, at: w.at, pages: []pendingPage{p}})
+		if how.runs > 0 && len(out)-start > how.runs {
+			out = joinNearest(out, start)
+		}
+	}
+	return out
+}
+
+// joinNearest joins the two neighbours from start on that lie closest together.
+func joinNearest(runs []run, start int) []run {
+	best := start
+	for i := start; i+1 < len(runs); i++ {
+		if runs[i+1].at.Offset-runs[i].at.End() < runs[best+1].at.Offset-runs[best].at.End() {
+			best = i
+		}
+	}
+	r := &runs[best]
+	r.at.Size = max(r.at.End(), runs[best+1].at.End()) - r.at.Offset
+	r.pages = append(r.pages, runs[best+1].pages...)
+	return slices.Delete(runs, best+1, best+2)
+}

@@ -1,0 +1,226 @@
+package history
+
+import (
+	"context"
+	"fmt"
+	"slices"
+	"sort"
+
+	"github.com/prometheus/prometheus/model/labels"
+
+	"github.com/epimetheus-tsdb/epimetheus/chunkfmt"
+)
+
+// want names a page of a block, if it lies in it at all.
+func (b *Block) want(kind pageKind, at chunkfmt.Location) (want, error) {
+	w := want{object: b.Object, at: at, kind: kind}
+	if at.Offset < 0 || at.Size <= 0 || at.Offset > b.ObjectSize-at.Size {
+		return w, w.error(fmt.Errorf("%w: it would end behind the object's %d bytes", chunkfmt.ErrCorrupt, b.ObjectSize))
+	}
+	return w, nil
+}
+
+// directories fetches those of all blocks.
+func (s *Snapshot) directories(ctx context.Context, bs []*Block) ([]*chunkfmt.Directory, error) {
+	wants := make([]want, len(bs))
+	for i, b := range bs {
+		var err error
+		if wants[i], err = b.want(directoryPage, b.Directory); err != nil {
+			return nil, err
+		}
+	}
+	pages, err := s.h.fetch(ctx, s.Stats, fetching{}, wants)
+	if err != nil {
+		return nil, err
+	}
+	out := make([]*chunkfmt.Directory, len(pages))
+	for i := range pages {
+		out[i] = pages[i].directory
+	}
+	return out, nil
+}
+
+// labelPages fetches the label page of each block that has one and that pick
+// picks; nil for others.
+func (s *Snapshot) labelPages(ctx context.Context, bs []*Block, dirs []*chunkfmt.Directory, pick func(i int) bool) ([]*chunkfmt.LabelPage, error) {
+	var wants []want
+	var of []int
+	for i, b := range bs {
+		if dirs[i].Labels.Size == 0 || !pick(i) {
+			continue
+		}
+		w, err := b.want(labelPage, dirs[i].Labels)
+		if err != nil {
+			return nil, err
+		}
+		wants, of = append(wants, w), append(of, i)
+	}
+	pages, err := s.h.fetch(ctx, s.Stats, fetching{}, wants)
+	if err != nil {
+		return nil, err
+	}
+	out := make([]*chunkfmt.LabelPage, len(bs))
+	for j, i := range of {
+		out[i] = pages[j].labels
+	}
+	return out, nil
+}
+
+// found is what a block has of the series that match.
+type found struct {
+	block   *Block
+	entries []chunkfmt.Entry
+}
+
+// find returns the series that match all of ms and have samples or exemplars in
+// mint to maxt, for each block. seriesRuns bounds the GETs of series pages of one
+// block; 0 is no bound.
+func (s *Snapshot) find(ctx context.Context, bs []*Block, ms []*labels.Matcher, mint, maxt int64, seriesRuns int) ([]found, error) {
+	mint, maxt = max(mint, s.MinT), min(maxt, s.MaxT)
+	dirs, err := s.directories(ctx, bs)
+	if err != nil {
+		return nil, err
+	}
+	refs := make([][]chunkfmt.PageRef, len(bs))
+	for i, b := range bs {
+		lo, hi := b.clip(mint, maxt)
+		refs[i] = dirs[i].Pages(ms, lo, hi)
+	}
+	if err := s.prune(ctx, bs, dirs, refs, ms); err != nil {
+		return nil, err
+	}
+	var wants []want
+	var of []int
+	for i, b := range bs {
+		for _, r := range refs[i] {
+			w, err := b.want(seriesPage, r.Location)
+			if err != nil {
+				return nil, err
+			}
+			w.bytes = r.Bytes
+			wants, of = append(wants, w), append(of, i)
+		}
+	}
+	pages, err := s.h.fetch(ctx, s.Stats, fetching{runs: seriesRuns}, wants)
+	if err != nil {
+		return nil, err
+	}
+	out := make([]found, len(bs))
+	for i, b := range bs {
+		out[i].block = b
+	}
+	for j, i := range of {
+		if err := ctx.Err(); err != nil {
+			return nil, context.Cause(ctx)
+		}
+		lo, hi := bs[i].clip(mint, maxt)
+		for _, e := range pages[j].series.Select(ms, lo, hi) {
+			if bs[i].holds(&e, lo, hi) {
+				out[i].entries = append(out[i].entries, e)
+				s.Stats.Series.Add(1)
+			}
+		}
+	}
+	return out, nil
+}
+
+// clip cuts a range to what is to be read from the block at all.
+func (b *Block) clip(mint, maxt int64) (lo, hi int64) {
+	return max(mint, b.Ranges[0].MinT), min(maxt, b.Ranges[len(b.Ranges)-1].MaxT)
+}
+
+// holds says whether any chunk of a series lies, in part, in what is to be read
+// from the block. Only blocks with gaps between their ranges need the look.
+func (b *Block) holds(e *chunkfmt.Entry, mint, maxt int64) bool {
+	if len(b.Ranges) == 1 {
+		return true
+	}
+	return slices.ContainsFunc(b.Ranges, func(r chunkfmt.Range) bool {
+		lo, hi := max(mint, r.MinT), min(maxt, r.MaxT)
+		in := func(c chunkfmt.Chunk) bool { return c.Overlaps(lo, hi) }
+		return lo <= hi && (slices.ContainsFunc(e.Chunks, in) || slices.ContainsFunc(e.Exemplars, in))
+	})
+}
+
+// prune drops series pages of metrics that carry no label value that could
+// match, where reading the label page to know so pays.
+func (s *Snapshot) prune(ctx context.Context, bs []*Block, dirs []*chunkfmt.Directory, refs [][]chunkfmt.PageRef, ms []*labels.Matcher) error {
+	var useful []*labels.Matcher
+	for _, m := range ms {
+		if m.Name != labels.MetricName && !m.Matches("") {
+			useful = append(useful, m)
+		}
+	}
+	if len(useful) == 0 {
+		return nil
+	}
+	// A label page costs a round trip before the series pages can be asked for.
+	const tooSmall = 128 << 10
+	lps, err := s.labelPages(ctx, bs, dirs, func(i int) bool {
+		var size int64
+		for _, r := range refs[i] {
+			size += r.Size
+		}
+		return size > tooSmall && size > 2*dirs[i].Labels.Size
+	})
+	if err != nil {
+		return err
+	}
+	for i, lp := range lps {
+		if lp == nil {
+			continue
+		}
+		metrics, known := carriers(lp, useful)
+		if !known {
+			continue
+		}
+		refs[i] = slices.DeleteFunc(refs[i], func(r chunkfmt.PageRef) bool {
+			j := sort.SearchStrings(metrics, r.FirstMetric)
+			return j == len(metrics) || metrics[j] > r.LastMetric
+		})
+	}
+	return nil
+}
+
+// carriers returns the names of the metrics, ascending, that carry for each
+// matcher a value that matches. known is false if the label page can't tell.
+func carriers(lp *chunkfmt.LabelPage, ms []*labels.Matcher) (metrics []string, known bool) {
+	for _, m := range ms {
+		values, at := lp.Values(m.Name)
+		if values == nil && at.Size > 0 {
+			continue // in a page of their own: not worth another GET
+		}
+		var carry []string
+		if values != nil {
+			carry = matching(values, m)
+		}
+		if known {
+			carry = slices.DeleteFunc(carry, func(name string) bool {
+				_, ok := slices.BinarySearch(metrics, name)
+				return !ok
+			})
+		}
+		metrics, known = carry, true
+	}
+	return metrics, known
+}
+
+func matching(values *chunkfmt.LabelValues, m *labels.Matcher) []string {
+	if m.Type == labels.MatchEqual {
+		return slices.Clone(values.Metrics(m.Value))
+	}
+	set := map[string]struct{}{}
+	for _, v := range values.Values() {
+		if m.Matches(v) {
+			for _, name := range values.Metrics(v) {
+				set[name] = struct{}{}
+			}
+		}
+	}
+	out := make([]string, 0, len(set))
+	for name := range set {
+		out = append(out, name)
+	}
+	slices.Sort(out)
+	return out
+}

@@ -1,0 +1,1013 @@
+package history
+
+import (
+	"bytes"
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"math"
+	"math/rand/v2"
+	"os"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	gocmp "github.com/google/go-cmp/cmp"
+	"github.com/oklog/ulid/v2"
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/common/model"
+	"github.com/prometheus/prometheus/model/exemplar"
+	"github.com/prometheus/prometheus/model/labels"
+	"github.com/prometheus/prometheus/model/metadata"
+	"github.com/prometheus/prometheus/tsdb/tsdbutil"
+	"go.uber.org/goleak"
+	"golang.org/x/sync/errgroup"
+
+	"github.com/epimetheus-tsdb/epimetheus/chunkfmt"
+	"github.com/epimetheus-tsdb/epimetheus/history/historytest"
+	"github.com/epimetheus-tsdb/epimetheus/history/index"
+	"github.com/epimetheus-tsdb/epimetheus/history/object"
+)
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+
+// stores are what a History is built on, with faults that a test may set.
+type stores struct {
+	objects *historytest.FaultyObjects
+	rows    *historytest.FaultyRows
+
+	mu    sync.Mutex
+	fault func(op, key string) historytest.Fault // nil: none
+}
+
+func (s *stores) decide(op, key string) historytest.Fault {
+	s.mu.Lock()
+	f := s.fault
+	s.mu.Unlock()
+	if f == nil {
+		return historytest.None
+	}
+	return f(op, key)
+}
+
+func (s *stores) setFault(f func(op, key string) historytest.Fault) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.fault = f
+}
+
+func localStores(t testing.TB) *stores {
+	t.Helper()
+	s := &stores{}
+	s.objects = &historytest.FaultyObjects{Store: historytest.Files(t, prometheus.NewRegistry()), Decide: s.decide}
+	s.rows = &historytest.FaultyRows{Store: historytest.Bolt(t, prometheus.NewRegistry()), Decide: s.decide}
+	return s
+}
+
+func (s *stores) open(t testing.TB, change func(*Options)) *History {
+	t.Helper()
+	o := Options{Objects: s.objects, Index: index.New(s.rows), VisibilityDelay: 10 * time.Minute}
+	if change != nil {
+		change(&o)
+	}
+	h, err := New(o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return h
+}
+
+// tenantSeries are the series of a tenant, in any order.
+type tenantSeries map[string][]*chunkfmt.Series
+
+func encode(t testing.TB, data tenantSeries, o chunkfmt.WriterOptions) ([]byte, *chunkfmt.Summary) {
+	t.Helper()
+	o.Window = cmp.Or(o.Window, Window)
+	var buf bytes.Buffer
+	w := chunkfmt.NewWriter(&buf, o)
+	tenants := make([]string, 0, len(data))
+	for tenant := range data {
+		tenants = append(tenants, tenant)
+	}
+	slices.Sort(tenants)
+	for _, tenant := range tenants {
+		series := slices.Clone(data[tenant])
+		slices.SortFunc(series, func(a, b *chunkfmt.Series) int {
+			return cmp.Or(cmp.Compare(a.Labels.Get("__name__"), b.Labels.Get("__name__")), labels.Compare(a.Labels, b.Labels))
+		})
+		for _, s := range series {
+			if err := w.Add(tenant, s); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	summary, err := w.Close()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return buf.Bytes(), summary
+}
+
+func publish(t testing.TB, h *History, data tenantSeries) ulid.ULID {
+	t.Helper()
+	return publishWith(t, h, data, chunkfmt.WriterOptions{PageBytes: 4 << 10, PageSeries: 16})
+}
+
+func publishWith(t testing.TB, h *History, data tenantSeries, o chunkfmt.WriterOptions) ulid.ULID {
+	t.Helper()
+	b, summary := encode(t, data, o)
+	id := ulid.Make()
+	if err := h.Publish(t.Context(), id, b, summary); err != nil {
+		t.Fatal(err)
+	}
+	return id
+}
+
+func floats(from, step int64, n int, v func(i int) float64, ls ...string) *chunkfmt.Series {
+	s := &chunkfmt.Series{Labels: labels.FromStrings(ls...)}
+	for i := range n {
+		s.Floats.T, s.Floats.V = append(s.Floats.T, from+int64(i)*step), append(s.Floats.V, v(i))
+	}
+	return s
+}
+
+func constant(v float64) func(int) float64 { return func(int) float64 { return v } }
+
+// selectAll reads and merges all that a Select gives.
+func selectAll(t testing.TB, s *Snapshot, mint, maxt int64, ms ...*labels.Matcher) []*chunkfmt.Series {
+	t.Helper()
+	got, err := trySelect(t.Context(), s, mint, maxt, ms...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return got
+}
+
+func trySelect(ctx context.Context, s *Snapshot, mint, maxt int64, ms ...*labels.Matcher) ([]*chunkfmt.Series, error) {
+	set, err := s.Select(ctx, ms, mint, maxt)
+	if err != nil {
+		return nil, err
+	}
+	out := []*chunkfmt.Series{}
+	for set.Next(ctx) {
+		runs, err := set.At().Runs()
+		if err != nil {
+			return nil, err
+		}
+		if len(runs) > 0 {
+			out = append(out, chunkfmt.Merge(runs...))
+		}
+	}
+	return out, set.Err()
+}
+
+func eq(name, value string) *labels.Matcher {
+	return labels.MustNewMatcher(labels.MatchEqual, name, value)
+}
+
+func re(name, value string) *labels.Matcher {
+	return labels.MustNewMatcher(labels.MatchRegexp, name, value)
+}
+
+func snapshot(t testing.TB, h *History, tenant string, mint, maxt int64, must ...ulid.ULID) *Snapshot {
+	t.Helper()
+	s, err := h.Snapshot(t.Context(), tenant, mint, maxt, must, time.Time{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return s
+}
+
+var cmpSeries = gocmp.Options{
+	gocmp.Comparer(func(a, b labels.Labels) bool { return labels.Equal(a, b) }),
+	gocmp.Comparer(func(a, b float64) bool { return math.Float64bits(a) == math.Float64bits(b) }),
+	gocmp.Transformer("empty", func(s []int64) []int64 {
+		if len(s) == 0 {
+			return nil
+		}
+		return s
+	}),
+	gocmp.Transformer("empty", func(s []float64) []float64 {
+		if len(s) == 0 {
+			return nil
+		}
+		return s
+	}),
+}
+
+func wantSeries(t testing.TB, got, want []*chunkfmt.Series) {
+	t.Helper()
+	if len(got) != len(want) {
+		t.Errorf("%d series, want %d", len(got), len(want))
+	}
+	for i := range min(len(got), len(want)) {
+		if d := gocmp.Diff(want[i], got[i], cmpSeries); d != "" {
+			t.Fatalf("series %d (-want +got):\n%s", i, d)
+		}
+	}
+}
+
+// randomSeries has all kinds of samples in [from, from+span).
+func randomSeries(r *rand.Rand, from, span int64, ls labels.Labels) *chunkfmt.Series {
+	s := &chunkfmt.Series{Labels: ls, Metadata: metadata.Metadata{Type: model.MetricTypeGauge, Help: "h " + ls.Get("__name__")}}
+	for at := from + r.Int64N(span/10); at < from+span; at += 1 + r.Int64N(span/20) {
+		switch k := r.IntN(20); {
+		case k == 0:
+			s.Histograms.T = append(s.Histograms.T, at)
+			s.Histograms.H = append(s.Histograms.H, tsdbutil.GenerateTestHistogram(r.Int64N(5)))
+		case k == 1:
+			s.FloatHistograms.T = append(s.FloatHistograms.T, at)
+			s.FloatHistograms.H = append(s.FloatHistograms.H, tsdbutil.GenerateTestFloatHistogram(r.Int64N(5)))
+		case k == 2:
+			s.Floats.T, s.Floats.V = append(s.Floats.T, at), append(s.Floats.V, math.Float64frombits(r.Uint64()))
+		default:
+			s.Floats.T, s.Floats.V = append(s.Floats.T, at), append(s.Floats.V, float64(r.IntN(1000))/10)
+		}
+		if r.IntN(10) == 0 {
+			s.Exemplars = append(s.Exemplars, exemplar.Exemplar{Labels: labels.FromStrings("trace", fmt.Sprint(at)), Value: 1, Ts: at, HasTs: true})
+		}
+	}
+	return s
+}
+
+// trim is what a run has in mint to maxt.
+func trim(s *chunkfmt.Series, mint, maxt int64) *chunkfmt.Series {
+	b := Block{Ranges: []chunkfmt.Range{{MinT: math.MinInt64, MaxT: math.MaxInt64}}}
+	c := *s
+	b.cut(&c, mint, maxt)
+	c.Metadata, c.Exemplars = metadata.Metadata{}, nil
+	return &c
+}
+
+// TestAgainstModel publishes random blocks, overlapping in time and series, and
+// compares all reads with what went in. It runs on local and on remote stores.
+func TestAgainstModel(t *testing.T) {
+	t.Run("files and bolt", func(t *testing.T) { testAgainstModel(t, localStores(t), 6) })
+	t.Run("s3 and dynamodb", func(t *testing.T) {
+		s := &stores{}
+		s.objects = &historytest.FaultyObjects{Store: historytest.S3(t, prometheus.NewRegistry()), Decide: s.decide}
+		s.rows = &historytest.FaultyRows{Store: historytest.DynamoDB(t, prometheus.NewRegistry()), Decide: s.decide}
+		testAgainstModel(t, s, 3)
+	})
+}
+
+func testAgainstModel(t *testing.T, st *stores, rounds int) {
+	const hour = int64(3_600_000)
+	seed := uint64(time.Now().UnixNano()) //nolint:gosec // any will do
+	if v := os.Getenv("EPIMETHEUS_SEED"); v != "" {
+		var err error
+		if seed, err = strconv.ParseUint(v, 10, 64); err != nil {
+			t.Fatal(err)
+		}
+	}
+	t.Logf("EPIMETHEUS_SEED=%d", seed)
+	r := rand.New(rand.NewPCG(seed, 0)) //nolint:gosec // no secret
+	h := st.open(t, nil)
+	tenants := []string{"a", "b", "b/1", "c"}
+	all := map[string][]*chunkfmt.Series{}
+	var ids []ulid.ULID
+	start := int64(1_700_000_000_000)
+	for round := range rounds {
+		data := tenantSeries{}
+		for _, tenant := range tenants[:1+r.IntN(len(tenants))] {
+			for m := range 8 {
+				for i := range 6 {
+					if r.IntN(3) == 0 {
+						continue
+					}
+					ls := labels.FromStrings("__name__", fmt.Sprintf("metric_%d", m), "Z", "upper sorts before", "i", fmt.Sprint(i), "job", fmt.Sprintf("j%d", i%3))
+					if m == 7 {
+						ls = labels.FromStrings("i", fmt.Sprint(i)) // without a name
+					}
+					span := 2 * hour
+					if round == 1 {
+						span = 500 * hour // several windows
+					}
+					data[tenant] = append(data[tenant], randomSeries(r, start+int64(round)*hour, span, ls))
+				}
+			}
+		}
+		for tenant, s := range data {
+			all[tenant] = append(all[tenant], s...)
+		}
+		ids = append(ids, publish(t, h, data))
+	}
+	matchers := [][]*labels.Matcher{
+		nil,
+		{eq("__name__", "metric_3")},
+		{eq("__name__", "absent")},
+		{re("__name__", "metric_[12]"), eq("job", "j1")},
+		{eq("job", "j2")},
+		{labels.MustNewMatcher(labels.MatchNotEqual, "job", "j2")},
+		{eq("__name__", "")},
+		{labels.MustNewMatcher(labels.MatchNotRegexp, "i", "[0-3]"), re("__name__", ".+")},
+	}
+	for _, tenant := range append(tenants, "nobody") {
+		for range 12 {
+			ms := matchers[r.IntN(len(matchers))]
+			mint := start + r.Int64N(8*hour) - hour
+			maxt := mint + r.Int64N(5*hour)
+			if r.IntN(4) == 0 {
+				mint, maxt = math.MinInt64, math.MaxInt64
+			}
+			matches := func(ls labels.Labels) bool {
+				return !slices.ContainsFunc(ms, func(m *labels.Matcher) bool { return !m.Matches(ls.Get(m.Name)) })
+			}
+			runs := map[string][]*chunkfmt.Series{}
+			exemplars := map[string][]*chunkfmt.Series{}
+			for _, s := range all[tenant] {
+				if !matches(s.Labels) {
+					continue
+				}
+				if c := trim(s, mint, maxt); len(c.Floats.T)+len(c.Histograms.T)+len(c.FloatHistograms.T) > 0 {
+					runs[s.Labels.String()] = append(runs[s.Labels.String()], c)
+				}
+				es := slices.DeleteFunc(slices.Clone(s.Exemplars), func(e exemplar.Exemplar) bool { return e.Ts < mint || e.Ts > maxt })
+				if len(es) > 0 {
+					exemplars[s.Labels.String()] = append(exemplars[s.Labels.String()], &chunkfmt.Series{Labels: s.Labels, Exemplars: es})
+				}
+			}
+			merged := func(runs map[string][]*chunkfmt.Series) []*chunkfmt.Series {
+				out := []*chunkfmt.Series{}
+				for _, r := range runs {
+					out = append(out, chunkfmt.Merge(r...))
+				}
+				slices.SortFunc(out, func(a, b *chunkfmt.Series) int { return labels.Compare(a.Labels, b.Labels) })
+				return out
+			}
+			want := merged(runs)
+			snap := snapshot(t, h, tenant, mint, maxt, ids...)
+			wantSeries(t, selectAll(t, snap, mint, maxt, ms...), want)
+
+			es, err := snap.Exemplars(t.Context(), [][]*labels.Matcher{ms, ms}, mint, maxt)
+			if err != nil {
+				t.Fatal(err)
+			}
+			esp := []*chunkfmt.Series{}
+			for i := range es {
+				esp = append(esp, &es[i])
+			}
+			wantSeries(t, esp, merged(exemplars))
+
+			// Labels may speak of a chunk's or a block's whole time.
+			names, values, metas := map[string]bool{}, map[string]bool{}, map[string]bool{}
+			for _, s := range want {
+				s.Labels.Range(func(l labels.Label) { names[l.Name] = true })
+				values[s.Labels.Get("job")] = true
+				metas[s.Labels.Get("__name__")] = true
+			}
+			gotNames, err := snap.LabelNames(t.Context(), ms, mint, maxt)
+			if err != nil {
+				t.Fatal(err)
+			}
+			gotValues, err := snap.LabelValues(t.Context(), "job", ms, mint, maxt)
+			if err != nil {
+				t.Fatal(err)
+			}
+			gotSeries, err := snap.Series(t.Context(), ms, mint, maxt)
+			if err != nil {
+				t.Fatal(err)
+			}
+			gotMetas, err := snap.Metadata(t.Context(), "", mint, maxt)
+			if err != nil {
+				t.Fatal(err)
+			}
+			for n := range names {
+				if !slices.Contains(gotNames, n) {
+					t.Errorf("label name %s is missing", n)
+				}
+			}
+			for v := range values {
+				if v != "" && !slices.Contains(gotValues, v) {
+					t.Errorf("label value %s is missing", v)
+				}
+			}
+			for _, s := range want {
+				if !slices.ContainsFunc(gotSeries, func(ls labels.Labels) bool { return labels.Equal(ls, s.Labels) }) {
+					t.Errorf("series %s is missing", s.Labels)
+				}
+			}
+			for m := range metas {
+				if !slices.ContainsFunc(gotMetas, func(x MetricMetadata) bool { return x.Metric == m && x.Help == "h "+m }) {
+					t.Errorf("metadata of %q is missing", m)
+				}
+			}
+			if !slices.IsSorted(gotNames) || !slices.IsSorted(gotValues) || !slices.IsSortedFunc(gotSeries, labels.Compare) {
+				t.Error("labels are not sorted")
+			}
+			if mint == math.MinInt64 { // then they are exact
+				if len(gotValues) != len(values)-b2i(values[""]) || len(gotSeries) != len(want) {
+					t.Errorf("%d values and %d series, want %d and %d", len(gotValues), len(gotSeries), len(values), len(want))
+				}
+			}
+		}
+	}
+}
+
+func b2i(b bool) int {
+	if b {
+		return 1
+	}
+	return 0
+}
+
+func TestLabelsOfOneMetric(t *testing.T) {
+	h := localStores(t).open(t, nil)
+	publish(t, h, tenantSeries{"a": {
+		floats(0, 1, 1, constant(1), "__name__", "up", "job", "x"), floats(0, 1, 1, constant(1), "__name__", "down", "job", "y"),
+	}})
+	s := snapshot(t, h, "a", 0, 10)
+	for name, want := range map[string][]string{"job": {"x"}, "__name__": {"up"}, "absent": {}} {
+		got, err := s.LabelValues(t.Context(), name, []*labels.Matcher{eq("__name__", "up")}, 0, 10)
+		if err != nil || !slices.Equal(got, want) {
+			t.Errorf("values of %s: %q, %v, want %q", name, got, err, want)
+		}
+	}
+	if got, err := s.LabelValues(t.Context(), "__name__", []*labels.Matcher{eq("__name__", "gone")}, 0, 10); err != nil || len(got) != 0 {
+		t.Errorf("values of an absent metric: %q, %v", got, err)
+	}
+	if got, err := s.LabelValues(t.Context(), "job", nil, 20, 30); err != nil || len(got) != 0 {
+		t.Errorf("values outside of the snapshot: %q, %v", got, err)
+	}
+}
+
+// TestHiddenWindow holds that a row stands for its window only: what another
+// block has taken over is not read twice.
+func TestHiddenWindow(t *testing.T) {
+	st := localStores(t)
+	h := st.open(t, func(o *Options) { o.VisibilityDelay = 0 })
+	const w = Window
+	data := tenantSeries{"a": {
+		floats(w/2, w, 5, func(i int) float64 { return float64(i) }, "__name__", "m"), // one sample in each window
+		floats(2*w+w/2, w, 1, constant(9), "__name__", "only"),                        // only in the third
+	}}
+	publish(t, h, data)
+	s := snapshot(t, h, "a", 0, 10*w)
+	if n := len(s.Blocks[0].Ranges); len(s.Blocks) != 1 || n != 5 {
+		t.Fatalf("%d blocks, %d ranges", len(s.Blocks), n)
+	}
+	// Compaction has taken over the third window, and removed its row.
+	row := index.RowID{MaxT: 2*w + w/2, Block: s.Blocks[0].ID}
+	if err := index.New(st.rows).DeleteBlocks(t.Context(), "a", []index.RowID{row}); err != nil {
+		t.Fatal(err)
+	}
+	s = snapshot(t, h, "a", 0, 10*w)
+	got := selectAll(t, s, 0, 10*w)
+	want := floats(w/2, w, 2, func(i int) float64 { return float64(i) }, "__name__", "m")
+	want.Floats.T, want.Floats.V = append(want.Floats.T, 3*w+w/2, 4*w+w/2), append(want.Floats.V, 3, 4)
+	wantSeries(t, got, []*chunkfmt.Series{want})
+	series, err := s.Series(t.Context(), nil, 0, 10*w)
+	if err != nil || len(series) != 1 {
+		t.Errorf("%v, %v: want only the series with samples in visible windows", series, err)
+	}
+	if got := selectAll(t, s, 2*w+1, 3*w); len(got) != 0 {
+		t.Errorf("%d series in the hidden window", len(got))
+	}
+}
+
+func TestVisible(t *testing.T) {
+	id := func(n byte) (u ulid.ULID) { u[15] = n; return u }
+	row := func(n byte, mint, maxt int64) index.BlockRow {
+		return index.BlockRow{Block: id(n), MinT: mint, MaxT: maxt}
+	}
+	replacing := func(r index.BlockRow, siblings []index.BlockRow, replaced ...index.BlockRow) index.BlockRow {
+		for i := range replaced {
+			r.Replaces = append(r.Replaces, replaced[i].ID())
+		}
+		for i := range siblings {
+			r.Siblings = append(r.Siblings, index.Sibling{RowID: siblings[i].ID(), MinT: siblings[i].MinT})
+		}
+		return r
+	}
+	a, b, c := row(1, 0, 10), row(2, 5, 20), row(3, 15, 30)
+	out1, out2 := row(10, 0, 15), row(11, 16, 30)
+	last := replacing(out2, []index.BlockRow{out1}, a, b, c)
+	again := replacing(row(20, 0, 30), nil, out1, out2)
+	for name, test := range map[string]struct {
+		rows       []index.BlockRow
+		mint, maxt int64
+		want       []byte
+	}{
+		"nothing replaced":                {[]index.BlockRow{a, b, c}, 0, 30, []byte{1, 2, 3}},
+		"only what overlaps":              {[]index.BlockRow{a, b, c}, 11, 14, []byte{2}},
+		"first output only":               {[]index.BlockRow{a, b, c, out1}, 0, 30, []byte{1, 2, 3, 10}},
+		"all outputs":                     {[]index.BlockRow{a, b, c, out1, last}, 0, 30, []byte{10, 11}},
+		"a sibling not seen":              {[]index.BlockRow{a, b, c, last}, 0, 30, []byte{1, 2, 3, 11}},
+		"a sibling not needed":            {[]index.BlockRow{b, c, last}, 16, 30, []byte{11}},
+		"the last does not overlap":       {[]index.BlockRow{a, b, c, out1, last}, 0, 12, []byte{1, 2, 10}},
+		"what is replaced still replaces": {[]index.BlockRow{a, b, c, out1, last, again}, 0, 30, []byte{20}},
+		"replaced rows gone":              {[]index.BlockRow{out1, last}, 0, 30, []byte{10, 11}},
+	} {
+		var got []byte
+		for _, r := range visible(test.rows, test.mint, test.maxt) {
+			got = append(got, r.Block[15])
+		}
+		if !bytes.Equal(got, test.want) {
+			t.Errorf("%s: blocks %d, want %d", name, got, test.want)
+		}
+	}
+}
+
+func TestRowsAreKeptForHalfTheVisibilityDelay(t *testing.T) {
+	h := localStores(t).open(t, nil)
+	now := time.Now()
+	h.now = func() time.Time { return now }
+	data := tenantSeries{"a": {floats(1000, 1000, 10, constant(1), "__name__", "m")}}
+	first := publish(t, h, data)
+	look := func(wantBlocks, wantQueries int, must ...ulid.ULID) {
+		t.Helper()
+		s := snapshot(t, h, "a", 0, 20_000, must...)
+		if len(s.Blocks) != wantBlocks || s.Stats.IndexQueries.Load() != int64(wantQueries) {
+			t.Errorf("%d blocks, %d reads of rows, want %d and %d", len(s.Blocks), s.Stats.IndexQueries.Load(), wantBlocks, wantQueries)
+		}
+	}
+	look(1, 1)
+	look(1, 0)
+	look(1, 0, first)
+	second := publish(t, h, data)
+	look(1, 0) // may be old
+	look(2, 1, first, second)
+	look(2, 0, first, second)
+	// A block without rows in this time is asked for once.
+	elsewhere := publish(t, h, tenantSeries{"a": {floats(1e12, 1000, 10, constant(1), "__name__", "m")}})
+	look(2, 1, elsewhere)
+	look(2, 0, elsewhere)
+	third := publish(t, h, data)
+	now = now.Add(5*time.Minute - 1)
+	look(2, 0)
+	now = now.Add(1)
+	look(3, 1)
+	look(3, 0, third)
+}
+
+func TestManyAskForRowsAtOnce(t *testing.T) {
+	h := localStores(t).open(t, nil)
+	publish(t, h, tenantSeries{"a": {floats(1000, 1000, 10, constant(1), "__name__", "m")}})
+	var g errgroup.Group
+	var total Stats
+	for range 50 {
+		g.Go(func() error {
+			s, err := h.Snapshot(t.Context(), "a", 0, 20_000, nil, time.Time{})
+			if err != nil {
+				return err
+			}
+			if len(s.Blocks) != 1 {
+				return fmt.Errorf("%d blocks", len(s.Blocks))
+			}
+			total.IndexQueries.Add(s.Stats.IndexQueries.Load())
+			return nil
+		})
+	}
+	if err := g.Wait(); err != nil {
+		t.Fatal(err)
+	}
+	if n := total.IndexQueries.Load(); n != 1 {
+		t.Errorf("%d reads of rows, want 1", n)
+	}
+}
+
+// TestPublishSurvivesFaults lets every call of Publish fail, before and after its
+// effect, and in the middle: repeating it makes the block durable, once.
+func TestPublishSurvivesFaults(t *testing.T) {
+	data := tenantSeries{}
+	for i := range 5 {
+		data[fmt.Sprintf("t%d", i)] = []*chunkfmt.Series{floats(1000, 1000, 10, constant(1), "__name__", "m")}
+	}
+	for _, fault := range []historytest.Fault{historytest.Before, historytest.After, historytest.Torn} {
+		for nth := range 5 {
+			st := localStores(t)
+			h := st.open(t, func(o *Options) { o.VisibilityDelay = 0 })
+			calls := 0
+			st.setFault(func(string, string) historytest.Fault {
+				calls++
+				if calls-1 == nth {
+					return fault
+				}
+				return historytest.None
+			})
+			b, summary := encode(t, data, chunkfmt.WriterOptions{})
+			id := ulid.Make()
+			err := h.Publish(t.Context(), id, b, summary)
+			if wantErr := nth < 4; (err != nil) != wantErr || err != nil && !errors.Is(err, historytest.ErrInjected) {
+				t.Fatalf("fault %d at call %d: %v", fault, nth, err)
+			}
+			st.setFault(nil)
+			// Whatever is visible now is whole.
+			for tenant := range data {
+				s := snapshot(t, h, tenant, 0, 20_000)
+				if got := selectAll(t, s, 0, 20_000); len(s.Blocks) > 0 && (len(got) != 1 || len(got[0].Floats.T) != 10) {
+					t.Errorf("fault %d at call %d: half a block is visible", fault, nth)
+				}
+			}
+			for range 2 {
+				if err := h.Publish(t.Context(), id, b, summary); err != nil {
+					t.Fatal(err)
+				}
+			}
+			for tenant := range data {
+				s := snapshot(t, h, tenant, 0, 20_000)
+				wantSeries(t, selectAll(t, s, 0, 20_000), data[tenant])
+			}
+			x := index.New(st.rows)
+			w := index.NewWorkRow(id)
+			work, err := x.Work(t.Context(), w.Day, w.Shard)
+			if err != nil || len(work) != 1 || len(work[0].Tenants) != 5 || work[0].Object != ObjectKey(id) {
+				t.Errorf("work rows %+v, %v", work, err)
+			}
+			if s, err := x.GuardState(t.Context(), id); s != index.Published || err != nil {
+				t.Errorf("guard row: %s, %v", s, err)
+			}
+		}
+	}
+}
+
+func TestPublishOfACondemnedBlock(t *testing.T) {
+	st := localStores(t)
+	h := st.open(t, func(o *Options) { o.VisibilityDelay = 0 })
+	x := index.New(st.rows)
+	id := ulid.Make()
+	if _, err := x.Guard(t.Context(), id, index.Condemned); err != nil {
+		t.Fatal(err)
+	}
+	data := tenantSeries{"a": {floats(0, Window, 3, constant(1), "__name__", "m")}, "b": {floats(0, 1, 3, constant(1), "__name__", "m")}}
+	b, summary := encode(t, data, chunkfmt.WriterOptions{})
+	for range 2 {
+		if err := h.Publish(t.Context(), id, b, summary); !errors.Is(err, ErrCondemned) {
+			t.Fatalf("%v, want ErrCondemned", err)
+		}
+	}
+	for tenant := range data {
+		if s := snapshot(t, h, tenant, math.MinInt64, math.MaxInt64); len(s.Blocks) != 0 {
+			t.Errorf("%d blocks of %s are visible", len(s.Blocks), tenant)
+		}
+	}
+	w := index.NewWorkRow(id)
+	if work, err := x.Work(t.Context(), w.Day, w.Shard); err != nil || len(work) != 0 {
+		t.Errorf("work rows %+v, %v", work, err)
+	}
+}
+
+func TestPublishRefusesAWrongSummary(t *testing.T) {
+	h := localStores(t).open(t, nil)
+	b, summary := encode(t, tenantSeries{"a": {floats(0, 1, 3, constant(1), "__name__", "m")}}, chunkfmt.WriterOptions{})
+	if err := h.Publish(t.Context(), ulid.Make(), b[:len(b)-1], summary); err == nil {
+		t.Error("no error")
+	}
+}
+
+// wideSeries need several series pages, a label page, and pages of label values.
+func wideSeries(from int64) []*chunkfmt.Series {
+	var out []*chunkfmt.Series
+	for m := range 6 {
+		for i := range 400 {
+			out = append(out, floats(from, 15_000, 3, func(j int) float64 { return float64(i * j) },
+				"__name__", fmt.Sprintf("metric_%d", m), "instance", fmt.Sprintf("host-%d-%s", i, strings.Repeat("x", 40)), "job", fmt.Sprint(m%3)))
+		}
+	}
+	return out
+}
+
+// TestLabelReadsTakeThreeGets holds the bound on requests over many blocks.
+func TestLabelReadsTakeThreeGets(t *testing.T) {
+	const blocks, hour = 40, int64(3_600_000)
+	st := localStores(t)
+	w := st.open(t, nil)
+	b, summary := encode(t, tenantSeries{"a": wideSeries(0), "b": wideSeries(0)}, chunkfmt.WriterOptions{PageSeries: 128, PageBytes: 16 << 10})
+	dir := summary.Tenants[0].Directory
+	d, err := chunkfmt.ParseDirectory(b[dir.Offset:dir.End()])
+	if err != nil {
+		t.Fatal(err)
+	}
+	if n := len(d.Pages(nil, math.MinInt64, math.MaxInt64)); n < 10 || d.Labels.Size == 0 {
+		t.Fatalf("%d series pages, label page of %d bytes: too small a block for the test", n, d.Labels.Size)
+	}
+	for i := range blocks {
+		b, summary := encode(t, tenantSeries{"a": wideSeries(int64(i) * hour), "b": wideSeries(int64(i) * hour)}, chunkfmt.WriterOptions{PageSeries: 128, PageBytes: 16 << 10})
+		if err := w.Publish(t.Context(), ulid.Make(), b, summary); err != nil {
+			t.Fatal(err)
+		}
+	}
+	maxt := blocks * hour
+	for name, read := range map[string]func(*Snapshot) (int, error){
+		"label names": func(s *Snapshot) (int, error) {
+			got, err := s.LabelNames(t.Context(), nil, 0, maxt)
+			return len(got) - 3, err
+		},
+		"label names of a job": func(s *Snapshot) (int, error) {
+			got, err := s.LabelNames(t.Context(), []*labels.Matcher{eq("job", "1")}, 0, maxt)
+			return len(got) - 3, err
+		},
+		"values of a small label": func(s *Snapshot) (int, error) {
+			got, err := s.LabelValues(t.Context(), "job", nil, 0, maxt)
+			return len(got) - 3, err
+		},
+		"values of a large label": func(s *Snapshot) (int, error) {
+			got, err := s.LabelValues(t.Context(), "instance", nil, 0, maxt)
+			return len(got) - 400, err
+		},
+		"values for a metric": func(s *Snapshot) (int, error) {
+			got, err := s.LabelValues(t.Context(), "instance", []*labels.Matcher{eq("__name__", "metric_2")}, 0, maxt)
+			return len(got) - 400, err
+		},
+		"values with matchers": func(s *Snapshot) (int, error) {
+			got, err := s.LabelValues(t.Context(), "instance", []*labels.Matcher{eq("job", "1"), re("__name__", "metric_.")}, 0, maxt)
+			return len(got) - 400, err
+		},
+		"metric names": func(s *Snapshot) (int, error) {
+			got, err := s.LabelValues(t.Context(), "__name__", nil, 0, maxt)
+			return len(got) - 6, err
+		},
+		"series": func(s *Snapshot) (int, error) {
+			got, err := s.Series(t.Context(), []*labels.Matcher{eq("__name__", "metric_4")}, 0, maxt)
+			return len(got) - 400, err
+		},
+		"series without a name": func(s *Snapshot) (int, error) {
+			got, err := s.Series(t.Context(), []*labels.Matcher{eq("job", "2")}, 0, maxt)
+			return len(got) - 800, err
+		},
+		"series by a regular expression": func(s *Snapshot) (int, error) {
+			got, err := s.Series(t.Context(), []*labels.Matcher{re("instance", "host-1-.*")}, 0, maxt)
+			return len(got) - 6, err
+		},
+		"series of metrics that lie apart": func(s *Snapshot) (int, error) {
+			got, err := s.Series(t.Context(), []*labels.Matcher{re("__name__", "metric_0|metric_5")}, 0, maxt)
+			return len(got) - 800, err
+		},
+		"metadata": func(s *Snapshot) (int, error) {
+			got, err := s.Metadata(t.Context(), "metric_1", 0, maxt)
+			return len(got), err
+		},
+	} {
+		h := st.open(t, nil) // with cold caches
+		var mu sync.Mutex
+		gets := map[string]int{}
+		st.setFault(func(op, key string) historytest.Fault {
+			mu.Lock()
+			defer mu.Unlock()
+			if op == "GetRange" {
+				gets[key]++
+			}
+			return historytest.None
+		})
+		s := snapshot(t, h, "a", 0, maxt)
+		if diff, err := read(s); diff != 0 || err != nil {
+			t.Errorf("%s: %d more than expected, %v", name, diff, err)
+		}
+		most := 0
+		for _, n := range gets {
+			most = max(most, n)
+		}
+		total := s.Stats.ObjectGets.Load()
+		if len(gets) != blocks || most > 3 || total > 3*blocks {
+			t.Errorf("%s: %d GETs over %d blocks, at most %d of one", name, total, len(gets), most)
+		}
+		// Once more, it costs nothing.
+		s = snapshot(t, h, "a", 0, maxt)
+		if _, err := read(s); err != nil || s.Stats.ObjectGets.Load() != 0 {
+			t.Errorf("%s: %d GETs with warm caches, %v", name, s.Stats.ObjectGets.Load(), err)
+		}
+	}
+}
+
+func TestSelectReadsOnlyWhatItNeeds(t *testing.T) {
+	h := localStores(t).open(t, nil)
+	publishWith(t, h, tenantSeries{"a": wideSeries(0), "b": wideSeries(0)}, chunkfmt.WriterOptions{})
+	s := snapshot(t, h, "a", 0, 1e9)
+	if got := selectAll(t, s, 0, 1e9, eq("__name__", "metric_3")); len(got) != 400 {
+		t.Fatalf("%d series", len(got))
+	}
+	if n := s.Stats.ObjectGets.Load(); n > 3 {
+		t.Errorf("%d GETs for one metric of one block, want directory, series page, data", n)
+	}
+	if n := s.Stats.Samples.Load(); n != 1200 {
+		t.Errorf("%d samples decoded, want 1200", n)
+	}
+	if s.Stats.ObjectBytes.Load() > s.Blocks[0].ObjectSize/2 {
+		t.Errorf("%d of %d bytes read", s.Stats.ObjectBytes.Load(), s.Blocks[0].ObjectSize)
+	}
+}
+
+func TestManyBlocksAndSeries(t *testing.T) {
+	h := localStores(t).open(t, func(o *Options) { o.PageCacheBytes = -1 })
+	h.batchBytes = 20 << 10 // the set fetches its pages in many goes
+	var want []*chunkfmt.Series
+	runs := map[string][]*chunkfmt.Series{}
+	for i := range 5 {
+		series := wideSeries(int64(i) * 3_600_000)
+		publishWith(t, h, tenantSeries{"a": series}, chunkfmt.WriterOptions{PageBytes: 2 << 10, PageSeries: 100})
+		for _, s := range series {
+			runs[s.Labels.String()] = append(runs[s.Labels.String()], s)
+		}
+	}
+	for _, r := range runs {
+		want = append(want, chunkfmt.Merge(r...))
+	}
+	slices.SortFunc(want, func(a, b *chunkfmt.Series) int { return labels.Compare(a.Labels, b.Labels) })
+	s := snapshot(t, h, "a", 0, 1e9)
+	wantSeries(t, selectAll(t, s, 0, 1e9), want)
+}
+
+func TestConcurrentQueriesShareLoads(t *testing.T) {
+	h := localStores(t).open(t, nil)
+	publishWith(t, h, tenantSeries{"a": wideSeries(0)}, chunkfmt.WriterOptions{})
+	var total Stats
+	var g errgroup.Group
+	for range 20 {
+		g.Go(func() error {
+			s, err := h.Snapshot(t.Context(), "a", 0, 1e9, nil, time.Time{})
+			if err != nil {
+				return err
+			}
+			got, err := trySelect(t.Context(), s, 0, 1e9, eq("__name__", "metric_3"))
+			if err == nil && len(got) != 400 {
+				err = fmt.Errorf("%d series", len(got))
+			}
+			total.ObjectGets.Add(s.Stats.ObjectGets.Load())
+			return err
+		})
+	}
+	if err := g.Wait(); err != nil {
+		t.Fatal(err)
+	}
+	if n := total.ObjectGets.Load(); n > 3 {
+		t.Errorf("%d GETs of 20 queries, want those of one", n)
+	}
+}
+
+// TestACancelledQueryHarmsNoOther: one that waits for pages that a cancelled
+// query was to load loads them itself.
+func TestACancelledQueryHarmsNoOther(t *testing.T) {
+	st := localStores(t)
+	h := st.open(t, nil)
+	publish(t, h, tenantSeries{"a": {floats(1000, 1000, 10, constant(1), "__name__", "m")}})
+	ctx, cancel := context.WithCancel(t.Context())
+	started := make(chan struct{})
+	var once sync.Once
+	st.setFault(func(op, _ string) historytest.Fault {
+		first := false
+		if op == "GetRange" {
+			once.Do(func() { first = true })
+		}
+		if first {
+			close(started)
+			<-ctx.Done()
+		}
+		return historytest.None
+	})
+	var g errgroup.Group
+	g.Go(func() error {
+		s, err := h.Snapshot(ctx, "a", 0, 20_000, nil, time.Time{})
+		if err == nil {
+			_, err = trySelect(ctx, s, 0, 20_000)
+		}
+		if !errors.Is(err, context.Canceled) {
+			return fmt.Errorf("cancelled query: %w", err)
+		}
+		return nil
+	})
+	<-started
+	g.Go(func() error {
+		s, err := h.Snapshot(t.Context(), "a", 0, 20_000, nil, time.Time{})
+		if err != nil {
+			return err
+		}
+		got, err := trySelect(t.Context(), s, 0, 20_000)
+		if err == nil && len(got) != 1 {
+			err = fmt.Errorf("%d series", len(got))
+		}
+		return err
+	})
+	cancel()
+	if err := g.Wait(); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// TestDamageIsNamed damages each read in turn: the query fails and says where, or
+// gives the right answer; never a wrong one.
+func TestDamageIsNamed(t *testing.T) {
+	st := localStores(t)
+	data := tenantSeries{"a": wideSeries(0)}
+	publishWith(t, st.open(t, nil), data, chunkfmt.WriterOptions{PageSeries: 128, PageBytes: 16 << 10})
+	want := selectAll(t, snapshot(t, st.open(t, nil), "a", 0, 1e9), 0, 1e9, re("__name__", "metric_[34]"))
+	for _, fault := range []historytest.Fault{historytest.Torn, historytest.Corrupt, historytest.Before, historytest.Missing} {
+		kinds := map[string]int{}
+		for nth := range 8 {
+			var mu sync.Mutex
+			reads := 0
+			st.setFault(func(op, _ string) historytest.Fault {
+				if op != "GetRange" {
+					return historytest.None
+				}
+				mu.Lock()
+				defer mu.Unlock()
+				reads++
+				if reads-1 == nth {
+					return fault
+				}
+				return historytest.None
+			})
+			h := st.open(t, nil)
+			s := snapshot(t, h, "a", 0, 1e9)
+			got, err := trySelect(t.Context(), s, 0, 1e9, re("__name__", "metric_[34]"))
+			if err == nil {
+				wantSeries(t, got, want)
+				if reads > nth && fault != historytest.Corrupt { // a gap between pages may be hit
+					t.Errorf("fault %d at read %d went unnoticed", fault, nth)
+				}
+				continue
+			}
+			var pageErr *PageError
+			if !errors.As(err, &pageErr) || pageErr.Object != s.Blocks[0].Object || pageErr.Size <= 0 {
+				t.Fatalf("fault %d: %v, want a PageError", fault, err)
+			}
+			kinds[pageErr.Page]++
+			// The next query reads again.
+			st.setFault(nil)
+			wantSeries(t, selectAll(t, snapshot(t, h, "a", 0, 1e9), 0, 1e9, re("__name__", "metric_[34]")), want)
+		}
+		for _, kind := range []string{"directory", "series page", "data page"} {
+			if kinds[kind] == 0 {
+				t.Errorf("fault %d: no error named a %s: %v", fault, kind, kinds)
+			}
+		}
+	}
+}
+
+func TestAbsentObject(t *testing.T) {
+	st := localStores(t)
+	h := st.open(t, nil)
+	data := tenantSeries{"a": {floats(1000, 1000, 10, constant(1), "__name__", "m")}}
+	old := publish(t, h, data)
+	read := func(s *Snapshot) error {
+		got, err := trySelect(t.Context(), s, 0, 20_000)
+		if err != nil {
+			return err
+		}
+		wantSeries(t, got, data["a"])
+		if _, err := s.LabelNames(t.Context(), nil, 0, 20_000); err != nil {
+			return err
+		}
+		_, err = s.Series(t.Context(), nil, 0, 20_000)
+		return err
+	}
+	s := snapshot(t, h, "a", 0, 20_000) // before compaction
+	// Compaction replaces the block, then removes row and object.
+	publish(t, h, data)
+	if err := index.New(st.rows).DeleteBlocks(t.Context(), "a", []index.RowID{{MaxT: 10_000, Block: old}}); err != nil {
+		t.Fatal(err)
+	}
+	if err := st.objects.Delete(t.Context(), ObjectKey(old)); err != nil {
+		t.Fatal(err)
+	}
+	if err := read(s); err != nil {
+		t.Errorf("after compaction: %v", err)
+	}
+	// An object that is absent while its row is there is an error.
+	lost := publish(t, h, data)
+	if err := st.objects.Delete(t.Context(), ObjectKey(lost)); err != nil {
+		t.Fatal(err)
+	}
+	err := read(snapshot(t, h, "a", 0, 20_000, lost))
+	var pageErr *PageError
+	if !errors.Is(err, object.ErrNotExist) || !errors.As(err, &pageErr) || pageErr.Object != ObjectKey(lost) {
+		t.Errorf("%v, want one that names the absent object", err)
+	}
+}
+
+func TestSplit(t *testing.T) {
+	const w = Window
+	for _, test := range []struct {
+		in   chunkfmt.Range
+		want []chunkfmt.Range
+	}{
+		{chunkfmt.Range{MinT: 5, MaxT: 5}, []chunkfmt.Range{{MinT: 5, MaxT: 5}}},
+		{chunkfmt.Range{MinT: 5, MaxT: 5 + w}, []chunkfmt.Range{{MinT: 5, MaxT: 5 + w}}},
+		{chunkfmt.Range{MinT: 5, MaxT: 6 + w}, []chunkfmt.Range{{MinT: 5, MaxT: w}, {MinT: w + 1, MaxT: 6 + w}}},
+		{chunkfmt.Range{MinT: w, MaxT: 2*w + 1}, []chunkfmt.Range{{MinT: w, MaxT: w}, {MinT: w + 1, MaxT: 2*w + 1}}},
+		{chunkfmt.Range{MinT: -w - 5, MaxT: 1}, []chunkfmt.Range{{MinT: -w - 5, MaxT: -w}, {MinT: -w + 1, MaxT: 1}}},
+	} {
+		if d := gocmp.Diff(test.want, split(test.in)); d != "" {
+			t.Errorf("split %v (-want +got):\n%s", test.in, d)
+		}
+	}
+}
+
+func TestAlign(t *testing.T) {
+	for _, at := range []int64{math.MinInt64, math.MinInt64 + 5, -rowSetAlign - 1, -rowSetAlign, -1, 0, 1, rowSetAlign - 1, rowSetAlign, math.MaxInt64 - 5, math.MaxInt64} {
+		lo, hi := alignDown(at), alignUp(at)
+		if lo > at || hi < at || at-lo >= rowSetAlign && lo != math.MinInt64 || hi-at >= rowSetAlign && hi != math.MaxInt64 {
+			t.Errorf("%d: %d to %d", at, lo, hi)
+		}
+	}
+}
+
+func TestValidate(t *testing.T) {
+	if _, err := New(Options{}); err == nil {
+		t.Error("no error without stores")
+	}
+}

@@ -1,0 +1,404 @@
+package history
+
+import (
+	"context"
+	"fmt"
+	"slices"
+	"sort"
+
+	"github.com/prometheus/prometheus/model/exemplar"
+	"github.com/prometheus/prometheus/model/histogram"
+	"github.com/prometheus/prometheus/model/labels"
+
+	"github.com/epimetheus-tsdb/epimetheus/chunkfmt"
+)
+
+// batchBytes is about how many bytes of data pages a SeriesSet fetches ahead.
+const batchBytes = 32 << 20
+
+// SeriesSet gives the series of a Select, in order of labels.Compare. Pages of
+// samples are fetched in batches as it goes on. Not for concurrent use; it needs
+// no closing.
+type SeriesSet struct {
+	s      *Snapshot
+	series []*Series // not yet loaded ones have no pages
+	next   int
+	loaded int                   // so many series have their pages
+	pages  map[pageKey]*heldPage // of the last batch
+	err    error
+}
+
+// heldPage is a page that series hold on to.
+type heldPage struct {
+	want
+	data *chunkfmt.DataPage
+}
+
+// Series is a series with its samples, still encoded: it takes about as much
+// memory as its samples take in the store. It stays valid after its set has gone
+// on, and is safe for concurrent use.
+type Series struct {
+	Labels labels.Labels
+
+	mint, maxt int64
+	stats      *Stats
+	parts      []part
+}
+
+// part is what one block has of a series.
+type part struct {
+	block  *Block
+	chunks []chunkfmt.Chunk
+	pages  []*heldPage // of each chunk
+}
+
+// Select returns the series that match all of ms and may have samples in mint to
+// maxt, both included, in ms.
+func (s *Snapshot) Select(ctx context.Context, ms []*labels.Matcher, mint, maxt int64) (*SeriesSet, error) {
+	var set *SeriesSet
+	err := s.attempt(ctx, mint, maxt, func(bs []*Block) error {
+		fs, err := s.find(ctx, bs, ms, mint, maxt, 0)
+		if err != nil {
+			return err
+		}
+		set = s.seriesSet(fs, max(mint, s.MinT), min(maxt, s.MaxT))
+		return set.load(ctx) // here, where an absent object can be made good
+	})
+	if err != nil {
+		return nil, err
+	}
+	return set, nil
+}
+
+func (s *Snapshot) seriesSet(fs []found, mint, maxt int64) *SeriesSet {
+	out := &SeriesSet{s: s}
+	var sets labelSets
+	for _, f := range fs {
+		for i := range f.entries {
+			e := &f.entries[i]
+			if len(e.Chunks) == 0 {
+				continue // only exemplars in that time
+			}
+			at, added := sets.add(e.Labels)
+			if added {
+				out.series = append(out.series, &Series{Labels: e.Labels, mint: mint, maxt: maxt, stats: s.Stats})
+			}
+			out.series[at].parts = append(out.series[at].parts, part{block: f.block, chunks: e.Chunks})
+		}
+	}
+	slices.SortFunc(out.series, func(a, b *Series) int { return labels.Compare(a.Labels, b.Labels) })
+	return out
+}
+
+// Len is the number of series in the set, those that were passed included.
+func (ss *SeriesSet) Len() int { return len(ss.series) }
+
+// Next goes to the next series. It returns false at the end and after an error.
+func (ss *SeriesSet) Next(ctx context.Context) bool {
+	if ss.err != nil || ss.next == len(ss.series) {
+		ss.pages = nil
+		return false
+	}
+	if ss.next == ss.loaded {
+		if ss.err = ss.load(ctx); ss.err != nil {
+			return false
+		}
+	}
+	if ss.next > 0 {
+		ss.series[ss.next-1] = nil // its pages can go when the caller is done
+	}
+	ss.next++
+	return true
+}
+
+// At is the present series.
+func (ss *SeriesSet) At() *Series { return ss.series[ss.next-1] }
+
+// Err is why Next has returned false, nil at the end.
+func (ss *SeriesSet) Err() error { return ss.err }
+
+// load fetches the pages of the next series.
+func (ss *SeriesSet) load(ctx context.Context) error {
+	before := ss.pages
+	ss.pages = map[pageKey]*heldPage{}
+	var absent []*heldPage
+	var size int64
+	n := ss.loaded
+	for ; n < len(ss.series) && (size < ss.s.h.batchBytes || n == ss.loaded); n++ {
+		for p := range ss.series[n].parts {
+			pt := &ss.series[n].parts[p]
+			pt.pages = make([]*heldPage, len(pt.chunks))
+			for c, chunk := range pt.chunks {
+				w, err := pt.block.want(dataPage, chunk.Page)
+				if err != nil {
+					return err
+				}
+				held, ok := ss.pages[w.key()]
+				if !ok {
+					if held, ok = before[w.key()]; !ok {
+						held = &heldPage{want: w}
+						absent = append(absent, held)
+						size += w.at.Size
+					}
+					ss.pages[w.key()] = held
+				}
+				pt.pages[c] = held
+			}
+		}
+	}
+	wants := make([]want, len(absent))
+	for i, held := range absent {
+		wants[i] = held.want
+	}
+	pages, err := ss.s.h.fetch(ctx, ss.s.Stats, fetching{}, wants)
+	if err != nil {
+		return err
+	}
+	for i, held := range absent {
+		held.data = pages[i].data
+	}
+	ss.loaded = n
+	return nil
+}
+
+// Samples is about how many samples Runs will give, known without decoding.
+func (s *Series) Samples() int {
+	n := 0
+	for _, p := range s.parts {
+		for _, c := range p.chunks {
+			n += c.Samples
+		}
+	}
+	return n
+}
+
+// Runs decodes the samples in the time that was asked for: one run for each
+// block that has any, in the order of the snapshot's blocks, each ascending in
+// time. Runs of several blocks may overlap and repeat each other; chunkfmt.Merge
+// makes one of them. What is returned is the caller's, but histograms are not to
+// be changed.
+func (s *Series) Runs() ([]*chunkfmt.Series, error) {
+	out := make([]*chunkfmt.Series, 0, len(s.parts))
+	for i := range s.parts {
+		r, err := s.parts[i].decode(s.Labels, s.mint, s.maxt)
+		if err != nil {
+			return nil, err
+		}
+		n := len(r.Floats.T) + len(r.Histograms.T) + len(r.FloatHistograms.T)
+		s.stats.Samples.Add(int64(n))
+		if n > 0 {
+			out = append(out, r)
+		}
+	}
+	return out, nil
+}
+
+func (p *part) decode(ls labels.Labels, mint, maxt int64) (*chunkfmt.Series, error) {
+	run := &chunkfmt.Series{Labels: ls}
+	samples := map[chunkfmt.Kind]int{}
+	for _, c := range p.chunks {
+		samples[c.Kind] += c.Samples // each is bounded by the format
+	}
+	if n := samples[chunkfmt.KindFloat]; n > 0 {
+		run.Floats.T, run.Floats.V = make([]int64, 0, n), make([]float64, 0, n)
+	}
+	for i := range p.chunks {
+		if err := p.pages[i].decode(&p.chunks[i], run); err != nil {
+			return nil, err
+		}
+	}
+	p.block.cut(run, mint, maxt)
+	return run, nil
+}
+
+// decode appends a chunk to run.
+func (h *heldPage) decode(c *chunkfmt.Chunk, run *chunkfmt.Series) error {
+	var err error
+	var t []int64
+	before := 0
+	switch c.Kind {
+	case chunkfmt.KindFloat:
+		before = len(run.Floats.T)
+		err = h.data.Floats(c.Index, &run.Floats)
+		t = run.Floats.T
+	case chunkfmt.KindHistogram:
+		before = len(run.Histograms.T)
+		err = h.data.Histograms(c.Index, &run.Histograms)
+		t = run.Histograms.T
+	case chunkfmt.KindFloatHistogram:
+		before = len(run.FloatHistograms.T)
+		err = h.data.FloatHistograms(c.Index, &run.FloatHistograms)
+		t = run.FloatHistograms.T
+	default:
+		err = fmt.Errorf("%w: a chunk of kind %d", chunkfmt.ErrCorrupt, c.Kind)
+	}
+	if err == nil {
+		err = check(c, t, before)
+	}
+	if err != nil {
+		return h.error(fmt.Errorf("chunk %d: %w", c.Index, err))
+	}
+	return nil
+}
+
+// check compares the times that were decoded from index before on with what the
+// series page said of the chunk: queries were planned by that.
+func check(c *chunkfmt.Chunk, t []int64, before int) error {
+	switch n := len(t) - before; {
+	case n != c.Samples || n == 0:
+		return fmt.Errorf("%w: it has %d samples, its series page says %d", chunkfmt.ErrCorrupt, n, c.Samples)
+	case t[before] != c.MinT || t[len(t)-1] != c.MaxT:
+		return fmt.Errorf("%w: it spans %d to %d, its series page says %d to %d", chunkfmt.ErrCorrupt, t[before], t[len(t)-1], c.MinT, c.MaxT)
+	case before > 0 && t[before-1] >= t[before]:
+		return fmt.Errorf("%w: it starts at %d, before the chunk before it ends at %d", chunkfmt.ErrCorrupt, t[before], t[before-1])
+	}
+	return nil
+}
+
+// cut leaves of a run what lies in mint to maxt and in the block's ranges.
+func (b *Block) cut(run *chunkfmt.Series, mint, maxt int64) {
+	var in []chunkfmt.Range
+	for _, r := range b.Ranges {
+		if lo, hi := max(mint, r.MinT), min(maxt, r.MaxT); lo <= hi {
+			in = append(in, chunkfmt.Range{MinT: lo, MaxT: hi})
+		}
+	}
+	f, h, g := &run.Floats, &run.Histograms, &run.FloatHistograms
+	spans := within(f.T, in)
+	f.T, f.ST, f.V = keep(f.T, spans), keep(f.ST, spans), keep(f.V, spans)
+	spans = within(h.T, in)
+	h.T, h.ST, h.H = keep(h.T, spans), keep(h.ST, spans), keep(h.H, spans)
+	forget(h.H, spans, func(x *histogram.Histogram) *histogram.Histogram {
+		if x.CounterResetHint == histogram.GaugeType {
+			return x
+		}
+		c := *x
+		c.CounterResetHint = histogram.UnknownCounterReset
+		return &c
+	})
+	spans = within(g.T, in)
+	g.T, g.ST, g.H = keep(g.T, spans), keep(g.ST, spans), keep(g.H, spans)
+	forget(g.H, spans, func(x *histogram.FloatHistogram) *histogram.FloatHistogram {
+		if x.CounterResetHint == histogram.GaugeType {
+			return x
+		}
+		c := *x
+		c.CounterResetHint = histogram.UnknownCounterReset
+		return &c
+	})
+}
+
+// span is a range of indexes, the end excluded.
+type span struct{ from, to int }
+
+// within gives the indexes of the times that lie in ranges, which ascend.
+func within(t []int64, ranges []chunkfmt.Range) []span {
+	var out []span
+	for _, r := range ranges {
+		from := sort.Search(len(t), func(i int) bool { return t[i] >= r.MinT })
+		to := from + sort.Search(len(t)-from, func(i int) bool { return t[from+i] > r.MaxT })
+		switch n := len(out); {
+		case from == to:
+		case n > 0 && out[n-1].to == from:
+			out[n-1].to = to
+		default:
+			out = append(out, span{from, to})
+		}
+	}
+	return out
+}
+
+// keep leaves the elements at spans. One span shares memory with s.
+func keep[E any](s []E, spans []span) []E {
+	switch {
+	case s == nil || len(spans) == 0:
+		return nil
+	case len(spans) == 1:
+		return s[spans[0].from:spans[0].to:spans[0].to]
+	}
+	var out []E
+	for _, sp := range spans {
+		out = append(out, s[sp.from:sp.to]...)
+	}
+	return out
+}
+
+// forget makes a counter-reset hint unknown where the sample before was cut out.
+func forget[H any](hs []H, spans []span, unknown func(H) H) {
+	i := 0
+	for n, sp := range spans {
+		if n > 0 {
+			hs[i] = unknown(hs[i])
+		}
+		i += sp.to - sp.from
+	}
+}
+
+// Exemplars returns the exemplars in mint to maxt of the series that match all
+// matchers of at least one of sets, sorted by labels; of a series, by time.
+func (s *Snapshot) Exemplars(ctx context.Context, sets [][]*labels.Matcher, mint, maxt int64) ([]chunkfmt.Series, error) {
+	var out []chunkfmt.Series
+	err := s.attempt(ctx, mint, maxt, func(bs []*Block) error {
+		type place struct {
+			series int // in names.all
+			chunk  chunkfmt.Chunk
+			block  *Block
+		}
+		var names labelSets
+		var places []place
+		var wants []want
+		seen := map[pageKey]map[int]bool{} // by page: chunks; matcher sets may overlap
+		for _, ms := range sets {
+			fs, err := s.find(ctx, bs, ms, mint, maxt, 0)
+			if err != nil {
+				return err
+			}
+			for _, f := range fs {
+				for i := range f.entries {
+					e := &f.entries[i]
+					for _, c := range e.Exemplars {
+						w, err := f.block.want(dataPage, c.Page)
+						if err != nil {
+							return err
+						}
+						if seen[w.key()] == nil {
+							seen[w.key()] = map[int]bool{}
+						}
+						if seen[w.key()][c.Index] {
+							continue
+						}
+						seen[w.key()][c.Index] = true
+						at, _ := names.add(e.Labels)
+						places, wants = append(places, place{at, c, f.block}), append(wants, w)
+					}
+				}
+			}
+		}
+		pages, err := s.h.fetch(ctx, s.Stats, fetching{}, wants)
+		if err != nil {
+			return err
+		}
+		runs := make([][]*chunkfmt.Series, len(names.all))
+		for i, p := range places {
+			es, err := pages[i].data.Exemplars(p.chunk.Index, nil)
+			if err != nil {
+				return wants[i].error(err)
+			}
+			es = slices.DeleteFunc(es, func(e exemplar.Exemplar) bool {
+				return e.Ts < max(mint, s.MinT) || e.Ts > min(maxt, s.MaxT) || !p.block.overlaps(e.Ts, e.Ts)
+			})
+			if len(es) > 0 {
+				runs[p.series] = append(runs[p.series], &chunkfmt.Series{Labels: names.all[p.series], Exemplars: es})
+			}
+		}
+		out = nil
+		for _, r := range runs {
+			if len(r) > 0 {
+				out = append(out, *chunkfmt.Merge(r...))
+			}
+		}
+		slices.SortFunc(out, func(a, b chunkfmt.Series) int { return labels.Compare(a.Labels, b.Labels) })
+		return nil
+	})
+	return out, err
+}

@@ -1,0 +1,288 @@
+package history
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"math"
+	"slices"
+	"time"
+
+	"github.com/oklog/ulid/v2"
+
+	"github.com/epimetheus-tsdb/epimetheus/chunkfmt"
+	"github.com/epimetheus-tsdb/epimetheus/history/index"
+	"github.com/epimetheus-tsdb/epimetheus/history/object"
+)
+
+// Block is a visible block of one tenant.
+type Block struct {
+	ID         ulid.ULID
+	Object     string
+	ObjectSize int64 // bytes
+	Directory  chunkfmt.Location
+	Level      index.Level
+	Series     uint64 // of the tenant in the block
+	Samples    uint64 // likewise
+
+	// Ranges are those of the block's rows that are visible, ascending, disjoint.
+	// Samples outside of them are not to be read from this block: another row,
+	// perhaps of a block that replaced part of it, stands for them.
+	Ranges []chunkfmt.Range
+}
+
+func (b *Block) overlaps(mint, maxt int64) bool {
+	return slices.ContainsFunc(b.Ranges, func(r chunkfmt.Range) bool { return r.Overlaps(mint, maxt) })
+}
+
+// Snapshot is the list of a tenant's blocks that one query reads, and what that
+// has cost. It is safe for concurrent use and needs no closing.
+type Snapshot struct {
+	// Tenant, and the time that the snapshot is good for, in ms, inclusive.
+	Tenant     string
+	MinT, MaxT int64
+	Blocks     []Block // ordered by first time, then id; not to be changed
+	Stats      *Stats
+
+	h *History
+}
+
+// rowSetKey: queries of about the same time share a set of rows.
+type rowSetKey struct {
+	tenant     string
+	mint, maxt int64 // on bounds of rowSetAlign
+}
+
+// rowSetAlign is a day in ms.
+const rowSetAlign = int64(24 * time.Hour / time.Millisecond)
+
+// rowSet is a list of rows as it was at a time.
+type rowSet struct {
+	rows   []index.BlockRow
+	loaded time.Time // before the rows were read
+	// known are blocks that have no row in the set, as was known when it was
+	// read: a block's samples may all lie outside the set's time, and a block
+	// may have been replaced.
+	known map[ulid.ULID]bool
+}
+
+func (s *rowSet) covers(must []ulid.ULID) bool {
+	return !slices.ContainsFunc(must, func(id ulid.ULID) bool {
+		return !s.known[id] && !slices.ContainsFunc(s.rows, func(r index.BlockRow) bool { return r.Block == id })
+	})
+}
+
+func (s *rowSet) sizeBytes() int64 {
+	n := 100 + 40*len(s.known)
+	for i := range s.rows {
+		n += s.rows[i].SizeBytes()
+	}
+	return int64(n)
+}
+
+// Snapshot lists the blocks of a tenant that are visible in mint to maxt, both
+// included, in ms. Blocks in must have been published before the call; if they
+// have rows in that time, they are in the snapshot, or what replaced them is. Rows
+// that were read before since are read anew: the ring changed then, and a member
+// that left may have published blocks that nobody names.
+func (h *History) Snapshot(ctx context.Context, tenant string, mint, maxt int64, must []ulid.ULID, since time.Time) (*Snapshot, error) {
+	h.metrics.snapshots.Inc()
+	s := &Snapshot{Tenant: tenant, MinT: mint, MaxT: maxt, Stats: &Stats{}, h: h}
+	if mint > maxt {
+		return s, nil
+	}
+	rows, err := h.rowSet(ctx, s.Stats, tenant, mint, maxt, must, since)
+	if err != nil {
+		return nil, fmt.Errorf("snapshot of tenant %s: %w", tenant, err)
+	}
+	s.Blocks = blocks(visible(rows.rows, mint, maxt))
+	s.Stats.Blocks.Store(int64(len(s.Blocks)))
+	return s, nil
+}
+
+// Open makes a snapshot of blocks that another process has listed.
+func (h *History) Open(tenant string, mint, maxt int64, blocks []Block) *Snapshot {
+	s := &Snapshot{Tenant: tenant, MinT: mint, MaxT: maxt, Blocks: blocks, Stats: &Stats{}, h: h}
+	s.Stats.Blocks.Store(int64(len(blocks)))
+	return s
+}
+
+func alignDown(t int64) int64 {
+	if t < math.MinInt64+rowSetAlign {
+		return math.MinInt64
+	}
+	if m := t % rowSetAlign; m < 0 {
+		return t - m - rowSetAlign
+	} else {
+		return t - m
+	}
+}
+
+func alignUp(t int64) int64 {
+	if t > math.MaxInt64-rowSetAlign {
+		return math.MaxInt64
+	}
+	return alignDown(t) + rowSetAlign - 1
+}
+
+// rowSet gives the rows of a time around mint to maxt, from memory if they are
+// fresh enough and must is known to be seen.
+func (h *History) rowSet(ctx context.Context, stats *Stats, tenant string, mint, maxt int64, must []ulid.ULID, since time.Time) (*rowSet, error) {
+	key := rowSetKey{tenant, alignDown(mint), alignUp(maxt)}
+	reason := "absent"
+	for {
+		set, load, mine := h.rows.Get(key)
+		if load != nil && !mine {
+			var again bool
+			var err error
+			if set, again, err = load.Wait(ctx); err != nil {
+				return nil, err
+			}
+			if again {
+				continue
+			}
+		}
+		if set != nil {
+			switch {
+			case h.now().Sub(set.loaded) >= h.o.VisibilityDelay/2:
+				reason = "expired"
+			case set.loaded.Before(since):
+				reason = "ring_changed"
+			case !set.covers(must):
+				reason = "unseen_block"
+			default:
+				stats.IndexCached.Add(1)
+				return set, nil
+			}
+			// Another caller may have put a newer one there meanwhile, which
+			// we then drop too: a read more, no harm.
+			h.rows.Remove(key)
+			if h.o.VisibilityDelay > 0 {
+				continue
+			}
+		}
+		set, err := h.loadRows(ctx, stats, key, reason, must)
+		if mine {
+			var size int64
+			if set != nil {
+				size = set.sizeBytes()
+			}
+			h.rows.Finish(key, load, set, size, err)
+		}
+		return set, err
+	}
+}
+
+func (h *History) loadRows(ctx context.Context, stats *Stats, key rowSetKey, reason string, must []ulid.ULID) (*rowSet, error) {
+	set := &rowSet{loaded: h.now()}
+	h.metrics.rowLoads.WithLabelValues(reason).Inc()
+	stats.IndexQueries.Add(1)
+	var err error
+	if set.rows, err = h.o.Index.Blocks(ctx, key.tenant, key.mint, key.maxt, true); err != nil {
+		return nil, err
+	}
+	if len(must) > 0 {
+		set.known = make(map[ulid.ULID]bool, len(must))
+		for _, id := range must {
+			set.known[id] = true
+		}
+	}
+	return set, nil
+}
+
+// visible drops what is outside of mint to maxt and what is replaced by a row
+// that may be honoured: one of which every sibling that overlaps the range is
+// there. A row that is dropped itself still replaces: its data contain theirs.
+func visible(rows []index.BlockRow, mint, maxt int64) []index.BlockRow {
+	in := func(lo, hi int64) bool { return lo <= maxt && mint <= hi }
+	there := map[index.RowID]bool{}
+	replacing := false
+	for i := range rows {
+		if in(rows[i].MinT, rows[i].MaxT) {
+			there[rows[i].ID()] = true
+			replacing = replacing || len(rows[i].Replaces) > 0
+		}
+	}
+	replaced := map[index.RowID]bool{}
+	for i := range rows {
+		r := &rows[i]
+		if !replacing || !in(r.MinT, r.MaxT) || len(r.Replaces) == 0 {
+			continue
+		}
+		if !slices.ContainsFunc(r.Siblings, func(s index.Sibling) bool { return in(s.MinT, s.MaxT) && !there[s.RowID] }) {
+			for _, id := range r.Replaces {
+				replaced[id] = true
+			}
+		}
+	}
+	out := make([]index.BlockRow, 0, len(there))
+	for i := range rows {
+		if id := rows[i].ID(); there[id] && !replaced[id] {
+			out = append(out, rows[i])
+		}
+	}
+	return out
+}
+
+// blocks puts the rows of a block together.
+func blocks(rows []index.BlockRow) []Block {
+	out := make([]Block, 0, len(rows))
+	at := make(map[ulid.ULID]int, len(rows))
+	for i := range rows { // ascending by MaxT
+		r := &rows[i]
+		times := chunkfmt.Range{MinT: r.MinT, MaxT: r.MaxT}
+		if j, ok := at[r.Block]; ok {
+			b := &out[j]
+			if last := &b.Ranges[len(b.Ranges)-1]; times.MinT <= last.MaxT {
+				last.MaxT = max(last.MaxT, times.MaxT) // no writer's, but no harm
+			} else {
+				b.Ranges = append(b.Ranges, times)
+			}
+			continue
+		}
+		at[r.Block] = len(out)
+		out = append(out, Block{
+			ID: r.Block, Object: r.Object, ObjectSize: r.ObjectSize, Directory: r.Directory, Level: r.Level,
+			Series: r.Series, Samples: r.Samples, Ranges: []chunkfmt.Range{times},
+		})
+	}
+	slices.SortFunc(out, func(a, b Block) int {
+		return cmp.Or(cmp.Compare(a.Ranges[0].MinT, b.Ranges[0].MinT), a.ID.Compare(b.ID))
+	})
+	return out
+}
+
+// attempt runs read over the snapshot's blocks that overlap mint to maxt. If an
+// object turns out to be absent, it looks at the rows once more: if they have
+// changed it runs read again, over what is visible now.
+func (s *Snapshot) attempt(ctx context.Context, mint, maxt int64, read func(blocks []*Block) error) error {
+	mint, maxt = max(mint, s.MinT), min(maxt, s.MaxT)
+	overlapping := func(all []Block) []*Block {
+		var out []*Block
+		for i := range all {
+			if mint <= maxt && all[i].overlaps(mint, maxt) {
+				out = append(out, &all[i])
+			}
+		}
+		return out
+	}
+	err := read(overlapping(s.Blocks))
+	if !errors.Is(err, object.ErrNotExist) {
+		return err
+	}
+	var gone *PageError
+	if !errors.As(err, &gone) {
+		return err
+	}
+	rows, loadErr := s.h.loadRows(ctx, s.Stats, rowSetKey{s.Tenant, s.MinT, s.MaxT}, "missing_object", nil)
+	if loadErr != nil {
+		return errors.Join(err, loadErr)
+	}
+	again := blocks(visible(rows.rows, s.MinT, s.MaxT))
+	if slices.ContainsFunc(again, func(b Block) bool { return b.Object == gone.Object }) {
+		s.h.metrics.missing.Inc()
+		return err
+	}
+	return read(overlapping(again))
+}
