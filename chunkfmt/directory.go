@@ -308,9 +308,13 @@ func appendFooter(dst []byte, tenants []TenantSummary, compress bool) []byte {
 			body = appendTimeRange(body, w)
 		}
 	}
-	before := len(dst)
-	dst = appendPage(dst, pageFooter, body, compress)
-	dst = binary.LittleEndian.AppendUint32(dst, uint32(len(dst)-before))
+	page := appendPage(nil, pageFooter, body, compress)
+	return append(dst, appendTrailer(page)...)
+}
+
+// appendTrailer appends what follows the page of the footer.
+func appendTrailer(page []byte) []byte {
+	dst := binary.LittleEndian.AppendUint32(page, uint32(len(page)))
 	dst = binary.LittleEndian.AppendUint32(dst, Version)
 	return append(dst, magic...)
 }

@@ -228,7 +228,7 @@ func (e *Encoder) fillFront() {
 func (e *Encoder) chooseBase(bases [][]int64) int {
 	s := sample(e.ints)
 	best, least := -1, e.estimate(s)
-	least -= least/4 + 2
+	least -= least*2/5 + 2 // decoding two columns has to pay
 	for k, b := range bases {
 		if len(b) != len(e.ints) {
 			continue

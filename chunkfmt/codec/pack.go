@@ -253,8 +253,16 @@ func (d *Decoder) sumBlock(dst []float64, b []byte, last int64) (rest []byte, su
 	if err != nil {
 		return nil, 0, err
 	}
-	if !patches && width != 0 && width != wholeWord && len(dst)&7 == 0 && len(body) >= n+8 {
-		return body[n:], unpackSum(dst, body, width, base, last), nil
+	if !patches && width != 0 && width != wholeWord {
+		src := d.withSlack(body, n)
+		whole := len(dst) &^ 7
+		last = unpackSum(dst[:whole], src, width, base, last)
+		if whole < len(dst) {
+			var tail [8]int64
+			unpack(tail[:], src[n-int(width):], width, base)
+			last = sumFloats(dst[whole:], tail[:len(dst)-whole], last)
+		}
+		return body[n:], last, nil
 	}
 	if rest, err = d.block(d.buf[:len(dst)], b); err != nil {
 		return nil, 0, err
@@ -262,22 +270,27 @@ func (d *Decoder) sumBlock(dst []float64, b []byte, last int64) (rest []byte, su
 	return rest, sumFloats(dst, d.buf[:len(dst)], last), nil
 }
 
-// unpackBlock unpacks the n bytes at the start of b without reading behind its
-// end.
+// unpackBlock unpacks the n bytes at the start of b.
 func (d *Decoder) unpackBlock(dst []int64, b []byte, n int, width uint, base int64) {
-	if len(b) < n+8 {
-		b = append(d.slack[:0], b[:n]...)
-		b = append(b, 0, 0, 0, 0, 0, 0, 0, 0)
-	}
+	src := d.withSlack(b, n)
 	whole := len(dst) &^ 7
-	if whole > 0 {
-		unpack(dst[:whole], b, width, base)
-	}
+	unpack(dst[:whole], src, width, base)
 	if whole < len(dst) {
-		var last [8]int64
-		unpack(last[:], b[n-int(width):], width, base)
-		copy(dst[whole:], last[:])
+		var tail [8]int64
+		unpack(tail[:], src[n-int(width):], width, base)
+		copy(dst[whole:], tail[:])
 	}
+}
+
+// withSlack returns the first n bytes of b with at least eight readable bytes
+// behind them: unpacking loads whole words.
+func (d *Decoder) withSlack(b []byte, n int) []byte {
+	if len(b) >= n+8 {
+		return b
+	}
+	d.slack = append(d.slack[:0], b[:n]...)
+	d.slack = append(d.slack, 0, 0, 0, 0, 0, 0, 0, 0)
+	return d.slack
 }
 
 func patch(dst []int64, b []byte, base int64) ([]byte, error) {

@@ -1,0 +1,213 @@
+package chunkfmt
+
+import (
+	"errors"
+	"math"
+	"math/rand/v2"
+	"testing"
+
+	"github.com/prometheus/prometheus/model/labels"
+)
+
+// The parsers check the CRC of a page first, so the fuzzer gives the body of a
+// page, and the test makes the page.
+
+// bodies collects the bodies of all pages of some blocks by type.
+func bodies(tb testing.TB) map[pageType][][]byte {
+	tb.Helper()
+	out := map[pageType][][]byte{}
+	for seed := range uint64(4) {
+		r := rand.New(rand.NewPCG(seed, 7))
+		block, _ := writeBlock(tb, randomBlock(r, 2, 12), WriterOptions{Uncompressed: true, PageSeries: 6 + int(seed)*10, PageBytes: 3000})
+		for b := block[headerSize : len(block)-trailerSize]; len(b) > 0; {
+			typ := pageType(b[0]) &^ pageZstd
+			body, rest, err := openPage(b, typ)
+			if err != nil {
+				tb.Fatal(err)
+			}
+			out[typ] = append(out[typ], body)
+			b = rest
+		}
+	}
+	return out
+}
+
+func wantCorrupt(t *testing.T, err error) {
+	t.Helper()
+	if err != nil && !errors.Is(err, ErrCorrupt) {
+		t.Fatalf("%v does not wrap ErrCorrupt", err)
+	}
+}
+
+func FuzzDataPage(f *testing.F) {
+	all := bodies(f)
+	for _, b := range append(all[pageData], all[pageExemplars]...) {
+		f.Add(b)
+	}
+	f.Fuzz(func(t *testing.T, body []byte) {
+		p, err := ParseDataPage(appendPage(nil, pageData, body, false))
+		wantCorrupt(t, err)
+		if err != nil {
+			return
+		}
+		for i := range min(p.Len(), 20) {
+			n := p.Samples(i)
+			switch p.Kind(i) {
+			case KindFloat:
+				var dst Floats
+				if err = p.Floats(i, &dst); err == nil && (len(dst.T) != n || len(dst.V) != n) {
+					t.Fatal("wrong number of samples")
+				}
+			case KindHistogram:
+				var dst Histograms
+				if err = p.Histograms(i, &dst); err == nil {
+					for _, h := range dst.H {
+						if err := ValidHistogram(h); err != nil {
+							t.Fatal(err)
+						}
+					}
+				}
+			case KindFloatHistogram:
+				var dst FloatHistograms
+				if err = p.FloatHistograms(i, &dst); err == nil {
+					for _, h := range dst.H {
+						if err := ValidFloatHistogram(h); err != nil {
+							t.Fatal(err)
+						}
+					}
+				}
+			default:
+				_, err = p.Exemplars(i, nil)
+			}
+			wantCorrupt(t, err)
+		}
+	})
+}
+
+func FuzzSeriesPage(f *testing.F) {
+	for _, b := range bodies(f)[pageSeries] {
+		f.Add(b)
+	}
+	ms := []*labels.Matcher{
+		labels.MustNewMatcher(labels.MatchRegexp, labels.MetricName, ".*"),
+		labels.MustNewMatcher(labels.MatchNotEqual, "job", "v1"),
+	}
+	f.Fuzz(func(t *testing.T, body []byte) {
+		p, err := ParseSeriesPage(appendPage(nil, pageSeries, body, false))
+		wantCorrupt(t, err)
+		if err != nil {
+			return
+		}
+		p.Select(nil, math.MinInt64, math.MaxInt64)
+		for _, e := range p.Select(ms, 0, 100000) {
+			for _, c := range e.Chunks {
+				if !c.Overlaps(0, 100000) {
+					t.Fatal(c)
+				}
+			}
+		}
+		l := p.LabelPage()
+		for _, name := range l.Names() {
+			v, _ := l.Values(name)
+			for _, s := range v.Values() {
+				v.Metrics(s)
+			}
+		}
+	})
+}
+
+func FuzzLabelPage(f *testing.F) {
+	for _, b := range bodies(f)[pageLabels] {
+		f.Add(b)
+	}
+	f.Fuzz(func(t *testing.T, body []byte) {
+		p, err := ParseLabelPage(appendPage(nil, pageLabels, body, false))
+		wantCorrupt(t, err)
+		if err != nil {
+			return
+		}
+		for _, name := range p.Names() {
+			v, _ := p.Values(name)
+			if v == nil {
+				v, err = p.ParseValues(appendPage(nil, pageLabelValues, body, false))
+				wantCorrupt(t, err)
+				if err != nil {
+					continue
+				}
+			}
+			for _, s := range v.Values() {
+				v.Metrics(s)
+			}
+			v.Of("metric_1")
+		}
+	})
+}
+
+func FuzzDirectory(f *testing.F) {
+	for _, b := range bodies(f)[pageDirectory] {
+		f.Add(b)
+	}
+	m := labels.MustNewMatcher(labels.MatchRegexp, labels.MetricName, "metric_[1-3]x?")
+	f.Fuzz(func(t *testing.T, body []byte) {
+		d, err := ParseDirectory(append(appendPage(nil, pageDirectory, body, false), body...))
+		wantCorrupt(t, err)
+		if err != nil {
+			return
+		}
+		d.Pages([]*labels.Matcher{m}, 0, 1000)
+	})
+}
+
+func FuzzFooter(f *testing.F) {
+	for _, b := range bodies(f)[pageFooter] {
+		f.Add(appendTrailer(appendPage(nil, pageFooter, b, false)), int64(1<<30))
+	}
+	f.Fuzz(func(t *testing.T, tail []byte, size int64) {
+		_, err := ParseFooter(tail, size)
+		var short *TailError
+		if errors.As(err, &short) {
+			if short.Need > size || short.Need <= int64(len(tail)) {
+				t.Fatalf("needs %d of %d, has %d", short.Need, size, len(tail))
+			}
+		} else if !errors.Is(err, ErrVersion) {
+			wantCorrupt(t, err)
+		}
+	})
+}
+
+func FuzzPage(f *testing.F) {
+	f.Add(appendPage(nil, pageSeries, make([]byte, 100), true))
+	f.Add(appendPage(nil, pageSeries, []byte("abc"), false))
+	f.Fuzz(func(t *testing.T, b []byte) {
+		body, rest, err := openPage(b, pageSeries)
+		wantCorrupt(t, err)
+		if err == nil && len(body) > maxRatio*len(b) || len(rest) > len(b) {
+			t.Fatalf("%d bytes out of %d", len(body), len(b))
+		}
+		body, err = unpackBody(b) // behind the checksum
+		wantCorrupt(t, err)
+		if len(body) > maxRatio*len(b) {
+			t.Fatalf("%d bytes out of %d", len(body), len(b))
+		}
+	})
+}
+
+// FuzzBlock writes and reads blocks of odd series.
+func FuzzBlock(f *testing.F) {
+	for seed := range uint64(10) {
+		f.Add(seed, 30, 40, 5000)
+	}
+	f.Fuzz(func(t *testing.T, seed uint64, pageSeries, chunkSamples, pageBytes int) {
+		in := randomBlock(rand.New(rand.NewPCG(seed, 1)), 1+int(seed%3), 20)
+		block, _ := writeBlock(t, in, WriterOptions{PageSeries: pageSeries, ChunkSamples: chunkSamples, PageBytes: pageBytes, Uncompressed: seed%2 == 0})
+		out, err := readBlock(block, nil, math.MinInt64, math.MaxInt64)
+		if err != nil || len(out) != len(in) {
+			t.Fatalf("%v, %d series of %d", err, len(out), len(in))
+		}
+		for i := range in {
+			if in[i].tenant != out[i].tenant || !equalSeries(in[i].s, out[i].s) {
+				t.Fatalf("series %d:\n%+v\n%+v", i, in[i].s, out[i].s)
+			}
+		}
+	})
+}
