@@ -236,11 +236,10 @@ func randomSeries(r *rand.Rand, from, span int64, ls labels.Labels) *chunkfmt.Se
 
 // trim is what a run has in mint to maxt.
 func trim(s *chunkfmt.Series, mint, maxt int64) *chunkfmt.Series {
-	b := Block{Ranges: []chunkfmt.Range{{MinT: math.MinInt64, MaxT: math.MaxInt64}}}
-	c := *s
-	b.cut(&c, mint, maxt)
-	c.Metadata, c.Exemplars = metadata.Metadata{}, nil
-	return &c
+	c := &chunkfmt.Series{Labels: s.Labels}
+	appendRun(c, s)
+	cut(c, []chunkfmt.Range{{MinT: mint, MaxT: maxt}})
+	return c
 }
 
 // TestAgainstModel publishes random blocks, overlapping in time and series, and

@@ -120,6 +120,9 @@ func (f *fetcher) Metadata(_ context.Context, req *fetchpb.MetadataRequest) (*fe
 
 func (f *fetcher) Stats(_ context.Context, req *fetchpb.StatsRequest) (*fetchpb.StatsResponse, error) {
 	f.requests.WithLabelValues("stats").Inc()
+	if req.Tenant == "" {
+		return &fetchpb.StatsResponse{Series: uint64(f.head.Size().Series)}, nil
+	}
 	st := f.head.Stats(req.Tenant, int(req.Limit))
 	counts := func(cs []head.Count) []*fetchpb.Count {
 		var out []*fetchpb.Count

@@ -9,6 +9,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/oklog/ulid/v2"
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/prometheus/model/labels"
 	"github.com/prometheus/prometheus/util/annotations"
@@ -95,6 +96,7 @@ func (h *Heads) client(address string, members []ring.Member) (*fetch.Client, er
 
 // answer is what one ingester said.
 type answer[T any] struct {
+	member string // id
 	value  T
 	header fetch.Header
 }
@@ -141,7 +143,7 @@ func ask[T any](ctx context.Context, h *Heads, fn func(context.Context, *fetch.C
 			}
 			mu.Lock()
 			defer mu.Unlock()
-			out = append(out, answer[T]{v, hd})
+			out = append(out, answer[T]{m.ID, v, hd})
 		})
 	}
 	wg.Wait()
@@ -151,33 +153,17 @@ func ask[T any](ctx context.Context, h *Heads, fn func(context.Context, *fetch.C
 	return out, r, warnings, nil
 }
 
-// Metadata gives what the heads know of a metric's metadata, or of all if metric
-// is empty, sorted by metric, each entry once.
-func (h *Heads) Metadata(ctx context.Context, tenant, metric string, limit int) ([]fetch.MetricMetadata, annotations.Annotations, error) {
-	as, _, warnings, err := ask(ctx, h, func(ctx context.Context, c *fetch.Client) ([]fetch.MetricMetadata, fetch.Header, error) {
-		return c.Metadata(ctx, tenant, metric, limit)
+// metadata gives what the heads know of a metric's metadata, or of all if metric
+// is empty; entries may repeat.
+func (h *Heads) metadata(ctx context.Context, tenant, metric string) ([]fetch.MetricMetadata, []ulid.ULID, *ring.Ring, annotations.Annotations, error) {
+	as, r, warnings, err := ask(ctx, h, func(ctx context.Context, c *fetch.Client) ([]fetch.MetricMetadata, fetch.Header, error) {
+		return c.Metadata(ctx, tenant, metric, 0)
 	})
-	if err != nil {
-		return nil, nil, err
-	}
 	var out []fetch.MetricMetadata
 	for _, a := range as {
 		out = append(out, a.value...)
 	}
-	slices.SortFunc(out, compareMetadata)
-	return slices.Compact(out), warnings, nil
-}
-
-func compareMetadata(a, b fetch.MetricMetadata) int {
-	for _, p := range [][2]string{{a.Metric, b.Metric}, {string(a.Type), string(b.Type)}, {a.Unit, b.Unit}, {a.Help, b.Help}} {
-		switch {
-		case p[0] < p[1]:
-			return -1
-		case p[0] > p[1]:
-			return 1
-		}
-	}
-	return 0
+	return out, blocks(as), r, warnings, err
 }
 
 // Stats asks all ingesters what they hold of a tenant; each list of an answer
@@ -192,6 +178,19 @@ func (h *Heads) Stats(ctx context.Context, tenant string, limit int) ([]*fetchpb
 		out = append(out, a.value)
 	}
 	return out, warnings, err
+}
+
+// Series says how many series each ingester that answers has, by member id.
+func (h *Heads) Series(ctx context.Context) map[string]int64 {
+	as, _, _, _ := ask(ctx, h, func(ctx context.Context, c *fetch.Client) (int64, fetch.Header, error) {
+		s, err := c.Stats(ctx, "", 0) // of all tenants
+		return int64(s.GetSeries()), fetch.Header{}, err
+	})
+	out := make(map[string]int64, len(as))
+	for _, a := range as {
+		out[a.member] = a.value
+	}
+	return out
 }
 
 // exemplars asks all ingesters; series may repeat.

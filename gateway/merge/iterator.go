@@ -22,11 +22,10 @@ type iterator struct {
 	t       int64
 	i       int // of the present sample in its columns
 	begun   bool
+	err     error // there is nothing to walk over then
 }
 
-func newIterator(s *chunkfmt.Series) *iterator { return &iterator{s: s} }
-
-func (it *iterator) reset(s *chunkfmt.Series) { *it = iterator{s: s} }
+func (it *iterator) reset(s *chunkfmt.Series, err error) { *it = iterator{s: s, err: err} }
 
 func (it *iterator) Next() chunkenc.ValueType {
 	it.begun = true
@@ -119,7 +118,7 @@ func (it *iterator) AtST() int64 {
 	return st[it.i]
 }
 
-func (*iterator) Err() error { return nil }
+func (it *iterator) Err() error { return it.err }
 
 // trim cuts the columns to [mint, maxt]; the slices share memory with s.
 func trim(s *chunkfmt.Series, mint, maxt int64) *chunkfmt.Series {
@@ -141,8 +140,4 @@ func trim(s *chunkfmt.Series, mint, maxt int64) *chunkfmt.Series {
 	i, j = cut(s.FloatHistograms.T)
 	out.FloatHistograms = chunkfmt.FloatHistograms{T: s.FloatHistograms.T[i:j], ST: starts(s.FloatHistograms.ST, i, j), H: s.FloatHistograms.H[i:j]}
 	return &out
-}
-
-func samples(s *chunkfmt.Series) int {
-	return len(s.Floats.T) + len(s.Histograms.T) + len(s.FloatHistograms.T)
 }

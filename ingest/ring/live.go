@@ -3,6 +3,7 @@ package ring
 import (
 	"context"
 	"sync"
+	"time"
 )
 
 // Live is the present snapshot, for any number of readers and waiters. The zero
@@ -21,6 +22,7 @@ func (l *Live) Set(s Snapshot) {
 	if l.ring != nil && l.ring.Version() == r.Version() {
 		return
 	}
+	r.since = time.Now()
 	l.ring = r
 	if l.changed != nil {
 		close(l.changed)

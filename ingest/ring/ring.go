@@ -16,6 +16,7 @@ import (
 	"sort"
 	"strconv"
 	"strings"
+	"time"
 
 	"github.com/cespare/xxhash/v2"
 	"github.com/prometheus/prometheus/model/labels"
@@ -85,6 +86,7 @@ func Token(tenant string, ls labels.Labels) uint32 {
 // Ring answers who owns a token. It is immutable and safe for concurrent use.
 type Ring struct {
 	snapshot Snapshot
+	since    time.Time
 	members  []Member // active ones
 	tokens   []token  // sorted by value
 }
@@ -135,6 +137,9 @@ func (r *Ring) Snapshot() Snapshot { return r.snapshot }
 // Version is the version of the snapshot that the ring was built from.
 func (r *Ring) Version() string { return r.snapshot.Version }
 
+// Since is when a Live got the ring; zero if it isn't from one.
+func (r *Ring) Since() time.Time { return r.since }
+
 // Active are the members that take new samples. The slice is not to be changed.
 func (r *Ring) Active() []Member { return r.members }
 
@@ -171,7 +176,7 @@ func (r *Ring) Subset(tenant string, n int) *Ring {
 		return r
 	}
 	taken := make(map[string]bool, n)
-	sub := &Ring{snapshot: r.snapshot}
+	sub := &Ring{snapshot: r.snapshot, since: r.since}
 	var buf []byte
 	for i := 0; len(sub.members) < n; i++ {
 		buf = append(buf[:0], tenant...)

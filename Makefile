@@ -1,0 +1,62 @@
+# Everything is built and tested from here; `make help` lists the targets.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+
+include tools/tools.mk
+
+VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
+LDFLAGS := -s -w -X github.com/prometheus/common/version.Version=$(VERSION) \
+	-X github.com/prometheus/common/version.Revision=$(shell git rev-parse HEAD 2>/dev/null || echo unknown)
+
+.PHONY: help
+help: ## show this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | sort | column -t -s "$$(printf '\t')"
+
+.PHONY: build
+build: ## build bin/epimetheus
+	@mkdir -p bin
+	CGO_ENABLED=0 go build -trimpath -ldflags "$(LDFLAGS)" -o bin/epimetheus ./cmd/epimetheus
+
+DEMO_FOR ?=
+DEMO_GATEWAY ?= 127.0.0.1:9009
+DEMO_GRPC ?= 127.0.0.1:9010
+DEMO_PROMETHEUS ?= 127.0.0.1:9090
+DEMO_NODE_EXPORTER ?= 127.0.0.1:9100
+DEMO_SIDECAR ?= 127.0.0.1:9013
+
+.PHONY: demo
+demo: build $(TOOLS_STAMP_SERVERS) ## run Epimetheus beside a real Prometheus (DEMO_FOR=60s stops by itself)
+	@go build -o bin/demo ./e2e/demo
+	@exec bin/demo -gateway $(DEMO_GATEWAY) -grpc $(DEMO_GRPC) -prometheus $(DEMO_PROMETHEUS) \
+		-node-exporter $(DEMO_NODE_EXPORTER) -sidecar $(DEMO_SIDECAR) $(if $(DEMO_FOR),-for $(DEMO_FOR))
+
+.PHONY: test
+test: tools-test ## every test, unit to end to end, with the race detector
+	go test -race -timeout 20m ./...
+
+.PHONY: lint
+lint: tools-lint ## golangci-lint, go vet, gofmt, generated files
+	go vet ./...
+	.tools/bin/golangci-lint run ./...
+
+.PHONY: fmt
+fmt: tools-lint ## format the code
+	.tools/bin/golangci-lint fmt ./...
+
+.PHONY: generate
+generate: tools-generate ## generate code from the protocols
+	.tools/bin/buf generate
+
+FUZZTIME ?= 30s
+.PHONY: fuzz
+fuzz: ## fuzz every decoder for FUZZTIME each
+	@set -e; for f in $$(grep -rlE '^func Fuzz' --include='*_test.go' .); do \
+		for t in $$(grep -oE '^func Fuzz[A-Za-z0-9_]+' $$f | cut -d' ' -f2); do \
+			echo "$$f $$t"; go test -run '^$$' -fuzz "^$$t$$" -fuzztime $(FUZZTIME) ./$$(dirname $$f); done; done
+
+.PHONY: bench
+bench: ## the benchmarks that docs/benchmarks.md shows
+	go test -run '^$$' -bench . -benchmem ./chunkfmt/... ./ingest/... ./sidecar/... ./history/...
+
+.PHONY: check
+check: lint test ## all that CI runs

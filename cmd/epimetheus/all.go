@@ -1,0 +1,39 @@
+package main
+
+import (
+	"github.com/alecthomas/kingpin/v2"
+
+	"github.com/epimetheus-tsdb/epimetheus/ingest/ring"
+)
+
+func addAll(app *kingpin.Application, commands map[string]command) {
+	cmd := app.Command("all", "An ingester and a gateway in one process, on a data directory.")
+	wf, rf := addWebFlags(cmd, ":9009"), addGRPCFlags(cmd)
+	commands[cmd.FullCommand()] = func(g *global) error {
+		p, err := newProcess("all", g, wf)
+		if err != nil {
+			return err
+		}
+		st, err := p.openStores(false)
+		if err != nil {
+			return err
+		}
+		defer st.close()
+		live := &ring.Live{}
+		if err := p.addIngester(st, rf, "all", func(m ring.Member) (func(ring.State) error, error) {
+			// A ring of one needs no gossip.
+			return func(s ring.State) error {
+				m.State = s
+				live.Set(ring.NewSnapshot([]ring.Member{m}))
+				return nil
+			}, nil
+		}); err != nil {
+			return err
+		}
+		if err := p.addGateway(st, live); err != nil {
+			return err
+		}
+		p.addRing(live)
+		return p.run()
+	}
+}

@@ -1,0 +1,219 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"strings"
+	"time"
+
+	"github.com/alecthomas/units"
+	"github.com/prometheus/common/model"
+	"github.com/prometheus/prometheus/model/relabel"
+	"go.yaml.in/yaml/v2"
+
+	"github.com/epimetheus-tsdb/epimetheus/gateway"
+	"github.com/epimetheus-tsdb/epimetheus/ingest"
+)
+
+// Config is the YAML file; docs/configuration.md describes it. The zero value
+// of a field is replaced by the default that setDefaults gives.
+type Config struct {
+	Tenancy  gateway.Tenancy `yaml:"tenancy,omitempty"`
+	Objects  ObjectsConfig   `yaml:"objects,omitempty"`
+	Index    IndexConfig     `yaml:"index,omitempty"`
+	Ring     RingConfig      `yaml:"ring,omitempty"`
+	Ingester IngesterConfig  `yaml:"ingester,omitempty"`
+	Gateway  GatewayConfig   `yaml:"gateway,omitempty"`
+	Sidecar  SidecarConfig   `yaml:"sidecar,omitempty"`
+}
+
+// ObjectsConfig says where blocks are.
+type ObjectsConfig struct {
+	Type  string      `yaml:"type,omitempty"` // files or s3
+	Files FilesConfig `yaml:"files,omitempty"`
+	S3    S3Config    `yaml:"s3,omitempty"`
+}
+
+// FilesConfig is for blocks as files.
+type FilesConfig struct {
+	Directory string `yaml:"directory,omitempty"` // default: objects in the data directory
+}
+
+// S3Config is for blocks in S3. Credentials come from the AWS SDK's own chain.
+type S3Config struct {
+	Bucket    string `yaml:"bucket,omitempty"`
+	Prefix    string `yaml:"prefix,omitempty"`
+	Endpoint  string `yaml:"endpoint,omitempty"`
+	Region    string `yaml:"region,omitempty"`
+	PathStyle bool   `yaml:"path_style,omitempty"`
+}
+
+// IndexConfig says where index rows are.
+type IndexConfig struct {
+	Type     string         `yaml:"type,omitempty"` // embedded or dynamodb
+	DynamoDB DynamoDBConfig `yaml:"dynamodb,omitempty"`
+}
+
+// DynamoDBConfig is for rows in DynamoDB. Credentials come from the AWS SDK's
+// own chain.
+type DynamoDBConfig struct {
+	Table    string `yaml:"table,omitempty"`
+	Endpoint string `yaml:"endpoint,omitempty"`
+	Region   string `yaml:"region,omitempty"`
+}
+
+// RingConfig is what a member says of itself.
+type RingConfig struct {
+	Zone string   `yaml:"zone,omitempty"`
+	Join []string `yaml:"join,omitempty"` // host:port of gossip
+}
+
+// IngesterConfig is for ingesters.
+type IngesterConfig struct {
+	FlushInterval   model.Duration   `yaml:"flush_interval,omitempty"`
+	FlushBytes      units.Base2Bytes `yaml:"flush_bytes,omitempty"`
+	MaxBytes        units.Base2Bytes `yaml:"max_bytes,omitempty"`
+	VisibilityDelay model.Duration   `yaml:"visibility_delay,omitempty"`
+	Limits          ingest.Limits    `yaml:"limits,omitempty"`
+}
+
+// GatewayConfig is for gateways.
+type GatewayConfig struct {
+	QueryTimeout          model.Duration   `yaml:"query_timeout,omitempty"`
+	LookbackDelta         model.Duration   `yaml:"lookback_delta,omitempty"`
+	MaxSamples            int              `yaml:"max_samples,omitempty"`
+	CacheBytes            units.Base2Bytes `yaml:"cache_bytes,omitempty"`
+	DelayedNameRemoval    bool             `yaml:"delayed_name_removal,omitempty"`
+	ExperimentalFunctions bool             `yaml:"experimental_functions,omitempty"`
+}
+
+// SidecarConfig is for sidecars.
+type SidecarConfig struct {
+	Tenant               string            `yaml:"tenant,omitempty"`
+	Gateways             []string          `yaml:"gateways,omitempty"`
+	PrometheusDirectory  string            `yaml:"prometheus_directory,omitempty"`
+	PrometheusURL        string            `yaml:"prometheus_url,omitempty"`
+	PrometheusConfigFile string            `yaml:"prometheus_config_file,omitempty"`
+	RelabelConfigs       []*relabel.Config `yaml:"relabel_configs,omitempty"`
+	Shards               int               `yaml:"shards,omitempty"`
+}
+
+// defaults of the file.
+func defaultConfig() Config {
+	return Config{
+		Tenancy: gateway.Single,
+		Objects: ObjectsConfig{Type: "files"},
+		Index:   IndexConfig{Type: "embedded"},
+		Ingester: IngesterConfig{
+			FlushInterval:   model.Duration(30 * time.Minute),
+			FlushBytes:      1 * units.GiB,
+			MaxBytes:        4 * units.GiB,
+			VisibilityDelay: model.Duration(5 * time.Minute),
+			Limits:          ingest.Limits{LabelsPerSeries: 128, LabelNameBytes: 1024, LabelValueBytes: 64 << 10},
+		},
+		Gateway: GatewayConfig{
+			QueryTimeout:  model.Duration(2 * time.Minute),
+			LookbackDelta: model.Duration(5 * time.Minute),
+			MaxSamples:    50_000_000,
+			CacheBytes:    512 * units.MiB,
+		},
+		Sidecar: SidecarConfig{Tenant: gateway.DefaultTenant},
+	}
+}
+
+// loadConfig reads the file, if one is given, over the defaults. The error names
+// all that is wrong with it.
+func loadConfig(path string) (Config, error) {
+	c := defaultConfig()
+	if path == "" {
+		return c, nil
+	}
+	b, err := os.ReadFile(path)
+	if err != nil {
+		return c, fmt.Errorf("configuration file: %w", err)
+	}
+	if err := yaml.UnmarshalStrict(b, &c); err != nil {
+		return c, fmt.Errorf("%s: %s", path, strings.ReplaceAll(err.Error(), "\n", ""))
+	}
+	if err := c.validate(); err != nil {
+		return c, fmt.Errorf("%s: %w", path, err)
+	}
+	return c, nil
+}
+
+// validate returns all that is wrong, each with its path in the file.
+func (c *Config) validate() error {
+	var problems []string
+	bad := func(format string, args ...any) { problems = append(problems, fmt.Sprintf(format, args...)) }
+	if c.Tenancy != gateway.Single && c.Tenancy != gateway.Header {
+		bad("tenancy: %q is not one of single, header", c.Tenancy)
+	}
+	switch c.Objects.Type {
+	case "files":
+	case "s3":
+		if c.Objects.S3.Bucket == "" {
+			bad("objects.s3.bucket: is required with objects.type s3")
+		}
+	default:
+		bad("objects.type: %q is not one of files, s3", c.Objects.Type)
+	}
+	switch c.Index.Type {
+	case "embedded":
+	case "dynamodb":
+		if c.Index.DynamoDB.Table == "" {
+			bad("index.dynamodb.table: is required with index.type dynamodb")
+		}
+	default:
+		bad("index.type: %q is not one of embedded, dynamodb", c.Index.Type)
+	}
+	i := &c.Ingester
+	if d := time.Duration(i.FlushInterval); d < time.Second || d > 24*time.Hour {
+		bad("ingester.flush_interval: %s is not between 1s and 24h", i.FlushInterval)
+	}
+	if i.FlushBytes < 16*units.MiB {
+		bad("ingester.flush_bytes: %s is less than 16MiB", i.FlushBytes)
+	}
+	if i.MaxBytes < 2*i.FlushBytes {
+		bad("ingester.max_bytes: %s is less than twice ingester.flush_bytes (%s): samples arrive while a flush is under way", i.MaxBytes, i.FlushBytes)
+	}
+	g := &c.Gateway
+	if g.QueryTimeout <= 0 {
+		bad("gateway.query_timeout: %s is not positive", g.QueryTimeout)
+	}
+	if g.LookbackDelta <= 0 {
+		bad("gateway.lookback_delta: %s is not positive", g.LookbackDelta)
+	}
+	if g.MaxSamples <= 0 {
+		bad("gateway.max_samples: %d is not positive", g.MaxSamples)
+	}
+	if g.CacheBytes < 0 {
+		bad("gateway.cache_bytes: %s is negative", g.CacheBytes)
+	}
+	if 2*i.VisibilityDelay < 3*g.QueryTimeout {
+		bad("ingester.visibility_delay: %s is less than one and a half times gateway.query_timeout (%s): a running query could miss samples", i.VisibilityDelay, g.QueryTimeout)
+	}
+	for _, l := range []struct {
+		name  string
+		value int
+	}{
+		{"series", i.Limits.Series},
+		{"labels_per_series", i.Limits.LabelsPerSeries},
+		{"label_name_bytes", i.Limits.LabelNameBytes},
+		{"label_value_bytes", i.Limits.LabelValueBytes},
+	} {
+		if l.value < 0 {
+			bad("ingester.limits.%s: %d is negative (0 means no limit)", l.name, l.value)
+		}
+	}
+	if c.Sidecar.Tenant == "" || len(c.Sidecar.Tenant) > 150 {
+		bad("sidecar.tenant: must have 1 to 150 bytes, it has %d", len(c.Sidecar.Tenant))
+	}
+	if c.Sidecar.Shards < 0 {
+		bad("sidecar.shards: %d is negative (0 means all ingesters)", c.Sidecar.Shards)
+	}
+	if len(problems) == 0 {
+		return nil
+	}
+	return errors.New(strings.Join(problems, "; "))
+}

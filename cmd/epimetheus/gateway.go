@@ -1,0 +1,110 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"net/http"
+	"runtime"
+	"sort"
+	"strconv"
+	"time"
+
+	"github.com/alecthomas/kingpin/v2"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/keepalive"
+
+	"github.com/epimetheus-tsdb/epimetheus/gateway"
+	"github.com/epimetheus-tsdb/epimetheus/gateway/merge"
+	"github.com/epimetheus-tsdb/epimetheus/ingest/ring"
+)
+
+func addGateway(app *kingpin.Application, commands map[string]command) {
+	cmd := app.Command("gateway", "Answer the Prometheus HTTP API over ingesters and history.")
+	wf, gf := addWebFlags(cmd, ":9009"), addGossipFlags(cmd)
+	commands[cmd.FullCommand()] = func(g *global) error {
+		p, err := newProcess("gateway", g, wf)
+		if err != nil {
+			return err
+		}
+		st, err := p.openStores(true)
+		if err != nil {
+			return err
+		}
+		defer st.close()
+		live := &ring.Live{}
+		if err := p.addGateway(st, live); err != nil {
+			return err
+		}
+		if _, err := p.addGossip(gf, ring.Member{}, live); err != nil {
+			return err
+		}
+		return p.run()
+	}
+}
+
+// dialOptions are for connections to ingesters.
+func dialOptions() []grpc.DialOption {
+	return []grpc.DialOption{
+		grpc.WithTransportCredentials(insecure.NewCredentials()),
+		grpc.WithKeepaliveParams(keepalive.ClientParameters{Time: 10 * time.Second, Timeout: 5 * time.Second, PermitWithoutStream: true}),
+	}
+}
+
+func (p *process) addGateway(st *stores, live *ring.Live) error {
+	heads := merge.NewHeads(live, p.logger, p.reg, dialOptions()...)
+	st.closers = append(st.closers, heads.Close)
+	storage := merge.New(heads, st.history, gateway.TenantOf)
+	c := p.config.Gateway
+	api, err := gateway.New(gateway.Options{
+		Tenancy: p.config.Tenancy, QueryTimeout: time.Duration(c.QueryTimeout), LookbackDelta: time.Duration(c.LookbackDelta),
+		MaxSamples: c.MaxSamples, DelayedNameRemoval: c.DelayedNameRemoval, ExperimentalFunctions: c.ExperimentalFunctions,
+		Flags: p.shownFlags(), ListenAddress: (*p.flags.web.WebListenAddresses)[0],
+		Revision: revision(), GoVersion: runtime.Version(), Ready: p.isReady,
+	}, storage, live, p.logger, p.reg, p.reg)
+	if err != nil {
+		return err
+	}
+	p.mux.Handle("/api/v1/", api)
+	p.status = append(p.status, section{"Ring", func(r *http.Request) [][]string { return ringTable(r.Context(), live, heads) }})
+	return nil
+}
+
+// shownFlags are the flags that clients look at, by Prometheus's names.
+func (p *process) shownFlags() map[string]string {
+	c := p.config.Gateway
+	return map[string]string{
+		"query.lookback-delta": c.LookbackDelta.String(),
+		"query.timeout":        c.QueryTimeout.String(),
+		"query.max-samples":    strconv.Itoa(c.MaxSamples),
+		"web.listen-address":   (*p.flags.web.WebListenAddresses)[0],
+	}
+}
+
+// addRing shows that the ring is known.
+func (p *process) addRing(live *ring.Live) {
+	p.ready = append(p.ready, check{"ring", func() error {
+		if p.role == "ingester" && len(live.Ring().Snapshot().Members) == 0 {
+			return fmt.Errorf("this member is not on it yet")
+		}
+		return nil
+	}})
+}
+
+// ringTable shows members, states, shares and series.
+func ringTable(ctx context.Context, live *ring.Live, heads *merge.Heads) [][]string {
+	r := live.Ring()
+	shares := r.Shares()
+	series := heads.Series(ctx)
+	rows := [][]string{{"member", "address", "zone", "state", "share", "series"}}
+	members := append([]ring.Member(nil), r.Snapshot().Members...)
+	sort.Slice(members, func(i, j int) bool { return members[i].ID < members[j].ID })
+	for _, m := range members {
+		n := "?"
+		if s, ok := series[m.ID]; ok {
+			n = strconv.FormatInt(s, 10)
+		}
+		rows = append(rows, []string{m.ID, m.Address, m.Zone, string(m.State), fmt.Sprintf("%.1f %%", 100*shares[m.ID]), n})
+	}
+	return rows
+}

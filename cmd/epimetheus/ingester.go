@@ -1,0 +1,167 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"net"
+	"net/http"
+	"os"
+	"strconv"
+	"time"
+
+	"github.com/alecthomas/kingpin/v2"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/keepalive"
+
+	"github.com/epimetheus-tsdb/epimetheus/history/index"
+	"github.com/epimetheus-tsdb/epimetheus/ingest"
+	"github.com/epimetheus-tsdb/epimetheus/ingest/gossip"
+	"github.com/epimetheus-tsdb/epimetheus/ingest/ring"
+)
+
+// grpcFlags are of roles that serve gRPC.
+type grpcFlags struct{ listen, advertise string }
+
+func addGRPCFlags(cmd *kingpin.CmdClause) *grpcFlags {
+	f := &grpcFlags{}
+	cmd.Flag("grpc.listen-address", "Address for sidecars and gateways.").Default(":9010").StringVar(&f.listen)
+	cmd.Flag("grpc.advertise-address", "Address by which sidecars and gateways reach this process, where it is another: host:port.").StringVar(&f.advertise)
+	return f
+}
+
+// gossipFlags are of roles that take part in the gossip.
+type gossipFlags struct {
+	listen, advertise, id string
+	join                  []string
+}
+
+func addGossipFlags(cmd *kingpin.CmdClause) *gossipFlags {
+	f := &gossipFlags{}
+	host, err := os.Hostname()
+	if err != nil {
+		host = "localhost"
+	}
+	cmd.Flag("gossip.listen-address", "Address for gossip, TCP and UDP.").Default(":9011").StringVar(&f.listen)
+	cmd.Flag("gossip.advertise-address", "Address by which other members reach this one, where it is another: host:port.").StringVar(&f.advertise)
+	cmd.Flag("gossip.join", "Gossip address of another member: host:port; a name may stand for many. Repeat for more.").StringsVar(&f.join)
+	cmd.Flag("gossip.member-id", "Unique and lasting name of this member; its place on the ring follows from it.").Default(host).StringVar(&f.id)
+	return f
+}
+
+func addIngester(app *kingpin.Application, commands map[string]command) {
+	cmd := app.Command("ingester", "Receive samples, keep them, flush them into blocks.")
+	wf, rf, gf := addWebFlags(cmd, ":9012"), addGRPCFlags(cmd), addGossipFlags(cmd)
+	commands[cmd.FullCommand()] = func(g *global) error {
+		p, err := newProcess("ingester", g, wf)
+		if err != nil {
+			return err
+		}
+		st, err := p.openStores(true)
+		if err != nil {
+			return err
+		}
+		defer st.close()
+		live := &ring.Live{}
+		return p.runWithIngester(st, rf, gf.id, func(m ring.Member) (setState func(ring.State) error, err error) {
+			return p.addGossip(gf, m, live)
+		})
+	}
+}
+
+// runWithIngester adds an ingester and runs the process. join makes its member
+// known, adds what keeps it so, and gives the way to change its state.
+func (p *process) runWithIngester(st *stores, rf *grpcFlags, id string, join func(ring.Member) (func(ring.State) error, error)) error {
+	if err := p.addIngester(st, rf, id, join); err != nil {
+		return err
+	}
+	return p.run()
+}
+
+// How long the ring gets to tell all that a member is leaving, before the last
+// flush.
+const leaveNotice = 2 * time.Second
+
+func (p *process) addIngester(st *stores, rf *grpcFlags, id string, join func(ring.Member) (func(ring.State) error, error)) error {
+	c := p.config.Ingester
+	ing, err := ingest.New(ingest.Options{
+		Member: id, RowWidth: index.Width,
+		FlushInterval: time.Duration(c.FlushInterval), FlushBytes: int64(c.FlushBytes), MaxBytes: int64(c.MaxBytes),
+		VisibilityDelay: time.Duration(c.VisibilityDelay), Limits: c.Limits,
+	}, st.history.Publish, p.logger, p.reg)
+	if err != nil {
+		return err
+	}
+	l, err := listen("grpc.listen-address", rf.listen)
+	if err != nil {
+		return err
+	}
+	address, err := reachable(rf.advertise, l.Addr())
+	if err != nil {
+		return fmt.Errorf("--grpc.advertise-address: %w", err)
+	}
+	// The ingester is stopped first, while all that it needs still runs.
+	var setState func(ring.State) error
+	p.addRun("ingester", func(ctx context.Context) error {
+		if err := setState(ring.Active); err != nil {
+			return err
+		}
+		return ing.Run(ctx)
+	}, func() {
+		ing.Drain()
+		if err := setState(ring.Leaving); err != nil {
+			p.logger.Warn("leaving not announced", "err", err)
+		}
+		time.Sleep(leaveNotice)
+	})
+	server := grpc.NewServer(
+		grpc.MaxRecvMsgSize(4<<20),
+		grpc.KeepaliveParams(keepalive.ServerParameters{Time: 20 * time.Second, Timeout: 10 * time.Second}),
+		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 5 * time.Second, PermitWithoutStream: true}),
+	)
+	ing.Register(server)
+	p.addGRPC(server, l)
+	if setState, err = join(ring.Member{ID: id, Address: address, Zone: p.config.Ring.Zone, Process: ing.Process()}); err != nil {
+		return err
+	}
+	p.status = append(p.status, section{"Head", func(*http.Request) [][]string { return headTable(ing) }})
+	return nil
+}
+
+// addGRPC serves until it is stopped.
+func (p *process) addGRPC(s *grpc.Server, l net.Listener) {
+	p.group.Add(func() error {
+		if err := s.Serve(l); err != nil {
+			return fmt.Errorf("grpc server: %w", err)
+		}
+		return nil
+	}, func(error) {
+		// Streams of sidecars don't end by themselves: no graceful stop.
+		s.Stop()
+	})
+}
+
+// addGossip takes part in the gossip.
+func (p *process) addGossip(f *gossipFlags, m ring.Member, live *ring.Live) (func(ring.State) error, error) {
+	g, err := gossip.New(gossip.Options{
+		ID: f.id, Bind: f.listen, Advertise: f.advertise, Join: append(f.join, p.config.Ring.Join...), Member: m,
+	}, live, p.logger, p.reg)
+	if err != nil {
+		return nil, err
+	}
+	p.addRun("gossip", g.Run, nil)
+	p.addRing(live)
+	return g.SetState, nil
+}
+
+func headTable(ing *ingest.Ingester) [][]string {
+	s := ing.Size()
+	n := func(v int64) string { return strconv.FormatInt(v, 10) }
+	return [][]string{
+		{"", ""},
+		{"tenants", strconv.Itoa(s.Tenants)},
+		{"series", n(s.Series)},
+		{"samples", n(s.Samples)},
+		{"generations", strconv.Itoa(s.Generations)},
+		{"bytes", n(s.Bytes)},
+	}
+}

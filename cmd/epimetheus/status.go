@@ -1,0 +1,65 @@
+package main
+
+import (
+	"html/template"
+	"net/http"
+	"strings"
+	"time"
+
+	"github.com/prometheus/common/version"
+	"go.yaml.in/yaml/v2"
+)
+
+// section is a part of the status page: a table, the first row of which is the
+// head. It is made anew for each request.
+type section struct {
+	title string
+	rows  func(*http.Request) [][]string
+}
+
+var statusPage = template.Must(template.New("status").Parse(`<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><title>Epimetheus {{.Role}}</title>
+<style>
+body{font:15px/1.4 system-ui,sans-serif;margin:2em;color:#222}
+table{border-collapse:collapse;margin-bottom:1.5em}
+td,th{border-bottom:1px solid #ddd;padding:.25em .8em .25em 0;text-align:left}
+pre{background:#f6f6f6;padding:1em;overflow:auto}
+.bad{color:#a00}
+</style></head><body>
+<h1>Epimetheus {{.Role}}</h1>
+<p>Version {{.Version}}, up since {{.Started}}.
+{{if .NotReady}}<strong class="bad">Not ready: {{.NotReady}}</strong>{{else}}Ready.{{end}}
+<a href="/metrics">metrics</a> · <a href="/debug/pprof/">profiles</a></p>
+{{range .Sections}}<h2>{{.Title}}</h2><table>
+{{range $i, $r := .Rows}}<tr>{{range $r}}{{if eq $i 0}}<th>{{.}}</th>{{else}}<td>{{.}}</td>{{end}}{{end}}</tr>
+{{end}}</table>{{end}}
+<h2>Configuration</h2><pre>{{.Config}}</pre>
+</body></html>
+`)) //nolint:gochecknoglobals // parsed once, never changed
+
+func (p *process) serveStatus(w http.ResponseWriter, r *http.Request) {
+	type table struct {
+		Title string
+		Rows  [][]string
+	}
+	data := struct {
+		Role, Version, Started, NotReady, Config string
+		Sections                                 []table
+	}{Role: p.role, Version: version.Version, Started: p.started.UTC().Format(time.RFC3339)}
+	if err := p.isReady(); err != nil {
+		data.NotReady = err.Error()
+	}
+	// No secrets: credentials aren't in the file.
+	c, err := yaml.Marshal(p.config)
+	if err != nil {
+		c = []byte(err.Error())
+	}
+	data.Config = strings.TrimSpace(string(c))
+	for _, s := range p.status {
+		data.Sections = append(data.Sections, table{s.title, s.rows(r)})
+	}
+	w.Header().Set("Content-Type", "text/html; charset=utf-8")
+	if err := statusPage.Execute(w, data); err != nil {
+		p.logger.Debug("status page not written", "err", err)
+	}
+}

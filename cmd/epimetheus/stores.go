@@ -1,0 +1,103 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"path/filepath"
+	"time"
+
+	"github.com/epimetheus-tsdb/epimetheus/history"
+	"github.com/epimetheus-tsdb/epimetheus/history/index"
+	"github.com/epimetheus-tsdb/epimetheus/history/object"
+)
+
+// stores are where blocks and rows are.
+type stores struct {
+	history *history.History
+	closers []func() error
+}
+
+func (s *stores) close() {
+	for i := len(s.closers) - 1; i >= 0; i-- {
+		_ = s.closers[i]() // at the end of the process; what is durable is so already
+	}
+}
+
+// openTimeout bounds the look at bucket and table at the start.
+const openTimeout = 30 * time.Second
+
+// openStores opens the object store and the index, and sees that they can be
+// used. shared says that other processes use them as well.
+func (p *process) openStores(shared bool) (_ *stores, err error) {
+	c := &p.config
+	if shared {
+		if c.Index.Type == "embedded" {
+			return nil, fmt.Errorf("index.type is embedded: its file is for one process only, which is `epimetheus all`; set index.type: dynamodb for the role %s", p.role)
+		}
+		if c.Objects.Type == "files" && c.Objects.Files.Directory == "" {
+			return nil, fmt.Errorf("objects.type is files: set objects.files.directory to a directory that all ingesters and gateways share, or objects.type: s3")
+		}
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), openTimeout)
+	defer cancel()
+	s := &stores{}
+	defer func() {
+		if err != nil {
+			s.close()
+		}
+	}()
+	var objects object.Store
+	switch c.Objects.Type {
+	case "s3":
+		s3, err := object.NewS3(ctx, object.S3Options{
+			Bucket: c.Objects.S3.Bucket, Prefix: c.Objects.S3.Prefix, Endpoint: c.Objects.S3.Endpoint,
+			Region: c.Objects.S3.Region, PathStyle: c.Objects.S3.PathStyle,
+		}, p.reg)
+		if err != nil {
+			return nil, fmt.Errorf("objects.s3: %w", err)
+		}
+		objects = s3
+	default:
+		dir := c.Objects.Files.Directory
+		if dir == "" {
+			dir = filepath.Join(p.flags.dataDir, "objects")
+		}
+		files, err := object.NewFiles(dir, p.reg)
+		if err != nil {
+			return nil, fmt.Errorf("objects.files: %w", err)
+		}
+		objects = files
+	}
+	if _, err := objects.Size(ctx, "probe"); err != nil && !errors.Is(err, object.ErrNotExist) {
+		return nil, fmt.Errorf("objects: can't be read: %w (see that bucket, endpoint, region and credentials are right)", err)
+	}
+	var rows index.Store
+	switch c.Index.Type {
+	case "dynamodb":
+		db, err := index.NewDynamoDB(ctx, dynamoDBOptions(c.Index.DynamoDB), p.reg)
+		if err != nil {
+			return nil, fmt.Errorf("index.dynamodb: %w", err)
+		}
+		if err := db.Check(ctx); err != nil {
+			return nil, fmt.Errorf("index.dynamodb: %w", err)
+		}
+		rows = db
+	default:
+		bolt, err := index.NewBolt(filepath.Join(p.flags.dataDir, "index.db"), p.reg)
+		if err != nil {
+			return nil, fmt.Errorf("index: %w", err)
+		}
+		s.closers = append(s.closers, bolt.Close)
+		rows = bolt
+	}
+	s.history, err = history.New(history.Options{
+		Objects: objects, Index: index.New(rows), VisibilityDelay: time.Duration(c.Ingester.VisibilityDelay),
+		PageCacheBytes: int64(c.Gateway.CacheBytes), Logger: p.logger, Registerer: p.reg,
+	})
+	return s, err
+}
+
+func dynamoDBOptions(c DynamoDBConfig) index.DynamoDBOptions {
+	return index.DynamoDBOptions{Table: c.Table, Endpoint: c.Endpoint, Region: c.Region}
+}

@@ -1,0 +1,178 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"math"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/alecthomas/kingpin/v2"
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/prometheus/model/labels"
+
+	"github.com/epimetheus-tsdb/epimetheus/gateway"
+	"github.com/epimetheus-tsdb/epimetheus/history/index"
+	"github.com/epimetheus-tsdb/epimetheus/internal/audit"
+)
+
+func addTool(app *kingpin.Application, commands map[string]command) {
+	tool := app.Command("tool", "Look after an installation.")
+
+	check := tool.Command("check-config", "Say what is wrong with a configuration file.")
+	file := check.Arg("file", "The file.").Required().String()
+	commands[check.FullCommand()] = func(*global) error {
+		if _, err := loadConfig(*file); err != nil {
+			return err
+		}
+		fmt.Printf("%s is valid\n", *file)
+		return nil
+	}
+
+	table := tool.Command("create-table", "Create the DynamoDB table that the configuration names, if it is absent.")
+	commands[table.FullCommand()] = func(g *global) error {
+		c, err := loadConfig(g.configFile)
+		if err != nil {
+			return err
+		}
+		if c.Index.Type != "dynamodb" {
+			return fmt.Errorf("index.type is %q: only dynamodb has a table", c.Index.Type)
+		}
+		ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+		defer stop()
+		db, err := index.NewDynamoDB(ctx, dynamoDBOptions(c.Index.DynamoDB), prometheus.NewRegistry())
+		if err != nil {
+			return err
+		}
+		if err := db.CreateTable(ctx); err != nil {
+			return err
+		}
+		fmt.Printf("table %s is there\n", c.Index.DynamoDB.Table)
+		return nil
+	}
+
+	addAudit(tool, commands)
+}
+
+func addAudit(tool *kingpin.CmdClause, commands map[string]command) {
+	cmd := tool.Command("audit", "Compare every sample of a Prometheus with what the gateway returns. Exit code 1 if any is missing, extra or different.")
+	var prom, walDir, gw, tenant, from, to string
+	var external map[string]string
+	var window time.Duration
+	var most int
+	cmd.Flag("prometheus", "URL of a Prometheus, or its data directory.").Required().StringVar(&prom)
+	cmd.Flag("prometheus.wal", "Data directory of that Prometheus where --prometheus is a URL: tells samples that it logged and then rejected from extra ones.").StringVar(&walDir)
+	cmd.Flag("external-label", "External label of that Prometheus where it is a data directory: name=value. Repeat for more.").StringMapVar(&external)
+	cmd.Flag("gateway", "URL of the gateway.").Required().StringVar(&gw)
+	cmd.Flag("tenant", "Tenant, where the gateway wants one.").StringVar(&tenant)
+	cmd.Flag("from", "Begin: RFC 3339, or a duration before now.").Default("2h").StringVar(&from)
+	cmd.Flag("to", "End: RFC 3339, or a duration before now.").Default("30s").StringVar(&to)
+	cmd.Flag("window", "Time that is compared at once: memory grows with it.").Default("10m").DurationVar(&window)
+	cmd.Flag("show", "How many differences to show.").Default("20").IntVar(&most)
+	commands[cmd.FullCommand()] = func(*global) error {
+		ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+		defer stop()
+		now := time.Now()
+		mint, err := parseTime(from, now)
+		if err != nil {
+			return fmt.Errorf("--from: %w", err)
+		}
+		maxt, err := parseTime(to, now)
+		if err != nil {
+			return fmt.Errorf("--to: %w", err)
+		}
+		if mint > maxt {
+			return fmt.Errorf("--from %s is after --to %s", from, to)
+		}
+		ls := labels.FromMap(external)
+		src, err := promSource(prom, ls)
+		if err != nil {
+			return fmt.Errorf("--prometheus: %w", err)
+		}
+		defer src.Close()
+		headers := map[string]string{}
+		if tenant != "" {
+			headers[gateway.TenantHeader] = tenant
+		}
+		dst, err := audit.NewRemote(gw, headers)
+		if err != nil {
+			return fmt.Errorf("--gateway: %w", err)
+		}
+		defer dst.Close()
+		o := audit.Options{
+			MinT: mint, MaxT: maxt, Window: window, MaxReports: most,
+			Report:   func(d audit.Difference) { fmt.Println(d) },
+			Progress: progress(os.Stderr),
+		}
+		if walDir == "" && isDir(prom) {
+			walDir = prom
+		}
+		if walDir != "" {
+			o.Logged = audit.NewWAL(walDir, ls)
+		}
+		r, err := audit.Run(ctx, src, dst, o)
+		fmt.Fprintln(os.Stderr)
+		if err != nil {
+			return err
+		}
+		fmt.Printf("%d series, %d samples compared: %d missing, %d extra, %d different", r.Series, r.Compared, r.Missing, r.Extra, r.Different)
+		if r.Rejected > 0 {
+			fmt.Printf("; %d that Prometheus logged and then rejected are at the gateway", r.Rejected)
+		}
+		fmt.Println()
+		if !r.OK() {
+			return errSaid
+		}
+		if r.Compared == 0 {
+			return errors.New("nothing was compared: neither side has a sample in that time")
+		}
+		return nil
+	}
+}
+
+func isDir(path string) bool {
+	fi, err := os.Stat(path)
+	return err == nil && fi.IsDir()
+}
+
+func promSource(prom string, external labels.Labels) (audit.Source, error) {
+	if strings.HasPrefix(prom, "http://") || strings.HasPrefix(prom, "https://") {
+		return audit.NewRemote(prom, nil)
+	}
+	if !isDir(filepath.Join(prom, "wal")) {
+		return nil, fmt.Errorf("%s is neither a URL nor a data directory of Prometheus (it has no folder wal)", prom)
+	}
+	return audit.NewDir(prom, external)
+}
+
+// parseTime gives ms since the epoch.
+func parseTime(s string, now time.Time) (int64, error) {
+	if t, err := time.Parse(time.RFC3339Nano, s); err == nil {
+		return t.UnixMilli(), nil
+	}
+	if d, err := time.ParseDuration(s); err == nil && d >= 0 {
+		return now.Add(-d).UnixMilli(), nil
+	}
+	return 0, fmt.Errorf("%q is neither a time such as 2026-01-02T15:04:05Z nor a duration such as 2h", s)
+}
+
+// progress draws a bar on a terminal, and nothing elsewhere.
+func progress(w *os.File) func(float64, audit.Result) {
+	fi, err := w.Stat()
+	if err != nil || fi.Mode()&os.ModeCharDevice == 0 {
+		return nil
+	}
+	return func(done float64, r audit.Result) { drawProgress(w, done, r) }
+}
+
+func drawProgress(w io.Writer, done float64, r audit.Result) {
+	const width = 40
+	n := int(math.Round(done * width))
+	fmt.Fprintf(w, "\r[%s%s] %3.0f %%  %d samples", strings.Repeat("#", n), strings.Repeat(".", width-n), 100*done, r.Compared)
+}

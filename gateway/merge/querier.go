@@ -1,0 +1,300 @@
+package merge
+
+import (
+	"context"
+	"errors"
+	"slices"
+	"sync"
+
+	"github.com/oklog/ulid/v2"
+	"github.com/prometheus/prometheus/model/labels"
+	"github.com/prometheus/prometheus/storage"
+	"github.com/prometheus/prometheus/tsdb/chunkenc"
+	"github.com/prometheus/prometheus/util/annotations"
+
+	"github.com/epimetheus-tsdb/epimetheus/chunkfmt"
+	"github.com/epimetheus-tsdb/epimetheus/history"
+	"github.com/epimetheus-tsdb/epimetheus/ingest/fetch"
+	"github.com/epimetheus-tsdb/epimetheus/ingest/ring"
+)
+
+// querier is one query: all its selectors read one snapshot of history.
+type querier struct {
+	s          *Storage
+	mint, maxt int64
+
+	mu      sync.Mutex
+	snap    *history.Snapshot
+	cancels []context.CancelFunc
+	selects sync.WaitGroup
+	closed  bool
+}
+
+// snapshot is taken once, after the first heads have answered. Heads that are
+// asked later in the query need no newer one: a generation that they don't show
+// any more was published a visibility delay before, which is longer than a query.
+func (q *querier) snapshot(ctx context.Context, must []ulid.ULID, r *ring.Ring) (*history.Snapshot, error) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if q.snap == nil {
+		snap, err := q.s.snapshot(ctx, q.s.tenantOf(ctx), q.mint, q.maxt, must, r)
+		if err != nil {
+			return nil, err
+		}
+		q.snap = snap
+	}
+	return q.snap, nil
+}
+
+// Close ends what Select has started.
+func (q *querier) Close() error {
+	q.mu.Lock()
+	q.closed = true
+	for _, c := range q.cancels {
+		c()
+	}
+	q.mu.Unlock()
+	q.selects.Wait()
+	return nil
+}
+
+var errClosed = errors.New("querier is closed")
+
+// Select starts to read at once; the set waits for it. The selectors of a query
+// are so read at the same time.
+func (q *querier) Select(ctx context.Context, _ bool, hints *storage.SelectHints, ms ...*labels.Matcher) storage.SeriesSet {
+	ctx, cancel := context.WithCancel(ctx)
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if q.closed {
+		cancel()
+		return storage.ErrSeriesSet(errClosed)
+	}
+	q.cancels = append(q.cancels, cancel)
+	// Matchers may be used by their owner as soon as we return.
+	ms = slices.Clone(ms)
+	set := &seriesSet{ctx: ctx, ready: make(chan struct{})}
+	mint, maxt := q.mint, q.maxt
+	var h storage.SelectHints
+	if hints != nil {
+		h = *hints
+		mint, maxt = max(mint, h.Start), min(maxt, h.End)
+	}
+	q.selects.Go(func() {
+		defer close(set.ready)
+		set.err = q.load(ctx, set, &h, mint, maxt, ms)
+	})
+	return set
+}
+
+func (q *querier) load(ctx context.Context, set *seriesSet, h *storage.SelectHints, mint, maxt int64, ms []*labels.Matcher) error {
+	set.mint, set.maxt, set.shard, set.shards, set.left = mint, maxt, h.ShardIndex, h.ShardCount, h.Limit
+	if h.Limit <= 0 {
+		set.left = -1
+	}
+	if mint > maxt {
+		return nil
+	}
+	labelsOnly := h.Func == "series" // of the series API
+	as, r, warnings, err := ask(ctx, q.s.heads, func(ctx context.Context, c *fetch.Client) ([]fetch.Series, fetch.Header, error) {
+		return c.Select(ctx, fetch.Query{Tenant: q.s.tenantOf(ctx), MinT: mint, MaxT: maxt, Matchers: ms}, labelsOnly)
+	})
+	if err != nil {
+		return err
+	}
+	set.warnings = warnings
+	snap, err := q.snapshot(ctx, blocks(as), r)
+	if err != nil {
+		return err
+	}
+	for _, a := range as {
+		if len(a.value) > 0 {
+			set.heads = append(set.heads, a.value)
+		}
+	}
+	if labelsOnly {
+		lss, err := snap.Series(ctx, ms, mint, maxt)
+		if err != nil {
+			return err
+		}
+		var old []fetch.Series
+		for _, ls := range lss {
+			old = append(old, fetch.Series{Labels: ls})
+		}
+		if len(old) > 0 {
+			set.heads = append(set.heads, old)
+		}
+		return nil
+	}
+	if set.old, err = snap.Select(ctx, ms, mint, maxt); err != nil {
+		return err
+	}
+	set.more = set.old.Next(ctx)
+	return set.old.Err()
+}
+
+// LabelValues implements storage.LabelQuerier.
+func (q *querier) LabelValues(ctx context.Context, name string, hints *storage.LabelHints, ms ...*labels.Matcher) ([]string, annotations.Annotations, error) {
+	return q.labels(ctx, name, hints, ms, func(s *history.Snapshot) ([]string, error) {
+		return s.LabelValues(ctx, name, ms, q.mint, q.maxt)
+	})
+}
+
+// LabelNames implements storage.LabelQuerier.
+func (q *querier) LabelNames(ctx context.Context, hints *storage.LabelHints, ms ...*labels.Matcher) ([]string, annotations.Annotations, error) {
+	return q.labels(ctx, "", hints, ms, func(s *history.Snapshot) ([]string, error) {
+		return s.LabelNames(ctx, ms, q.mint, q.maxt)
+	})
+}
+
+func (q *querier) labels(ctx context.Context, name string, hints *storage.LabelHints, ms []*labels.Matcher, old func(*history.Snapshot) ([]string, error)) ([]string, annotations.Annotations, error) {
+	fq := fetch.Query{Tenant: q.s.tenantOf(ctx), MinT: q.mint, MaxT: q.maxt, Matchers: ms}
+	if hints != nil {
+		fq.Limit = hints.Limit
+	}
+	as, r, warnings, err := ask(ctx, q.s.heads, func(ctx context.Context, c *fetch.Client) ([]string, fetch.Header, error) {
+		return c.Labels(ctx, fq, name)
+	})
+	if err != nil {
+		return nil, nil, err
+	}
+	snap, err := q.snapshot(ctx, blocks(as), r)
+	if err != nil {
+		return nil, nil, err
+	}
+	out, err := old(snap)
+	if err != nil {
+		return nil, nil, err
+	}
+	for _, a := range as {
+		out = append(out, a.value...)
+	}
+	slices.Sort(out)
+	out = slices.Compact(out)
+	if fq.Limit > 0 && len(out) > fq.Limit {
+		out = out[:fq.Limit]
+	}
+	return out, warnings, nil
+}
+
+// seriesSet merges what heads and history have, by labels.
+type seriesSet struct {
+	ctx   context.Context //nolint:containedctx // storage.SeriesSet has no other place for it
+	ready chan struct{}   // closed when the fields below are set
+
+	err           error
+	warnings      annotations.Annotations
+	mint, maxt    int64
+	shard, shards uint64
+	left          int              // series that may still be given; -1: all
+	heads         [][]fetch.Series // each ascending in labels; what is left
+	old           *history.SeriesSet
+	more          bool // old has a present series
+
+	at *series
+}
+
+func (s *seriesSet) Next() bool {
+	<-s.ready
+	for s.err == nil && s.left != 0 {
+		ls, ok := s.least()
+		if !ok {
+			return false
+		}
+		at := &series{labels: ls, mint: s.mint, maxt: s.maxt}
+		for i := range s.heads {
+			if h := s.heads[i]; len(h) > 0 && labels.Equal(h[0].Labels, ls) {
+				if len(h[0].Chunks) > 0 {
+					at.heads = append(at.heads, h[0].Chunks)
+				}
+				s.heads[i] = h[1:]
+			}
+		}
+		if s.more && labels.Equal(s.old.At().Labels, ls) {
+			at.old = s.old.At()
+			if s.more = s.old.Next(s.ctx); !s.more {
+				s.err = s.old.Err()
+			}
+		}
+		if s.shards > 0 && labels.StableHash(ls)%s.shards != s.shard {
+			continue
+		}
+		if s.left > 0 {
+			s.left--
+		}
+		s.at = at
+		return true
+	}
+	return false
+}
+
+// least finds the least labels among the next of all lists.
+func (s *seriesSet) least() (least labels.Labels, ok bool) {
+	if s.more {
+		least, ok = s.old.At().Labels, true
+	}
+	for _, h := range s.heads {
+		if len(h) > 0 && (!ok || labels.Compare(h[0].Labels, least) < 0) {
+			least, ok = h[0].Labels, true
+		}
+	}
+	return least, ok
+}
+
+func (s *seriesSet) At() storage.Series { return s.at }
+
+func (s *seriesSet) Err() error {
+	<-s.ready
+	return s.err
+}
+
+func (s *seriesSet) Warnings() annotations.Annotations {
+	<-s.ready
+	return s.warnings
+}
+
+// series decodes when it is iterated.
+type series struct {
+	labels     labels.Labels
+	mint, maxt int64
+	heads      [][]fetch.Chunk // of each ingester that has it
+	old        *history.Series // nil: none
+}
+
+func (s *series) Labels() labels.Labels { return s.labels }
+
+func (s *series) Iterator(it chunkenc.Iterator) chunkenc.Iterator {
+	cols, err := s.columns()
+	if err != nil {
+		cols = &chunkfmt.Series{}
+	}
+	mine, ok := it.(*iterator)
+	if !ok {
+		mine = &iterator{}
+	}
+	mine.reset(cols, err)
+	return mine
+}
+
+// columns merges what all have.
+func (s *series) columns() (*chunkfmt.Series, error) {
+	var runs []*chunkfmt.Series
+	if s.old != nil {
+		var err error
+		if runs, err = s.old.Runs(); err != nil {
+			return nil, err
+		}
+	}
+	for _, cs := range s.heads {
+		var d fetch.Decoder
+		run, err := d.Decode(cs)
+		if err != nil {
+			return nil, err
+		}
+		runs = append(runs, trim(run, s.mint, s.maxt))
+	}
+	if len(runs) == 0 {
+		return &chunkfmt.Series{}, nil
+	}
+	return chunkfmt.Merge(runs...), nil
+}

@@ -1,0 +1,146 @@
+package merge
+
+import (
+	"cmp"
+	"context"
+	"math"
+	"slices"
+	"time"
+
+	"github.com/oklog/ulid/v2"
+	"github.com/prometheus/prometheus/model/exemplar"
+	"github.com/prometheus/prometheus/model/labels"
+	"github.com/prometheus/prometheus/storage"
+	"github.com/prometheus/prometheus/util/annotations"
+
+	"github.com/epimetheus-tsdb/epimetheus/chunkfmt"
+	"github.com/epimetheus-tsdb/epimetheus/history"
+	"github.com/epimetheus-tsdb/epimetheus/ingest/fetch"
+	"github.com/epimetheus-tsdb/epimetheus/ingest/fetch/fetchpb"
+	"github.com/epimetheus-tsdb/epimetheus/ingest/ring"
+)
+
+// Storage is heads and history as one. It is safe for concurrent use.
+type Storage struct {
+	heads    *Heads
+	history  *history.History
+	tenantOf func(context.Context) string
+}
+
+// New makes a Storage. tenantOf says whose data a request is about.
+func New(heads *Heads, h *history.History, tenantOf func(context.Context) string) *Storage {
+	return &Storage{heads, h, tenantOf}
+}
+
+// Querier implements storage.Queryable.
+func (s *Storage) Querier(mint, maxt int64) (storage.Querier, error) {
+	return &querier{s: s, mint: mint, maxt: maxt}, nil
+}
+
+// ChunkQuerier implements storage.ChunkQueryable. Chunks are encoded anew, as
+// Prometheus encodes them by default.
+func (s *Storage) ChunkQuerier(mint, maxt int64) (storage.ChunkQuerier, error) {
+	return &chunkQuerier{querier: &querier{s: s, mint: mint, maxt: maxt}}, nil
+}
+
+type chunkQuerier struct{ *querier }
+
+func (q *chunkQuerier) Select(ctx context.Context, sorted bool, hints *storage.SelectHints, ms ...*labels.Matcher) storage.ChunkSeriesSet {
+	return storage.NewSeriesSetToChunkSet(q.querier.Select(ctx, sorted, hints, ms...))
+}
+
+// ExemplarQuerier implements storage.ExemplarQueryable.
+func (s *Storage) ExemplarQuerier(ctx context.Context) (storage.ExemplarQuerier, error) {
+	return &exemplarQuerier{ctx, s}, nil
+}
+
+// exemplarQuerier keeps the context since the interface hands it over there.
+type exemplarQuerier struct {
+	ctx context.Context //nolint:containedctx // storage.ExemplarQuerier has no other place for it
+	s   *Storage
+}
+
+func (q *exemplarQuerier) Select(mint, maxt int64, sets ...[]*labels.Matcher) ([]exemplar.QueryResult, error) {
+	tenant := q.s.tenantOf(q.ctx)
+	as, r, _, err := q.s.heads.exemplars(q.ctx, tenant, mint, maxt, sets)
+	if err != nil {
+		return nil, err
+	}
+	snap, err := q.s.snapshot(q.ctx, tenant, mint, maxt, blocks(as), r)
+	if err != nil {
+		return nil, err
+	}
+	all, err := snap.Exemplars(q.ctx, sets, mint, maxt)
+	if err != nil {
+		return nil, err
+	}
+	for _, a := range as {
+		all = append(all, a.value...)
+	}
+	slices.SortStableFunc(all, func(a, b chunkfmt.Series) int { return labels.Compare(a.Labels, b.Labels) })
+	out := []exemplar.QueryResult{}
+	for _, s := range all {
+		if n := len(out); n == 0 || !labels.Equal(out[n-1].SeriesLabels, s.Labels) {
+			out = append(out, exemplar.QueryResult{SeriesLabels: s.Labels})
+		}
+		last := &out[len(out)-1]
+		last.Exemplars = append(last.Exemplars, s.Exemplars...)
+	}
+	for i := range out {
+		es := out[i].Exemplars
+		slices.SortStableFunc(es, chunkfmt.CompareExemplars)
+		out[i].Exemplars = slices.CompactFunc(es, func(a, b exemplar.Exemplar) bool { return chunkfmt.CompareExemplars(a, b) == 0 })
+	}
+	return out, nil
+}
+
+// blocks puts together what the headers name.
+func blocks[T any](as []answer[T]) []ulid.ULID {
+	var out []ulid.ULID
+	for _, a := range as {
+		out = append(out, a.header.Blocks...)
+	}
+	slices.SortFunc(out, ulid.ULID.Compare)
+	return slices.Compact(out)
+}
+
+// snapshot of history after the heads of the ring r have answered and named the
+// blocks must.
+func (s *Storage) snapshot(ctx context.Context, tenant string, mint, maxt int64, must []ulid.ULID, r *ring.Ring) (*history.Snapshot, error) {
+	// A member that has left has flushed before: rows kept from before it left
+	// don't know.
+	return s.history.Snapshot(ctx, tenant, mint, maxt, must, r.Since())
+}
+
+// recentMetadata is how far back metadata is looked for in blocks.
+const recentMetadata = 2 * time.Hour
+
+// Metadata gives what heads and recent blocks know of a metric, or of all if
+// metric is empty, sorted by metric, each entry once.
+func (s *Storage) Metadata(ctx context.Context, tenant, metric string) ([]fetch.MetricMetadata, annotations.Annotations, error) {
+	out, must, r, warnings, err := s.heads.metadata(ctx, tenant, metric)
+	if err != nil {
+		return nil, nil, err
+	}
+	mint := time.Now().Add(-recentMetadata).UnixMilli()
+	snap, err := s.snapshot(ctx, tenant, mint, math.MaxInt64, must, r)
+	if err != nil {
+		return nil, nil, err
+	}
+	old, err := snap.Metadata(ctx, metric, mint, math.MaxInt64)
+	if err != nil {
+		return nil, nil, err
+	}
+	for _, m := range old {
+		out = append(out, fetch.MetricMetadata(m))
+	}
+	slices.SortFunc(out, func(a, b fetch.MetricMetadata) int {
+		return cmp.Or(cmp.Compare(a.Metric, b.Metric), cmp.Compare(a.Type, b.Type), cmp.Compare(a.Unit, b.Unit), cmp.Compare(a.Help, b.Help))
+	})
+	return slices.Compact(out), warnings, nil
+}
+
+// Stats asks all ingesters what they hold of a tenant.
+func (s *Storage) Stats(ctx context.Context, tenant string, limit int) ([]*fetchpb.StatsResponse, annotations.Annotations, error) {
+	return s.heads.Stats(ctx, tenant, limit)
+}
