@@ -179,6 +179,7 @@ func TestTimes(t *testing.T) {
 		"gaps":      func(_ int, p int64) int64 { return p + 15000*int64(1+r.IntN(200)/199*r.IntN(100)) },
 		"shifts":    func(_ int, p int64) int64 { return p + 15000 + int64(r.IntN(200)/199*r.IntN(100)) },
 		"irregular": func(_ int, p int64) int64 { return p + 1 + int64(r.Uint64()>>(16+r.IntN(47)))/100000 },
+		"repeats":   func(_ int, p int64) int64 { return p + int64(r.IntN(2)*r.IntN(100)) },
 		"early":     func(i int, _ int64) int64 { return int64(i)*15000 - int64(i%7/6*50) },
 	}
 	for _, next := range kinds {
