@@ -17,10 +17,12 @@ import (
 	"time"
 
 	gocmp "github.com/google/go-cmp/cmp"
+	"github.com/google/go-cmp/cmp/cmpopts"
 	"github.com/oklog/ulid/v2"
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/common/model"
 	"github.com/prometheus/prometheus/model/exemplar"
+	"github.com/prometheus/prometheus/model/histogram"
 	"github.com/prometheus/prometheus/model/labels"
 	"github.com/prometheus/prometheus/model/metadata"
 	"github.com/prometheus/prometheus/tsdb/tsdbutil"
@@ -185,18 +187,7 @@ func snapshot(t testing.TB, h *History, tenant string, mint, maxt int64, must ..
 var cmpSeries = gocmp.Options{
 	gocmp.Comparer(func(a, b labels.Labels) bool { return labels.Equal(a, b) }),
 	gocmp.Comparer(func(a, b float64) bool { return math.Float64bits(a) == math.Float64bits(b) }),
-	gocmp.Transformer("empty", func(s []int64) []int64 {
-		if len(s) == 0 {
-			return nil
-		}
-		return s
-	}),
-	gocmp.Transformer("empty", func(s []float64) []float64 {
-		if len(s) == 0 {
-			return nil
-		}
-		return s
-	}),
+	cmpopts.EquateEmpty(),
 }
 
 func wantSeries(t testing.TB, got, want []*chunkfmt.Series) {
@@ -1008,5 +999,66 @@ func TestAlign(t *testing.T) {
 func TestValidate(t *testing.T) {
 	if _, err := New(Options{}); err == nil {
 		t.Error("no error without stores")
+	}
+}
+
+// TestRuns holds how samples of several blocks become runs.
+func TestRuns(t *testing.T) {
+	h := localStores(t).open(t, nil)
+	series := func(from int64, n int) *chunkfmt.Series {
+		s := floats(from, 10, n, constant(1), "__name__", "m")
+		for i := range 3 {
+			s.Histograms.T = append(s.Histograms.T, from+5+int64(i)*10)
+			x := tsdbutil.GenerateTestHistogram(int64(i))
+			x.CounterResetHint = histogram.NotCounterReset
+			s.Histograms.H = append(s.Histograms.H, x)
+		}
+		return s
+	}
+	// Three one after the other; one of them with start timestamps; a replica of the second.
+	second := series(1000, 20)
+	second.Floats.ST = make([]int64, 20)
+	second.Floats.ST[3] = 7
+	for _, s := range []*chunkfmt.Series{series(0, 20), second, series(2000, 20), second} {
+		publish(t, h, tenantSeries{"a": {s}})
+	}
+	runs := func(mint, maxt int64) []*chunkfmt.Series {
+		t.Helper()
+		set, err := snapshot(t, h, "a", 0, 10_000).Select(t.Context(), nil, mint, maxt)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if set.Len() != 1 || !set.Next(t.Context()) {
+			t.Fatalf("%d series, %v", set.Len(), set.Err())
+		}
+		s := set.At()
+		if set.Next(t.Context()) || set.Err() != nil {
+			t.Fatalf("another series, or %v", set.Err())
+		}
+		out, err := s.Runs() // after the set has ended
+		if err != nil {
+			t.Fatal(err)
+		}
+		return out
+	}
+	got := runs(0, 10_000)
+	if len(got) != 2 || len(got[0].Floats.T) != 60 || len(got[1].Floats.T) != 20 {
+		t.Fatalf("%d runs", len(got))
+	}
+	if st := got[0].Floats.ST; len(st) != 60 || st[23] != 7 || st[3] != 0 || st[43] != 0 {
+		t.Errorf("start timestamps %v", st)
+	}
+	for i, x := range got[0].Histograms.H {
+		want := histogram.NotCounterReset
+		if i == 3 || i == 6 { // the first of a further block
+			want = histogram.UnknownCounterReset
+		}
+		if x.CounterResetHint != want {
+			t.Errorf("histogram %d has hint %d, want %d", i, x.CounterResetHint, want)
+		}
+	}
+	got = runs(100, 2050)
+	if f := got[0].Floats; len(got) != 2 || len(f.T) != 10+20+6 || f.T[0] != 100 || f.T[35] != 2050 || len(f.ST) != 36 || f.ST[13] != 7 {
+		t.Errorf("trimmed: %d runs, %+v", len(got), f)
 	}
 }

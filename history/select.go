@@ -172,43 +172,135 @@ func (s *Series) Samples() int {
 	return n
 }
 
-// Runs decodes the samples in the time that was asked for: one run for each
-// block that has any, in the order of the snapshot's blocks, each ascending in
-// time. Runs of several blocks may overlap and repeat each other; chunkfmt.Merge
-// makes one of them. What is returned is the caller's, but histograms are not to
-// be changed.
+// Runs decodes the samples in the time that was asked for. What several blocks
+// have one after the other is in one run; runs may overlap and repeat each other,
+// and chunkfmt.Merge makes one of them. Each ascends in time. What is returned is
+// the caller's, but histograms are not to be changed.
 func (s *Series) Runs() ([]*chunkfmt.Series, error) {
-	out := make([]*chunkfmt.Series, 0, len(s.parts))
-	for i := range s.parts {
-		r, err := s.parts[i].decode(s.Labels, s.mint, s.maxt)
-		if err != nil {
-			return nil, err
+	plans := s.plan()
+	out := make([]*chunkfmt.Series, 0, len(plans))
+	for _, p := range plans {
+		run := &chunkfmt.Series{Labels: s.Labels}
+		if p.floats > 0 { // each chunk's number of samples is bounded by the format
+			run.Floats.T, run.Floats.V = make([]int64, 0, p.floats), make([]float64, 0, p.floats)
 		}
-		n := len(r.Floats.T) + len(r.Histograms.T) + len(r.FloatHistograms.T)
+		for _, pt := range p.parts {
+			if err := pt.decode(run, s.mint, s.maxt); err != nil {
+				return nil, err
+			}
+		}
+		n := len(run.Floats.T) + len(run.Histograms.T) + len(run.FloatHistograms.T)
 		s.stats.Samples.Add(int64(n))
 		if n > 0 {
-			out = append(out, r)
+			out = append(out, run)
 		}
 	}
 	return out, nil
 }
 
-func (p *part) decode(ls labels.Labels, mint, maxt int64) (*chunkfmt.Series, error) {
-	run := &chunkfmt.Series{Labels: ls}
-	samples := map[chunkfmt.Kind]int{}
-	for _, c := range p.chunks {
-		samples[c.Kind] += c.Samples // each is bounded by the format
+// runPlan are parts that follow each other in time.
+type runPlan struct {
+	parts  []*part
+	maxt   int64
+	floats int
+}
+
+// plan puts each part behind the first run that ends before it starts.
+func (s *Series) plan() []runPlan {
+	var out []runPlan
+	for i := range s.parts { // ascending by the blocks' first times
+		p := &s.parts[i]
+		mint, maxt, floats := p.chunks[0].MinT, p.chunks[0].MaxT, 0
+		for _, c := range p.chunks {
+			mint, maxt = min(mint, c.MinT), max(maxt, c.MaxT)
+			if c.Kind == chunkfmt.KindFloat {
+				floats += c.Samples
+			}
+		}
+		at := slices.IndexFunc(out, func(r runPlan) bool { return r.maxt < mint })
+		if at < 0 {
+			at = len(out)
+			out = append(out, runPlan{parts: make([]*part, 0, len(s.parts))})
+		}
+		r := &out[at]
+		r.parts, r.maxt, r.floats = append(r.parts, p), maxt, r.floats+floats
 	}
-	if n := samples[chunkfmt.KindFloat]; n > 0 {
-		run.Floats.T, run.Floats.V = make([]int64, 0, n), make([]float64, 0, n)
+	return out
+}
+
+// decode appends the part's samples in mint to maxt to run, which ends before it
+// starts.
+func (p *part) decode(run *chunkfmt.Series, mint, maxt int64) error {
+	in := p.block.readable(mint, maxt)
+	whole := !slices.ContainsFunc(p.chunks, func(c chunkfmt.Chunk) bool {
+		return !slices.ContainsFunc(in, func(r chunkfmt.Range) bool { return r.MinT <= c.MinT && c.MaxT <= r.MaxT })
+	})
+	floats, hists, floatHists := len(run.Floats.T), len(run.Histograms.T), len(run.FloatHistograms.T)
+	first := floats+hists+floatHists == 0
+	dst := run
+	if !whole && !first {
+		dst = &chunkfmt.Series{}
 	}
 	for i := range p.chunks {
-		if err := p.pages[i].decode(&p.chunks[i], run); err != nil {
-			return nil, err
+		if err := p.pages[i].decode(&p.chunks[i], dst); err != nil {
+			return err
 		}
 	}
-	p.block.cut(run, mint, maxt)
-	return run, nil
+	if !whole {
+		cut(dst, in)
+	}
+	if dst != run {
+		appendRun(run, dst)
+	}
+	// A hint speaks of the sample before, which another block may not have seen.
+	if hists > 0 && hists < len(run.Histograms.H) {
+		run.Histograms.H[hists] = unknownHint(run.Histograms.H[hists])
+	}
+	if floatHists > 0 && floatHists < len(run.FloatHistograms.H) {
+		run.FloatHistograms.H[floatHists] = unknownFloatHint(run.FloatHistograms.H[floatHists])
+	}
+	return nil
+}
+
+func appendRun(dst, src *chunkfmt.Series) {
+	starts := func(dst, st []int64, before, n int) []int64 {
+		switch {
+		case dst == nil && st == nil:
+			return nil
+		case dst == nil:
+			dst = make([]int64, before, before+n)
+		case st == nil:
+			return append(dst, make([]int64, n)...)
+		}
+		return append(dst, st...)
+	}
+	f, g := &dst.Floats, &src.Floats
+	f.ST = starts(f.ST, g.ST, len(f.T), len(g.T))
+	f.T, f.V = append(f.T, g.T...), append(f.V, g.V...)
+	h, i := &dst.Histograms, &src.Histograms
+	h.ST = starts(h.ST, i.ST, len(h.T), len(i.T))
+	h.T, h.H = append(h.T, i.T...), append(h.H, i.H...)
+	j, k := &dst.FloatHistograms, &src.FloatHistograms
+	j.ST = starts(j.ST, k.ST, len(j.T), len(k.T))
+	j.T, j.H = append(j.T, k.T...), append(j.H, k.H...)
+}
+
+func unknownHint(h *histogram.Histogram) *histogram.Histogram {
+	if h.CounterResetHint == histogram.GaugeType {
+		return h
+	}
+	c := *h
+	c.CounterResetHint = histogram.UnknownCounterReset
+	return &c
+}
+
+func unknownFloatHint(h *histogram.FloatHistogram) *histogram.FloatHistogram {
+	if h.CounterResetHint == histogram.GaugeType {
+		return h
+	}
+	c := *h
+	c.CounterResetHint = histogram.UnknownCounterReset
+	return &c
 }
 
 // decode appends a chunk to run.
@@ -255,37 +347,28 @@ func check(c *chunkfmt.Chunk, t []int64, before int) error {
 	return nil
 }
 
-// cut leaves of a run what lies in mint to maxt and in the block's ranges.
-func (b *Block) cut(run *chunkfmt.Series, mint, maxt int64) {
-	var in []chunkfmt.Range
+// readable gives what of mint to maxt is to be read from the block, ascending.
+func (b *Block) readable(mint, maxt int64) []chunkfmt.Range {
+	out := make([]chunkfmt.Range, 0, len(b.Ranges))
 	for _, r := range b.Ranges {
 		if lo, hi := max(mint, r.MinT), min(maxt, r.MaxT); lo <= hi {
-			in = append(in, chunkfmt.Range{MinT: lo, MaxT: hi})
+			out = append(out, chunkfmt.Range{MinT: lo, MaxT: hi})
 		}
 	}
+	return out
+}
+
+// cut leaves of a run what lies in one of the ranges, which ascend.
+func cut(run *chunkfmt.Series, in []chunkfmt.Range) {
 	f, h, g := &run.Floats, &run.Histograms, &run.FloatHistograms
 	spans := within(f.T, in)
 	f.T, f.ST, f.V = keep(f.T, spans), keep(f.ST, spans), keep(f.V, spans)
 	spans = within(h.T, in)
 	h.T, h.ST, h.H = keep(h.T, spans), keep(h.ST, spans), keep(h.H, spans)
-	forget(h.H, spans, func(x *histogram.Histogram) *histogram.Histogram {
-		if x.CounterResetHint == histogram.GaugeType {
-			return x
-		}
-		c := *x
-		c.CounterResetHint = histogram.UnknownCounterReset
-		return &c
-	})
+	forget(h.H, spans, unknownHint)
 	spans = within(g.T, in)
 	g.T, g.ST, g.H = keep(g.T, spans), keep(g.ST, spans), keep(g.H, spans)
-	forget(g.H, spans, func(x *histogram.FloatHistogram) *histogram.FloatHistogram {
-		if x.CounterResetHint == histogram.GaugeType {
-			return x
-		}
-		c := *x
-		c.CounterResetHint = histogram.UnknownCounterReset
-		return &c
-	})
+	forget(g.H, spans, unknownFloatHint)
 }
 
 // span is a range of indexes, the end excluded.
@@ -311,10 +394,12 @@ func within(t []int64, ranges []chunkfmt.Range) []span {
 // keep leaves the elements at spans. One span shares memory with s.
 func keep[E any](s []E, spans []span) []E {
 	switch {
-	case s == nil || len(spans) == 0:
+	case s == nil:
 		return nil
+	case len(spans) == 0:
+		return s[:0]
 	case len(spans) == 1:
-		return s[spans[0].from:spans[0].to:spans[0].to]
+		return s[spans[0].from:spans[0].to]
 	}
 	var out []E
 	for _, sp := range spans {

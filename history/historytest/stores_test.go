@@ -23,6 +23,7 @@ import (
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
 func TestFiles(t *testing.T) {
+	t.Parallel()
 	TestObjects(t, func(t testing.TB) object.Store { return Files(t, prometheus.NewRegistry()) })
 }
 
@@ -45,11 +46,12 @@ func testS3(t *testing.T, server *testenv.S3Server) {
 	})
 }
 
-func TestS3(t *testing.T) { testS3(t, testenv.S3(t)) }
+func TestS3(t *testing.T) { t.Parallel(); testS3(t, testenv.S3(t)) }
 
-func TestS3OverTLS(t *testing.T) { testS3(t, testenv.S3TLS(t)) }
+func TestS3OverTLS(t *testing.T) { t.Parallel(); testS3(t, testenv.S3TLS(t)) }
 
 func TestS3Check(t *testing.T) {
+	t.Parallel()
 	server := testenv.S3(t)
 	check := func(change func(*object.S3Options)) error {
 		o := S3Options(t, server)
@@ -77,6 +79,7 @@ func TestS3Check(t *testing.T) {
 
 // TestS3Counts holds what dashboards and cost accounting rely on.
 func TestS3Counts(t *testing.T) {
+	t.Parallel()
 	reg := prometheus.NewRegistry()
 	o := S3Options(t, testenv.S3(t))
 	o.PartBytes = 5 << 20
@@ -115,10 +118,12 @@ epimetheus_object_store_written_bytes_total 1.1535336e+07
 }
 
 func TestBolt(t *testing.T) {
+	t.Parallel()
 	TestIndex(t, func(t testing.TB) index.Store { return Bolt(t, prometheus.NewRegistry()) })
 }
 
 func TestBoltIsLocked(t *testing.T) {
+	t.Parallel()
 	path := filepath.Join(t.TempDir(), "index.db")
 	s, err := index.NewBolt(path, prometheus.NewRegistry())
 	if err != nil {
@@ -159,18 +164,21 @@ func tables(endpoint string) func(t testing.TB) index.Store {
 }
 
 func TestDynamoDB(t *testing.T) {
+	t.Parallel()
 	TestIndex(t, tables(testenv.DynamoDB(t).Endpoint))
 }
 
 // TestDynamoDBUnderFaults runs the same contract while every second request is
 // throttled, put back in part, or loses its answer after the effect.
 func TestDynamoDBUnderFaults(t *testing.T) {
+	t.Parallel()
 	server := testenv.DynamoDB(t)
 	for name, fault := range map[string]ProxyFault{
 		"throttled": ProxyThrottle, "unprocessed": ProxyUnprocessed, "error before": ProxyErrorBefore,
 		"error after": ProxyErrorAfter, "cut after": ProxyCutAfter,
 	} {
 		t.Run(name, func(t *testing.T) {
+			t.Parallel()
 			var mu sync.Mutex
 			calls, faults := map[string]int{}, 0
 			url := DynamoDBProxy(t, server.Endpoint, func(op string) ProxyFault {
@@ -209,6 +217,7 @@ func TestDynamoDBUnderFaults(t *testing.T) {
 }
 
 func TestDynamoDBGivesUpAtItsDeadline(t *testing.T) {
+	t.Parallel()
 	server := testenv.DynamoDB(t)
 	var on atomic.Bool
 	for name, fault := range map[string]ProxyFault{"throttled": ProxyThrottle, "unprocessed": ProxyUnprocessed} {
@@ -245,6 +254,7 @@ func TestDynamoDBGivesUpAtItsDeadline(t *testing.T) {
 }
 
 func TestDynamoDBCheck(t *testing.T) {
+	t.Parallel()
 	o := DynamoDBOptions(t, testenv.DynamoDB(t).Endpoint)
 	s, err := index.NewDynamoDB(t.Context(), o, prometheus.NewRegistry())
 	if err != nil {
@@ -271,6 +281,7 @@ func TestDynamoDBCheck(t *testing.T) {
 }
 
 func TestDynamoDBCounts(t *testing.T) {
+	t.Parallel()
 	o := DynamoDBOptions(t, testenv.DynamoDB(t).Endpoint)
 	creator, err := index.NewDynamoDB(t.Context(), o, prometheus.NewRegistry())
 	if err != nil {
