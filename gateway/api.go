@@ -133,7 +133,7 @@ func New(o Options, s Storage, live *ring.Live, logger *slog.Logger, reg prometh
 			Version: PrometheusVersion, Revision: o.Revision, Branch: "HEAD",
 			BuildUser: "epimetheus", BuildDate: "", GoVersion: o.GoVersion,
 		},
-		func() []notifications.Notification { return nil },
+		func() []notifications.Notification { return []notifications.Notification{} },
 		func() (<-chan notifications.Notification, func(), bool) { return nil, func() {}, false },
 		gatherer, reg, nil,
 		false, nil, false, false, false,

@@ -63,7 +63,7 @@ func addTool(app *kingpin.Application, commands map[string]command) {
 func addAudit(tool *kingpin.CmdClause, commands map[string]command) {
 	cmd := tool.Command("audit", "Compare every sample of a Prometheus with what the gateway returns. Exit code 1 if any is missing, extra or different.")
 	var prom, walDir, gw, tenant, from, to string
-	var external map[string]string
+	external := map[string]string{}
 	var window time.Duration
 	var most int
 	cmd.Flag("prometheus", "URL of a Prometheus, or its data directory.").Required().StringVar(&prom)
