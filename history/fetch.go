@@ -238,7 +238,7 @@ func (h *History) load(ctx context.Context, stats *Stats, how fetching, wants []
 // firstError picks one of many joined errors, one of an absent object if there
 // is one, for that decides what is done.
 func firstError(err error) error {
-	joined, ok := err.(interface{ Unwrap() []error }) //nolint:errorlint // only of this level: a PageError is to stay whole
+	joined, ok := err.(interface{ Unwrap() []error }) // of this level only: a PageError is to stay whole
 	if !ok {
 		return err
 	}

@@ -6,6 +6,7 @@ import (
 	"slices"
 	"sort"
 
+	"github.com/prometheus/common/model"
 	"github.com/prometheus/prometheus/model/labels"
 
 	"github.com/epimetheus-tsdb/epimetheus/chunkfmt"
@@ -147,7 +148,7 @@ func (b *Block) holds(e *chunkfmt.Entry, mint, maxt int64) bool {
 func (s *Snapshot) prune(ctx context.Context, bs []*Block, dirs []*chunkfmt.Directory, refs [][]chunkfmt.PageRef, ms []*labels.Matcher) error {
 	var useful []*labels.Matcher
 	for _, m := range ms {
-		if m.Name != labels.MetricName && !m.Matches("") {
+		if m.Name != model.MetricNameLabel && !m.Matches("") {
 			useful = append(useful, m)
 		}
 	}

@@ -184,7 +184,7 @@ func snapshot(t testing.TB, h *History, tenant string, mint, maxt int64, must ..
 	return s
 }
 
-var cmpSeries = gocmp.Options{
+var cmpSeries = gocmp.Options{ //nolint:gochecknoglobals // constant
 	gocmp.Comparer(func(a, b labels.Labels) bool { return labels.Equal(a, b) }),
 	gocmp.Comparer(func(a, b float64) bool { return math.Float64bits(a) == math.Float64bits(b) }),
 	cmpopts.EquateEmpty(),
@@ -206,14 +206,14 @@ func wantSeries(t testing.TB, got, want []*chunkfmt.Series) {
 func randomSeries(r *rand.Rand, from, span int64, ls labels.Labels) *chunkfmt.Series {
 	s := &chunkfmt.Series{Labels: ls, Metadata: metadata.Metadata{Type: model.MetricTypeGauge, Help: "h " + ls.Get("__name__")}}
 	for at := from + r.Int64N(span/10); at < from+span; at += 1 + r.Int64N(span/20) {
-		switch k := r.IntN(20); {
-		case k == 0:
+		switch r.IntN(20) {
+		case 0:
 			s.Histograms.T = append(s.Histograms.T, at)
 			s.Histograms.H = append(s.Histograms.H, tsdbutil.GenerateTestHistogram(r.Int64N(5)))
-		case k == 1:
+		case 1:
 			s.FloatHistograms.T = append(s.FloatHistograms.T, at)
 			s.FloatHistograms.H = append(s.FloatHistograms.H, tsdbutil.GenerateTestFloatHistogram(r.Int64N(5)))
-		case k == 2:
+		case 2:
 			s.Floats.T, s.Floats.V = append(s.Floats.T, at), append(s.Floats.V, math.Float64frombits(r.Uint64()))
 		default:
 			s.Floats.T, s.Floats.V = append(s.Floats.T, at), append(s.Floats.V, float64(r.IntN(1000))/10)

@@ -5,6 +5,7 @@ import (
 	"context"
 	"slices"
 
+	"github.com/prometheus/common/model"
 	"github.com/prometheus/prometheus/model/labels"
 	"github.com/prometheus/prometheus/model/metadata"
 
@@ -133,7 +134,7 @@ func (s *Snapshot) LabelValues(ctx context.Context, name string, ms []*labels.Ma
 			vs := v.Values()
 			switch {
 			case metric == "":
-			case name != labels.MetricName:
+			case name != model.MetricNameLabel:
 				vs = v.Of(metric)
 			default: // the list of metrics itself
 				i, ok := slices.BinarySearch(vs, metric)
@@ -158,7 +159,7 @@ func onlyMetric(ms []*labels.Matcher) (metric string, ok bool) {
 	switch {
 	case len(ms) == 0:
 		return "", true
-	case len(ms) == 1 && ms[0].Name == labels.MetricName && ms[0].Type == labels.MatchEqual && ms[0].Value != "":
+	case len(ms) == 1 && ms[0].Name == model.MetricNameLabel && ms[0].Type == labels.MatchEqual && ms[0].Value != "":
 		return ms[0].Value, true
 	default:
 		return "", false
@@ -256,7 +257,7 @@ type MetricMetadata struct {
 func (s *Snapshot) Metadata(ctx context.Context, metric string, mint, maxt int64) ([]MetricMetadata, error) {
 	var ms []*labels.Matcher
 	if metric != "" {
-		ms = []*labels.Matcher{labels.MustNewMatcher(labels.MatchEqual, labels.MetricName, metric)}
+		ms = []*labels.Matcher{labels.MustNewMatcher(labels.MatchEqual, model.MetricNameLabel, metric)}
 	}
 	var out []MetricMetadata
 	err := s.attempt(ctx, mint, maxt, func(bs []*Block) error {
@@ -268,7 +269,7 @@ func (s *Snapshot) Metadata(ctx context.Context, metric string, mint, maxt int64
 		for _, f := range fs {
 			for i := range f.entries {
 				if e := &f.entries[i]; !e.Metadata.IsEmpty() {
-					set[MetricMetadata{e.Labels.Get(labels.MetricName), e.Metadata}] = struct{}{}
+					set[MetricMetadata{e.Labels.Get(model.MetricNameLabel), e.Metadata}] = struct{}{}
 				}
 			}
 		}

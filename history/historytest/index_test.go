@@ -49,8 +49,16 @@ func TestBlocksByTime(t *testing.T) {
 			return slices.Compare(a.Block[:], b.Block[:])
 		}
 		for _, r := range [][2]int64{
-			{math.MinInt64, math.MaxInt64}, {0, 0}, {-1, -1}, {1, w - 1}, {w, w}, {w + 1, 2 * w}, {3 * w, 4 * w},
-			{math.MaxInt64, math.MaxInt64}, {math.MinInt64, math.MinInt64}, {5, 4},
+			{math.MinInt64, math.MaxInt64},
+			{0, 0},
+			{-1, -1},
+			{1, w - 1},
+			{w, w},
+			{w + 1, 2 * w},
+			{3 * w, 4 * w},
+			{math.MaxInt64, math.MaxInt64},
+			{math.MinInt64, math.MinInt64},
+			{5, 4},
 		} {
 			want := []index.BlockRow{}
 			for _, row := range rows {

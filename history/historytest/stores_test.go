@@ -34,7 +34,7 @@ func testS3(t *testing.T, server *testenv.S3Server) {
 	var n atomic.Int32
 	TestObjects(t, func(t testing.TB) object.Store {
 		o := o
-		o.Prefix = "store" + string(rune('a'+n.Add(1))) + "/"
+		o.Prefix = "store" + string('a'+n.Add(1)) + "/"
 		s, err := object.NewS3(t.Context(), o, prometheus.NewRegistry())
 		if err != nil {
 			t.Fatal(err)
@@ -46,9 +46,15 @@ func testS3(t *testing.T, server *testenv.S3Server) {
 	})
 }
 
-func TestS3(t *testing.T) { t.Parallel(); testS3(t, testenv.S3(t)) }
+func TestS3(t *testing.T) {
+	t.Parallel()
+	testS3(t, testenv.S3(t))
+}
 
-func TestS3OverTLS(t *testing.T) { t.Parallel(); testS3(t, testenv.S3TLS(t)) }
+func TestS3OverTLS(t *testing.T) {
+	t.Parallel()
+	testS3(t, testenv.S3TLS(t))
+}
 
 func TestS3Check(t *testing.T) {
 	t.Parallel()
@@ -149,7 +155,7 @@ func tables(endpoint string) func(t testing.TB) index.Store {
 	var n atomic.Int32
 	return func(t testing.TB) index.Store {
 		o := DynamoDBOptions(t, endpoint)
-		o.Table += string(rune('a' + n.Add(1)))
+		o.Table += string('a' + n.Add(1))
 		s, err := index.NewDynamoDB(t.Context(), o, prometheus.NewRegistry())
 		if err != nil {
 			t.Fatal(err)

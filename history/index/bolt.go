@@ -24,7 +24,7 @@ type Bolt struct {
 }
 
 // boltBucket holds the rows of this layout; another layout gets another name.
-var boltBucket = []byte("rows1")
+const boltBucket = "rows1"
 
 // lockTimeout is how long another process may keep the file.
 const lockTimeout = 2 * time.Second
@@ -43,7 +43,7 @@ func NewBolt(path string, reg prometheus.Registerer) (*Bolt, error) {
 		return nil, fmt.Errorf("index file %s: %w", path, err)
 	}
 	err = db.Update(func(tx *bolt.Tx) error {
-		_, err := tx.CreateBucketIfNotExists(boltBucket)
+		_, err := tx.CreateBucketIfNotExists([]byte(boltBucket))
 		return err
 	})
 	if err != nil {
@@ -71,7 +71,7 @@ func (b *Bolt) do(ctx context.Context, op string, rows int, tx func(func(*bolt.T
 		return fmt.Errorf("index %s: %w", op, err)
 	}
 	start := time.Now()
-	err := tx(func(tx *bolt.Tx) error { return fn(tx.Bucket(boltBucket)) })
+	err := tx(func(tx *bolt.Tx) error { return fn(tx.Bucket([]byte(boltBucket))) })
 	switch {
 	case err == nil:
 		b.metrics.observe(op, start, "ok")

@@ -196,8 +196,7 @@ func (d *DynamoDB) call(ctx context.Context, op string) (context.Context, contex
 }
 
 func (d *DynamoDB) error(op string, err error) error {
-	var missing *types.ResourceNotFoundException
-	if errors.As(err, &missing) {
+	if _, missing := errors.AsType[*types.ResourceNotFoundException](err); missing {
 		return fmt.Errorf("index %s: dynamodb table %q: %w; create it with `epimetheus tool create-table`", op, d.o.Table, ErrNoTable)
 	}
 	return fmt.Errorf("index %s: dynamodb table %q: %w", op, d.o.Table, err)

@@ -199,14 +199,13 @@ func (f *Files) List(ctx context.Context, prefix string, fn func(Info) error) (e
 		}
 	}
 	err = filepath.WalkDir(filepath.Join(f.root, filepath.FromSlash(folder)), func(path string, d fs.DirEntry, err error) error {
-		if err == nil {
-			err = ctx.Err()
-		}
-		if isNotExist(err) {
+		switch {
+		case isNotExist(err):
 			return nil // deleted while we walked
-		}
-		if err != nil {
+		case err != nil:
 			return err
+		case ctx.Err() != nil:
+			return ctx.Err()
 		}
 		if d.IsDir() {
 			if path == f.tmp {
@@ -220,7 +219,7 @@ func (f *Files) List(ctx context.Context, prefix string, fn func(Info) error) (e
 		}
 		key := filepath.ToSlash(rel)
 		if !strings.HasPrefix(key, prefix) || ValidKey(key) != nil {
-			return nil
+			return nil //nolint:nilerr // not ours
 		}
 		info, err := d.Info()
 		if isNotExist(err) {

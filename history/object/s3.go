@@ -397,8 +397,7 @@ func s3Error(err error) error {
 	if err == nil {
 		return nil
 	}
-	var api smithy.APIError
-	if errors.As(err, &api) {
+	if api, ok := errors.AsType[smithy.APIError](err); ok {
 		switch api.ErrorCode() {
 		case "NoSuchKey", "NotFound", "NoSuchUpload":
 			return fmt.Errorf("%w (%s)", ErrNotExist, api.ErrorCode())

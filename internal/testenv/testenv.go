@@ -21,7 +21,6 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strconv"
-	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -70,7 +69,8 @@ func Tool(t testing.TB, name string) string {
 // time of the call.
 func FreeAddr(t testing.TB) string {
 	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
+	var lc net.ListenConfig
+	l, err := lc.Listen(t.Context(), "tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -230,7 +230,9 @@ func Answering(url string) func(context.Context) error {
 		if err != nil {
 			return err
 		}
-		resp, err := readyClient().Do(req)
+		// It keeps no connection open, so that leak checks stay quiet.
+		c := http.Client{Transport: &http.Transport{DisableKeepAlives: true}}
+		resp, err := c.Do(req)
 		if err != nil {
 			return err
 		}
@@ -241,11 +243,6 @@ func Answering(url string) func(context.Context) error {
 		return nil
 	}
 }
-
-// readyClient keeps no connection open, so that leak checks stay quiet.
-var readyClient = sync.OnceValue(func() *http.Client {
-	return &http.Client{Transport: &http.Transport{DisableKeepAlives: true}}
-})
 
 func port(addr string) string {
 	_, p, err := net.SplitHostPort(addr)
