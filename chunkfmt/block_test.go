@@ -8,6 +8,7 @@ import (
 	"math"
 	"math/rand/v2"
 	"slices"
+	"strings"
 	"testing"
 
 	"github.com/prometheus/prometheus/model/exemplar"
@@ -402,6 +403,35 @@ func TestWriterRefuses(t *testing.T) {
 		if _, err := w.Close(); err == nil {
 			t.Errorf("%s: closed all the same", name)
 		}
+	}
+}
+
+func TestWindows(t *testing.T) {
+	s := &Series{Labels: labels.FromStrings(labels.MetricName, "m")}
+	for _, x := range []int64{-101, -100, -99, 0, 1, 100, 101, 500} {
+		s.Floats.T, s.Floats.V = append(s.Floats.T, x), append(s.Floats.V, 1)
+	}
+	late := &Series{Labels: labels.FromStrings(labels.MetricName, "n"), Floats: Floats{T: []int64{99, 300}, V: []float64{1, 2}}}
+	_, sum := writeBlock(t, []tenantSeries{{"a", s}, {"a", late}}, WriterOptions{Window: 100})
+	want := []Range{{-101, -100}, {-99, 0}, {1, 100}, {101, 101}, {300, 300}, {500, 500}}
+	if !slices.Equal(sum.Tenants[0].Windows, want) {
+		t.Fatalf("%v, want %v", sum.Tenants[0].Windows, want)
+	}
+}
+
+// TestHugeLabels: text cuts pages long before they are too large to be read.
+func TestHugeLabels(t *testing.T) {
+	var in []tenantSeries
+	for i := range 40 {
+		in = append(in, tenantSeries{"a", &Series{
+			Labels: labels.FromStrings(labels.MetricName, "m", "l", fmt.Sprintf("%02d", i)+strings.Repeat("x", 3<<20)),
+			Floats: Floats{T: []int64{1}, V: []float64{1}},
+		}})
+	}
+	block, _ := writeBlock(t, in, WriterOptions{Uncompressed: true})
+	out, err := readBlock(block, nil, math.MinInt64, math.MaxInt64)
+	if err != nil || len(out) != len(in) {
+		t.Fatal(err, len(out))
 	}
 }
 

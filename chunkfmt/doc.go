@@ -7,7 +7,13 @@
 // match, and from those the data pages with the samples. Every page carries a
 // CRC32C and its length, and every parser in this package treats its input as
 // hostile: it returns an error that wraps ErrCorrupt, never panics, and takes
-// no more memory than a fixed multiple of what the caller's limits allow.
+// memory in proportion to the bytes it is given, within the limits stated in
+// docs/formats/block.md. How many samples a chunk decodes to is known before
+// (Chunk.Samples, DataPage.Samples) and at most MaxChunkSamples.
+//
+// Columns are packed by package codec. Timestamps are stored once per data page
+// for all chunks that have the same, and buckets of classic histograms as
+// differences to a neighbouring bucket where that pays.
 //
 // The package is pure: it knows no network, no clock and no goroutine. Fetching
 // and caching of pages is left to package history. The layout is specified in

@@ -36,8 +36,9 @@ type LabelValues struct {
 // labelInlineBytes is how large a label's values may be to stand in the label page.
 const labelInlineBytes = 16 << 10
 
-// labelPartValues is how many values one label-values page holds at most.
-const labelPartValues = 1 << 16
+// labelPartBytes is how much text one label-values page holds, but for its last
+// value.
+const labelPartBytes = 1 << 20
 
 // ParseLabelPage checks a label page.
 func ParseLabelPage(b []byte) (*LabelPage, error) {
@@ -342,15 +343,21 @@ func (b *labelBuilder) appendTo(dst []byte, offset int64, compress bool) (out []
 			}
 			return 1
 		})
-		if len(values) <= labelPartValues {
+		if len(values) <= labelInlineBytes/2 {
 			if part := appendLabelValues(nil, values); len(part) <= labelInlineBytes {
 				page = append(binary.AppendUvarint(page, 0), part...)
 				continue
 			}
 		}
 		from := len(dst)
-		for part := range slices.Chunk(values, labelPartValues) {
-			dst = appendPage(dst, pageLabelValues, appendLabelValues(nil, part), compress)
+		for len(values) > 0 {
+			k, n := 0, 0
+			for k < len(values) && n < labelPartBytes {
+				n += len(values[k].value) + 2*len(values[k].metrics) + 2
+				k++
+			}
+			dst = appendPage(dst, pageLabelValues, appendLabelValues(nil, values[:k]), compress)
+			values = values[k:]
 		}
 		page = binary.AppendUvarint(page, uint64(len(dst)-from))
 		page = binary.AppendUvarint(page, uint64(offset+int64(from-start)))

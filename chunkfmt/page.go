@@ -78,7 +78,11 @@ var zstdDecoder = sync.OnceValue(func() *zstd.Decoder {
 })
 
 // appendPage appends a page with body to dst, compressed if asked and worth it.
+// It appends nothing if the body is larger than MaxPage.
 func appendPage(dst []byte, typ pageType, body []byte, compress bool) []byte {
+	if len(body) > MaxPage {
+		return dst
+	}
 	start := len(dst)
 	if compress && len(body) >= 64 {
 		packed := binary.AppendUvarint(nil, uint64(len(body)))

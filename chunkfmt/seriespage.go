@@ -434,6 +434,7 @@ func (p *SeriesPage) LabelValues(name string) []string {
 // seriesBuilder collects one series page.
 type seriesBuilder struct {
 	series    int
+	bytes     int // of distinct names, values and metadata
 	names     []*nameBuilder
 	byName    map[string]*nameBuilder
 	chunks    chunkBuilder
@@ -479,6 +480,7 @@ func (b *seriesBuilder) addLabels(ls labels.Labels) {
 	ls.Range(func(l labels.Label) {
 		n := b.byName[l.Name]
 		if n == nil {
+			b.bytes += len(l.Name) + b.series
 			n = &nameBuilder{name: string([]byte(l.Name)), ids: map[string]uint32{}}
 			b.byName[n.name] = n
 			b.names = append(b.names, n)
@@ -493,6 +495,7 @@ func (b *seriesBuilder) addLabels(ls labels.Labels) {
 				n.values = append(n.values, v)
 				id = uint32(len(n.values))
 				n.ids[v] = id
+				b.bytes += len(v)
 			}
 			n.lastID = id
 		}
@@ -513,6 +516,7 @@ func (b *seriesBuilder) addMetadata(m metadata.Metadata) {
 		b.metaBytes = appendText(b.metaBytes, string(m.Type))
 		b.metaBytes = appendText(b.metaBytes, m.Unit)
 		b.metaBytes = appendText(b.metaBytes, m.Help)
+		b.bytes += len(m.Unit) + len(m.Help)
 	}
 	b.metaOf = binary.AppendUvarint(b.metaOf, uint64(id))
 }

@@ -42,6 +42,10 @@ func (o *WriterOptions) setDefaults() {
 // its directory.
 const smallTenant = 32 << 10
 
+// maxSeriesBytes is how much text a series page holds at most, but for its last
+// series.
+const maxSeriesBytes = 4 << 20
+
 // Writer writes one block front to back. It holds one data page and the series
 // and label pages of one tenant in memory. After an error it is of no more use,
 // and neither is what it wrote. Not safe for concurrent use.
@@ -91,6 +95,14 @@ func (w *Writer) write(b []byte) {
 	}
 }
 
+// writePage writes a page, which is empty if it would have been too large.
+func (w *Writer) writePage(what string, b []byte) {
+	if len(b) == 0 && w.err == nil {
+		w.err = fmt.Errorf("%w: tenant %q: %s page of more than %d bytes", ErrInvalid, w.tenant.Tenant, what, MaxPage)
+	}
+	w.write(b)
+}
+
 // Size is about how large the block would be if it were closed now, in bytes.
 func (w *Writer) Size() int64 {
 	n := w.off + int64(w.data.size()+w.exemplars.size()+len(w.indexes)) + int64(64*len(w.tenants))
@@ -131,7 +143,7 @@ func (w *Writer) add(tenant string, s *Series) error {
 		if o := cmp.Or(cmp.Compare(metric, w.metric), labels.Compare(s.Labels, w.last)); o <= 0 {
 			return fmt.Errorf("%w: tenant %q: series %s behind %s", ErrOrder, tenant, s.Labels, w.last)
 		}
-		if n := w.series; n != nil && (n.series >= w.o.PageSeries || n.series >= w.o.PageSeries/2 && metric != w.metric) {
+		if n := w.series; n != nil && (n.series >= w.o.PageSeries || n.series >= w.o.PageSeries/2 && metric != w.metric || n.bytes > maxSeriesBytes) {
 			w.endSeriesPage()
 		}
 	}
@@ -303,7 +315,7 @@ func (w *Writer) noteTimes(t []int64) {
 func (w *Writer) endDataPage() {
 	w.buf = w.data.appendTo(w.buf[:0], pageData)
 	w.series.chunks.endPage(w.off, int64(len(w.buf)))
-	w.write(w.buf)
+	w.writePage("data", w.buf)
 }
 
 func (w *Writer) endExemplarPage() {
@@ -324,11 +336,14 @@ func (w *Writer) endSeriesPage() {
 	}
 	b.exemplars.offset = w.off
 	for _, p := range w.exPages {
-		w.write(p)
+		w.writePage("exemplar", p)
 	}
 	w.exPages = nil
 	start := len(w.indexes)
 	w.indexes = b.appendTo(w.indexes, !w.o.Uncompressed)
+	if len(w.indexes) == start {
+		w.writePage("series", nil)
+	}
 	w.pages = append(w.pages, PageRef{
 		Location: Location{Offset: int64(start), Size: int64(len(w.indexes) - start)}, Data: b.chunks.data(),
 		FirstMetric: b.first, LastMetric: b.last, Times: b.times, Series: uint64(b.series), Samples: b.samples,
@@ -368,7 +383,7 @@ func (w *Writer) endTenant() {
 			break
 		}
 		w.tenant.Directory = Location{Offset: w.off, Size: int64(len(page) + len(w.indexes))}
-		w.write(page)
+		w.writePage("directory", page)
 		w.write(w.indexes)
 	} else {
 		for i := range d.pages {
@@ -377,12 +392,15 @@ func (w *Writer) endTenant() {
 		w.write(w.indexes)
 		if len(d.pages) > 1 {
 			pages, size := w.labels.appendTo(nil, w.off, !w.o.Uncompressed)
+			if size == 0 {
+				w.writePage("label", nil)
+			}
 			w.write(pages)
 			d.Labels = Location{Offset: w.off - int64(size), Size: int64(size)}
 		}
 		page = d.append(nil, w.off, !w.o.Uncompressed)
 		w.tenant.Directory = Location{Offset: w.off, Size: int64(len(page))}
-		w.write(page)
+		w.writePage("directory", page)
 	}
 	w.tenants = append(w.tenants, w.tenant)
 	w.open, w.labels, w.pages, w.indexes = false, labelBuilder{}, nil, w.indexes[:0]
@@ -391,7 +409,11 @@ func (w *Writer) endTenant() {
 // Close writes the rest of the block. It does not close the underlying writer.
 func (w *Writer) Close() (*Summary, error) {
 	w.endTenant()
-	w.write(appendFooter(nil, w.tenants, !w.o.Uncompressed))
+	footer := appendFooter(nil, w.tenants, !w.o.Uncompressed)
+	if len(footer) <= trailerSize {
+		w.writePage("footer", nil)
+	}
+	w.write(footer)
 	if w.err != nil {
 		return nil, w.err
 	}
