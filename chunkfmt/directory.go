@@ -130,11 +130,11 @@ func (p *PageRef) mayMatch(ms []*labels.Matcher) bool {
 			}
 		case labels.MatchRegexp:
 			if names := m.SetMatches(); len(names) > 0 {
-				any := false
+				some := false
 				for _, n := range names {
-					any = any || n >= p.FirstMetric && n <= p.LastMetric
+					some = some || n >= p.FirstMetric && n <= p.LastMetric
 				}
-				if !any {
+				if !some {
 					return false
 				}
 			} else if prefix := m.Prefix(); prefix != "" {

@@ -57,25 +57,28 @@ const (
 	pageZstd pageType = 0x80 // the body is its length and a zstd frame
 )
 
-var castagnoli = crc32.MakeTable(crc32.Castagnoli)
+//nolint:gochecknoglobals // a constant table, and coders without state that are dear to make
+var (
+	castagnoli  = crc32.MakeTable(crc32.Castagnoli)
+	zstdEncoder = sync.OnceValue(newZstdEncoder)
+	zstdDecoder = sync.OnceValue(newZstdDecoder)
+)
 
-var zstdEncoder = sync.OnceValue(func() *zstd.Encoder {
-	e, err := zstd.NewWriter(nil, zstd.WithEncoderConcurrency(1), zstd.WithEncoderLevel(zstd.SpeedDefault),
-		zstd.WithEncoderCRC(false), zstd.WithSingleSegment(true))
+func newZstdEncoder() *zstd.Encoder {
+	e, err := zstd.NewWriter(nil, zstd.WithEncoderLevel(zstd.SpeedDefault), zstd.WithEncoderCRC(false), zstd.WithSingleSegment(true))
 	if err != nil {
 		panic(err) // the options are constants
 	}
 	return e
-})
+}
 
-var zstdDecoder = sync.OnceValue(func() *zstd.Decoder {
-	d, err := zstd.NewReader(nil, zstd.WithDecoderConcurrency(0), zstd.WithDecoderMaxMemory(MaxPage),
-		zstd.WithDecodeAllCapLimit(true))
+func newZstdDecoder() *zstd.Decoder {
+	d, err := zstd.NewReader(nil, zstd.WithDecoderConcurrency(0), zstd.WithDecoderMaxMemory(MaxPage), zstd.WithDecodeAllCapLimit(true))
 	if err != nil {
 		panic(err) // the options are constants
 	}
 	return d
-})
+}
 
 // appendPage appends a page with body to dst, compressed if asked and worth it.
 // It appends nothing if the body is larger than MaxPage.

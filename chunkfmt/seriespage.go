@@ -370,13 +370,13 @@ func (p *SeriesPage) match(ms []*labels.Matcher) []bool {
 		}
 		l := &p.names[j]
 		good := make([]bool, len(l.values)+1)
-		any := m.Matches("")
-		good[absent] = any
+		some := m.Matches("")
+		good[absent] = some
 		for k, v := range l.values {
 			good[k+1] = m.Matches(v)
-			any = any || good[k+1]
+			some = some || good[k+1]
 		}
-		if !any {
+		if !some {
 			return nil
 		}
 		for i := range keep {
@@ -458,15 +458,15 @@ type nameBuilder struct {
 
 // chunkBuilder collects a chunkPart.
 type chunkBuilder struct {
-	offset   int64
-	sizes    []int64
-	counts   []int
-	inPage   int
-	spanIDs  map[span]uint32
-	spans    []byte
-	refs     []byte
-	perSerie []byte
-	total    int
+	offset    int64
+	sizes     []int64
+	counts    []int
+	inPage    int
+	spanIDs   map[span]uint32
+	spans     []byte
+	refs      []byte
+	perSeries []byte
+	total     int
 }
 
 func newSeriesBuilder() *seriesBuilder {
@@ -566,7 +566,7 @@ func (b *chunkBuilder) append(dst []byte) []byte {
 	}
 	dst = binary.AppendUvarint(dst, uint64(len(b.spanIDs)))
 	dst = append(dst, b.spans...)
-	dst = append(dst, b.perSerie...)
+	dst = append(dst, b.perSeries...)
 	return append(dst, b.refs...)
 }
 

@@ -255,7 +255,7 @@ func (w *Writer) addChunks(s *Series) {
 			return appendFloatHistograms(&w.data.enc, dst, s.FloatHistograms.H[i:j])
 		})
 	}
-	b.chunks.perSerie = binary.AppendUvarint(b.chunks.perSerie, uint64(b.chunks.total-before))
+	b.chunks.perSeries = binary.AppendUvarint(b.chunks.perSeries, uint64(b.chunks.total-before))
 
 	before = b.exemplars.total
 	for es := range slices.Chunk(s.Exemplars, w.o.ChunkSamples) {
@@ -270,7 +270,7 @@ func (w *Writer) addChunks(s *Series) {
 			w.endExemplarPage()
 		}
 	}
-	b.exemplars.perSerie = binary.AppendUvarint(b.exemplars.perSerie, uint64(b.exemplars.total-before))
+	b.exemplars.perSeries = binary.AppendUvarint(b.exemplars.perSeries, uint64(b.exemplars.total-before))
 }
 
 // cutHistograms returns the end of a chunk that begins at i.

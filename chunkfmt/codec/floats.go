@@ -36,10 +36,12 @@ const (
 	negZeroBits = 0x8000000000000000
 )
 
+//nolint:gochecknoglobals // a constant table
 var exceptionBits = [exceptFirstBad]uint64{
 	exceptStale: staleBits, exceptNaN: nanBits, exceptInf: infBits, exceptNegInf: negInfBits, exceptNegZero: negZeroBits,
 }
 
+//nolint:gochecknoglobals // a constant table
 var powersOf10 = [maxDecimals + 1]float64{
 	1, 1e1, 1e2, 1e3, 1e4, 1e5, 1e6, 1e7, 1e8, 1e9, 1e10, 1e11, 1e12, 1e13, 1e14, 1e15, 1e16, 1e17, 1e18,
 }
