@@ -36,7 +36,8 @@ func (s *S3Server) Env() []string {
 		"AWS_REGION=" + s.Region, "AWS_EC2_METADATA_DISABLED=true",
 	}
 	if s.CAFile != "" {
-		env = append(env, "SSL_CERT_FILE="+s.CAFile)
+		// The SDK prefers its own variable, which the machine may have set.
+		env = append(env, "SSL_CERT_FILE="+s.CAFile, "AWS_CA_BUNDLE="+s.CAFile)
 	}
 	return env
 }
