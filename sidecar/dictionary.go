@@ -44,12 +44,14 @@ type dictionary struct {
 	live int64  // bytes of records that still mean something
 	mark tail.Position
 
-	pages  map[uint64]*refPage
-	chunks []*[slotsPerChunk]slot
-	slots  uint32 // ever used
-	free   []uint32
-	count  int
-	old    map[uint64]*history // refs with more than one definition
+	pages     map[uint64]*refPage
+	recent    *refPage // the page of recentKey, since refs come in runs
+	recentKey uint64
+	chunks    []*[slotsPerChunk]slot
+	slots     uint32 // ever used
+	free      []uint32
+	count     int
+	old       map[uint64]*history // refs with more than one definition
 
 	scratch []byte
 	dec     record.Decoder
@@ -68,6 +70,7 @@ const (
 	refsPerPage   = 64
 	slotsPerChunk = 4096
 	flushBytes    = 64 << 10
+	maxUnwritten  = 32 << 20
 
 	noTime = math.MinInt64
 )
@@ -249,9 +252,12 @@ func (d *dictionary) all(fn func(i uint32, s *slot)) {
 
 // current returns the slot of the newest definition of ref.
 func (d *dictionary) current(ref uint64) (uint32, bool) {
-	p := d.pages[ref/refsPerPage]
-	if p == nil {
-		return 0, false
+	p := d.recent
+	if key := ref / refsPerPage; p == nil || key != d.recentKey {
+		if p = d.pages[key]; p == nil {
+			return 0, false
+		}
+		d.recent, d.recentKey = p, key
 	}
 	i := p.slot[ref%refsPerPage]
 	return i, i != 0
@@ -450,6 +456,7 @@ func (d *dictionary) unlink(ref uint64, fn func(uint32)) {
 	p.slot[ref%refsPerPage] = 0
 	if p.used--; p.used == 0 {
 		delete(d.pages, ref/refsPerPage)
+		d.recent = nil
 	}
 }
 
@@ -542,7 +549,11 @@ func (d *dictionary) append(payload []byte) (off int64, err error) {
 	d.buf = binary.LittleEndian.AppendUint32(d.buf, crc32.Checksum(payload, castagnoli))
 	d.buf = append(d.buf, payload...)
 	if len(d.buf) >= flushBytes {
-		return off, d.flush()
+		// A full disk may be empty again soon: until then it stays in memory,
+		// and setMark says that no checkpoint can be written.
+		if err := d.flush(); err != nil && len(d.buf) >= maxUnwritten {
+			return 0, err
+		}
 	}
 	return off, nil
 }

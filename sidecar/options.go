@@ -3,6 +3,7 @@ package sidecar
 import (
 	"errors"
 	"fmt"
+	"net/http"
 	"net/url"
 	"path/filepath"
 	"time"
@@ -63,6 +64,9 @@ type Options struct {
 	// DialOptions are for the connections to ingesters: credentials. None
 	// means plain text.
 	DialOptions []grpc.DialOption
+	// HTTPClient is for asking gateways for the ring; nil for a plain one. A
+	// transport of it may add credentials.
+	HTTPClient *http.Client
 	// Version names this program to ingesters.
 	Version string
 }

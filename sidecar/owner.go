@@ -41,12 +41,19 @@ type owner struct {
 	detachedAt time.Time
 }
 
+// link is the network side of a session; see ship.Session for the contract.
+type link interface {
+	TrySend(*shippb.Batch) (seq uint64, ok bool)
+	State() ship.SessionState
+	Run(context.Context) error
+}
+
 // session is one session with an owner, with the batch that is being filled.
 type session struct {
 	id     SessionID
 	index  uint16 // in slots
 	owner  *owner
-	ship   *ship.Session
+	ship   link
 	cancel context.CancelFunc
 
 	cols      ship.Columns

@@ -37,7 +37,8 @@ type shipper struct {
 	versions    *labelVersions
 	ringWatch   *ringWatch
 	external    *externalLabels
-	publish     func(Status) // called from time to time
+	publish     func(Status)           // called from time to time
+	connect     func(ring.Member) link // makes a session's network side
 
 	wake  chan struct{} // cap 1; written to by all goroutines
 	group *errgroup.Group
@@ -81,6 +82,7 @@ type shipper struct {
 	gcDone         int
 	warned         map[string]bool
 	counts         sampleCounts
+	fatal          error // of our own data directory
 }
 
 // sampleCounts are added to the metrics once per record: counters are dear when
@@ -140,6 +142,9 @@ func (s *shipper) run(ctx context.Context) error {
 	}
 	defer s.tail.Close()
 	for turn := 0; ctx.Err() == nil; turn++ {
+		if s.fatal != nil {
+			return s.fatal
+		}
 		s.housekeep(ctx)
 		if s.split == nil || s.versions.present == nil {
 			s.wait(ctx, s.opts.PollInterval)
@@ -271,7 +276,7 @@ func (s *shipper) rebuild(ctx context.Context, pos tail.Position) error {
 
 // readTail reads about one range's worth. It returns true if there may be more.
 func (s *shipper) readTail(ctx context.Context) bool {
-	for n := int64(0); n < s.opts.RangeBytes && !s.dirty && ctx.Err() == nil; {
+	for n := int64(0); n < s.opts.RangeBytes && !s.dirty && s.fatal == nil && ctx.Err() == nil; {
 		b, err := s.tail.Next()
 		if errors.Is(err, io.EOF) {
 			s.endRange(ctx, false)
@@ -292,6 +297,7 @@ func (s *shipper) readTail(ctx context.Context) bool {
 func (s *shipper) record(ctx context.Context, b *tail.Batch) {
 	if !b.From.SameFile(s.rangeEnd) {
 		s.cut(ctx, b.From)
+		s.agent = s.dir.Agent() // it may have begun only now
 	}
 	if !s.open {
 		s.open, s.began, s.rangeSize = true, time.Now(), 0
@@ -774,9 +780,21 @@ func (s *shipper) ensureSession(o *owner) {
 	ss.index = uint16(index)
 	s.sessions[index] = ss
 	o.session = ss
-	logger := s.logger.With("owner", o.member.ID)
-	ss.ship = ship.NewSession(ship.SessionOptions{
-		Address: o.member.Address, Tenant: s.opts.Tenant, Source: s.source, Client: s.opts.Version,
+	ss.ship = s.connect(o.member)
+	s.ledger.Begin(ss.id)
+	ctx, cancel := context.WithCancel(context.Background()) // canceled when run ends
+	ss.cancel = cancel
+	s.group.Go(func() error {
+		ss.ship.Run(ctx) // its end shows in its state
+		return nil
+	})
+}
+
+// dial is the usual connect.
+func (s *shipper) dial(m ring.Member) link {
+	logger := s.logger.With("owner", m.ID)
+	return ship.NewSession(ship.SessionOptions{
+		Address: m.Address, Tenant: s.opts.Tenant, Source: s.source, Client: s.opts.Version,
 		DialOptions: s.opts.DialOptions, GiveUp: s.opts.GiveUp,
 		Heartbeat: func() *shippb.Heartbeat {
 			return &shippb.Heartbeat{LagMs: s.lagMS.Load(), OpenRewinds: s.queue.Load()}
@@ -787,13 +805,6 @@ func (s *shipper) ensureSession(o *owner) {
 			logger.Debug("ingester refused samples", "reason", r.Reason, "samples", r.Samples, "example", r.Example)
 		},
 	}, logger)
-	s.ledger.Begin(ss.id)
-	ctx, cancel := context.WithCancel(context.Background()) // canceled when run ends
-	ss.cancel = cancel
-	s.group.Go(func() error {
-		ss.ship.Run(ctx) // its end shows in its state
-		return nil
-	})
 }
 
 // endSession takes in that a session has ended for good.
@@ -1173,6 +1184,9 @@ func (s *shipper) releaseSlot(i uint32) {
 }
 
 func (s *shipper) saveCheckpoint() error {
+	if s.fatal != nil {
+		return s.fatal
+	}
 	// First the dictionary: a checkpoint promises what lies before it.
 	if err := s.dict.setMark(s.tail.Position()); err != nil {
 		return err
@@ -1194,6 +1208,7 @@ func (s *shipper) saveCheckpoint() error {
 // report publishes metrics and the status.
 func (s *shipper) report(now time.Time) {
 	m := s.metrics
+	s.agent = s.dir.Agent()
 	st := Status{
 		Position: s.tail.Position(), Checkpoint: s.ledger.Checkpoint(), Series: s.dict.count, DictionaryBytes: s.dict.size,
 		Gaps: s.tail.Gaps(), Agent: s.agent, Time: now,
@@ -1246,9 +1261,12 @@ func (s *shipper) report(now time.Time) {
 	s.publish(st)
 }
 
+// dictionaryTrouble makes run end: without the dictionary samples would be lost,
+// and a start reads again what there is from the checkpoint, which stays.
 func (s *shipper) dictionaryTrouble(err error) {
-	s.metrics.readErrors.Inc()
-	s.warn("dictionary", "dictionary can't be used", "err", err)
+	if s.fatal == nil {
+		s.fatal = err
+	}
 }
 
 // warn logs the first time of a kind.

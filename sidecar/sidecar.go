@@ -117,14 +117,19 @@ func open(opts Options, dir *tail.Dir, logger *slog.Logger, reg prometheus.Regis
 		opts: opts, logger: logger, metrics: m, tailMetrics: tail.NewMetrics(reg), dir: dir, source: cp.source(),
 		dict: dict, cp: cp, versions: versions, wake: make(chan struct{}, 1), publish: s.setStatus,
 	}
+	gatewayClient := s.client
+	if opts.HTTPClient != nil {
+		gatewayClient = opts.HTTPClient
+	}
 	sh.ringWatch = &ringWatch{
-		gateways: opts.Gateways, tenant: opts.Tenant, wait: opts.RingWait, client: s.client,
+		gateways: opts.Gateways, tenant: opts.Tenant, wait: opts.RingWait, client: gatewayClient,
 		logger: logger, failed: m.ringErrors.Inc, notify: sh.notify,
 	}
 	sh.external = &externalLabels{
 		url: opts.PrometheusURL, file: opts.PrometheusConfigFile, every: opts.LabelsInterval, client: s.client,
 		logger: logger, failed: m.labelErrors.Inc, notify: sh.notify,
 	}
+	sh.connect = sh.dial
 	s.shipper = sh
 	s.setStatus(Status{})
 	return s, nil

@@ -11,7 +11,6 @@ import (
 	"net/http/httptest"
 	"os"
 	"path/filepath"
-	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -29,7 +28,6 @@ import (
 	"github.com/prometheus/prometheus/model/metadata"
 	"github.com/prometheus/prometheus/model/relabel"
 	"github.com/prometheus/prometheus/model/value"
-	"github.com/prometheus/prometheus/storage"
 	"github.com/prometheus/prometheus/storage/remote"
 	"github.com/prometheus/prometheus/tsdb"
 	"github.com/prometheus/prometheus/tsdb/agent"
@@ -438,9 +436,55 @@ func TestFromAgent(t *testing.T) {
 	h.want(want, false)
 	write(2000)
 	h.want(want, false)
-	if !h.sidecar.Status().Agent && h.metric("epimetheus_sidecar_dropped_samples_total", "agent_checkpoint") != 0 {
-		t.Error("not taken for an agent")
+	eventually(t, "it is taken for an agent", func() bool { return h.sidecar.Status().Agent })
+}
+
+// The samples in an agent's WAL checkpoint are placeholders.
+func TestAgentCheckpoint(t *testing.T) {
+	h := newHarness(t, 1)
+	w := h.wal()
+	if err := os.Remove(filepath.Join(h.promDir, "chunks_head")); err != nil {
+		t.Fatal(err)
 	}
+	w.series(1, 11)
+	w.scrape(1, 11, 1000)
+	w.wl.NextSegment()
+	if _, err := wlog.Checkpoint(promslog.NewNopLogger(), w.wl, 0, 0, func(chunks.HeadSeriesRef) bool { return true }, 0, false, false); err != nil {
+		t.Fatal(err)
+	}
+	w.wl.Truncate(1)
+	clear(w.all)
+	w.scrape(1, 11, 2000)
+	h.run()
+	h.want(w.all, false)
+	if n := h.metric("epimetheus_sidecar_dropped_samples_total", "agent_checkpoint"); n != 10 {
+		t.Errorf("%v placeholders counted", n)
+	}
+}
+
+// Without its dictionary the sidecar stops rather than lose samples; started
+// again it has lost none.
+func TestDictionaryFails(t *testing.T) {
+	h := newHarness(t, 1)
+	w := h.wal()
+	w.series(1, 20)
+	w.scrape(1, 20, 1000)
+	h.run()
+	h.want(w.all, false)
+	h.stop()
+	s, err := New(h.opts, promslog.NewNopLogger(), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.shipper.dict.f.Close()
+	w.scrape(1, 20, 2000)
+	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+	defer cancel()
+	if err := s.Run(ctx); err == nil || ctx.Err() != nil {
+		t.Fatalf("ended with %v, %v", err, ctx.Err())
+	}
+	h.run()
+	h.want(w.all, false)
 }
 
 // Ingesters die and come back as other processes, streams break, acks are lost,
@@ -833,6 +877,3 @@ func TestNewErrors(t *testing.T) {
 		}
 	}
 }
-
-var _ = slices.Contains[[]int]
-var _ storage.SeriesRef

@@ -72,7 +72,8 @@ func (d *Dir) Path() string { return d.path }
 func (d *Dir) WAL() string { return filepath.Join(d.path, "wal") }
 
 // Agent says whether the directory belongs to a Prometheus agent: one with a WAL
-// but without a head's memory-mapped chunks, which a server makes before its WAL.
+// but without a head's memory-mapped chunks, which a server makes as soon as it
+// has a WAL.
 func (d *Dir) Agent() bool {
 	return isDir(d.WAL()) && !isDir(filepath.Join(d.path, "chunks_head"))
 }
