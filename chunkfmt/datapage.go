@@ -65,10 +65,11 @@ type timesColumn struct {
 }
 
 type pageChunk struct {
-	kind  byte
-	times uint32
-	base  uint32 // distance to the chunk it is based on, 0 for none
-	b     []byte
+	kind   byte
+	isBase bool // of others
+	times  uint32
+	base   uint32 // distance to the chunk it is based on, 0 for none
+	b      []byte
 }
 
 // ParseDataPage checks a page of chunks or of exemplars. The page keeps b and
@@ -124,6 +125,7 @@ func ParseDataPage(b []byte) (*DataPage, error) {
 				c.fail("chunk %d has a base %d before it", i, k.base)
 				break
 			}
+			p.chunks[i-int(k.base)].isBase = true
 		}
 	}
 	if err := c.end(); err != nil {
@@ -205,7 +207,7 @@ func (p *DataPage) Floats(i int, dst *Floats) error {
 func (p *DataPage) values(d *decoder, i int, b []byte, n int, dst []float64) ([]float64, error) {
 	var rest []byte
 	var err error
-	if p.chunks[i].base == 0 {
+	if k := &p.chunks[i]; k.base == 0 && !k.isBase {
 		dst, rest, err = d.Decoder.Floats(dst, b, n)
 	} else {
 		sum, base, err2 := d.base(p, i, n)

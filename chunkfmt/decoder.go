@@ -20,7 +20,8 @@ type decoder struct {
 	chain []int
 }
 
-// chunkInts are the integers of a chunk that was on a base; chunk is -1 if of none.
+// chunkInts are the integers of a chunk that is based on another or is a base;
+// chunk is -1 if of none.
 type chunkInts struct {
 	chunk int
 	ints  []int64
@@ -89,9 +90,6 @@ func (c *timesColumn) decode(d *codec.Decoder, dst []int64) ([]int64, error) {
 // none, and where those of chunk i itself are to go. The caller notes i there
 // once they have.
 func (d *decoder) base(p *DataPage, i, n int) (sum *chunkInts, base []int64, err error) {
-	if p.chunks[i].base == 0 {
-		return nil, nil, nil
-	}
 	sum = &d.ints[d.next]
 	d.next = (d.next + 1) % len(d.ints)
 	sum.chunk = -1
@@ -99,6 +97,9 @@ func (d *decoder) base(p *DataPage, i, n int) (sum *chunkInts, base []int64, err
 		sum.ints = make([]int64, n)
 	}
 	sum.ints = sum.ints[:n]
+	if p.chunks[i].base == 0 {
+		return sum, nil, nil
+	}
 	d.chain = d.chain[:0]
 	for j := i; p.chunks[j].base != 0 && base == nil; {
 		j -= int(p.chunks[j].base)

@@ -230,7 +230,7 @@ func (e *Encoder) fillFront() {
 func (e *Encoder) chooseBase(bases [][]int64) int {
 	s := sample(e.ints)
 	best, least := -1, e.estimate(s)
-	least -= least*2/5 + 2 // decoding two columns has to pay
+	least -= max(least*2/5, len(s)/8) + 2 // decoding two columns has to pay
 	for k, b := range bases {
 		if len(b) != len(e.ints) {
 			continue
@@ -294,7 +294,8 @@ func (d *Decoder) Floats(dst []float64, b []byte, n int) (out []float64, rest []
 }
 
 // FloatsOn is Floats for a column on a base whose n integers are given. Those of
-// this column, for use as a base in turn, go to sum, which may be base.
+// this column, for use as a base in turn, go to sum, which may be base. Without a
+// base, a column that can't be one is refused.
 func (d *Decoder) FloatsOn(dst []float64, b []byte, n int, sum, base []int64) (out []float64, rest []byte, err error) {
 	out, added, err := grow(dst, n)
 	if err != nil || n == 0 {
@@ -305,7 +306,7 @@ func (d *Decoder) FloatsOn(dst []float64, b []byte, n int, sum, base []int64) (o
 	}
 	head := b[0]
 	b = b[1:]
-	if base != nil && head&floatBase == 0 {
+	if base != nil && head&floatBase == 0 || base == nil && sum != nil && head&^floatExcept != 0 {
 		return dst, nil, ErrCorrupt
 	}
 	if head == floatConst {
@@ -317,16 +318,21 @@ func (d *Decoder) FloatsOn(dst []float64, b []byte, n int, sum, base []int64) (o
 		return out, b[k:], nil
 	}
 	kind := head &^ (floatExcept | floatBase)
-	if kind > maxDecimals && kind != floatBits || head&floatBase != 0 && (kind != 0 || len(base) != n || len(sum) != n) {
+	if kind > maxDecimals && kind != floatBits || head&floatBase != 0 && (kind != 0 || len(base) != n) || sum != nil && len(sum) != n {
 		return dst, nil, ErrCorrupt
 	}
 	m := mapping{kind: kind}
 	if kind <= maxDecimals {
 		m.power = powersOf10[kind]
 	}
-	if head&floatBase != 0 {
+	switch {
+	case base != nil:
 		b, err = d.intsOn(added, b, sum, base)
-	} else {
+	case sum != nil:
+		if b, err = d.ints(sum, b, levelAny); err == nil {
+			toFloats(added, sum)
+		}
+	default:
 		b, err = d.mapped(added, b, m)
 	}
 	if err != nil {
