@@ -16,6 +16,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/epimetheus-tsdb/epimetheus/chunkfmt"
+	"github.com/epimetheus-tsdb/epimetheus/history"
 	"github.com/epimetheus-tsdb/epimetheus/ingest/head"
 )
 
@@ -236,6 +237,15 @@ func (f *flusher) publishOne(ctx context.Context, b *block) error {
 			return nil
 		}
 		f.metrics.failures.Inc()
+		if errors.Is(err, history.ErrCondemned) {
+			// A sweeper took the interrupted block for an orphan: it goes under
+			// another name.
+			id, idErr := ulid.New(ulid.Timestamp(time.Now()), rand.Reader)
+			if idErr != nil {
+				return fmt.Errorf("new block id: %w", idErr)
+			}
+			b.id = id
+		}
 		if ctx.Err() != nil {
 			return errors.Join(context.Cause(ctx), err)
 		}

@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"path/filepath"
 	"time"
@@ -57,6 +56,9 @@ func (p *process) openStores(shared bool) (_ *stores, err error) {
 		if err != nil {
 			return nil, fmt.Errorf("objects.s3: %w", err)
 		}
+		if err := s3.Check(ctx); err != nil {
+			return nil, fmt.Errorf("objects.s3: %w (see that bucket, endpoint, region and credentials are right)", err)
+		}
 		objects = s3
 	default:
 		dir := c.Objects.Files.Directory
@@ -67,10 +69,10 @@ func (p *process) openStores(shared bool) (_ *stores, err error) {
 		if err != nil {
 			return nil, fmt.Errorf("objects.files: %w", err)
 		}
+		if err := files.Check(ctx); err != nil {
+			return nil, fmt.Errorf("objects.files: %w", err)
+		}
 		objects = files
-	}
-	if _, err := objects.Size(ctx, "probe"); err != nil && !errors.Is(err, object.ErrNotExist) {
-		return nil, fmt.Errorf("objects: can't be read: %w (see that bucket, endpoint, region and credentials are right)", err)
 	}
 	var rows index.Store
 	switch c.Index.Type {

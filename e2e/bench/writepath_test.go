@@ -17,6 +17,7 @@ import (
 //nolint:gochecknoglobals // flags of the test binary
 var (
 	minutes  = flag.Int("minutes", 30, "how much of the data set wide goes through the write path")
+	given    = flag.String("binary", "", "measure this binary instead of building one")
 	profiles = flag.String("profiles", "", "existing directory for CPU and heap profiles of the processes")
 )
 
@@ -32,7 +33,10 @@ ingester:
 // `epimetheus all`, and flushes. One round takes about a minute: run it with
 // -benchtime=1x.
 func BenchmarkWritePath(b *testing.B) {
-	binary := build(b)
+	binary := *given
+	if binary == "" {
+		binary = build(b)
+	}
 	for b.Loop() {
 		writePath(b, binary)
 	}
@@ -64,7 +68,7 @@ func writePath(b *testing.B, binary string) {
 		profiling.Go(func() { r.save(b, "/debug/pprof/profile?seconds=4", name+".cpu") })
 	}
 	began := time.Now()
-	await(b, "all samples received", 10*time.Minute, 20*time.Millisecond, func() bool {
+	await(b, "all samples received", 10*time.Minute, 100*time.Millisecond, func() bool {
 		return ingester.metric(b, "epimetheus_ingester_received_samples_total") >= float64(total)
 	})
 	elapsed := time.Since(began)

@@ -151,12 +151,29 @@ func (s sample) String() string {
 	return fmt.Sprintf("%v (%#x)", s.v, math.Float64bits(s.v))
 }
 
+// stale says whether the sample is a staleness marker.
+func (s *sample) stale() bool {
+	switch {
+	case s.h != nil:
+		return value.IsStaleNaN(s.h.Sum)
+	case s.fh != nil:
+		return value.IsStaleNaN(s.fh.Sum)
+	}
+	return value.IsStaleNaN(s.v)
+}
+
+// equal compares what samples say. A staleness marker is one whatever its kind:
+// Prometheus logs that of a histogram as a float, and makes a histogram of it in
+// its head. Histograms are compared without empty buckets and spans, which
+// depend on where a chunk was cut.
 func equal(a, b *sample) bool {
 	switch {
+	case a.stale() || b.stale():
+		return a.stale() && b.stale()
 	case a.h != nil && b.h != nil:
-		return value.IsStaleNaN(a.h.Sum) && value.IsStaleNaN(b.h.Sum) || a.h.Copy().Compact(0).Equals(b.h.Copy().Compact(0))
+		return a.h.Copy().Compact(0).Equals(b.h.Copy().Compact(0))
 	case a.fh != nil && b.fh != nil:
-		return value.IsStaleNaN(a.fh.Sum) && value.IsStaleNaN(b.fh.Sum) || a.fh.Copy().Compact(0).Equals(b.fh.Copy().Compact(0))
+		return a.fh.Copy().Compact(0).Equals(b.fh.Copy().Compact(0))
 	case a.h != nil || a.fh != nil || b.h != nil || b.fh != nil:
 		return false
 	}

@@ -1,6 +1,7 @@
 package tail
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -152,9 +153,29 @@ func (d *Dir) Size(p Position) (int64, error) {
 		n += info.Size()
 		if k == segment {
 			n -= min(p.Offset, info.Size())
+			n -= d.padding(p, info.Size())
 		}
 	}
 	return n, nil
+}
+
+// padding is how many bytes behind p are the zeros with which Prometheus fills
+// the last page of a segment that it closes: nothing is left to read there.
+func (d *Dir) padding(p Position, size int64) int64 {
+	rest := size - p.Offset
+	if p.InCheckpoint || size%pageBytes != 0 || rest <= 0 || rest >= pageBytes {
+		return 0
+	}
+	f, err := os.Open(d.File(p))
+	if err != nil {
+		return 0
+	}
+	defer f.Close()
+	b := make([]byte, rest)
+	if _, err := f.ReadAt(b, p.Offset); err != nil || len(bytes.TrimLeft(b, "\x00")) > 0 {
+		return 0
+	}
+	return rest
 }
 
 // File returns the path of the file that p lies in.

@@ -1,0 +1,293 @@
+package e2e
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"net/http"
+	"net/url"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/epimetheus-tsdb/epimetheus/gateway"
+)
+
+// response of the query API.
+type response struct {
+	Status   string
+	Error    string
+	Warnings []string
+	Data     json.RawMessage
+}
+
+type vector struct {
+	Result []struct {
+		Metric map[string]string
+		Value  [2]any
+	}
+}
+
+func get(ctx context.Context, base, path, tenant string, form url.Values) (int, response, error) {
+	ctx, cancel := context.WithTimeout(ctx, 20*time.Second)
+	defer cancel()
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, base+path+"?"+form.Encode(), nil)
+	if err != nil {
+		return 0, response{}, err
+	}
+	if tenant != "" {
+		req.Header.Set(gateway.TenantHeader, tenant)
+	}
+	resp, err := http.DefaultClient.Do(req)
+	if err != nil {
+		return 0, response{}, err
+	}
+	defer resp.Body.Close()
+	b, err := io.ReadAll(resp.Body)
+	if err != nil {
+		return 0, response{}, err
+	}
+	var r response
+	if err := json.Unmarshal(b, &r); err != nil {
+		return resp.StatusCode, r, fmt.Errorf("%s: %w in %.200s", path, err, b)
+	}
+	return resp.StatusCode, r, nil
+}
+
+func query(ctx context.Context, base, tenant, q string) (vector, error) {
+	var v vector
+	code, r, err := get(ctx, base, "/api/v1/query", tenant, url.Values{"query": {q}})
+	if err != nil {
+		return v, err
+	}
+	if code != http.StatusOK {
+		return v, fmt.Errorf("query %s: %d %s", q, code, r.Error)
+	}
+	return v, json.Unmarshal(r.Data, &v)
+}
+
+// eventually tries until fn returns nil.
+func eventually(t *testing.T, within time.Duration, what string, fn func() error) {
+	t.Helper()
+	end := time.Now().Add(within)
+	for {
+		err := fn()
+		if err == nil {
+			return
+		}
+		if time.Now().After(end) {
+			t.Fatalf("%s: still after %s: %v", what, within, err)
+		}
+		time.Sleep(200 * time.Millisecond)
+	}
+}
+
+// scenario: two Prometheis are scraped each second with a flush every ten, while
+// queries run; an ingester and a sidecar are killed in the middle. Afterwards
+// nothing is missing, extra or different. With all but the gateway gone, all
+// history is there.
+func scenario(t *testing.T, s *stack) {
+	ctx := t.Context()
+	began := time.Now().Add(-time.Second)
+	tenants := []*tenant{startTenant(t, s, "team-a"), startTenant(t, s, "team-b")}
+	gw := s.gateways[len(s.gateways)-1].url
+
+	for _, n := range tenants {
+		eventually(t, 20*time.Second, "first samples of "+n.name, func() error {
+			v, err := query(ctx, gw, n.name, `up == 1`)
+			if err == nil && len(v.Result) < 2 {
+				err = fmt.Errorf("%d series", len(v.Result))
+			}
+			return err
+		})
+	}
+
+	// Queries run all the time. While the only gateway is dead they can't be
+	// answered; what is answered must be right.
+	var queries, refused atomic.Int64
+	qctx, stopQueries := context.WithCancel(ctx)
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	defer stopQueries()
+	for _, n := range tenants {
+		wg.Go(func() {
+			for qctx.Err() == nil {
+				v, err := query(qctx, gw, n.name, `count by (cluster) ({__name__=~".+"})`)
+				switch {
+				case err != nil:
+					refused.Add(1)
+				case len(v.Result) == 1 && v.Result[0].Metric["cluster"] != "cluster-of-"+n.name, len(v.Result) > 1:
+					t.Errorf("tenant %s sees %v", n.name, v.Result)
+				default:
+					queries.Add(1)
+				}
+				select {
+				case <-qctx.Done():
+				case <-time.After(100 * time.Millisecond):
+				}
+			}
+		})
+	}
+
+	pause(ctx, 12*time.Second)
+	lag := freshness(t, gw, tenants[0].name)
+	t.Logf("newest sample is %s old", lag)
+	s.victim.Kill()
+	pause(ctx, 5*time.Second)
+	tenants[0].sidecar.Kill()
+	pause(ctx, 3*time.Second)
+	s.victim.restart(t)
+	tenants[0].sidecar.restart(t)
+	pause(ctx, 15*time.Second)
+	stopQueries()
+	wg.Wait()
+	t.Logf("%d queries answered, %d not", queries.Load(), refused.Load())
+	if queries.Load() < 50 || len(s.rest) > 0 && refused.Load() > 0 {
+		t.Errorf("%d queries were answered, %d were not", queries.Load(), refused.Load())
+	}
+
+	// All that was scraped until now must be there, soon.
+	to := time.Now()
+	for _, n := range tenants {
+		audit := func(gateway string) error {
+			out, err := s.runTool(t, "audit", "--prometheus="+n.prom.URL, "--prometheus.wal="+n.prom.Dir,
+				"--external-label=cluster=cluster-of-"+n.name, "--external-label=replica=0",
+				"--gateway="+gateway, "--tenant="+n.name, "--from="+began.Format(time.RFC3339Nano), "--to="+to.Format(time.RFC3339Nano))
+			if err != nil {
+				return fmt.Errorf("%w\n%s", err, out)
+			}
+			t.Logf("%s: %s", n.name, out)
+			return nil
+		}
+		for _, g := range s.gateways {
+			eventually(t, 90*time.Second, "audit of "+n.name, func() error { return audit(g.url) })
+		}
+	}
+	apiAnswers(t, gw, tenants)
+
+	// Everything stops. Then history alone must have it all.
+	to = time.Now()
+	for _, n := range tenants {
+		if code, err := n.prom.Stop(); err != nil || code != 0 {
+			t.Errorf("prometheus: exit code %d, %v", code, err)
+		}
+	}
+	for _, n := range tenants {
+		eventually(t, 30*time.Second, "last samples of "+n.name, func() error { return caughtUp(ctx, n) })
+		n.sidecar.stop(t)
+	}
+	for _, m := range append([]*member{s.victim}, s.rest...) {
+		m.stop(t)
+	}
+	g := s.gateways[0]
+	if g == s.victim {
+		g.restart(t)
+	} else {
+		for _, m := range s.gateways {
+			m.stop(t)
+		}
+		g.restart(t)
+	}
+	for _, n := range tenants {
+		out, err := s.runTool(t, "audit", "--prometheus="+n.prom.Dir, "--external-label=cluster=cluster-of-"+n.name, "--external-label=replica=0",
+			"--gateway="+g.url, "--tenant="+n.name, "--from="+began.Format(time.RFC3339Nano), "--to="+to.Add(time.Minute).Format(time.RFC3339Nano))
+		if err != nil {
+			t.Errorf("history alone, %s: %v\n%s", n.name, err, out)
+		} else {
+			t.Logf("history alone, %s: %s", n.name, out)
+		}
+	}
+	g.stop(t)
+}
+
+func pause(ctx context.Context, d time.Duration) {
+	select {
+	case <-ctx.Done():
+	case <-time.After(d):
+	}
+}
+
+// freshness is how old the newest sample is that comes out.
+func freshness(t *testing.T, gw, tenant string) time.Duration {
+	t.Helper()
+	v, err := query(t.Context(), gw, tenant, `max(timestamp(up))`)
+	if err != nil || len(v.Result) != 1 {
+		t.Fatalf("%v, %v", v, err)
+	}
+	var sec float64
+	if _, err := fmt.Sscan(fmt.Sprint(v.Result[0].Value[1]), &sec); err != nil {
+		t.Fatal(err)
+	}
+	return time.Since(time.UnixMilli(int64(sec * 1000))).Round(time.Millisecond)
+}
+
+// caughtUp looks at the sidecar's own account: all of the WAL read, all of it
+// received.
+func caughtUp(ctx context.Context, n *tenant) error {
+	for _, m := range []string{"epimetheus_sidecar_wal_lag_bytes", "epimetheus_sidecar_inflight_bytes", "epimetheus_sidecar_queued_ranges"} {
+		v, err := metric(ctx, n.sidecar.url, m)
+		if err != nil {
+			return err
+		}
+		if v != 0 {
+			return fmt.Errorf("%s is %v", m, v)
+		}
+	}
+	return nil
+}
+
+// apiAnswers: label and series calls see the tenant's own data, metadata and
+// exemplars have come through.
+func apiAnswers(t *testing.T, gw string, tenants []*tenant) {
+	t.Helper()
+	ctx := t.Context()
+	for _, n := range tenants {
+		var values []string
+		call := func(path string, form url.Values, to any) {
+			t.Helper()
+			code, r, err := get(ctx, gw, path, n.name, form)
+			if err != nil || code != http.StatusOK {
+				t.Fatalf("%s: %d %s %v", path, code, r.Error, err)
+			}
+			if len(r.Warnings) > 0 {
+				t.Errorf("%s: warnings %v", path, r.Warnings)
+			}
+			if err := json.Unmarshal(r.Data, to); err != nil {
+				t.Fatalf("%s: %v in %.300s", path, err, r.Data)
+			}
+		}
+		call("/api/v1/label/cluster/values", nil, &values)
+		if len(values) != 1 || values[0] != "cluster-of-"+n.name {
+			t.Errorf("%s: clusters %v", n.name, values)
+		}
+		var series []map[string]string
+		call("/api/v1/series", url.Values{"match[]": {`test_flapping`}}, &series)
+		if len(series) == 0 || series[0]["replica"] != "0" {
+			t.Errorf("%s: series %v", n.name, series)
+		}
+		var metadata map[string][]struct{ Type, Help string }
+		call("/api/v1/metadata", url.Values{"metric": {"test_flapping"}}, &metadata)
+		if m := metadata["test_flapping"]; len(m) != 1 || m[0].Type != "gauge" || m[0].Help != "Comes and goes." {
+			t.Errorf("%s: metadata %v", n.name, metadata)
+		}
+		var exemplars []struct {
+			SeriesLabels map[string]string
+			Exemplars    []struct{ Labels map[string]string }
+		}
+		call("/api/v1/query_exemplars", url.Values{
+			"query": {`test_latency_seconds_bucket`}, "start": {"0"}, "end": {fmt.Sprint(time.Now().Unix())},
+		}, &exemplars)
+		if len(exemplars) == 0 || len(exemplars[0].Exemplars) == 0 || exemplars[0].Exemplars[0].Labels["trace_id"] == "" {
+			t.Errorf("%s: exemplars %v", n.name, exemplars)
+		}
+		v, err := query(ctx, gw, n.name, `histogram_quantile(0.9, rate(test_native_seconds[10s]))`)
+		if err != nil || len(v.Result) != 1 {
+			t.Errorf("%s: native histogram: %v, %v", n.name, v, err)
+		}
+	}
+	if code, _, err := get(ctx, gw, "/api/v1/query", "", url.Values{"query": {"up"}}); err != nil || code != http.StatusUnauthorized {
+		t.Errorf("without a tenant: %d, %v", code, err)
+	}
+}
