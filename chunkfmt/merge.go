@@ -20,9 +20,9 @@ import (
 // beats one with integer counts), then the greater bits win; counter-reset hints
 // don't count. Of equal samples the greater start timestamp is kept.
 //
-// Where histograms of more than one run end up in the result, their
-// counter-reset hints are made unknown, as they speak of the sample before in
-// their own run. Columns of a single run are returned as they are, not copied.
+// A counter-reset hint speaks of the sample before in its own run: it is made
+// unknown where the result has another one there. Columns of a single run are
+// returned as they are, not copied.
 func Merge(runs ...*Series) *Series {
 	if len(runs) == 1 {
 		return runs[0]
@@ -47,7 +47,7 @@ func Merge(runs ...*Series) *Series {
 				cs = append(cs, column[float64]{r.Floats.T, r.Floats.ST, r.Floats.V})
 			}
 		}
-		c := mergeColumns(cs, CompareFloats)
+		c := mergeColumns(cs, CompareFloats, nil)
 		out.Floats = Floats{c.t, c.st, c.v}
 	}
 	if ints > 0 {
@@ -57,12 +57,7 @@ func Merge(runs ...*Series) *Series {
 				cs = append(cs, column[*histogram.Histogram]{r.Histograms.T, r.Histograms.ST, r.Histograms.H})
 			}
 		}
-		c := mergeColumns(cs, CompareHistograms)
-		if ints > 1 {
-			for i, h := range c.v {
-				c.v[i] = withoutHint(h)
-			}
-		}
+		c := mergeColumns(cs, CompareHistograms, withoutHint)
 		out.Histograms = Histograms{c.t, c.st, c.v}
 	}
 	if fhs > 0 {
@@ -72,16 +67,16 @@ func Merge(runs ...*Series) *Series {
 				cs = append(cs, column[*histogram.FloatHistogram]{r.FloatHistograms.T, r.FloatHistograms.ST, r.FloatHistograms.H})
 			}
 		}
-		c := mergeColumns(cs, CompareFloatHistograms)
-		if fhs > 1 {
-			for i, h := range c.v {
-				c.v[i] = withoutFloatHint(h)
-			}
-		}
+		c := mergeColumns(cs, CompareFloatHistograms, withoutFloatHint)
 		out.FloatHistograms = FloatHistograms{c.t, c.st, c.v}
 	}
 	if min(1, floats)+min(1, ints)+min(1, fhs) > 1 {
-		dropAcrossKinds(out)
+		dropped := dropAcrossKinds(out)
+		if dropped || ints > 0 && fhs > 0 {
+			// Rare: no need to find out which hints still hold.
+			out.Histograms.H = each(out.Histograms.H, withoutHint)
+			out.FloatHistograms.H = each(out.FloatHistograms.H, withoutFloatHint)
+		}
 	}
 	for _, r := range runs {
 		out.Exemplars = append(out.Exemplars, r.Exemplars...)
@@ -152,6 +147,18 @@ func withoutFloatHint(h *histogram.FloatHistogram) *histogram.FloatHistogram {
 	return &c
 }
 
+// each gives the results of fn in new memory.
+func each[V any](vs []V, fn func(V) V) []V {
+	if len(vs) == 0 {
+		return vs
+	}
+	out := make([]V, len(vs))
+	for i, v := range vs {
+		out[i] = fn(v)
+	}
+	return out
+}
+
 // column is one kind of samples of one run.
 type column[V any] struct {
 	t, st []int64
@@ -165,8 +172,10 @@ func (c *column[V]) start(i int) int64 {
 	return c.st[i]
 }
 
-// mergeColumns merges runs that each ascend strictly in t.
-func mergeColumns[V any](cs []column[V], compare func(a, b V) int) column[V] {
+// mergeColumns merges runs that each ascend strictly in t. Values that get
+// another one before them than they had in their run go through moved, unless
+// that is nil.
+func mergeColumns[V any](cs []column[V], compare func(a, b V) int, moved func(V) V) column[V] {
 	if len(cs) == 1 {
 		return cs[0]
 	}
@@ -183,20 +192,26 @@ func mergeColumns[V any](cs []column[V], compare func(a, b V) int) column[V] {
 	// samples beside a long run, is copied in pieces.
 	out := cs[0]
 	for _, c := range cs[1:] {
-		out = mergeTwo(out, c, compare)
+		out = mergeTwo(out, c, compare, moved)
 	}
 	return out
 }
 
-func mergeTwo[V any](a, b column[V], compare func(a, b V) int) column[V] {
+func mergeTwo[V any](a, b column[V], compare func(a, b V) int, moved func(V) V) column[V] {
 	n := len(a.t) + len(b.t)
 	out := column[V]{t: make([]int64, 0, n), v: make([]V, 0, n)}
 	if a.st != nil || b.st != nil {
 		out.st = make([]int64, 0, n)
 	}
-	take := func(c *column[V], from, to int) {
+	// take appends a piece; follows says that what c has before it is what the
+	// result has before it.
+	take := func(c *column[V], from, to int, follows bool) {
+		at := len(out.v)
 		out.t = append(out.t, c.t[from:to]...)
 		out.v = append(out.v, c.v[from:to]...)
+		if moved != nil && !follows && from < to {
+			out.v[at] = moved(out.v[at])
+		}
 		if out.st == nil {
 			return
 		}
@@ -207,6 +222,9 @@ func mergeTwo[V any](a, b column[V], compare func(a, b V) int) column[V] {
 		out.st = append(out.st, make([]int64, to-from)...)
 	}
 	i, j := 0, 0
+	// The last of the result is, or is equal to, what stands before i in a, and
+	// before j in b.
+	inA, inB := true, true
 	for i < len(a.t) && j < len(b.t) {
 		switch {
 		case a.t[i] < b.t[j]:
@@ -218,8 +236,8 @@ func mergeTwo[V any](a, b column[V], compare func(a, b V) int) column[V] {
 					k++
 				}
 			}
-			take(&a, i, k)
-			i = k
+			take(&a, i, k, inA)
+			i, inA, inB = k, true, false
 		case a.t[i] > b.t[j]:
 			k := j + 1
 			if b.t[len(b.t)-1] < a.t[i] {
@@ -229,29 +247,35 @@ func mergeTwo[V any](a, b column[V], compare func(a, b V) int) column[V] {
 					k++
 				}
 			}
-			take(&b, j, k)
-			j = k
+			take(&b, j, k, inB)
+			j, inA, inB = k, false, true
 		default:
 			order := compare(a.v[i], b.v[j])
-			if order == 0 && b.start(j) > a.start(i) {
-				order = -1
+			equal := order == 0
+			if equal {
+				switch start := b.start(j) - a.start(i); {
+				case start > 0, start == 0 && inB && !inA:
+					order = -1
+				}
 			}
 			if order >= 0 {
-				take(&a, i, i+1)
+				take(&a, i, i+1, inA)
+				inA, inB = true, equal
 			} else {
-				take(&b, j, j+1)
+				take(&b, j, j+1, inB)
+				inA, inB = equal, true
 			}
 			i, j = i+1, j+1
 		}
 	}
-	take(&a, i, len(a.t))
-	take(&b, j, len(b.t))
+	take(&a, i, len(a.t), inA)
+	take(&b, j, len(b.t), inB)
 	return out
 }
 
 // dropAcrossKinds removes, where samples of several kinds share a timestamp,
-// all but the winner.
-func dropAcrossKinds(s *Series) {
+// all but the winner. It says whether there was such a timestamp.
+func dropAcrossKinds(s *Series) bool {
 	f, h, fh := &s.Floats, &s.Histograms, &s.FloatHistograms
 	var dropF, dropH, dropFH []int // indexes, ascending
 	i, j, k := 0, 0, 0
@@ -311,6 +335,7 @@ func dropAcrossKinds(s *Series) {
 	f.T, f.ST, f.V = without(f.T, dropF), without(f.ST, dropF), without(f.V, dropF)
 	h.T, h.ST, h.H = without(h.T, dropH), without(h.ST, dropH), without(h.H, dropH)
 	fh.T, fh.ST, fh.H = without(fh.T, dropFH), without(fh.ST, dropFH), without(fh.H, dropFH)
+	return len(dropF)+len(dropH)+len(dropFH) > 0
 }
 
 func live(v float64) int {
