@@ -72,7 +72,7 @@ func (g *Generation) getOrCreateTenant(name string) *tenantHead {
 		if g.previous != nil {
 			previous = g.previous.tenant(name)
 		}
-		t = newTenantHead(g.id, previous)
+		t = newTenantHead(uint32(g.id), previous)
 		g.tenants[name] = t
 	}
 	return t
@@ -81,61 +81,48 @@ func (g *Generation) getOrCreateTenant(name string) *tenantHead {
 // Refs are the series that a session has announced, by its refs. The session
 // serialises all use.
 type Refs struct {
-	entries []entry
-	it      chunkenc.Iterator // scratch
+	// In some generation or in none yet; nil: never announced, or withdrawn.
+	series []*memSeries
+	it     chunkenc.Iterator // scratch
 }
-
-type entry struct {
-	labels labels.Labels
-	series *memSeries // in some generation; nil: not looked up yet
-	state  entryState
-}
-
-type entryState uint8
-
-const (
-	unknown entryState = iota // never announced, or withdrawn
-	announced
-	refused // the announcement was; samples are dropped and counted
-)
 
 // Len is the number of refs ever announced.
-func (r *Refs) Len() int { return len(r.entries) }
+func (r *Refs) Len() int { return len(r.series) }
 
 // Announce gives a ref its labels. It is false if the ref is beyond Len: refs
 // are dense. Samples of a ref with refuse set are counted and dropped.
 func (r *Refs) Announce(ref uint32, ls labels.Labels, refuse bool) bool {
-	if int(ref) > len(r.entries) {
+	if int(ref) > len(r.series) {
 		return false
 	}
-	e := entry{labels: ls, state: announced}
+	s := &memSeries{labels: ls}
 	if refuse {
-		e.state = refused
+		s.generation = refusedSeries
 	}
-	if int(ref) == len(r.entries) {
-		r.entries = append(r.entries, e)
+	if int(ref) == len(r.series) {
+		r.series = append(r.series, s)
 		return true
 	}
-	r.entries[ref] = e
+	r.series[ref] = s
 	return true
 }
 
 // Withdraw makes a ref mean nothing. It is false if the ref was not announced.
 func (r *Refs) Withdraw(ref uint32) bool {
-	if int(ref) >= len(r.entries) || r.entries[ref].state == unknown {
+	if !r.Valid(ref) {
 		return false
 	}
-	r.entries[ref] = entry{}
+	r.series[ref] = nil
 	return true
 }
 
 // Valid says whether samples of the ref may be sent.
 func (r *Refs) Valid(ref uint32) bool {
-	return int(ref) < len(r.entries) && r.entries[ref].state != unknown
+	return int(ref) < len(r.series) && r.series[ref] != nil
 }
 
 // Labels of an announced ref.
-func (r *Refs) Labels(ref uint32) labels.Labels { return r.entries[ref].labels }
+func (r *Refs) Labels(ref uint32) labels.Labels { return r.series[ref].labels }
 
 // Batch is what Append takes. All refs are valid.
 type Batch struct {
@@ -268,25 +255,24 @@ func (a *appender) append(ref uint32, s sample) {
 // series gives the series of a ref in the current generation, or nil if it is
 // refused, which it counts.
 func (a *appender) series(ref uint32) *memSeries {
-	e := &a.refs.entries[ref]
-	if e.series != nil && e.series.generation == a.g.id {
-		return e.series
+	known := a.refs.series[ref]
+	if known.generation == a.t.generation {
+		return known
 	}
-	if e.state == refused {
-		a.refuse(ReasonInvalidSeries, e.labels)
+	if known.generation == refusedSeries {
+		a.refuse(ReasonInvalidSeries, known.labels)
 		return nil
 	}
-	s, grown := a.t.getOrCreate(e.labels, a.head.maxSeries)
+	s, grown := a.t.getOrCreate(known, a.head.maxSeries)
 	if s == nil {
-		a.refuse(ReasonSeriesLimit, e.labels)
+		a.refuse(ReasonSeriesLimit, known.labels)
 		return nil
 	}
 	if grown > 0 {
 		a.grown += grown
 		a.created++
 	}
-	// Share the labels of the series: another session may have brought them.
-	e.series, e.labels = s, s.labels
+	a.refs.series[ref] = s
 	return s
 }
 

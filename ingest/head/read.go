@@ -238,10 +238,7 @@ func (h *Head) Stats(tenant string, limit int) Stats {
 	st.Series, st.LabelPairs = uint64(len(t.series)), uint64(t.pairs)
 	for _, s := range t.series {
 		s.mu.Lock()
-		st.Chunks += uint64(len(s.inOrder.done))
-		if s.inOrder.open != nil {
-			st.Chunks++
-		}
+		st.Chunks += uint64(s.inOrder.count())
 		s.mu.Unlock()
 	}
 	for name, values := range t.postings {

@@ -1,7 +1,10 @@
 package head
 
 import (
+	"bytes"
 	"fmt"
+	"math"
+	"slices"
 
 	"github.com/prometheus/prometheus/model/histogram"
 	"github.com/prometheus/prometheus/tsdb/chunkenc"
@@ -36,25 +39,70 @@ func (s *sample) encoding() chunkenc.Encoding {
 // run is a strictly ascending sequence of samples in chunks, the last of which
 // is open.
 type run struct {
-	open  chunkenc.Chunk // nil: none
-	app   chunkenc.Appender
-	count int   // samples in open
-	mint  int64 // of open
-	maxt  int64 // of the run; valid if it has samples
-	done  []fetch.Chunk
+	floats floats // the open chunk, if there is one and it can be of this kind
+	more   *more  // nil: none
 }
 
-func (r *run) empty() bool { return r.open == nil && len(r.done) == 0 }
+// more is what a series doesn't have at first.
+type more struct {
+	done []fetch.Chunk
+	open *open // the open chunk, if it is of another kind than floats; nil: none
+	maxt int64 // of the run, if floats is empty
+}
+
+// open is an open chunk of chunkenc.
+type open struct {
+	chunk chunkenc.Chunk
+	app   chunkenc.Appender
+	count int // samples
+	mint  int64
+}
+
+func (r *run) empty() bool { return r.floats.n == 0 && r.more == nil }
+
+// maxt is the time of the last sample; the run has one.
+func (r *run) maxt() int64 {
+	if r.floats.n > 0 {
+		return r.floats.t
+	}
+	return r.more.maxt
+}
 
 // append adds s, which must be newer than all in the run. It returns by how
 // many bytes the memory of the run has grown, about.
 func (r *run) append(s *sample) (int, error) {
+	if s.h == nil && s.fh == nil && s.st == 0 && (r.more == nil || r.more.open == nil) {
+		switch {
+		case r.floats.n == 0:
+			r.floats.start(s.t, s.v)
+			return streamAtOnce, nil
+		case r.floats.n < chunkSamples:
+			return r.floats.append(s.t, s.v), nil
+		}
+		grown := r.cut() + streamAtOnce
+		r.floats.start(s.t, s.v)
+		return grown, nil
+	}
+	return r.appendOther(s)
+}
+
+// appendOther is append for what doesn't go to floats.
+func (r *run) appendOther(s *sample) (int, error) {
 	grown := 0
 	enc := s.encoding()
-	if r.open != nil && (r.count >= chunkSamples || r.open.Encoding() != enc) {
+	if r.floats.n > 0 || r.more != nil && r.more.open != nil && (r.more.open.count >= chunkSamples || r.more.open.chunk.Encoding() != enc) {
 		grown += r.cut()
+		if enc == chunkenc.EncXOR2 && s.st == 0 {
+			r.floats.start(s.t, s.v)
+			return grown + streamAtOnce, nil
+		}
 	}
-	if r.open == nil {
+	if r.more == nil {
+		r.more = &more{maxt: math.MinInt64}
+		grown += moreBytes
+	}
+	o := r.more.open
+	if o == nil {
 		c, err := chunkenc.NewEmptyChunk(enc)
 		if err != nil {
 			return grown, fmt.Errorf("new chunk: %w", err)
@@ -63,96 +111,160 @@ func (r *run) append(s *sample) (int, error) {
 		if err != nil {
 			return grown, fmt.Errorf("new chunk: %w", err)
 		}
-		r.start(c, app, s.t)
+		o = &open{chunk: c, app: app, mint: s.t}
 		grown += openChunkBytes
 	}
 	switch enc {
 	case chunkenc.EncXOR2:
-		r.app.Append(s.st, s.t, s.v)
+		o.app.Append(s.st, s.t, s.v)
 	case chunkenc.EncHistogramST:
-		c, recoded, app, err := r.app.AppendHistogram(nil, s.st, s.t, s.h, false)
+		c, recoded, app, err := o.app.AppendHistogram(nil, s.st, s.t, s.h, false)
 		if err != nil {
 			return grown, fmt.Errorf("append histogram: %w", err)
 		}
-		grown += r.replace(c, recoded, app, s.t)
+		o, grown = r.replace(o, c, recoded, app, s.t, grown)
 	case chunkenc.EncFloatHistogramST:
-		c, recoded, app, err := r.app.AppendFloatHistogram(nil, s.st, s.t, s.fh, false)
+		c, recoded, app, err := o.app.AppendFloatHistogram(nil, s.st, s.t, s.fh, false)
 		if err != nil {
 			return grown, fmt.Errorf("append float histogram: %w", err)
 		}
-		grown += r.replace(c, recoded, app, s.t)
+		o, grown = r.replace(o, c, recoded, app, s.t, grown)
 	}
-	r.count++
-	r.maxt = s.t
+	o.count++
+	r.more.open, r.more.maxt = o, s.t
 	return grown, nil
-}
-
-func (r *run) start(c chunkenc.Chunk, app chunkenc.Appender, t int64) {
-	r.open, r.app, r.count, r.mint = c, app, 0, t
 }
 
 // replace takes over the chunk that a histogram append returned: none, the same
 // samples recoded, or a new one that holds just the histogram appended.
-func (r *run) replace(c chunkenc.Chunk, recoded bool, app chunkenc.Appender, t int64) int {
-	r.app = app
+func (r *run) replace(o *open, c chunkenc.Chunk, recoded bool, app chunkenc.Appender, t int64, grown int) (*open, int) {
 	switch {
 	case c == nil:
-		return 0
+		o.app = app
+		return o, grown
 	case recoded:
-		r.open = c
-		return 0
+		o.chunk, o.app = c, app
+		return o, grown
 	}
-	grown := r.cut()
-	r.start(c, app, t)
-	return grown + openChunkBytes
+	grown += r.cut()
+	return &open{chunk: c, app: app, mint: t}, grown + openChunkBytes
 }
 
-// cut closes the open chunk.
+// cut closes the open chunk. It returns by how many bytes the memory has grown.
 func (r *run) cut() int {
-	r.open.Compact()
-	data := r.open.Bytes()
-	r.done = append(r.done, fetch.Chunk{Encoding: r.open.Encoding(), MinT: r.mint, MaxT: r.maxt, Data: data})
-	r.open, r.app = nil, nil
-	return len(data) + closedChunkBytes - openChunkBytes
+	grown := 0
+	if r.more == nil {
+		r.more = &more{}
+		grown += moreBytes
+	}
+	var c fetch.Chunk
+	if f := &r.floats; f.n > 0 {
+		c = fetch.Chunk{Encoding: chunkenc.EncXOR2, MinT: f.mint(), MaxT: f.t, Data: bytes.Clone(f.bytes())}
+		grown -= cap(f.stream)
+		r.more.maxt = f.t
+		r.floats = floats{}
+	} else {
+		o := r.more.open
+		o.chunk.Compact()
+		c = fetch.Chunk{Encoding: o.chunk.Encoding(), MinT: o.mint, MaxT: r.more.maxt, Data: o.chunk.Bytes()}
+		grown -= openChunkBytes
+		r.more.open = nil
+	}
+	// Most runs have few chunks: append would make room for as many again.
+	n := len(r.more.done)
+	done := make([]fetch.Chunk, n, n+1+n/4)
+	copy(done, r.more.done)
+	r.more.done = append(done, c)
+	return grown + len(c.Data) + closedChunkBytes
 }
 
 // What a chunk takes beside its data: the Chunk; the chunk and appender of
 // chunkenc, and about what is allocated for the data of an open one.
 const (
+	moreBytes        = 40
 	closedChunkBytes = 48
-	openChunkBytes   = 320
+	openChunkBytes   = 360
 )
 
 // chunks appends the chunks that overlap [mint, maxt], the open one copied.
 func (r *run) chunks(dst []fetch.Chunk, mint, maxt int64) []fetch.Chunk {
-	for _, c := range r.done {
-		if c.MinT <= maxt && c.MaxT >= mint {
-			dst = append(dst, c)
+	if r.more != nil {
+		for _, c := range r.more.done {
+			if c.MinT <= maxt && c.MaxT >= mint {
+				dst = append(dst, c)
+			}
+		}
+		if o := r.more.open; o != nil && o.mint <= maxt && r.more.maxt >= mint {
+			dst = append(dst, fetch.Chunk{Encoding: o.chunk.Encoding(), MinT: o.mint, MaxT: r.more.maxt, Data: bytes.Clone(o.chunk.Bytes())})
 		}
 	}
-	if r.open != nil && r.mint <= maxt && r.maxt >= mint {
-		dst = append(dst, fetch.Chunk{Encoding: r.open.Encoding(), MinT: r.mint, MaxT: r.maxt, Data: append([]byte(nil), r.open.Bytes()...)})
+	if f := &r.floats; f.n > 0 {
+		if first := f.mint(); first <= maxt && f.t >= mint {
+			dst = append(dst, fetch.Chunk{Encoding: chunkenc.EncXOR2, MinT: first, MaxT: f.t, Data: bytes.Clone(f.bytes())})
+		}
 	}
 	return dst
+}
+
+// overlaps says whether a chunk overlaps [mint, maxt].
+func (r *run) overlaps(mint, maxt int64) bool {
+	if f := &r.floats; f.n > 0 && f.t >= mint && f.mint() <= maxt {
+		return true
+	}
+	if r.more == nil {
+		return false
+	}
+	if o := r.more.open; o != nil && o.mint <= maxt && r.more.maxt >= mint {
+		return true
+	}
+	return slices.ContainsFunc(r.more.done, func(c fetch.Chunk) bool { return c.MinT <= maxt && c.MaxT >= mint })
+}
+
+// count is the number of chunks.
+func (r *run) count() int {
+	n := 0
+	if r.floats.n > 0 {
+		n++
+	}
+	if r.more != nil {
+		n += len(r.more.done)
+		if r.more.open != nil {
+			n++
+		}
+	}
+	return n
+}
+
+// at gives the chunk in which a sample at t would be, or nil.
+func (r *run) at(t int64) chunkenc.Chunk {
+	if f := &r.floats; f.n > 0 && t >= f.mint() {
+		return f.chunk()
+	}
+	if r.more == nil {
+		return nil
+	}
+	if o := r.more.open; o != nil && t >= o.mint {
+		return o.chunk
+	}
+	for i := len(r.more.done) - 1; i >= 0; i-- {
+		if d := &r.more.done[i]; t >= d.MinT {
+			if t > d.MaxT {
+				return nil
+			}
+			c, err := chunkenc.FromData(d.Encoding, d.Data)
+			if err != nil {
+				return nil // no: it is one of our encodings
+			}
+			return c
+		}
+	}
+	return nil
 }
 
 // find looks for a sample at t. The iterator is reused if it fits; the one to
 // reuse next time is returned.
 func (r *run) find(t int64, it chunkenc.Iterator) (s sample, found bool, _ chunkenc.Iterator) {
-	var c chunkenc.Chunk
-	if r.open != nil && t >= r.mint {
-		c = r.open
-	} else {
-		for i := len(r.done) - 1; i >= 0; i-- {
-			if d := &r.done[i]; t >= d.MinT {
-				if t > d.MaxT {
-					return sample{}, false, it
-				}
-				c, _ = chunkenc.FromData(d.Encoding, d.Data)
-				break
-			}
-		}
-	}
+	c := r.at(t)
 	if c == nil {
 		return sample{}, false, it
 	}

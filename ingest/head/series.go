@@ -17,17 +17,23 @@ import (
 // put into chunks.
 const maxLate = 120
 
-// memSeries is a series in one generation.
+// memSeries is a series in one generation. Before it is put into one it is just
+// what a session has announced.
 type memSeries struct {
 	labels     labels.Labels
-	generation uint64
-	ref        uint32     // index in the tenant's series
-	next       *memSeries // another series of the same hash
+	generation uint32 // noGeneration, or refusedSeries, or one
+	ref        uint32 // index in the tenant's series
 
 	mu      sync.Mutex
 	inOrder run
 	late    *late // nil: none
 }
+
+// Generations are counted from 1; a head does not live to see the last.
+const (
+	noGeneration  = 0
+	refusedSeries = math.MaxUint32 // all that is sent for it is dropped and counted
+)
 
 // late are samples that came when newer ones were there.
 type late struct {
@@ -48,7 +54,7 @@ const (
 func (m *memSeries) append(s *sample, it chunkenc.Iterator) (o outcome, grown int, _ chunkenc.Iterator, err error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if m.inOrder.empty() || s.t > m.inOrder.maxt {
+	if m.inOrder.empty() || s.t > m.inOrder.maxt() {
 		grown, err = m.inOrder.append(s)
 		return appended, grown, it, err
 	}
@@ -103,13 +109,11 @@ func (l *late) add(s *sample) (outcome, int, error) {
 			return appendedLate, grown, err
 		}
 	}
-	if r.open != nil {
-		r.cut()
-	}
-	for _, c := range r.done {
+	done := r.chunks(nil, math.MinInt64, math.MaxInt64)
+	for _, c := range done {
 		grown += len(c.Data) + closedChunkBytes
 	}
-	l.done = append(l.done, r.done...)
+	l.done = append(l.done, done...)
 	grown -= len(l.samples) * lateSampleBytes
 	l.samples = nil
 	return appendedLate, grown, nil
@@ -152,11 +156,7 @@ func (m *memSeries) overlaps(mint, maxt int64) bool {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	overlap := func(c fetch.Chunk) bool { return c.MinT <= maxt && c.MaxT >= mint }
-	r := &m.inOrder
-	if r.open != nil && r.mint <= maxt && r.maxt >= mint || slices.ContainsFunc(r.done, overlap) {
-		return true
-	}
-	return m.late != nil && (slices.ContainsFunc(m.late.done, overlap) ||
+	return m.inOrder.overlaps(mint, maxt) || m.late != nil && (slices.ContainsFunc(m.late.done, overlap) ||
 		slices.ContainsFunc(m.late.samples, func(s sample) bool { return s.t <= maxt && s.t >= mint }))
 }
 

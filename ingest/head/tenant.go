@@ -19,10 +19,10 @@ const (
 
 // tenantHead is what a generation holds of one tenant.
 type tenantHead struct {
-	generation uint64
+	generation uint32
 
 	mu       sync.RWMutex
-	byHash   map[uint64]*memSeries          // by labels.Hash, chained by next
+	byHash   hashIndex                      // of series
 	series   []*memSeries                   // by ref, in order of creation
 	postings map[string]map[string][]uint32 // label name → value → refs, ascending
 	pairs    int                            // distinct label pairs
@@ -35,10 +35,9 @@ type tenantHead struct {
 	mint, maxt int64 // of all samples; valid with hasSamples
 }
 
-func newTenantHead(generation uint64, previous *tenantHead) *tenantHead {
+func newTenantHead(generation uint32, previous *tenantHead) *tenantHead {
 	t := &tenantHead{
 		generation: generation,
-		byHash:     map[uint64]*memSeries{},
 		postings:   map[string]map[string][]uint32{},
 	}
 	if previous != nil {
@@ -56,32 +55,36 @@ func newTenantHead(generation uint64, previous *tenantHead) *tenantHead {
 }
 
 // seriesBytes is about what a series takes beside its labels and samples: the
-// struct, its places in maps and postings.
-const seriesBytes = 280
+// struct, its places in the index and in postings.
+const seriesBytes = 112 + 12 + 10
 
-// getOrCreate finds the series or makes it. limit bounds the number of series,
-// 0 means none; nil is returned where it is reached. grown is in bytes.
-func (t *tenantHead) getOrCreate(ls labels.Labels, limit int) (s *memSeries, grown int) {
-	hash := ls.Hash()
+// getOrCreate finds the series with the labels of s or makes it, which uses s
+// itself if that is in no generation yet. limit bounds the number of series, 0
+// means none; nil is returned where it is reached. grown is in bytes.
+func (t *tenantHead) getOrCreate(s *memSeries, limit int) (_ *memSeries, grown int) {
+	hash := s.labels.Hash()
 	t.mu.RLock()
-	s = t.find(hash, ls)
+	found := t.find(hash, s.labels)
 	t.mu.RUnlock()
-	if s != nil {
-		return s, 0
+	if found != nil {
+		return found, 0
 	}
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	if s = t.find(hash, ls); s != nil {
-		return s, 0
+	if found := t.find(hash, s.labels); found != nil {
+		return found, 0
 	}
 	if limit > 0 && len(t.series) >= limit {
 		return nil, 0
 	}
-	s = &memSeries{labels: ls, generation: t.generation, ref: uint32(len(t.series)), next: t.byHash[hash]}
-	t.byHash[hash] = s
+	if s.generation != noGeneration {
+		s = &memSeries{labels: s.labels}
+	}
+	s.generation, s.ref = t.generation, uint32(len(t.series))
+	t.byHash.add(hash, s.ref)
 	t.series = append(t.series, s)
 	n := 0
-	ls.Range(func(l labels.Label) {
+	s.labels.Range(func(l labels.Label) {
 		values := t.postings[l.Name]
 		if values == nil {
 			values = map[string][]uint32{}
@@ -94,12 +97,12 @@ func (t *tenantHead) getOrCreate(ls labels.Labels, limit int) (s *memSeries, gro
 		values[l.Value] = append(refs, s.ref)
 		n++
 	})
-	return s, seriesBytes + int(ls.ByteSize()) + 8*n
+	return s, seriesBytes + int(s.labels.ByteSize()) + 5*n
 }
 
 func (t *tenantHead) find(hash uint64, ls labels.Labels) *memSeries {
-	for s := t.byHash[hash]; s != nil; s = s.next {
-		if labels.Equal(s.labels, ls) {
+	for ref := range t.byHash.candidates(hash) {
+		if s := t.series[ref]; labels.Equal(s.labels, ls) {
 			return s
 		}
 	}
