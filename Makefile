@@ -44,8 +44,9 @@ fmt: tools-lint ## format the code
 	.tools/bin/golangci-lint fmt ./...
 
 .PHONY: generate
-generate: tools-generate ## generate code from the protocols
+generate: tools-generate ## code from the protocols, and the generated pages of docs
 	.tools/bin/buf generate
+	go test ./cmd/epimetheus -run TestDocs -update
 
 FUZZTIME ?= 30s
 .PHONY: fuzz

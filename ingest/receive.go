@@ -60,10 +60,10 @@ type receiver struct {
 
 // Limits of a tenant. Zero means none.
 type Limits struct {
-	Series          int `yaml:"series"` // of one generation of one ingester
-	LabelsPerSeries int `yaml:"labels_per_series"`
-	LabelNameBytes  int `yaml:"label_name_bytes"`
-	LabelValueBytes int `yaml:"label_value_bytes"`
+	Series          int `yaml:"series" doc:"Series of a tenant in one generation of one ingester. 0: no limit."`
+	LabelsPerSeries int `yaml:"labels_per_series" doc:"Labels of a series. 0: no limit."`
+	LabelNameBytes  int `yaml:"label_name_bytes" doc:"Length of a label name. 0: no limit."`
+	LabelValueBytes int `yaml:"label_value_bytes" doc:"Length of a label value. 0: no limit."`
 }
 
 type receiveMetrics struct {

@@ -7,8 +7,6 @@ import (
 	"strings"
 	"time"
 
-	"github.com/alecthomas/units"
-	"github.com/prometheus/common/model"
 	"github.com/prometheus/prometheus/model/relabel"
 	"go.yaml.in/yaml/v2"
 
@@ -19,7 +17,7 @@ import (
 // Config is the YAML file; docs/configuration.md describes it. The zero value
 // of a field is replaced by the default that setDefaults gives.
 type Config struct {
-	Tenancy  gateway.Tenancy `yaml:"tenancy,omitempty"`
+	Tenancy  gateway.Tenancy `yaml:"tenancy,omitempty" doc:"Where the tenant of a request comes from: 'single' (all is of the tenant 'default') or 'header' (X-Scope-OrgID, set by a proxy that authenticates)."`
 	Objects  ObjectsConfig   `yaml:"objects,omitempty"`
 	Index    IndexConfig     `yaml:"index,omitempty"`
 	Ring     RingConfig      `yaml:"ring,omitempty"`
@@ -30,73 +28,73 @@ type Config struct {
 
 // ObjectsConfig says where blocks are.
 type ObjectsConfig struct {
-	Type  string      `yaml:"type,omitempty"` // files or s3
+	Type  string      `yaml:"type,omitempty" doc:"'files' or 's3'."`
 	Files FilesConfig `yaml:"files,omitempty"`
 	S3    S3Config    `yaml:"s3,omitempty"`
 }
 
 // FilesConfig is for blocks as files.
 type FilesConfig struct {
-	Directory string `yaml:"directory,omitempty"` // default: objects in the data directory
+	Directory string `yaml:"directory,omitempty" doc:"Where blocks are as files. Empty: 'objects' in the data directory. Several processes need one that they share."`
 }
 
 // S3Config is for blocks in S3. Credentials come from the AWS SDK's own chain.
 type S3Config struct {
-	Bucket    string `yaml:"bucket,omitempty"`
-	Prefix    string `yaml:"prefix,omitempty"`
-	Endpoint  string `yaml:"endpoint,omitempty"`
-	Region    string `yaml:"region,omitempty"`
-	PathStyle bool   `yaml:"path_style,omitempty"`
+	Bucket    string `yaml:"bucket,omitempty" doc:"The bucket. Credentials come from the AWS SDK's own chain (environment, profile, role)."`
+	Prefix    string `yaml:"prefix,omitempty" doc:"Before each key, with its slash."`
+	Endpoint  string `yaml:"endpoint,omitempty" doc:"URL of an S3 server that is not AWS."`
+	Region    string `yaml:"region,omitempty" doc:"Empty: from the AWS configuration."`
+	PathStyle bool   `yaml:"path_style,omitempty" doc:"The bucket in the path instead of the host name: for most servers that are not AWS."`
 }
 
 // IndexConfig says where index rows are.
 type IndexConfig struct {
-	Type     string         `yaml:"type,omitempty"` // embedded or dynamodb
+	Type     string         `yaml:"type,omitempty" doc:"'embedded' (a file in the data directory, for 'epimetheus all') or 'dynamodb'."`
 	DynamoDB DynamoDBConfig `yaml:"dynamodb,omitempty"`
 }
 
 // DynamoDBConfig is for rows in DynamoDB. Credentials come from the AWS SDK's
 // own chain.
 type DynamoDBConfig struct {
-	Table    string `yaml:"table,omitempty"`
-	Endpoint string `yaml:"endpoint,omitempty"`
-	Region   string `yaml:"region,omitempty"`
+	Table    string `yaml:"table,omitempty" doc:"The table; 'epimetheus tool create-table' creates it."`
+	Endpoint string `yaml:"endpoint,omitempty" doc:"URL of a DynamoDB server that is not AWS."`
+	Region   string `yaml:"region,omitempty" doc:"Empty: from the AWS configuration."`
 }
 
 // RingConfig is what a member says of itself.
 type RingConfig struct {
-	Zone string   `yaml:"zone,omitempty"`
-	Join []string `yaml:"join,omitempty"` // host:port of gossip
+	Zone string   `yaml:"zone,omitempty" doc:"Zone of this member; shown, and used once there are replicas."`
+	Join []string `yaml:"join,omitempty" doc:"Gossip addresses (host:port) of other members, beside those of '--gossip.join'."`
 }
 
 // IngesterConfig is for ingesters.
 type IngesterConfig struct {
-	FlushInterval   model.Duration   `yaml:"flush_interval,omitempty"`
-	FlushBytes      units.Base2Bytes `yaml:"flush_bytes,omitempty"`
-	MaxBytes        units.Base2Bytes `yaml:"max_bytes,omitempty"`
-	VisibilityDelay model.Duration   `yaml:"visibility_delay,omitempty"`
-	Limits          ingest.Limits    `yaml:"limits,omitempty"`
+	FlushInterval   duration      `yaml:"flush_interval,omitempty" doc:"How often the head becomes a block. Longer: fewer, larger blocks, more memory, more to send again after a crash."`
+	FlushBytes      size          `yaml:"flush_bytes,omitempty" doc:"Memory of a generation at which it is flushed early."`
+	MaxBytes        size          `yaml:"max_bytes,omitempty" doc:"Memory of the head at which nothing new is taken until a flush has worked; the sources wait."`
+	VisibilityDelay duration      `yaml:"visibility_delay,omitempty" doc:"How long a generation stays readable after its flush: at least one and a half times 'gateway.query_timeout'."`
+	Limits          ingest.Limits `yaml:"limits,omitempty"`
 }
 
 // GatewayConfig is for gateways.
 type GatewayConfig struct {
-	QueryTimeout          model.Duration   `yaml:"query_timeout,omitempty"`
-	LookbackDelta         model.Duration   `yaml:"lookback_delta,omitempty"`
-	MaxSamples            int              `yaml:"max_samples,omitempty"`
-	CacheBytes            units.Base2Bytes `yaml:"cache_bytes,omitempty"`
-	DelayedNameRemoval    bool             `yaml:"delayed_name_removal,omitempty"`
-	ExperimentalFunctions bool             `yaml:"experimental_functions,omitempty"`
+	QueryTimeout          duration `yaml:"query_timeout,omitempty" doc:"The longest query."`
+	LookbackDelta         duration `yaml:"lookback_delta,omitempty" doc:"As Prometheus's --query.lookback-delta."`
+	MaxSamples            int      `yaml:"max_samples,omitempty" doc:"As Prometheus's --query.max-samples: in memory for one query."`
+	CacheBytes            size     `yaml:"cache_bytes,omitempty" doc:"Memory for pages of blocks."`
+	DelayedNameRemoval    bool     `yaml:"delayed_name_removal,omitempty" doc:"As Prometheus's feature promql-delayed-name-removal."`
+	ExperimentalFunctions bool     `yaml:"experimental_functions,omitempty" doc:"As Prometheus's feature promql-experimental-functions."`
 }
 
 // SidecarConfig is for sidecars.
 type SidecarConfig struct {
-	Tenant               string            `yaml:"tenant,omitempty"`
-	Gateways             []string          `yaml:"gateways,omitempty"`
-	PrometheusDirectory  string            `yaml:"prometheus_directory,omitempty"`
-	PrometheusURL        string            `yaml:"prometheus_url,omitempty"`
-	PrometheusConfigFile string            `yaml:"prometheus_config_file,omitempty"`
-	RelabelConfigs       []*relabel.Config `yaml:"relabel_configs,omitempty"`
-	Shards               int               `yaml:"shards,omitempty"`
+	Tenant               string            `yaml:"tenant,omitempty" doc:"Tenant that the samples are of."`
+	Gateways             []string          `yaml:"gateways,omitempty" doc:"URLs of gateways, beside '--gateway.url'."`
+	PrometheusDirectory  string            `yaml:"prometheus_directory,omitempty" doc:"As '--prometheus.data-dir'."`
+	PrometheusURL        string            `yaml:"prometheus_url,omitempty" doc:"As '--prometheus.url': external labels are read there, and follow a reload."`
+	PrometheusConfigFile string            `yaml:"prometheus_config_file,omitempty" doc:"As '--prometheus.config-file'."`
+	RelabelConfigs       []*relabel.Config `yaml:"relabel_configs,omitempty" doc:"Prometheus's relabel configs, applied to each series after the external labels: drop what need not be kept."`
+	Shards               int               `yaml:"shards,omitempty" doc:"Over how many ingesters the tenant's series are spread. 0: all."`
 }
 
 // defaults of the file.
@@ -106,17 +104,17 @@ func defaultConfig() Config {
 		Objects: ObjectsConfig{Type: "files"},
 		Index:   IndexConfig{Type: "embedded"},
 		Ingester: IngesterConfig{
-			FlushInterval:   model.Duration(30 * time.Minute),
-			FlushBytes:      1 * units.GiB,
-			MaxBytes:        4 * units.GiB,
-			VisibilityDelay: model.Duration(5 * time.Minute),
+			FlushInterval:   duration(30 * time.Minute),
+			FlushBytes:      gib,
+			MaxBytes:        4 * gib,
+			VisibilityDelay: duration(5 * time.Minute),
 			Limits:          ingest.Limits{LabelsPerSeries: 128, LabelNameBytes: 1024, LabelValueBytes: 64 << 10},
 		},
 		Gateway: GatewayConfig{
-			QueryTimeout:  model.Duration(2 * time.Minute),
-			LookbackDelta: model.Duration(5 * time.Minute),
+			QueryTimeout:  duration(2 * time.Minute),
+			LookbackDelta: duration(5 * time.Minute),
 			MaxSamples:    50_000_000,
-			CacheBytes:    512 * units.MiB,
+			CacheBytes:    512 * mib,
 		},
 		Sidecar: SidecarConfig{Tenant: gateway.DefaultTenant},
 	}
@@ -134,7 +132,7 @@ func loadConfig(path string) (Config, error) {
 		return c, fmt.Errorf("configuration file: %w", err)
 	}
 	if err := yaml.UnmarshalStrict(b, &c); err != nil {
-		return c, fmt.Errorf("%s: %s", path, strings.ReplaceAll(err.Error(), "\n", ""))
+		return c, fmt.Errorf("%s: %s", path, strings.ReplaceAll(strings.ReplaceAll(err.Error(), "\n  ", " "), "\n", " "))
 	}
 	if err := c.validate(); err != nil {
 		return c, fmt.Errorf("%s: %w", path, err)
@@ -171,7 +169,7 @@ func (c *Config) validate() error {
 	if d := time.Duration(i.FlushInterval); d < time.Second || d > 24*time.Hour {
 		bad("ingester.flush_interval: %s is not between 1s and 24h", i.FlushInterval)
 	}
-	if i.FlushBytes < 16*units.MiB {
+	if i.FlushBytes < 16*mib {
 		bad("ingester.flush_bytes: %s is less than 16MiB", i.FlushBytes)
 	}
 	if i.MaxBytes < 2*i.FlushBytes {

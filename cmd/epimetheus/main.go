@@ -27,17 +27,7 @@ type global struct {
 
 // execute is main with an exit code: 0 fine, 1 failed, 2 wrong use.
 func execute(args []string) int {
-	app := kingpin.New("epimetheus", "A memory without an end for Prometheus.")
-	app.HelpFlag.Short('h')
-	app.Version(version.Print("epimetheus")).VersionFlag.Short('v')
-	g := &global{}
-	app.Flag("config.file", "YAML configuration file; without it defaults hold.").StringVar(&g.configFile)
-	promslogflag.AddFlags(app, &g.log)
-
-	commands := map[string]command{}
-	for _, add := range []func(*kingpin.Application, map[string]command){addAll, addSidecar, addIngester, addGateway, addTool} {
-		add(app, commands)
-	}
+	app, g, commands := newApp()
 	name, err := app.Parse(args)
 	if err != nil {
 		fmt.Fprintf(os.Stderr, "epimetheus: %v (see epimetheus --help)\n", err)
@@ -50,6 +40,22 @@ func execute(args []string) int {
 		return 1
 	}
 	return 0
+}
+
+// newApp makes the command line.
+func newApp() (*kingpin.Application, *global, map[string]command) {
+	app := kingpin.New("epimetheus", "A memory without an end for Prometheus.")
+	app.HelpFlag.Short('h')
+	app.Version(version.Print("epimetheus")).VersionFlag.Short('v')
+	g := &global{}
+	app.Flag("config.file", "YAML configuration file; without it defaults hold.").StringVar(&g.configFile)
+	promslogflag.AddFlags(app, &g.log)
+
+	commands := map[string]command{}
+	for _, add := range []func(*kingpin.Application, map[string]command){addAll, addSidecar, addIngester, addGateway, addTool} {
+		add(app, commands)
+	}
+	return app, g, commands
 }
 
 // errSaid is an error of which the user has been told all.
