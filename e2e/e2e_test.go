@@ -44,6 +44,30 @@ func TestRoles(t *testing.T) {
 	scenario(t, startRoles(t))
 }
 
+// TestStoresDie: the object store and the index are killed while samples flow, at
+// the time of a flush or in it, and come back. Nothing is missing, and every
+// process stops as it should.
+func TestStoresDie(t *testing.T) {
+	t.Parallel()
+	s := startRoles(t)
+	began := time.Now().Add(-time.Second)
+	n := startTenant(t, s, "team-a")
+	pause(t.Context(), 12*time.Second)
+	s.s3.Kill()
+	pause(t.Context(), 8*time.Second)
+	s.db.Kill()
+	pause(t.Context(), 12*time.Second)
+	s.s3.Restart(t)
+	pause(t.Context(), 4*time.Second)
+	s.db.Restart(t)
+	pause(t.Context(), 6*time.Second)
+	auditLive(t, s, n, s.gateways[0].url, began, time.Now())
+	n.sidecar.stop(t)
+	for _, m := range append(append([]*member{s.victim}, s.rest...), s.gateways...) {
+		m.stop(t)
+	}
+}
+
 // TestClearErrors: what is wrong is said in one line, with an exit code.
 func TestClearErrors(t *testing.T) {
 	dir := t.TempDir()

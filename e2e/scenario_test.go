@@ -151,18 +151,8 @@ func scenario(t *testing.T, s *stack) {
 	// All that was scraped until now must be there, soon.
 	to := time.Now()
 	for _, n := range tenants {
-		audit := func(gateway string) error {
-			out, err := s.runTool(t, "audit", "--prometheus="+n.prom.URL, "--prometheus.wal="+n.prom.Dir,
-				"--external-label=cluster=cluster-of-"+n.name, "--external-label=replica=0",
-				"--gateway="+gateway, "--tenant="+n.name, "--from="+began.Format(time.RFC3339Nano), "--to="+to.Format(time.RFC3339Nano))
-			if err != nil {
-				return fmt.Errorf("%w\n%s", err, out)
-			}
-			t.Logf("%s: %s", n.name, out)
-			return nil
-		}
 		for _, g := range s.gateways {
-			eventually(t, 90*time.Second, "audit of "+n.name, func() error { return audit(g.url) })
+			auditLive(t, s, n, g.url, began, to)
 		}
 	}
 	apiAnswers(t, gw, tenants)
@@ -200,6 +190,21 @@ func scenario(t *testing.T, s *stack) {
 		}
 	}
 	g.stop(t)
+}
+
+// auditLive compares until nothing differs.
+func auditLive(t *testing.T, s *stack, n *tenant, gateway string, from, to time.Time) {
+	t.Helper()
+	eventually(t, 90*time.Second, "audit of "+n.name, func() error {
+		out, err := s.runTool(t, "audit", "--prometheus="+n.prom.URL, "--prometheus.wal="+n.prom.Dir,
+			"--external-label=cluster=cluster-of-"+n.name, "--external-label=replica=0",
+			"--gateway="+gateway, "--tenant="+n.name, "--from="+from.Format(time.RFC3339Nano), "--to="+to.Format(time.RFC3339Nano))
+		if err != nil {
+			return fmt.Errorf("%w\n%s", err, out)
+		}
+		t.Logf("%s: %s", n.name, out)
+		return nil
+	})
 }
 
 func pause(ctx context.Context, d time.Duration) {

@@ -24,6 +24,8 @@ type stack struct {
 	victim *member
 	// rest are the other ingesters.
 	rest []*member
+	s3   *testenv.S3Server
+	db   *testenv.DynamoDBServer
 	env  []string
 	dir  string
 }
@@ -89,8 +91,8 @@ func startAll(t *testing.T) *stack {
 
 func startRoles(t *testing.T) *stack {
 	t.Helper()
-	s3, db := testenv.S3(t), testenv.DynamoDB(t)
-	s := &stack{dir: t.TempDir(), env: s3.Env()}
+	s3, db := testenv.S3(t), testenv.DynamoDBOn(t, t.TempDir())
+	s := &stack{dir: t.TempDir(), env: s3.Env(), s3: s3, db: db}
 	config := writeFile(t, s.dir, "epimetheus.yml", commonConfig+fmt.Sprintf(`
 objects:
   type: s3
