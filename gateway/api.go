@@ -315,8 +315,9 @@ func write(w http.ResponseWriter, code int, r v1.Response) {
 // noScraping stands for what a gateway has none of: targets, rules, alerts.
 type noScraping struct{}
 
-func (noScraping) ScrapePools() []string                       { return []string{} }
-func (noScraping) TargetsActive() map[string][]*scrape.Target  { return map[string][]*scrape.Target{} }
+func (noScraping) ScrapePools() []string                      { return []string{} }
+func (noScraping) TargetsActive() map[string][]*scrape.Target { return map[string][]*scrape.Target{} }
+
 func (noScraping) TargetsDropped() map[string][]*scrape.Target { return map[string][]*scrape.Target{} }
 func (noScraping) TargetsDroppedCounts() map[string]int        { return map[string]int{} }
 func (noScraping) ScrapePoolConfig(pool string) (*config.ScrapeConfig, error) {

@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"net"
 	"path/filepath"
+	"slices"
 	"sync"
 	"testing"
 	"time"
@@ -147,7 +148,7 @@ func (c *Cluster) Serve(id string, state ring.State, register func(*grpc.Server)
 		})
 	}
 	c.members = append(c.members, m)
-	c.Live.Set(ring.NewSnapshot(append([]ring.Member(nil), c.members...)))
+	c.Live.Set(ring.NewSnapshot(slices.Clone(c.members)))
 }
 
 // ServeFetch is Serve for a member that answers only queries.
@@ -162,7 +163,7 @@ func (c *Cluster) SetState(id string, s ring.State) {
 			c.members[i].State = s
 		}
 	}
-	c.Live.Set(ring.NewSnapshot(append([]ring.Member(nil), c.members...)))
+	c.Live.Set(ring.NewSnapshot(slices.Clone(c.members)))
 }
 
 // DialOptions are those with which the members are reached.
@@ -197,11 +198,11 @@ func (c *Cluster) Close() error {
 	var errs []error
 	c.closed.Do(func() {
 		for _, s := range c.shippers {
-			s.close()
+			errs = append(errs, s.close())
 		}
 		errs = append(errs, c.Heads.Close())
-		for i := len(c.stops) - 1; i >= 0; i-- {
-			errs = append(errs, c.stops[i]())
+		for _, stop := range slices.Backward(c.stops) {
+			errs = append(errs, stop())
 		}
 		errs = append(errs, c.bolt.Close())
 	})

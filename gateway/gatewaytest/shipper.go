@@ -2,6 +2,7 @@ package gatewaytest
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"math"
@@ -60,13 +61,15 @@ func (c *Cluster) Shipper(tenant string) *Shipper {
 	return s
 }
 
-func (s *Shipper) close() {
+func (s *Shipper) close() error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	var errs []error
 	for _, o := range s.owners {
 		o.cancel()
-		<-o.done
+		errs = append(errs, <-o.done)
 	}
+	return errors.Join(errs...)
 }
 
 func (s *Shipper) owner(m ring.Member) *owner {
@@ -105,9 +108,9 @@ func (s *Shipper) Send(ctx context.Context, samples ...Sample) error {
 	for _, p := range samples {
 		m, ok := r.Owner(ring.Token(s.tenant, p.Labels))
 		if !ok {
-			return fmt.Errorf("no active member on the ring")
+			return errors.New("no active member on the ring")
 		}
-		o := s.owner(m)
+		o := s.owner(m) //nolint:contextcheck // the session outlives the call
 		parts[o] = append(parts[o], p)
 	}
 	for o, part := range parts {

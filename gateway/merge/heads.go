@@ -22,8 +22,16 @@ import (
 )
 
 // headTimeout bounds one request to an ingester: a query is not held up by one
-// that hangs.
+// that hangs. Nor does it take more than half of the time that a query has left,
+// so that the rest can still be answered.
 const headTimeout = 15 * time.Second
+
+func timeout(ctx context.Context) time.Duration {
+	if end, ok := ctx.Deadline(); ok {
+		return min(headTimeout, time.Until(end)/2)
+	}
+	return headTimeout
+}
 
 // maxAnswer bounds a message of an ingester, in bytes.
 const maxAnswer = 64 << 20
@@ -123,7 +131,7 @@ func ask[T any](ctx context.Context, h *Heads, fn func(context.Context, *fetch.C
 			continue
 		}
 		wg.Go(func() {
-			ctx, cancel := context.WithTimeout(ctx, headTimeout)
+			ctx, cancel := context.WithTimeout(ctx, timeout(ctx))
 			defer cancel()
 			start := time.Now()
 			c, err := h.client(m.Address, members)

@@ -3,7 +3,7 @@ package merge_test
 import (
 	"testing"
 
-	"go.uber.org/goleak"
+	"github.com/epimetheus-tsdb/epimetheus/gateway/gatewaytest"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) { gatewaytest.Main(m) }

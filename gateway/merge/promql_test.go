@@ -23,29 +23,28 @@ import (
 // half of them are flushed before the others are sent. What was flushed stays
 // in the heads for the visibility delay: it is read twice and merged.
 func TestPrometheusSuite(t *testing.T) {
+	splits := []split{
+		func(i, n int) (bool, bool) { return i < (n+1)/2, i >= (n+1)/2 },
+		func(i, _ int) (bool, bool) { return i%2 == 0, i%2 == 1 },
+		func(i, n int) (bool, bool) { return i >= n/2, i < n/2 },
+		func(i, _ int) (bool, bool) { return i%4 < 2, true },
+	}
 	// A counter-reset hint is not known where one sample comes from a block and
 	// the next from a head. These files look at hints (by the warning about
 	// resets in conflict, too), so here a series of histograms is in one place.
 	hints := []string{"testdata/native_histograms.test", "testdata/range_queries.test"}
-	for name, where := range map[string]split{
-		"older half in blocks":         func(i, n int) (bool, bool) { return i < (n+1)/2, i >= (n+1)/2 },
-		"newer half in blocks":         func(i, n int) (bool, bool) { return i >= n/2, i < n/2 },
-		"every other sample in blocks": func(i, _ int) (bool, bool) { return i%2 == 0, i%2 == 1 },
-		"half in blocks, all in heads": func(i, _ int) (bool, bool) { return i%4 < 2, true },
-	} {
-		t.Run(name, func(t *testing.T) {
-			t.Parallel()
-			engine := promqltest.NewTestEngine(t, false, 0, promqltest.DefaultMaxSamplesPerQuery)
-			promqltest.RunBuiltinTestsWithStorage(t, engine, func(t testing.TB) storage.Storage {
-				c := gatewaytest.New(t, gatewaytest.Options{Ingesters: 2})
-				return &shipped{
-					Queryable: c.Storage, ChunkQueryable: c.Storage, c: c, where: where,
-					together: slices.ContainsFunc(hints, func(file string) bool { return strings.HasSuffix(t.Name(), "/"+file) }),
-					blocks:   c.Shipper(gateway.DefaultTenant), heads: c.Shipper(gateway.DefaultTenant),
-				}
-			})
-		})
-	}
+	storages := 0
+	engine := promqltest.NewTestEngine(t, false, 0, promqltest.DefaultMaxSamplesPerQuery)
+	promqltest.RunBuiltinTestsWithStorage(t, engine, func(t testing.TB) storage.Storage {
+		c := gatewaytest.New(t, gatewaytest.Options{Ingesters: 2})
+		storages++
+		return &shipped{
+			Queryable: c.Storage, ChunkQueryable: c.Storage, c: c,
+			where:    splits[storages%len(splits)],
+			together: slices.ContainsFunc(hints, func(file string) bool { return strings.HasSuffix(t.Name(), "/"+file) }),
+			blocks:   c.Shipper(gateway.DefaultTenant), heads: c.Shipper(gateway.DefaultTenant),
+		}
+	})
 }
 
 // split says of the i-th of n samples of a series whether it goes to a block,
@@ -75,7 +74,7 @@ func (s *shipped) AppenderV2(ctx context.Context) storage.AppenderV2 {
 
 type appender struct {
 	s      *shipped
-	ctx    context.Context
+	ctx    context.Context                 //nolint:containedctx // storage.AppenderV2 has no other place for it
 	series map[string][]gatewaytest.Sample // by labels
 }
 

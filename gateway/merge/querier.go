@@ -8,6 +8,7 @@ import (
 
 	"github.com/oklog/ulid/v2"
 	"github.com/prometheus/prometheus/model/labels"
+	"github.com/prometheus/prometheus/promql"
 	"github.com/prometheus/prometheus/storage"
 	"github.com/prometheus/prometheus/tsdb/chunkenc"
 	"github.com/prometheus/prometheus/util/annotations"
@@ -82,7 +83,7 @@ func (q *querier) Select(ctx context.Context, _ bool, hints *storage.SelectHints
 	}
 	q.selects.Go(func() {
 		defer close(set.ready)
-		set.err = q.load(ctx, set, &h, mint, maxt, ms)
+		set.err = class(ctx, q.load(ctx, set, &h, mint, maxt, ms))
 	})
 	return set
 }
@@ -133,6 +134,21 @@ func (q *querier) load(ctx context.Context, set *seriesSet, h *storage.SelectHin
 	return set.old.Err()
 }
 
+// class puts an error into one of the classes for which Prometheus's API has
+// status codes: the query was cancelled, it took too long, or the storage failed,
+// which is not the fault of the query.
+func class(ctx context.Context, err error) error {
+	switch {
+	case err == nil:
+		return nil
+	case errors.Is(ctx.Err(), context.Canceled):
+		return promql.ErrQueryCanceled("reading of samples")
+	case errors.Is(ctx.Err(), context.DeadlineExceeded):
+		return promql.ErrQueryTimeout("reading of samples")
+	}
+	return promql.ErrStorage{Err: err}
+}
+
 // LabelValues implements storage.LabelQuerier.
 func (q *querier) LabelValues(ctx context.Context, name string, hints *storage.LabelHints, ms ...*labels.Matcher) ([]string, annotations.Annotations, error) {
 	return q.labels(ctx, name, hints, ms, func(s *history.Snapshot) ([]string, error) {
@@ -156,15 +172,15 @@ func (q *querier) labels(ctx context.Context, name string, hints *storage.LabelH
 		return c.Labels(ctx, fq, name)
 	})
 	if err != nil {
-		return nil, nil, err
+		return nil, nil, class(ctx, err)
 	}
 	snap, err := q.snapshot(ctx, blocks(as), r)
 	if err != nil {
-		return nil, nil, err
+		return nil, nil, class(ctx, err)
 	}
 	out, err := old(snap)
 	if err != nil {
-		return nil, nil, err
+		return nil, nil, class(ctx, err)
 	}
 	for _, a := range as {
 		out = append(out, a.value...)
@@ -213,7 +229,7 @@ func (s *seriesSet) Next() bool {
 		if s.more && labels.Equal(s.old.At().Labels, ls) {
 			at.old = s.old.At()
 			if s.more = s.old.Next(s.ctx); !s.more {
-				s.err = s.old.Err()
+				s.err = class(s.ctx, s.old.Err())
 			}
 		}
 		if s.shards > 0 && labels.StableHash(ls)%s.shards != s.shard {
@@ -266,7 +282,7 @@ func (s *series) Labels() labels.Labels { return s.labels }
 func (s *series) Iterator(it chunkenc.Iterator) chunkenc.Iterator {
 	cols, err := s.columns()
 	if err != nil {
-		cols = &chunkfmt.Series{}
+		cols, err = &chunkfmt.Series{}, promql.ErrStorage{Err: err}
 	}
 	mine, ok := it.(*iterator)
 	if !ok {

@@ -64,15 +64,15 @@ func (q *exemplarQuerier) Select(mint, maxt int64, sets ...[]*labels.Matcher) ([
 	tenant := q.s.tenantOf(q.ctx)
 	as, r, _, err := q.s.heads.exemplars(q.ctx, tenant, mint, maxt, sets)
 	if err != nil {
-		return nil, err
+		return nil, class(q.ctx, err)
 	}
 	snap, err := q.s.snapshot(q.ctx, tenant, mint, maxt, blocks(as), r)
 	if err != nil {
-		return nil, err
+		return nil, class(q.ctx, err)
 	}
 	all, err := snap.Exemplars(q.ctx, sets, mint, maxt)
 	if err != nil {
-		return nil, err
+		return nil, class(q.ctx, err)
 	}
 	for _, a := range as {
 		all = append(all, a.value...)
