@@ -136,6 +136,9 @@ func (i *Ingester) Flush(ctx context.Context) error {
 // Size is what the head holds.
 func (i *Ingester) Size() head.Size { return i.head.Size() }
 
+// toldTimeout bounds the wait for the last acknowledgements to go out.
+const toldTimeout = 2 * time.Second
+
 // Run flushes and forgets until ctx ends. It then flushes once more, within the
 // time that FinalFlush gives; what is not durable then is sent again by its
 // sources.
@@ -164,6 +167,9 @@ func (i *Ingester) Run(ctx context.Context) error {
 	if err := i.flush.flush(fctx); err != nil {
 		return fmt.Errorf("last flush: %w (the sources send these samples again)", err)
 	}
+	tctx, cancelTold := context.WithTimeout(fctx, toldTimeout)
+	defer cancelTold()
+	i.receive.told(tctx)
 	return nil
 }
 

@@ -270,6 +270,31 @@ func (r *receiver) flushed(generation uint64) {
 	}
 }
 
+// told waits until every source that is connected has been told what is durable,
+// or ctx ends. What a source isn't told it sends again.
+func (r *receiver) told(ctx context.Context) {
+	tick := time.NewTicker(10 * time.Millisecond)
+	defer tick.Stop()
+	for {
+		waiting := false
+		r.mu.Lock()
+		for _, s := range r.sessions {
+			s.mu.Lock()
+			waiting = waiting || s.stream != nil && s.told < s.durable
+			s.mu.Unlock()
+		}
+		r.mu.Unlock()
+		if !waiting {
+			return
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		}
+	}
+}
+
 // answer sends acknowledgements until ctx ends.
 func (r *receiver) answer(ctx context.Context, ss shippb.Ship_StreamServer, s *session) error {
 	beat := time.NewTicker(ackAtLeast)
@@ -290,6 +315,9 @@ func (r *receiver) answer(ctx context.Context, ss shippb.Ship_StreamServer, s *s
 		if err := ss.Send(&shippb.ToSidecar{Message: &shippb.ToSidecar_Ack{Ack: ack}}); err != nil {
 			return err
 		}
+		s.mu.Lock()
+		s.told = max(s.told, ack.Durable)
+		s.mu.Unlock()
 		select {
 		case <-ctx.Done():
 			return nil

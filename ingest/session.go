@@ -26,6 +26,7 @@ type session struct {
 	refs     head.Refs
 	received uint64
 	durable  uint64
+	told     uint64 // durable, as the stream has last sent it
 	marks    []mark // ascending in both
 	refused  []*shippb.Refused
 	dropped  uint64 // refusals beyond maxRefused, not reported one by one
