@@ -12,6 +12,7 @@ import (
 	"flag"
 	"fmt"
 	"io"
+	"maps"
 	"net"
 	"net/http"
 	"net/url"
@@ -19,6 +20,8 @@ import (
 	"os/exec"
 	"os/signal"
 	"path/filepath"
+	"slices"
+	"strings"
 	"sync"
 	"syscall"
 	"time"
@@ -142,7 +145,7 @@ scrape_configs:
 		}
 		fmt.Printf("\n%s\n", q)
 		for _, r := range result {
-			fmt.Printf("  %v = %v\n", r.Metric, r.Value[1])
+			fmt.Printf("  %s = %v\n", labels(r.Metric), r.Value[1])
 		}
 	}
 	fmt.Printf(`
@@ -295,6 +298,14 @@ func get(ctx context.Context, url string, check func(*http.Response) error) erro
 type sample struct {
 	Metric map[string]string `json:"metric"`
 	Value  [2]any            `json:"value"`
+}
+
+func labels(m map[string]string) string {
+	var parts []string
+	for _, k := range slices.Sorted(maps.Keys(m)) {
+		parts = append(parts, fmt.Sprintf("%s=%q", k, m[k]))
+	}
+	return "{" + strings.Join(parts, ", ") + "}"
 }
 
 func queryURL(gateway, q string) string {
