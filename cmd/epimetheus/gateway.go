@@ -2,10 +2,10 @@ package main
 
 import (
 	"context"
+	"encoding/json"
 	"fmt"
 	"net/http"
 	"runtime"
-	"sort"
 	"strconv"
 	"time"
 
@@ -66,6 +66,7 @@ func (p *process) addGateway(st *stores, live *ring.Live) error {
 		return err
 	}
 	p.mux.Handle("/api/v1/", api)
+	p.mux.HandleFunc("GET /ring", serveRing(live, heads))
 	p.status = append(p.status, section{"Ring", func(r *http.Request) [][]string { return ringTable(r.Context(), live, heads) }})
 	return nil
 }
@@ -91,20 +92,51 @@ func (p *process) addRing(live *ring.Live) {
 	}})
 }
 
-// ringTable shows members, states, shares and series.
-func ringTable(ctx context.Context, live *ring.Live, heads *merge.Heads) [][]string {
+// ringMember is a member as the status page and GET /ring show it.
+type ringMember struct {
+	ring.Member
+	Share  float64 `json:"share"`            // of the token space, 0 to 1
+	Series *int64  `json:"series,omitempty"` // in its current generation; absent where it doesn't answer
+}
+
+// ringMembers asks each member for its series.
+func ringMembers(ctx context.Context, live *ring.Live, heads *merge.Heads) []ringMember {
 	r := live.Ring()
 	shares := r.Shares()
 	series := heads.Series(ctx)
-	rows := [][]string{{"member", "address", "zone", "state", "share", "series"}}
-	members := append([]ring.Member(nil), r.Snapshot().Members...)
-	sort.Slice(members, func(i, j int) bool { return members[i].ID < members[j].ID })
-	for _, m := range members {
-		n := "?"
-		if s, ok := series[m.ID]; ok {
-			n = strconv.FormatInt(s, 10)
+	out := []ringMember{}
+	for _, m := range r.Snapshot().Members {
+		one := ringMember{Member: m, Share: shares[m.ID]}
+		if n, ok := series[m.ID]; ok {
+			one.Series = &n
 		}
-		rows = append(rows, []string{m.ID, m.Address, m.Zone, string(m.State), fmt.Sprintf("%.1f %%", 100*shares[m.ID]), n})
+		out = append(out, one)
+	}
+	return out
+}
+
+// serveRing is GET /ring.
+func serveRing(live *ring.Live, heads *merge.Heads) http.HandlerFunc {
+	return func(w http.ResponseWriter, r *http.Request) {
+		b, err := json.Marshal(map[string]any{"version": live.Ring().Version(), "members": ringMembers(r.Context(), live, heads)})
+		if err != nil {
+			http.Error(w, err.Error(), http.StatusInternalServerError)
+			return
+		}
+		w.Header().Set("Content-Type", "application/json")
+		_, _ = w.Write(b) // the client has gone: nobody to tell
+	}
+}
+
+// ringTable shows members, states, shares and series.
+func ringTable(ctx context.Context, live *ring.Live, heads *merge.Heads) [][]string {
+	rows := [][]string{{"member", "address", "zone", "state", "share", "series"}}
+	for _, m := range ringMembers(ctx, live, heads) {
+		n := "?"
+		if m.Series != nil {
+			n = strconv.FormatInt(*m.Series, 10)
+		}
+		rows = append(rows, []string{m.ID, m.Address, m.Zone, string(m.State), fmt.Sprintf("%.1f %%", 100*m.Share), n})
 	}
 	return rows
 }
