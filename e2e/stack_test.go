@@ -89,9 +89,9 @@ func startAll(t *testing.T) *stack {
 	return s
 }
 
-func startRoles(t *testing.T) *stack {
+func startRoles(t *testing.T, s3 *testenv.S3Server) *stack {
 	t.Helper()
-	s3, db := testenv.S3(t), testenv.DynamoDBOn(t, t.TempDir())
+	db := testenv.DynamoDBOn(t, t.TempDir())
 	s := &stack{dir: t.TempDir(), env: s3.Env(), s3: s3, db: db}
 	config := writeFile(t, s.dir, "epimetheus.yml", commonConfig+fmt.Sprintf(`
 objects:
@@ -147,7 +147,7 @@ type tenant struct {
 
 // startTenant starts a Prometheus that scrapes itself, the stack and an exporter
 // of ours each second, and a sidecar beside it.
-func startTenant(t *testing.T, s *stack, name string) *tenant {
+func startTenant(t *testing.T, s *stack, name, features string) *tenant {
 	t.Helper()
 	targets := []string{startExporter(t)}
 	for _, m := range append(append([]*member{s.victim}, s.gateways...), s.rest...) {
@@ -163,16 +163,47 @@ scrape_configs:
   scrape_native_histograms: true
   always_scrape_classic_histograms: true
   static_configs: [{targets: ['%s']}]
-`, name, strings.Join(targets, "', '")), "--enable-feature=exemplar-storage,metadata-wal-records")
+`, name, strings.Join(targets, "', '")), "--enable-feature=exemplar-storage,metadata-wal-records"+features)
+	n.startSidecar(t, s)
+	return n
+}
+
+// Features of Prometheus that make it write start timestamps, in records of the
+// second version.
+const startTimestamps = ",st-storage,xor2-encoding,histograms-st-encoding,created-timestamp-zero-ingestion"
+
+// startAgent is startTenant with a Prometheus in agent mode.
+func startAgent(t *testing.T, s *stack, name string) *tenant {
+	t.Helper()
+	dir, addr := t.TempDir(), testenv.FreeAddr(t)
+	n := &tenant{name: name, prom: &testenv.PrometheusServer{URL: "http://" + addr, Addr: addr, Dir: filepath.Join(dir, "data")}}
+	config := writeFile(t, dir, "agent.yml", fmt.Sprintf(`
+global:
+  scrape_interval: 1s
+  external_labels: {cluster: cluster-of-%s, replica: "0"}
+scrape_configs:
+- job_name: all
+  scrape_native_histograms: true
+  static_configs: [{targets: ['%s', '%s']}]
+`, name, startExporter(t), addr))
+	n.prom.Process = testenv.Start(t, testenv.Command{
+		Path: testenv.Tool(t, "bin/prometheus"), Dir: dir, Ready: testenv.Answering(n.prom.URL + "/-/ready"),
+		Args: []string{"--agent", "--config.file=" + config, "--storage.agent.path=" + n.prom.Dir, "--web.listen-address=" + addr},
+	})
+	n.startSidecar(t, s)
+	return n
+}
+
+func (n *tenant) startSidecar(t *testing.T, s *stack) {
+	t.Helper()
 	args := []string{
-		"sidecar", "--data.dir=" + filepath.Join(s.dir, "sidecar-"+name), "--tenant=" + name,
+		"sidecar", "--data.dir=" + filepath.Join(s.dir, "sidecar-"+n.name), "--tenant=" + n.name,
 		"--prometheus.data-dir=" + n.prom.Dir, "--prometheus.url=" + n.prom.URL,
 	}
 	for _, g := range s.gateways {
 		args = append(args, "--gateway.url="+g.url)
 	}
 	n.sidecar = s.start(t, testenv.FreeAddr(t), args...)
-	return n
 }
 
 // startExporter serves what other targets don't: native histograms, exemplars,

@@ -66,7 +66,7 @@ func addAudit(tool *kingpin.CmdClause, commands map[string]command) {
 	external := map[string]string{}
 	var window time.Duration
 	var most int
-	cmd.Flag("prometheus", "URL of a Prometheus, or its data directory.").Required().StringVar(&prom)
+	cmd.Flag("prometheus", "URL of a Prometheus, or its data directory; of an agent, its data directory.").Required().StringVar(&prom)
 	cmd.Flag("prometheus.wal", "Data directory of that Prometheus where --prometheus is a URL: tells samples that it logged and then rejected from extra ones.").StringVar(&walDir)
 	cmd.Flag("external-label", "External label of that Prometheus where it is a data directory: name=value. Repeat for more.").StringMapVar(&external)
 	cmd.Flag("gateway", "URL of the gateway.").Required().StringVar(&gw)
@@ -147,6 +147,9 @@ func promSource(prom string, external labels.Labels) (audit.Source, error) {
 	}
 	if !isDir(filepath.Join(prom, "wal")) {
 		return nil, fmt.Errorf("%s is neither a URL nor a data directory of Prometheus (it has no folder wal)", prom)
+	}
+	if !isDir(filepath.Join(prom, "chunks_head")) {
+		return audit.NewWAL(prom, external), nil // of an agent: it has nothing else
 	}
 	return audit.NewDir(prom, external)
 }
