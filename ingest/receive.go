@@ -310,7 +310,7 @@ func (r *receiver) answer(ctx context.Context, ss shippb.Ship_StreamServer, s *s
 		}
 		s.mu.Lock()
 		ack := &shippb.Ack{Received: s.received, Durable: s.durable, Refused: s.refused}
-		s.refused, s.dropped = nil, 0
+		s.refused = nil
 		s.mu.Unlock()
 		if err := ss.Send(&shippb.ToSidecar{Message: &shippb.ToSidecar_Ack{Ack: ack}}); err != nil {
 			return err

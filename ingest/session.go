@@ -1,6 +1,7 @@
 package ingest
 
 import (
+	"slices"
 	"sync"
 	"time"
 
@@ -29,7 +30,6 @@ type session struct {
 	told     uint64 // durable, as the stream has last sent it
 	marks    []mark // ascending in both
 	refused  []*shippb.Refused
-	dropped  uint64 // refusals beyond maxRefused, not reported one by one
 	stream   *stream
 	lastSeen time.Time // of the end of the last stream
 	lag      time.Duration
@@ -42,7 +42,8 @@ type mark struct {
 	seq        uint64
 }
 
-// maxRefused bounds the refusals kept until the next answer.
+// maxRefused bounds the refusals kept apart until the next answer; what comes
+// then is added to one with the same reason.
 const maxRefused = 64
 
 // stream is the connection that a session has at present.
@@ -91,8 +92,10 @@ func (s *session) wake() {
 // refuse keeps a refusal for the next answer. The caller holds s.mu.
 func (s *session) refuse(seq uint64, reason head.Reason, r head.Refusal) {
 	if len(s.refused) >= maxRefused {
-		s.dropped += uint64(r.Samples)
-		return
+		if i := slices.IndexFunc(s.refused, func(f *shippb.Refused) bool { return f.Reason == string(reason) }); i >= 0 {
+			s.refused[i].Samples += uint64(r.Samples)
+			return
+		}
 	}
 	s.refused = append(s.refused, &shippb.Refused{
 		Seq: seq, Reason: string(reason), Samples: uint64(r.Samples), Example: r.Example.String(),
