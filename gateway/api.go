@@ -31,6 +31,7 @@ import (
 	"github.com/prometheus/prometheus/tsdb"
 	"github.com/prometheus/prometheus/util/annotations"
 	"github.com/prometheus/prometheus/util/features"
+	"github.com/prometheus/prometheus/util/httputil"
 	"github.com/prometheus/prometheus/util/notifications"
 	v1 "github.com/prometheus/prometheus/web/api/v1"
 
@@ -109,10 +110,11 @@ func New(o Options, s Storage, live *ring.Live, logger *slog.Logger, reg prometh
 	engine := promql.NewEngine(promql.EngineOpts{
 		Logger: a.logger, Reg: reg, MaxSamples: o.MaxSamples, Timeout: o.QueryTimeout, LookbackDelta: o.LookbackDelta,
 		NoStepSubqueryIntervalFn: func(int64) int64 { return time.Minute.Milliseconds() },
-		EnableAtModifier:         true, EnableNegativeOffset: true, EnablePerStepStats: true,
+		EnableAtModifier:         true, EnableNegativeOffset: true,
 		EnableDelayedNameRemoval: o.DelayedNameRemoval, Parser: parse, FeatureRegistry: registry,
 	})
 	cfg := config.DefaultConfig
+	cors := regexp.MustCompile("^(?s:.*)$") // Prometheus's default
 	api := v1.NewAPI(
 		engine, s, nil, s,
 		func(context.Context) v1.ScrapePoolsRetriever { return noScraping{} },
@@ -127,7 +129,7 @@ func New(o Options, s Storage, live *ring.Live, logger *slog.Logger, reg prometh
 		func(context.Context) v1.RulesRetriever { return noScraping{} },
 		5e7, 10, 1<<20, // Prometheus's defaults for remote read
 		false,
-		regexp.MustCompile("^(?:.*)$"),
+		cors,
 		a.runtimeInfo,
 		&v1.PrometheusVersion{
 			Version: PrometheusVersion, Revision: o.Revision, Branch: "HEAD",
@@ -144,8 +146,11 @@ func New(o Options, s Storage, live *ring.Live, logger *slog.Logger, reg prometh
 	r := route.New()
 	api.Register(r)
 	ours := map[string]http.HandlerFunc{
-		"/status/tsdb": a.whenReady(a.tsdbStatus),
-		"/ring":        a.ring,
+		"/status/tsdb": a.whenReady(httputil.CompressionHandler{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			httputil.SetCORS(w, cors, r)
+			a.tsdbStatus(w, r)
+		})}.ServeHTTP),
+		"/ring": a.ring,
 	}
 	a.handler = http.StripPrefix("/api/v1", http.HandlerFunc(func(w http.ResponseWriter, req *http.Request) {
 		tenant, err := o.Tenancy.tenant(req)
@@ -158,7 +163,7 @@ func New(o Options, s Storage, live *ring.Live, logger *slog.Logger, reg prometh
 			ctx = context.WithValue(ctx, metadataKey{}, metadataRequest{metric: req.FormValue("metric")})
 		}
 		req = req.WithContext(ctx)
-		if h := ours[req.URL.Path]; h != nil && (req.Method == http.MethodGet || req.Method == http.MethodHead) {
+		if h := ours[req.URL.Path]; h != nil && req.Method == http.MethodGet {
 			h(w, req)
 			return
 		}

@@ -1,0 +1,460 @@
+package gateway_test
+
+import (
+	"bytes"
+	"cmp"
+	"compress/gzip"
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"log/slog"
+	"math"
+	"net/http"
+	"net/http/httptest"
+	"net/url"
+	"regexp"
+	"slices"
+	"strings"
+	"testing"
+
+	gocmp "github.com/google/go-cmp/cmp"
+	"github.com/klauspost/compress/s2"
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/prometheus/model/exemplar"
+	"github.com/prometheus/prometheus/model/histogram"
+	"github.com/prometheus/prometheus/model/labels"
+	"github.com/prometheus/prometheus/model/value"
+	"github.com/prometheus/prometheus/prompb"
+	"github.com/prometheus/prometheus/tsdb/tsdbutil"
+
+	"github.com/epimetheus-tsdb/epimetheus/gateway"
+	"github.com/epimetheus-tsdb/epimetheus/gateway/gatewaytest"
+	"github.com/epimetheus-tsdb/epimetheus/internal/testenv"
+)
+
+func TestMain(m *testing.M) { gatewaytest.Main(m) }
+
+// The samples are at start, start+15s, …
+const (
+	start   = 1_700_000_000_007 // ms
+	step    = 15_000
+	samples = 61
+	end     = start + (samples-1)*step
+)
+
+// dataset is what both sides hold: ordinary metrics, and odd ones.
+func dataset() []gatewaytest.Sample {
+	var out []gatewaytest.Sample
+	add := func(fill func(i int, s *gatewaytest.Sample), pairs ...string) {
+		ls := labels.FromStrings(pairs...)
+		for i := range samples {
+			s := gatewaytest.Sample{Labels: ls, T: start + int64(i)*step}
+			fill(i, &s)
+			out = append(out, s)
+		}
+	}
+	float := func(f func(i int) float64) func(int, *gatewaytest.Sample) {
+		return func(i int, s *gatewaytest.Sample) { s.V = f(i) }
+	}
+	for n := range 6 {
+		job, instance := fmt.Sprint("job-", n%2), fmt.Sprint("host-", n, ":80")
+		add(float(func(i int) float64 { return float64((i + n) % 7 / 6) }), "__name__", "up", "job", job, "instance", instance)
+		for _, code := range []string{"200", "500"} {
+			add(func(i int, s *gatewaytest.Sample) {
+				s.V = float64(i%40*(n+1)) * 1.1
+				if code == "500" && i%20 == 3 {
+					s.Exemplars = []exemplar.Exemplar{{
+						Labels: labels.FromStrings("trace_id", fmt.Sprint(n, "-", i)), Value: float64(i), Ts: s.T - 3, HasTs: true,
+					}}
+				}
+			}, "__name__", "http_requests_total", "job", job, "instance", instance, "code", code)
+		}
+		for b, le := range []string{"0.1", "1", "+Inf"} {
+			add(float(func(i int) float64 { return float64(i * (b + 1) * (n + 1)) }), "__name__", "latency_bucket", "job", job, "instance", instance, "le", le)
+		}
+	}
+	odd := []float64{
+		math.Inf(1), math.Inf(-1), math.NaN(), math.Copysign(0, -1), 5e-324, math.MaxFloat64, 1e21, 1e-7, 0.1, 123456789.123456789,
+	}
+	add(float(func(i int) float64 { return odd[i%len(odd)] }), "__name__", "odd_values")
+	add(float(func(i int) float64 {
+		if i%5 == 4 {
+			return math.Float64frombits(value.StaleNaN)
+		}
+		return float64(i)
+	}), "__name__", "goes_stale")
+	add(float(func(i int) float64 { return float64(i) }), "__name__", "métrique.à points", "label.with dots", "<a href=\"x\">&amp;\n\t\\é世界")
+	add(func(i int, s *gatewaytest.Sample) { s.H = tsdbutil.GenerateTestHistogram(int64(i)) }, "__name__", "native", "kind", "int")
+	add(func(i int, s *gatewaytest.Sample) { s.FH = tsdbutil.GenerateTestFloatHistogram(int64(i)) }, "__name__", "native", "kind", "float")
+	add(func(i int, s *gatewaytest.Sample) { s.H = tsdbutil.GenerateTestCustomBucketsHistogram(int64(i)) }, "__name__", "native", "kind", "custom")
+	add(func(i int, s *gatewaytest.Sample) {
+		s.H = tsdbutil.GenerateTestHistogram(int64((i * 7) % 5))
+		s.H.CounterResetHint = histogram.GaugeType
+	}, "__name__", "native", "kind", "gauge")
+	// Prometheus's order of series is that of their creation: so it is ours, too.
+	slices.SortFunc(out, func(a, b gatewaytest.Sample) int { return cmp.Or(int(a.T-b.T), labels.Compare(a.Labels, b.Labels)) })
+	return out
+}
+
+// toPrometheus starts a Prometheus that has the samples.
+func toPrometheus(t *testing.T, ss []gatewaytest.Sample) *testenv.PrometheusServer {
+	t.Helper()
+	p := testenv.Prometheus(t, "", "global: {}\n", "--web.enable-remote-write-receiver", "--enable-feature=exemplar-storage")
+	var req prompb.WriteRequest
+	for _, s := range ss {
+		ts := prompb.TimeSeries{Labels: prompb.FromLabels(s.Labels, nil)}
+		switch {
+		case s.H != nil:
+			ts.Histograms = []prompb.Histogram{prompb.FromIntHistogram(s.T, s.H)}
+		case s.FH != nil:
+			ts.Histograms = []prompb.Histogram{prompb.FromFloatHistogram(s.T, s.FH)}
+		default:
+			ts.Samples = []prompb.Sample{{Timestamp: s.T, Value: s.V}}
+		}
+		for _, e := range s.Exemplars {
+			ts.Exemplars = append(ts.Exemplars, prompb.Exemplar{Labels: prompb.FromLabels(e.Labels, nil), Value: e.Value, Timestamp: e.Ts})
+		}
+		req.Timeseries = append(req.Timeseries, ts)
+	}
+	body, err := req.Marshal()
+	if err != nil {
+		t.Fatal(err)
+	}
+	r, err := http.NewRequestWithContext(t.Context(), http.MethodPost, p.URL+"/api/v1/write", bytes.NewReader(s2.EncodeSnappy(nil, body)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	r.Header.Set("Content-Encoding", "snappy")
+	r.Header.Set("X-Prometheus-Remote-Write-Version", "0.1.0")
+	resp, err := http.DefaultClient.Do(r)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	if b, _ := io.ReadAll(resp.Body); resp.StatusCode/100 != 2 {
+		t.Fatalf("remote write: %s: %s", resp.Status, b)
+	}
+	return p
+}
+
+// newAPI makes the API over a cluster's storage.
+func newAPI(t *testing.T, c *gatewaytest.Cluster, o gateway.Options) *gateway.API {
+	t.Helper()
+	reg := prometheus.NewRegistry()
+	api, err := gateway.New(o, c.Storage, c.Live, slog.New(slog.DiscardHandler), reg, reg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return api
+}
+
+// toGateway gives an API over the samples, the older half of them in blocks.
+func toGateway(t *testing.T, ss []gatewaytest.Sample) *gateway.API {
+	t.Helper()
+	c := gatewaytest.New(t, gatewaytest.Options{Ingesters: 3})
+	send := c.Shipper(gateway.DefaultTenant)
+	if err := send.Send(t.Context(), ss[:len(ss)/2]...); err != nil {
+		t.Fatal(err)
+	}
+	if err := c.Flush(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if err := send.Send(t.Context(), ss[len(ss)/2:]...); err != nil {
+		t.Fatal(err)
+	}
+	return newAPI(t, c, gateway.Options{})
+}
+
+// request is one for both sides.
+type request struct {
+	method string // GET if empty; POST sends the parameters as a form
+	path   string // below /api/v1
+	params string // as in a URL
+	header string // name: value
+	// differs says why the bodies are not the same; then only status and content
+	// type are compared.
+	differs string
+}
+
+func (r request) String() string {
+	return strings.TrimSpace(fmt.Sprint(r.method, " ", r.path, "?", r.params, " ", r.header))
+}
+
+func (r request) make(ctx context.Context, base string) (*http.Request, error) {
+	method, target, body := r.method, base+"/api/v1"+r.path, io.Reader(nil)
+	if method == "" {
+		method = http.MethodGet
+	}
+	if method == http.MethodPost {
+		body = strings.NewReader(r.params)
+	} else if r.params != "" {
+		target += "?" + r.params
+	}
+	req, err := http.NewRequestWithContext(ctx, method, target, body)
+	if err != nil {
+		return nil, err
+	}
+	if method == http.MethodPost {
+		req.Header.Set("Content-Type", "application/x-www-form-urlencoded")
+	}
+	if name, v, ok := strings.Cut(r.header, ": "); ok {
+		req.Header.Set(name, v)
+	}
+	return req, nil
+}
+
+// answer is what is compared.
+type answer struct {
+	Status int
+	Header map[string]string
+	Body   string
+}
+
+// headers that clients look at.
+func headers() []string {
+	return []string{
+		"Content-Type", "Content-Encoding", "Vary", "Allow", "Access-Control-Allow-Origin", "Access-Control-Allow-Methods",
+		"Access-Control-Allow-Headers", "Access-Control-Expose-Headers", "X-Content-Type-Options",
+	}
+}
+
+func toAnswer(t *testing.T, code int, h http.Header, body []byte) answer {
+	t.Helper()
+	a := answer{Status: code, Header: map[string]string{}}
+	for _, name := range headers() {
+		if v := h.Values(name); len(v) > 0 {
+			a.Header[name] = strings.Join(v, "; ")
+		}
+	}
+	if h.Get("Content-Encoding") == "gzip" {
+		z, err := gzip.NewReader(bytes.NewReader(body))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if body, err = io.ReadAll(z); err != nil {
+			t.Fatal(err)
+		}
+	}
+	a.Body = string(body)
+	return a
+}
+
+var timings = regexp.MustCompile(`"timings":\{[^}]*\}`) //nolint:gochecknoglobals // compiled once
+
+// ordered sorts what Prometheus leaves unordered: the series of an instant vector
+// and of the series endpoint, warnings; and takes out what a clock says. All
+// other bytes stay as they are.
+func (a answer) ordered() answer {
+	a.Body = timings.ReplaceAllString(a.Body, `"timings":{}`)
+	sorted := func(raw json.RawMessage) {
+		var list []json.RawMessage
+		if json.Unmarshal(raw, &list) != nil || len(list) < 2 {
+			return
+		}
+		slices.SortFunc(list, func(a, b json.RawMessage) int { return bytes.Compare(a, b) })
+		a.Body = strings.Replace(a.Body, string(raw), "["+string(bytes.Join(slices.Concat([][]byte{}, toBytes(list)), []byte(",")))+"]", 1)
+	}
+	var top, data map[string]json.RawMessage
+	if json.Unmarshal([]byte(a.Body), &top) != nil {
+		return a
+	}
+	sorted(top["warnings"])
+	sorted(top["infos"])
+	if json.Unmarshal(top["data"], &data) != nil {
+		if bytes.HasPrefix(top["data"], []byte("[{")) {
+			sorted(top["data"])
+		}
+		return a
+	}
+	if string(data["resultType"]) == `"vector"` {
+		sorted(data["result"])
+	}
+	return a
+}
+
+func toBytes(list []json.RawMessage) [][]byte {
+	out := make([][]byte, len(list))
+	for i, r := range list {
+		out[i] = r
+	}
+	return out
+}
+
+func requests() []request {
+	sec := func(ms int64) string { return fmt.Sprintf("%d.%03d", ms/1000, ms%1000) }
+	at := "&time=" + sec(end)
+	all := "&start=" + sec(start) + "&end=" + sec(end)
+	span := all + "&step=30"
+	q := url.QueryEscape
+	var out []request
+	get := func(path, params string) { out = append(out, request{path: path, params: params}) }
+	both := func(path, params string) {
+		get(path, params)
+		out = append(out, request{method: http.MethodPost, path: path, params: params})
+	}
+	differs := func(path, params, why string) {
+		out = append(out, request{path: path, params: params, differs: why})
+	}
+
+	for _, expr := range []string{
+		"up", `up{job="job-0"}`, `{job="job-1"}`, `{__name__=~"up|latency_bucket",instance!="host-1:80"}`, "sum by (job) (rate(http_requests_total[5m]))",
+		"histogram_quantile(0.9, sum by (le) (rate(latency_bucket[5m])))", "topk(2, http_requests_total)", "sort_desc(http_requests_total)",
+		"odd_values", "goes_stale", `{"métrique.à points"}`, "native", "rate(native[2m])", "histogram_quantile(0.5, native)", "sum(native)",
+		"1", `"text"`, "vector(1)", "time()", "absent(nothing)", "nothing", "count_values(\"v\", up)", "up + on(instance) http_requests_total",
+		"up offset 5m", "up @ 1700000300", "up[1m]", "native[1m]", "rate(up[5m:1m])", "up == 1", "-up", "label_replace(up, \"x\", \"$1\", \"job\", \"(.*)\")",
+		"http_requests_total / up", "rate(up[5m])", "info(up)", "limitk(1, up)", "sum(http_requests_total", "foo(", "", "up{", "sum(up) by", "rate(up)",
+		"1 +", "up @ foo", "up[5m] + 1", `{__name__=~".*"}`, `{}`, "up and ignoring(x) up", "stddev_over_time(odd_values[5m])", "quantile(2, up)",
+		"histogram_quantile(3, native)", "last_over_time(goes_stale[1m])", "present_over_time(goes_stale[1m])", "timestamp(up)",
+		"mad_over_time(up[5m])", "changes(odd_values[10m])", "sum(rate(http_requests_total[1m])) / 0", "count({__name__!=\"\"})",
+	} {
+		both("/query", "query="+q(expr)+at)
+		get("/query_range", "query="+q(expr)+span)
+	}
+	// Times, steps, timeouts, limits, statistics.
+	for _, p := range []string{
+		"&time=1700000100", "&time=1700000100.5", "&time=2023-11-14T22:15:00Z", "&time=2023-11-14T22:15:00.123%2B01:00", "&time=x", "&time=1e9", "&time=NaN",
+		"&time=-1", "&time=", at + "&timeout=x", at + "&timeout=10s", at + "&timeout=-1s", at + "&timeout=0.5", at + "&lookback_delta=1s", at + "&lookback_delta=x",
+		at + "&lookback_delta=1h", at + "&limit=2", at + "&limit=0", at + "&limit=-1", at + "&limit=x", at + "&limit=100", at + "&stats=all", at + "&stats=true",
+		at + "&stats=x", "&time=-9223372036854775808", "&time=292277025-08-18T07:12:54.999999999Z",
+	} {
+		if p == "&time=" || p == "&time=-9223372036854775808" {
+			continue
+		}
+		both("/query", "query=up"+p)
+	}
+	for _, p := range []string{
+		"", all, span, all + "&step=0", all + "&step=-5", all + "&step=x", all + "&step=1m", all + "&step=0.01", all + "&step=1e-9",
+		"&start=x&end=1&step=1", "&start=1&end=x&step=1", "&start=10&end=5&step=1", span + "&timeout=x", span + "&limit=1", span + "&limit=x", span + "&stats=all",
+		span + "&lookback_delta=10s", all + "&step=15s", "&start=2023-11-14T22:15:00Z&end=2023-11-14T22:16:00Z&step=7",
+	} {
+		both("/query_range", "query=up"+p)
+	}
+	get("/query", "")
+	get("/query_range", "query=up[5m]"+span)
+
+	for _, p := range []string{
+		"", "match[]=up", "match[]=up&match[]=odd_values", "match[]=" + q(`{job="job-0"}`), "match[]=" + q(`{__name__=~"up|odd.*"}`), "match[]=nothing",
+		"match[]={}", "match[]=up[5m]", "match[]=" + q("{"), "match[]=" + q(`{job=""}`), "match[]=up&limit=2", "match[]=up&limit=0", "match[]=up&limit=-1", "match[]=up&limit=x", "match[]=up&limit=100",
+		"match[]=up&start=x", "match[]=up&end=x", "match[]=up" + all, "match[]=up&start=1&end=2", "match[]=up&start=5&end=1", "match[]=up&match[]=up&limit=3",
+		"match[]=" + q(`{"label.with dots"!=""}`), "match[]=up&start=1700000000&end=1700000100", "match[]=up" + all + "&limit=1",
+	} {
+		both("/series", p)
+		both("/labels", p)
+		get("/label/job/values", p)
+		get("/label/__name__/values", p)
+		get("/label/U__label_2e_with_20_dots/values", p)
+	}
+	get("/label/nothing/values", "")
+	get("/label/a-b/values", "")
+	get("/label/"+url.PathEscape("label.with dots")+"/values", "")
+	get("/label//values", "")
+	get("/label/job", "")
+
+	for _, p := range []string{"", "query=http_requests_total" + all, "query=" + q(`sum(rate(http_requests_total{code="500",job="job-1"}[5m])) / up`) + all, "query=up" + all, "query=http_requests_total", "query=" + q("foo(") + all, "query=up&start=x&end=1", "query=up&start=1&end=x", "query=up&start=5&end=1"} {
+		both("/query_exemplars", p)
+	}
+	for _, p := range []string{"", "query=" + q("sum(rate(up[5m]))by(job)"), "query=" + q("sum(")} {
+		both("/format_query", p)
+		both("/parse_query", p)
+	}
+	for _, path := range []string{
+		"/targets", "/rules", "/alerts", "/alertmanagers", "/scrape_pools", "/targets/metadata", "/scrape_pools/config", "/notifications", "/status/tsdb/blocks",
+		"/targets/relabel_steps", "/query_cost", "/query_range_cost",
+	} {
+		get(path, "")
+	}
+	get("/targets", "state=active")
+	get("/targets", "state=any&scrapePool=x")
+	get("/targets", "state=dropped")
+	get("/rules", "type=alert")
+	get("/rules", "type=x")
+	get("/rules", "exclude_alerts=x")
+	get("/rules", "group_limit=1")
+	get("/rules", "group_limit=x")
+	get("/rules", "match[]={")
+	get("/targets/metadata", "limit=x")
+	get("/targets/metadata", "match_target={")
+	get("/metadata", "limit=x")
+	get("/metadata", "limit_per_metric=x")
+	get("/metadata", "metric=nothing")
+	get("/metadata", "")
+	get("/status/tsdb", "limit=0")
+	get("/status/tsdb", "limit=-1")
+	get("/status/tsdb", "limit=x")
+	get("/status/tsdb", "limit=20000")
+	differs("/status/tsdb", "", "it counts heads, and the older half of the samples isn't in them only")
+	differs("/status/config", "", "a gateway has no configuration of a Prometheus")
+	differs("/status/flags", "", "the flags are others")
+	differs("/status/buildinfo", "", "the revision is ours")
+	differs("/status/runtimeinfo", "", "it tells of another process")
+	differs("/status/walreplay", "", "a gateway has no WAL")
+	differs("/features", "", "features of the scraping and storing parts are absent")
+	differs("/openapi.yaml", "", "its address is in it")
+	for _, path := range []string{"/nothing", "/", "/query/x", "/search/metric_names"} {
+		get(path, "")
+	}
+	for _, method := range []string{http.MethodDelete, http.MethodPut, http.MethodHead, http.MethodPatch} {
+		for _, path := range []string{"/query", "/labels", "/label/job/values", "/status/tsdb", "/metadata"} {
+			out = append(out, request{method: method, path: path})
+		}
+	}
+	for _, path := range []string{"/label/job/values", "/status/tsdb", "/targets", "/metadata", "/admin/tsdb/snapshot", "/admin/tsdb/clean_tombstones", "/admin/tsdb/delete_series"} {
+		out = append(out, request{method: http.MethodPost, path: path})
+	}
+	out = append(
+		out,
+		request{method: http.MethodOptions, path: "/query"},
+		request{method: http.MethodOptions, path: "/query", header: "Origin: http://grafana"},
+		request{path: "/query", params: "query=up" + at, header: "Origin: http://grafana"},
+		request{path: "/query", params: "query=up" + at, header: "Accept-Encoding: gzip"},
+		request{path: "/query_range", params: "query=http_requests_total" + span, header: "Accept-Encoding: gzip"},
+		request{path: "/query_range", params: "query=http_requests_total" + span, header: "Accept-Encoding: deflate, gzip;q=0.5"},
+		request{path: "/query", params: "query=up" + at, header: "Accept: application/x-nothing"},
+		request{path: "/query", params: "query=up" + at, header: "Accept: text/plain;q=0.5, */*"},
+		request{method: http.MethodPost, path: "/query", params: "query=up%zz" + at},
+		request{path: "/query", params: "query=up%zz" + at},
+		request{path: "/query", params: "query=" + q("up") + "&time=" + sec(end) + "&query=nothing"},
+	)
+	return out
+}
+
+// TestLikePrometheus drives the same requests at a real Prometheus and at the
+// gateway, over the same samples.
+func TestLikePrometheus(t *testing.T) {
+	ss := dataset()
+	p := toPrometheus(t, ss)
+	api := toGateway(t, ss)
+	mux := http.NewServeMux()
+	mux.Handle("/api/v1/", api)
+	server := httptest.NewServer(mux)
+	defer server.Close()
+	client := &http.Client{Transport: &http.Transport{DisableCompression: true}}
+	defer client.CloseIdleConnections()
+	ask := func(base string, r request) answer {
+		t.Helper()
+		req, err := r.make(t.Context(), base)
+		if err != nil {
+			t.Fatal(err)
+		}
+		resp, err := client.Do(req)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer resp.Body.Close()
+		body, err := io.ReadAll(resp.Body)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return toAnswer(t, resp.StatusCode, resp.Header, body).ordered()
+	}
+	for _, r := range requests() {
+		want, got := ask(p.URL, r), ask(server.URL, r)
+		if r.differs != "" {
+			want.Body, got.Body = "", ""
+		}
+		if diff := gocmp.Diff(want, got); diff != "" {
+			t.Errorf("%s: Prometheus -, gateway +\n%s", r, diff)
+		}
+	}
+}
