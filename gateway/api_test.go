@@ -6,6 +6,7 @@ import (
 	"compress/gzip"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -27,15 +28,17 @@ import (
 	"github.com/prometheus/prometheus/model/value"
 	"github.com/prometheus/prometheus/prompb"
 	"github.com/prometheus/prometheus/tsdb/tsdbutil"
+	"google.golang.org/grpc"
 
 	"github.com/epimetheus-tsdb/epimetheus/gateway"
 	"github.com/epimetheus-tsdb/epimetheus/gateway/gatewaytest"
+	"github.com/epimetheus-tsdb/epimetheus/ingest/fetch/fetchpb"
 	"github.com/epimetheus-tsdb/epimetheus/internal/testenv"
 )
 
 func TestMain(m *testing.M) { gatewaytest.Main(m) }
 
-// The samples are at start, start+15s, …
+// The samples are at start, start+15s and so on.
 const (
 	start   = 1_700_000_000_007 // ms
 	step    = 15_000
@@ -240,7 +243,7 @@ func toAnswer(t *testing.T, code int, h http.Header, body []byte) answer {
 	return a
 }
 
-var timings = regexp.MustCompile(`"timings":\{[^}]*\}`) //nolint:gochecknoglobals // compiled once
+var timings = regexp.MustCompile(`"timings":\{[^}]*\}`)
 
 // ordered sorts what Prometheus leaves unordered: the series of an instant vector
 // and of the series endpoint, warnings; and takes out what a clock says. All
@@ -293,8 +296,8 @@ func requests() []request {
 		get(path, params)
 		out = append(out, request{method: http.MethodPost, path: path, params: params})
 	}
-	differs := func(path, params, why string) {
-		out = append(out, request{path: path, params: params, differs: why})
+	differs := func(path, why string) {
+		out = append(out, request{path: path, differs: why})
 	}
 
 	for _, expr := range []string{
@@ -330,6 +333,9 @@ func requests() []request {
 	} {
 		both("/query_range", "query=up"+p)
 	}
+	// This takes seconds, if nothing stops it.
+	both("/query", "query="+q("count_over_time((up + up)[15m:1ms])")+at+"&timeout=0.1")
+	both("/query_range", "query="+q("count_over_time((up + up)[15m:1ms])")+span+"&timeout=0.1")
 	get("/query", "")
 	get("/query_range", "query=up[5m]"+span)
 
@@ -383,14 +389,14 @@ func requests() []request {
 	get("/status/tsdb", "limit=-1")
 	get("/status/tsdb", "limit=x")
 	get("/status/tsdb", "limit=20000")
-	differs("/status/tsdb", "", "it counts heads, and the older half of the samples isn't in them only")
-	differs("/status/config", "", "a gateway has no configuration of a Prometheus")
-	differs("/status/flags", "", "the flags are others")
-	differs("/status/buildinfo", "", "the revision is ours")
-	differs("/status/runtimeinfo", "", "it tells of another process")
-	differs("/status/walreplay", "", "a gateway has no WAL")
-	differs("/features", "", "features of the scraping and storing parts are absent")
-	differs("/openapi.yaml", "", "its address is in it")
+	differs("/status/tsdb", "it counts heads, and the older half of the samples isn't in them only")
+	differs("/status/config", "a gateway has no configuration of a Prometheus")
+	differs("/status/flags", "the flags are others")
+	differs("/status/buildinfo", "the revision is ours")
+	differs("/status/runtimeinfo", "it tells of another process")
+	differs("/status/walreplay", "a gateway has no WAL")
+	differs("/features", "features of the scraping and storing parts are absent")
+	differs("/openapi.yaml", "its address is in it")
 	for _, path := range []string{"/nothing", "/", "/query/x", "/search/metric_names"} {
 		get(path, "")
 	}
@@ -457,4 +463,100 @@ func TestLikePrometheus(t *testing.T) {
 			t.Errorf("%s: Prometheus -, gateway +\n%s", r, diff)
 		}
 	}
+}
+
+// TestStorageFails: what the storage can't read is no fault of the query.
+func TestStorageFails(t *testing.T) {
+	c := gatewaytest.New(t, gatewaytest.Options{})
+	if err := c.Close(); err != nil { // the index can't be read any more
+		t.Fatal(err)
+	}
+	api := newAPI(t, c, gateway.Options{})
+	for _, path := range []string{"/query?query=up", "/query_range?query=up&start=1&end=2&step=1", "/series?match[]=up"} {
+		w := httptest.NewRecorder()
+		api.ServeHTTP(w, httptest.NewRequestWithContext(t.Context(), http.MethodGet, "/api/v1"+path, nil))
+		if body := w.Body.String(); w.Code != http.StatusInternalServerError || !strings.Contains(body, `"errorType":"internal"`) {
+			t.Errorf("%s: %d %s", path, w.Code, body)
+		}
+	}
+}
+
+// hanging answers nothing before its request is cancelled.
+type hanging struct {
+	fetchpb.UnimplementedFetchServer
+	waiting, cancelled chan struct{}
+}
+
+func (h *hanging) Select(_ *fetchpb.SelectRequest, s grpc.ServerStreamingServer[fetchpb.SelectResponse]) error {
+	h.waiting <- struct{}{}
+	<-s.Context().Done()
+	h.cancelled <- struct{}{}
+	return s.Context().Err()
+}
+
+// TestClientGone: a request whose client has gone stops what it has started.
+func TestClientGone(t *testing.T) {
+	c := gatewaytest.New(t, gatewaytest.Options{})
+	h := &hanging{waiting: make(chan struct{}), cancelled: make(chan struct{})}
+	c.ServeFetch("slow", h)
+	server := httptest.NewServer(newAPI(t, c, gateway.Options{}))
+	defer server.Close() // waits for the request
+	client := &http.Client{Transport: &http.Transport{}}
+	defer client.CloseIdleConnections()
+	for _, path := range []string{"/query?query=up", "/query_range?query=up&start=1&end=2&step=1", "/series?match[]=up"} {
+		ctx, cancel := context.WithCancel(t.Context())
+		done := make(chan error, 1)
+		go func() {
+			req, err := http.NewRequestWithContext(ctx, http.MethodGet, server.URL+"/api/v1"+path, nil)
+			if err == nil {
+				var resp *http.Response
+				if resp, err = client.Do(req); err == nil {
+					err = resp.Body.Close()
+				}
+			}
+			done <- err
+		}()
+		<-h.waiting
+		cancel()
+		<-h.cancelled
+		if err := <-done; !errors.Is(err, context.Canceled) {
+			t.Errorf("%s: %v", path, err)
+		}
+	}
+}
+
+// TestTenancy: the tenant is that of the header, and sees its own series only.
+func TestTenancy(t *testing.T) {
+	c := gatewaytest.New(t, gatewaytest.Options{Ingesters: 2})
+	for _, tenant := range []string{"a", "b"} {
+		s := gatewaytest.Sample{Labels: labels.FromStrings("__name__", "up", "of", tenant), T: start, V: 1}
+		if err := c.Shipper(tenant).Send(t.Context(), s); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := c.Flush(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	api := newAPI(t, c, gateway.Options{Tenancy: gateway.Header})
+	check := func(tenant string, wantCode int, want string) {
+		t.Helper()
+		for _, path := range []string{"/label/of/values", "/label/of/values?match[]=up", "/series?match[]={of!=''}", "/query?query=up&time=1700000001"} {
+			req := httptest.NewRequestWithContext(t.Context(), http.MethodGet, "/api/v1"+path, nil)
+			if tenant != "" {
+				req.Header.Set(gateway.TenantHeader, tenant)
+			}
+			w := httptest.NewRecorder()
+			api.ServeHTTP(w, req)
+			body := w.Body.String()
+			if w.Code != wantCode || !strings.Contains(body, want) || wantCode == 200 && tenant != "b" && strings.Contains(body, `"b"`) {
+				t.Errorf("tenant %q, %s: %d %s", tenant, path, w.Code, body)
+			}
+		}
+	}
+	check("a", http.StatusOK, `"a"`)
+	check("b", http.StatusOK, `"b"`)
+	check("c", http.StatusOK, `[]`)
+	check("", http.StatusUnauthorized, gateway.TenantHeader)
+	check(strings.Repeat("x", 151), http.StatusUnauthorized, "the limit is 150")
+	check("a\xff", http.StatusUnauthorized, "UTF-8")
 }

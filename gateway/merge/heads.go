@@ -45,7 +45,7 @@ type Heads struct {
 	seconds prometheus.Histogram
 
 	mu    sync.Mutex
-	conns map[string]*grpc.ClientConn // by address
+	conns map[string]*grpc.ClientConn // by address; nil once closed
 }
 
 // NewHeads uses dial for each connection: transport security goes there.
@@ -66,7 +66,7 @@ func NewHeads(live *ring.Live, logger *slog.Logger, reg prometheus.Registerer, d
 	return h
 }
 
-// Close closes the connections.
+// Close closes the connections. Requests after it fail.
 func (h *Heads) Close() error {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -74,15 +74,20 @@ func (h *Heads) Close() error {
 	for _, c := range h.conns {
 		errs = append(errs, c.Close())
 	}
-	h.conns = map[string]*grpc.ClientConn{}
+	h.conns = nil
 	return errors.Join(errs...)
 }
+
+var errHeadsClosed = errors.New("connections to ingesters are closed")
 
 // client gives the client for an address, and closes connections to addresses
 // that are no longer on the ring.
 func (h *Heads) client(address string, members []ring.Member) (*fetch.Client, error) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
+	if h.conns == nil {
+		return nil, errHeadsClosed
+	}
 	for a, c := range h.conns {
 		if !slices.ContainsFunc(members, func(m ring.Member) bool { return m.Address == a }) {
 			if err := c.Close(); err != nil {
