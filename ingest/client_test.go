@@ -13,6 +13,7 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/testutil"
+	"github.com/prometheus/common/model"
 	"github.com/prometheus/common/promslog"
 	"github.com/prometheus/prometheus/model/labels"
 	"google.golang.org/grpc"
@@ -144,7 +145,7 @@ func (e *env) inBlocks(tenant string) (map[string][]float64, int) {
 	if err != nil {
 		e.t.Fatal(err)
 	}
-	set, err := snap.Select(ctx, []*labels.Matcher{labels.MustNewMatcher(labels.MatchRegexp, labels.MetricName, ".+")}, 0, math.MaxInt32)
+	set, err := snap.Select(ctx, []*labels.Matcher{labels.MustNewMatcher(labels.MatchRegexp, model.MetricNameLabel, ".+")}, 0, math.MaxInt32)
 	if err != nil {
 		e.t.Fatal(err)
 	}
@@ -221,7 +222,7 @@ func (e *env) mustOpen(h *shippb.Hello) *client {
 func (c *client) batch(seq uint64, first uint32, announce []string, rtv ...float64) *shippb.Batch {
 	b := &shippb.Batch{Seq: seq}
 	for i, name := range announce {
-		b.Announce = append(b.Announce, &shippb.Series{Ref: first + uint32(i), Labels: []string{labels.MetricName, name}})
+		b.Announce = append(b.Announce, &shippb.Series{Ref: first + uint32(i), Labels: []string{model.MetricNameLabel, name}})
 	}
 	var cols ship.Columns
 	for s := range slices.Chunk(rtv, 3) {
@@ -268,7 +269,7 @@ func (c *client) awaitAtLeast(received, durable uint64) *shippb.Ack {
 }
 
 // ends awaits the end of the stream.
-func (c *client) ends(want codes.Code) *status.Status {
+func (c *client) ends(want codes.Code) {
 	c.t.Helper()
 	for {
 		if _, err := c.stream.Recv(); err != nil {
@@ -279,7 +280,7 @@ func (c *client) ends(want codes.Code) *status.Status {
 			if s.Code() != want {
 				c.t.Errorf("the stream ended with %v, want %v", s, want)
 			}
-			return s
+			return
 		}
 	}
 }

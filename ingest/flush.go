@@ -22,7 +22,7 @@ import (
 
 // Publish stores a block and makes it visible: object, then rows, then guard.
 // It may be called again with the same id and bytes after an error. When it
-// returns nil the block is durable. (history.History.Publish)
+// returns nil the block is durable. It is history.History.Publish.
 type Publish func(ctx context.Context, id ulid.ULID, data []byte, summary *chunkfmt.Summary) error
 
 // maxBlockBytes is where a flush goes on in another block.

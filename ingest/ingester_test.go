@@ -13,6 +13,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"github.com/oklog/ulid/v2"
 	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/common/model"
 	"github.com/prometheus/common/promslog"
 	"github.com/prometheus/prometheus/model/labels"
 	"google.golang.org/grpc/codes"
@@ -400,7 +401,7 @@ func TestCondemnedBlock(t *testing.T) {
 		t.Fatal(err)
 	}
 	var refs head.Refs
-	refs.Announce(0, labels.FromStrings(labels.MetricName, "x"), false)
+	refs.Announce(0, labels.FromStrings(model.MetricNameLabel, "x"), false)
 	cols := &ship.Columns{Floats: ship.Floats{Ref: []uint32{0}, T: []int64{1}, V: []float64{1}}}
 	i.head.Append("a", &refs, &head.Batch{Columns: cols})
 	if err := i.Flush(t.Context()); err != nil {
@@ -469,7 +470,7 @@ func TestFullHeadHoldsBack(t *testing.T) {
 		var refs head.Refs
 		cols := &ship.Columns{}
 		for n := range uint32(20) {
-			refs.Announce(n, labels.FromStrings(labels.MetricName, fmt.Sprint("m", n)), false)
+			refs.Announce(n, labels.FromStrings(model.MetricNameLabel, fmt.Sprint("m", n)), false)
 			cols.Floats.Ref, cols.Floats.T, cols.Floats.V = append(cols.Floats.Ref, n), append(cols.Floats.T, 1), append(cols.Floats.V, 1)
 		}
 		if err := i.admit(t.Context()); err != nil {
@@ -537,7 +538,7 @@ func TestRun(t *testing.T) {
 			cols := &ship.Columns{}
 			for range n {
 				ref := uint32(refs.Len())
-				refs.Announce(ref, labels.FromStrings(labels.MetricName, fmt.Sprint("m", ref)), false)
+				refs.Announce(ref, labels.FromStrings(model.MetricNameLabel, fmt.Sprint("m", ref)), false)
 				cols.Floats.Ref, cols.Floats.T, cols.Floats.V = append(cols.Floats.Ref, ref), append(cols.Floats.T, 1), append(cols.Floats.V, 1)
 			}
 			i.head.Append("a", &refs, &head.Batch{Columns: cols})
@@ -585,7 +586,7 @@ func TestLastFlushIsBounded(t *testing.T) {
 			t.Fatal(err)
 		}
 		var refs head.Refs
-		refs.Announce(0, labels.FromStrings(labels.MetricName, "x"), false)
+		refs.Announce(0, labels.FromStrings(model.MetricNameLabel, "x"), false)
 		cols := &ship.Columns{Floats: ship.Floats{Ref: []uint32{0}, T: []int64{1}, V: []float64{1}}}
 		i.head.Append("a", &refs, &head.Batch{Columns: cols})
 		ctx, cancel := context.WithCancel(t.Context())
@@ -608,7 +609,7 @@ func TestEncodeSplits(t *testing.T) {
 		var refs head.Refs
 		cols := &ship.Columns{}
 		for n := range uint32(2000) {
-			refs.Announce(n, labels.FromStrings(labels.MetricName, fmt.Sprintf("m%04d", n)), false)
+			refs.Announce(n, labels.FromStrings(model.MetricNameLabel, fmt.Sprintf("m%04d", n)), false)
 			for at := range int64(20) {
 				cols.Floats.Ref, cols.Floats.T = append(cols.Floats.Ref, n), append(cols.Floats.T, at*15000)
 				cols.Floats.V = append(cols.Floats.V, float64(n)*1.1+float64(at*at)*0.37)

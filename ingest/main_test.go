@@ -6,6 +6,7 @@ import (
 	"os"
 	"testing"
 
+	"github.com/prometheus/common/model"
 	"github.com/prometheus/prometheus/model/labels"
 	"go.uber.org/goleak"
 
@@ -17,7 +18,7 @@ func TestMain(m *testing.M) {
 	// must not belong to the time bubble of one of the tests.
 	w := chunkfmt.NewWriter(io.Discard, chunkfmt.WriterOptions{})
 	for i := range 100 {
-		s := chunkfmt.Series{Labels: labels.FromStrings(labels.MetricName, fmt.Sprintf("m%03d", i)), Floats: chunkfmt.Floats{T: []int64{1}, V: []float64{1}}}
+		s := chunkfmt.Series{Labels: labels.FromStrings(model.MetricNameLabel, fmt.Sprintf("m%03d", i)), Floats: chunkfmt.Floats{T: []int64{1}, V: []float64{1}}}
 		if err := w.Add("a", &s); err != nil {
 			fmt.Fprintln(os.Stderr, err)
 			os.Exit(1)

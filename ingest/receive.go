@@ -466,7 +466,7 @@ func (s *session) checkRefs(c *ship.Columns) error {
 	return nil
 }
 
-// pairs makes labels of name, value, name, value, …
+// pairs makes labels of names and values, by turns.
 func pairs(ss []string) (labels.Labels, error) {
 	if len(ss)%2 != 0 {
 		return labels.EmptyLabels(), errors.New("a label name without a value")
@@ -505,7 +505,7 @@ func (r *receiver) labels(ss []string) (labels.Labels, error) {
 		if l := r.limits.LabelValueBytes; l > 0 && len(ss[i+1]) > l {
 			return ls, fmt.Errorf("value of label %q has %d bytes, the limit is %d", ss[i], len(ss[i+1]), l)
 		}
-		named = named || ss[i] == labels.MetricName
+		named = named || ss[i] == model.MetricNameLabel
 	}
 	if !named {
 		return ls, errors.New("no metric name")

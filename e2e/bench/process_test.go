@@ -20,6 +20,15 @@ import (
 	"github.com/epimetheus-tsdb/epimetheus/internal/testenv"
 )
 
+// binary is the one given, or one built as `make build` does.
+func binary(tb testing.TB) string {
+	tb.Helper()
+	if *given != "" {
+		return *given
+	}
+	return build(tb)
+}
+
 // build makes the binary as `make build` does.
 func build(tb testing.TB) string {
 	tb.Helper()

@@ -9,12 +9,12 @@ import (
 	"testing"
 	"time"
 
+	"github.com/prometheus/common/model"
 	"github.com/prometheus/prometheus/model/labels"
 
 	"github.com/epimetheus-tsdb/epimetheus/internal/testenv"
 )
 
-//nolint:gochecknoglobals // flags of the test binary
 var (
 	minutes  = flag.Int("minutes", 30, "how much of the data set wide goes through the write path")
 	given    = flag.String("binary", "", "measure this binary instead of building one")
@@ -33,10 +33,7 @@ ingester:
 // `epimetheus all`, and flushes. One round takes about a minute: run it with
 // -benchtime=1x.
 func BenchmarkWritePath(b *testing.B) {
-	binary := *given
-	if binary == "" {
-		binary = build(b)
-	}
+	binary := binary(b)
 	for b.Loop() {
 		writePath(b, binary)
 	}
@@ -60,14 +57,13 @@ func writePath(b *testing.B, binary string) {
 	ingester := start(b, binary, "all", "--config.file="+yml, "--data.dir="+filepath.Join(dir, "all"),
 		"--grpc.listen-address="+testenv.FreeAddr(b))
 	fixed := ingester.memory(b, "VmRSS")
-	before := ingester.cpu(b)
+	before, began := ingester.cpu(b), time.Now()
 	var profiling sync.WaitGroup
 	sidecar := start(b, binary, "sidecar", "--config.file="+yml, "--data.dir="+filepath.Join(dir, "sidecar"),
 		"--prometheus.data-dir="+src.dir, "--gateway.url="+ingester.url)
 	for name, r := range map[string]*role{"ingester": ingester, "sidecar": sidecar} {
 		profiling.Go(func() { r.save(b, "/debug/pprof/profile?seconds=4", name+".cpu") })
 	}
-	began := time.Now()
 	await(b, "all samples received", 10*time.Minute, 100*time.Millisecond, func() bool {
 		return ingester.metric(b, "epimetheus_ingester_received_samples_total") >= float64(total)
 	})
@@ -77,21 +73,20 @@ func writePath(b *testing.B, binary string) {
 	b.ReportMetric((received-before).Seconds()/millions, "ingester-cpu-s/Msamples")
 	b.ReportMetric(millions/elapsed.Seconds(), "Msamples/s")
 	series := float64(src.config.Series)
-	b.ReportMetric(ingester.memory(b, "VmRSS")/series, "ingester-RSS-B/series")
-	b.ReportMetric(fixed/1e6, "ingester-start-RSS-MB")
-	b.ReportMetric(ingester.metric(b, "go_memstats_heap_alloc_bytes")/series, "ingester-heap-B/series")
-	b.ReportMetric(ingester.metric(b, "epimetheus_ingester_head_bytes")/series, "ingester-counted-B/series")
+	b.ReportMetric((ingester.memory(b, "VmRSS")-fixed)/series, "head-RSS-B/series")
+	b.ReportMetric(ingester.memory(b, "VmRSS")/1e6, "ingester-RSS-MB")
+	b.ReportMetric(fixed/1e6, "ingester-idle-RSS-MB")
+	b.ReportMetric(ingester.metric(b, "go_memstats_next_gc_bytes")/series, "ingester-heap-goal-B/series")
+	b.ReportMetric(ingester.metric(b, "epimetheus_ingester_head_bytes")/series, "head-counted-B/series")
 	b.ReportMetric(sidecar.memory(b, "VmRSS")/1e6, "sidecar-RSS-MB")
 	b.ReportMetric(sidecar.memory(b, "VmHWM")/1e6, "sidecar-peak-RSS-MB")
 	b.ReportMetric(ingester.metric(b, "epimetheus_ingester_received_bytes_total")/float64(total), "shipped-B/sample")
-	b.ReportMetric(ingester.ready.Seconds(), "all-start-s")
-	b.ReportMetric(sidecar.ready.Seconds(), "sidecar-start-s")
 	profiling.Wait()
 	ingester.save(b, "/debug/pprof/heap?gc=1", "ingester.heap")
 	sidecar.save(b, "/debug/pprof/heap?gc=1", "sidecar.heap")
 
 	// From a commit to an answer of the gateway.
-	marker := labels.FromStrings(labels.MetricName, "bench_marker")
+	marker := labels.FromStrings(model.MetricNameLabel, "bench_marker")
 	var delays []time.Duration
 	for i := range 40 {
 		committed := time.Now()

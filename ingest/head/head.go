@@ -6,6 +6,7 @@ import (
 	"sync/atomic"
 
 	"github.com/oklog/ulid/v2"
+	"github.com/prometheus/common/model"
 	"github.com/prometheus/prometheus/model/labels"
 	"github.com/prometheus/prometheus/model/metadata"
 	"github.com/prometheus/prometheus/tsdb/chunkenc"
@@ -192,7 +193,7 @@ func (h *Head) Append(tenant string, refs *Refs, b *Batch) Result {
 	}
 	for _, m := range b.Metadata {
 		ls := refs.Labels(m.Ref)
-		if !a.t.addMetadata(ls.Get(labels.MetricName), m.Metadata) {
+		if !a.t.addMetadata(ls.Get(model.MetricNameLabel), m.Metadata) {
 			a.refuse(ReasonMetadataLimit, ls)
 		}
 	}

@@ -10,6 +10,7 @@ import (
 	"slices"
 	"testing"
 
+	"github.com/prometheus/common/model"
 	"github.com/prometheus/prometheus/model/labels"
 	"github.com/prometheus/prometheus/model/value"
 	"github.com/prometheus/prometheus/tsdb/tsdbutil"
@@ -19,17 +20,16 @@ import (
 	"github.com/epimetheus-tsdb/epimetheus/ingest/ship"
 )
 
-//nolint:gochecknoglobals // a flag of the test binary
 var seed = flag.Uint64("seed", 0, "seed of TestModel; 0: several")
 
-// model is what a head should hold: by generation, tenant, series and time.
-type model struct {
+// plain is what a head should hold: by generation, tenant, series and time.
+type plain struct {
 	generations []map[string]map[string]map[int64]sample
 }
 
-func newModel() *model { return &model{[]map[string]map[string]map[int64]sample{{}}} }
+func newPlain() *plain { return &plain{[]map[string]map[string]map[int64]sample{{}}} }
 
-func (m *model) add(tenant, series string, s sample) {
+func (m *plain) add(tenant, series string, s sample) {
 	g := m.generations[len(m.generations)-1]
 	if g[tenant] == nil {
 		g[tenant] = map[string]map[int64]sample{}
@@ -49,7 +49,7 @@ func put(to map[int64]sample, s sample) {
 }
 
 // all merges generations for a tenant and a time range.
-func (m *model) all(gens []map[string]map[string]map[int64]sample, tenant string, mint, maxt int64) map[string]map[int64]sample {
+func (m *plain) all(gens []map[string]map[string]map[int64]sample, tenant string, mint, maxt int64) map[string]map[int64]sample {
 	out := map[string]map[int64]sample{}
 	for _, g := range gens {
 		for name, ss := range g[tenant] {
@@ -114,7 +114,7 @@ func TestModel(t *testing.T) {
 
 func runModel(t *testing.T, seed uint64) {
 	r := rand.New(rand.NewPCG(seed, 0))
-	h, m := New(0), newModel()
+	h, m := New(0), newPlain()
 	tenants := []string{"a", "b"}
 	type session struct {
 		tenant string
@@ -218,7 +218,7 @@ func runModel(t *testing.T, seed uint64) {
 				got := map[string]map[int64]sample{}
 				last := ""
 				err := g.Walk(tenant, func(s *chunkfmt.Series) error {
-					key := s.Labels.Get(labels.MetricName) + "\xff" + s.Labels.String()
+					key := s.Labels.Get(model.MetricNameLabel) + "\xff" + s.Labels.String()
 					if key <= last {
 						t.Errorf("%q after %q", key, last)
 					}

@@ -7,6 +7,7 @@ import (
 	"slices"
 	"strings"
 
+	"github.com/prometheus/common/model"
 	"github.com/prometheus/prometheus/model/labels"
 
 	"github.com/epimetheus-tsdb/epimetheus/chunkfmt"
@@ -246,7 +247,7 @@ func (h *Head) Stats(tenant string, limit int) Stats {
 		for v, refs := range values {
 			size += len(v) * len(refs)
 			st.SeriesByPair = append(st.SeriesByPair, Count{name + "=" + v, uint64(len(refs))})
-			if name == labels.MetricName {
+			if name == model.MetricNameLabel {
 				st.SeriesByMetric = append(st.SeriesByMetric, Count{v, uint64(len(refs))})
 			}
 		}
@@ -295,7 +296,7 @@ func (g *Generation) Walk(tenant string, fn func(*chunkfmt.Series) error) error 
 	}
 	order := make([]keyed, len(t.series))
 	for i, s := range t.series {
-		order[i] = keyed{s.labels.Get(labels.MetricName), s}
+		order[i] = keyed{s.labels.Get(model.MetricNameLabel), s}
 	}
 	slices.SortFunc(order, func(a, b keyed) int {
 		if c := strings.Compare(a.metric, b.metric); c != 0 {
