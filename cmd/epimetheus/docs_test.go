@@ -137,7 +137,7 @@ func metricsPage(t *testing.T) string {
 	}
 	defer st.close()
 	live := &ring.Live{}
-	if err := p.addIngester(st, &grpcFlags{listen: "127.0.0.1:0"}, "x", func(m ring.Member) (func(ring.State) error, error) {
+	if err := p.addIngester(st, &grpcFlags{listen: "127.0.0.1:0"}, "x", live, func(m ring.Member) (func(ring.State) error, error) {
 		return p.addGossip(&gossipFlags{id: "x", listen: "127.0.0.1:0"}, m, live)
 	}); err != nil {
 		t.Fatal(err)

@@ -82,16 +82,6 @@ func (p *process) shownFlags() map[string]string {
 	}
 }
 
-// addRing shows that the ring is known.
-func (p *process) addRing(live *ring.Live) {
-	p.ready = append(p.ready, check{"ring", func() error {
-		if p.role == "ingester" && len(live.Ring().Snapshot().Members) == 0 {
-			return fmt.Errorf("this member is not on it yet")
-		}
-		return nil
-	}})
-}
-
 // ringMember is a member as the status page and GET /ring show it.
 type ringMember struct {
 	ring.Member

@@ -62,26 +62,22 @@ func addIngester(app *kingpin.Application, commands map[string]command) {
 		}
 		defer st.close()
 		live := &ring.Live{}
-		return p.runWithIngester(st, rf, gf.id, func(m ring.Member) (setState func(ring.State) error, err error) {
+		if err := p.addIngester(st, rf, gf.id, live, func(m ring.Member) (func(ring.State) error, error) {
 			return p.addGossip(gf, m, live)
-		})
+		}); err != nil {
+			return err
+		}
+		return p.run()
 	}
-}
-
-// runWithIngester adds an ingester and runs the process. join makes its member
-// known, adds what keeps it so, and gives the way to change its state.
-func (p *process) runWithIngester(st *stores, rf *grpcFlags, id string, join func(ring.Member) (func(ring.State) error, error)) error {
-	if err := p.addIngester(st, rf, id, join); err != nil {
-		return err
-	}
-	return p.run()
 }
 
 // How long the ring gets to tell all that a member is leaving, before the last
 // flush.
 const leaveNotice = 2 * time.Second
 
-func (p *process) addIngester(st *stores, rf *grpcFlags, id string, join func(ring.Member) (func(ring.State) error, error)) error {
+// addIngester adds an ingester. join makes its member known, adds what keeps it
+// so, and gives the way to change its state.
+func (p *process) addIngester(st *stores, rf *grpcFlags, id string, live *ring.Live, join func(ring.Member) (func(ring.State) error, error)) error {
 	c := p.config.Ingester
 	ing, err := ingest.New(ingest.Options{
 		Member: id, RowWidth: index.Width,
@@ -123,6 +119,14 @@ func (p *process) addIngester(st *stores, rf *grpcFlags, id string, join func(ri
 	if setState, err = join(ring.Member{ID: id, Address: address, Zone: p.config.Ring.Zone, Process: ing.Process()}); err != nil {
 		return err
 	}
+	p.ready = append(p.ready, check{"ring", func() error {
+		for _, m := range live.Ring().Active() {
+			if m.ID == id {
+				return nil
+			}
+		}
+		return fmt.Errorf("member %s is not active", id)
+	}})
 	p.status = append(p.status, section{"Head", func(*http.Request) [][]string { return headTable(ing) }})
 	return nil
 }
@@ -149,7 +153,6 @@ func (p *process) addGossip(f *gossipFlags, m ring.Member, live *ring.Live) (fun
 		return nil, err
 	}
 	p.addRun("gossip", g.Run, nil)
-	p.addRing(live)
 	return g.SetState, nil
 }
 
