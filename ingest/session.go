@@ -72,7 +72,7 @@ func (s *session) flushed(generation uint64) {
 	defer s.mu.Unlock()
 	n := 0
 	for n < len(s.marks) && s.marks[n].generation <= generation {
-		s.durable = s.marks[n].seq
+		s.durable = max(s.durable, s.marks[n].seq) // a batch may have been durable as it was applied
 		n++
 	}
 	if n > 0 {
