@@ -3,6 +3,7 @@ package fetch
 import (
 	"errors"
 	"math"
+	"slices"
 
 	"github.com/prometheus/prometheus/tsdb/chunkenc"
 
@@ -73,6 +74,9 @@ func (d *Decoder) decode(c Chunk, dst *chunkfmt.Series) error {
 	d.it = chunk.Iterator(d.it)
 	it := d.it
 	f := &dst.Floats
+	if c.Encoding == chunkenc.EncXOR || c.Encoding == chunkenc.EncXOR2 {
+		f.T, f.V = grow(f.T, chunk.NumSamples()), grow(f.V, chunk.NumSamples())
+	}
 	for {
 		switch it.Next() {
 		case chunkenc.ValNone:
@@ -96,6 +100,15 @@ func (d *Decoder) decode(c Chunk, dst *chunkfmt.Series) error {
 			c.T, c.H = append(c.T, t), append(c.H, h)
 		}
 	}
+}
+
+// grow makes room for n more, and for as many again as there are: more chunks
+// may follow.
+func grow[E any](s []E, n int) []E {
+	if cap(s)-len(s) >= n {
+		return s
+	}
+	return slices.Grow(s, n+len(s))
 }
 
 // AppendStart appends a start timestamp to a column that stays nil until the
