@@ -280,20 +280,20 @@ type series struct {
 func (s *series) Labels() labels.Labels { return s.labels }
 
 func (s *series) Iterator(it chunkenc.Iterator) chunkenc.Iterator {
-	cols, err := s.columns()
-	if err != nil {
-		cols, err = &chunkfmt.Series{}, promql.ErrStorage{Err: err}
-	}
 	mine, ok := it.(*iterator)
 	if !ok {
 		mine = &iterator{}
+	}
+	cols, err := s.columns(mine)
+	if err != nil {
+		cols, err = &chunkfmt.Series{}, promql.ErrStorage{Err: err}
 	}
 	mine.reset(cols, err)
 	return mine
 }
 
-// columns merges what all have.
-func (s *series) columns() (*chunkfmt.Series, error) {
+// columns merges what all have. The result may lie in the memory of it.
+func (s *series) columns(it *iterator) (*chunkfmt.Series, error) {
 	var runs []*chunkfmt.Series
 	if s.old != nil {
 		var err error
@@ -301,9 +301,8 @@ func (s *series) columns() (*chunkfmt.Series, error) {
 			return nil, err
 		}
 	}
-	for _, cs := range s.heads {
-		var d fetch.Decoder
-		run, err := d.Decode(cs)
+	for i, cs := range s.heads {
+		run, err := it.decoder(i).Decode(cs)
 		if err != nil {
 			return nil, err
 		}
