@@ -57,7 +57,7 @@ fuzz: ## fuzz every decoder for FUZZTIME each
 
 .PHONY: bench
 bench: ## the benchmarks that docs/benchmarks.md shows
-	go test -run '^$$' -bench . -benchmem ./chunkfmt/... ./ingest/... ./sidecar/... ./history/...
+	go test -run '^$$' -bench . -benchmem ./chunkfmt/... ./ingest/... ./sidecar/... ./history/... ./gateway/...
 
 .PHONY: check
 check: lint test ## all that CI runs
