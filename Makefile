@@ -56,8 +56,15 @@ fuzz: ## fuzz every decoder for FUZZTIME each
 			echo "$$f $$t"; go test -run '^$$' -fuzz "^$$t$$" -fuzztime $(FUZZTIME) ./$$(dirname $$f); done; done
 
 .PHONY: bench
-bench: ## the benchmarks that docs/benchmarks.md shows
-	go test -run '^$$' -bench . -benchmem ./chunkfmt/... ./ingest/... ./sidecar/... ./history/... ./gateway/...
+bench: tools ## the benchmarks that docs/benchmarks.md shows (half an hour)
+	go test -run '^$$' -bench WritePath -benchtime 1x -count 3 -timeout 30m ./e2e/bench
+	go test -run '^$$' -bench Start -benchtime 5x ./e2e/bench
+	go test -run TestMemoryPerSeries -count 1 -v ./sidecar
+	go test -run '^$$' -bench . -benchmem -timeout 30m ./ingest/... ./sidecar/... ./history/... ./gateway/...
+	go test -run TestSizes -count 1 -v ./chunkfmt
+	@mkdir -p bin
+	go test -run '^$$' -bench 'Decode/./set=mix|Write' -count 10 -timeout 30m ./chunkfmt >bin/chunkfmt.bench
+	.tools/bin/benchstat -row .name,/samples -col /codec bin/chunkfmt.bench
 
 .PHONY: check
 check: lint test ## all that CI runs
