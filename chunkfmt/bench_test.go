@@ -10,6 +10,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/prometheus/common/model"
 	"github.com/prometheus/prometheus/model/labels"
 	"github.com/prometheus/prometheus/tsdb/chunkenc"
 
@@ -31,7 +32,7 @@ func (s *benchSet) samples() (n int) {
 
 func sortSeries(ss []*Series) {
 	slices.SortFunc(ss, func(a, b *Series) int {
-		return cmp.Or(cmp.Compare(a.Labels.Get(labels.MetricName), b.Labels.Get(labels.MetricName)), labels.Compare(a.Labels, b.Labels))
+		return cmp.Or(cmp.Compare(a.Labels.Get(model.MetricNameLabel), b.Labels.Get(model.MetricNameLabel)), labels.Compare(a.Labels, b.Labels))
 	})
 }
 
@@ -143,7 +144,7 @@ func oddSets(n int) []benchSet {
 				t = append(t, k.times(i, t[i-1]))
 			}
 			for j := range 20 {
-				s := &Series{Labels: labels.FromStrings(labels.MetricName, "m", "instance", fmt.Sprint(target), "j", fmt.Sprint(j))}
+				s := &Series{Labels: labels.FromStrings(model.MetricNameLabel, "m", "instance", fmt.Sprint(target), "j", fmt.Sprint(j))}
 				f := k.value()
 				s.Floats.T = t
 				for i := range n {

@@ -11,6 +11,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/prometheus/common/model"
 	"github.com/prometheus/prometheus/model/exemplar"
 	"github.com/prometheus/prometheus/model/labels"
 	"github.com/prometheus/prometheus/model/metadata"
@@ -30,7 +31,7 @@ func randomBlock(r *rand.Rand, tenants, series int) []tenantSeries {
 		for range series {
 			ls := []string{}
 			if r.IntN(20) > 0 {
-				ls = append(ls, labels.MetricName, fmt.Sprintf("metric_%d", r.IntN(10)))
+				ls = append(ls, model.MetricNameLabel, fmt.Sprintf("metric_%d", r.IntN(10)))
 			}
 			for _, n := range []string{"Zone", "instance", "le", "job"} {
 				if r.IntN(3) > 0 {
@@ -47,7 +48,7 @@ func randomBlock(r *rand.Rand, tenants, series int) []tenantSeries {
 			of = append(of, tenantSeries{fmt.Sprintf("tenant-%d", t), s})
 		}
 		slices.SortFunc(of, func(a, b tenantSeries) int {
-			return cmp.Or(cmp.Compare(a.s.Labels.Get(labels.MetricName), b.s.Labels.Get(labels.MetricName)), labels.Compare(a.s.Labels, b.s.Labels))
+			return cmp.Or(cmp.Compare(a.s.Labels.Get(model.MetricNameLabel), b.s.Labels.Get(model.MetricNameLabel)), labels.Compare(a.s.Labels, b.s.Labels))
 		})
 		out = append(out, of...)
 	}
@@ -135,8 +136,7 @@ func at(block []byte, l Location) []byte { return block[l.Offset:l.End():l.End()
 func readBlock(block []byte, ms []*labels.Matcher, mint, maxt int64) ([]tenantSeries, error) {
 	tail := block[max(0, len(block)-FooterTail):]
 	f, err := ParseFooter(tail, int64(len(block)))
-	var short *TailError
-	if errors.As(err, &short) {
+	if short, ok := errors.AsType[*TailError](err); ok {
 		f, err = ParseFooter(block[int64(len(block))-short.Need:], int64(len(block)))
 	}
 	if err != nil {
@@ -237,12 +237,12 @@ func TestSelect(t *testing.T) {
 	in := randomBlock(r, 2, 300)
 	block, _ := writeBlock(t, in, WriterOptions{PageSeries: 40})
 	matchers := []*labels.Matcher{
-		labels.MustNewMatcher(labels.MatchEqual, labels.MetricName, "metric_3"),
-		labels.MustNewMatcher(labels.MatchEqual, labels.MetricName, ""),
-		labels.MustNewMatcher(labels.MatchNotEqual, labels.MetricName, "metric_3"),
-		labels.MustNewMatcher(labels.MatchRegexp, labels.MetricName, "metric_(3|5)"),
-		labels.MustNewMatcher(labels.MatchRegexp, labels.MetricName, "metric_.*"),
-		labels.MustNewMatcher(labels.MatchRegexp, labels.MetricName, "a.*"),
+		labels.MustNewMatcher(labels.MatchEqual, model.MetricNameLabel, "metric_3"),
+		labels.MustNewMatcher(labels.MatchEqual, model.MetricNameLabel, ""),
+		labels.MustNewMatcher(labels.MatchNotEqual, model.MetricNameLabel, "metric_3"),
+		labels.MustNewMatcher(labels.MatchRegexp, model.MetricNameLabel, "metric_(3|5)"),
+		labels.MustNewMatcher(labels.MatchRegexp, model.MetricNameLabel, "metric_.*"),
+		labels.MustNewMatcher(labels.MatchRegexp, model.MetricNameLabel, "a.*"),
 		labels.MustNewMatcher(labels.MatchEqual, "job", "v7"),
 		labels.MustNewMatcher(labels.MatchEqual, "job", ""),
 		labels.MustNewMatcher(labels.MatchNotRegexp, "le", "v1.*"),
@@ -290,12 +290,12 @@ func TestLabelPages(t *testing.T) {
 	in := randomBlock(r, 1, 300)
 	// A label with so many values that they get pages of their own.
 	for i := range 70000 {
-		s := &Series{Labels: labels.FromStrings(labels.MetricName, "z", "pod", fmt.Sprintf("p%06d", i)), Floats: Floats{T: []int64{1}, V: []float64{1}}}
+		s := &Series{Labels: labels.FromStrings(model.MetricNameLabel, "z", "pod", fmt.Sprintf("p%06d", i)), Floats: Floats{T: []int64{1}, V: []float64{1}}}
 		in = append(in, tenantSeries{"tenant-0", s})
 	}
 	want := labelFacts{}
 	for _, ts := range in {
-		metric := ts.s.Labels.Get(labels.MetricName)
+		metric := ts.s.Labels.Get(model.MetricNameLabel)
 		ts.s.Labels.Range(func(l labels.Label) {
 			if want[l.Name] == nil {
 				want[l.Name] = map[string][]string{}
@@ -362,7 +362,7 @@ func TestLabelPages(t *testing.T) {
 	}
 
 	delete(want, "pod")
-	delete(want[labels.MetricName], "z")
+	delete(want[model.MetricNameLabel], "z")
 	in = slices.DeleteFunc(in, func(ts tenantSeries) bool { return ts.s.Labels.Has("pod") })
 	block, sum = writeBlock(t, in, WriterOptions{})
 	if d, err = ParseDirectory(at(block, sum.Tenants[0].Directory)); err != nil {
@@ -380,7 +380,7 @@ func TestLabelPages(t *testing.T) {
 
 func TestWriterRefuses(t *testing.T) {
 	series := func(name string) *Series {
-		return &Series{Labels: labels.FromStrings(labels.MetricName, name), Floats: Floats{T: []int64{1}, V: []float64{1}}}
+		return &Series{Labels: labels.FromStrings(model.MetricNameLabel, name), Floats: Floats{T: []int64{1}, V: []float64{1}}}
 	}
 	for name, c := range map[string]struct {
 		tenant string
@@ -390,8 +390,8 @@ func TestWriterRefuses(t *testing.T) {
 		"tenant order":   {"a", series("z"), ErrOrder},
 		"series order":   {"b", series("l"), ErrOrder},
 		"same series":    {"b", series("m"), ErrOrder},
-		"sample order":   {"b", &Series{Labels: labels.FromStrings("x", "y", labels.MetricName, "n"), Floats: Floats{T: []int64{1, 1}, V: []float64{1, 2}}}, ErrOrder},
-		"column lengths": {"b", &Series{Labels: labels.FromStrings(labels.MetricName, "n"), Floats: Floats{T: []int64{1, 2}, V: []float64{1}}}, ErrInvalid},
+		"sample order":   {"b", &Series{Labels: labels.FromStrings("x", "y", model.MetricNameLabel, "n"), Floats: Floats{T: []int64{1, 1}, V: []float64{1, 2}}}, ErrOrder},
+		"column lengths": {"b", &Series{Labels: labels.FromStrings(model.MetricNameLabel, "n"), Floats: Floats{T: []int64{1, 2}, V: []float64{1}}}, ErrInvalid},
 	} {
 		w := NewWriter(&bytes.Buffer{}, WriterOptions{})
 		if err := w.Add("b", series("m")); err != nil {
@@ -407,11 +407,11 @@ func TestWriterRefuses(t *testing.T) {
 }
 
 func TestWindows(t *testing.T) {
-	s := &Series{Labels: labels.FromStrings(labels.MetricName, "m")}
+	s := &Series{Labels: labels.FromStrings(model.MetricNameLabel, "m")}
 	for _, x := range []int64{-101, -100, -99, 0, 1, 100, 101, 500} {
 		s.Floats.T, s.Floats.V = append(s.Floats.T, x), append(s.Floats.V, 1)
 	}
-	late := &Series{Labels: labels.FromStrings(labels.MetricName, "n"), Floats: Floats{T: []int64{99, 300}, V: []float64{1, 2}}}
+	late := &Series{Labels: labels.FromStrings(model.MetricNameLabel, "n"), Floats: Floats{T: []int64{99, 300}, V: []float64{1, 2}}}
 	_, sum := writeBlock(t, []tenantSeries{{"a", s}, {"a", late}}, WriterOptions{Window: 100})
 	want := []Range{{-101, -100}, {-99, 0}, {1, 100}, {101, 101}, {300, 300}, {500, 500}}
 	if !slices.Equal(sum.Tenants[0].Windows, want) {
@@ -424,7 +424,7 @@ func TestHugeLabels(t *testing.T) {
 	var in []tenantSeries
 	for i := range 40 {
 		in = append(in, tenantSeries{"a", &Series{
-			Labels: labels.FromStrings(labels.MetricName, "m", "l", fmt.Sprintf("%02d", i)+strings.Repeat("x", 3<<20)),
+			Labels: labels.FromStrings(model.MetricNameLabel, "m", "l", fmt.Sprintf("%02d", i)+strings.Repeat("x", 3<<20)),
 			Floats: Floats{T: []int64{1}, V: []float64{1}},
 		}})
 	}

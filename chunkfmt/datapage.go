@@ -208,7 +208,7 @@ func (p *DataPage) values(d *decoder, i int, b []byte, n int, dst []float64) ([]
 	var rest []byte
 	var err error
 	if k := &p.chunks[i]; k.base == 0 && !k.isBase {
-		dst, rest, err = d.Decoder.Floats(dst, b, n)
+		dst, rest, err = d.Floats(dst, b, n)
 	} else {
 		sum, base, err2 := d.base(p, i, n)
 		if err2 != nil {

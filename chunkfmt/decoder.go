@@ -1,6 +1,7 @@
 package chunkfmt
 
 import (
+	"slices"
 	"sync"
 	"sync/atomic"
 
@@ -123,8 +124,8 @@ func (d *decoder) base(p *DataPage, i, n int) (sum *chunkInts, base []int64, err
 	} else {
 		copy(sum.ints, base)
 	}
-	for k := len(d.chain) - 1; k >= 0; k-- {
-		c := &p.chunks[d.chain[k]]
+	for _, k := range slices.Backward(d.chain) {
+		c := &p.chunks[k]
 		b := c.b
 		if c.kind&chunkST != 0 {
 			if _, b, err = d.Ints(nil, b, n); err != nil {

@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"fmt"
 
+	"github.com/prometheus/common/model"
 	"github.com/prometheus/prometheus/model/labels"
 )
 
@@ -114,7 +115,7 @@ func (d *Directory) Pages(ms []*labels.Matcher, mint, maxt int64) []PageRef {
 
 func (p *PageRef) mayMatch(ms []*labels.Matcher) bool {
 	for _, m := range ms {
-		if m.Name != labels.MetricName {
+		if m.Name != model.MetricNameLabel {
 			continue
 		}
 		if p.FirstMetric == p.LastMetric {

@@ -6,6 +6,7 @@ import (
 	"math/rand/v2"
 	"testing"
 
+	"github.com/prometheus/common/model"
 	"github.com/prometheus/prometheus/model/labels"
 )
 
@@ -89,7 +90,7 @@ func FuzzSeriesPage(f *testing.F) {
 		f.Add(b)
 	}
 	ms := []*labels.Matcher{
-		labels.MustNewMatcher(labels.MatchRegexp, labels.MetricName, ".*"),
+		labels.MustNewMatcher(labels.MatchRegexp, model.MetricNameLabel, ".*"),
 		labels.MustNewMatcher(labels.MatchNotEqual, "job", "v1"),
 	}
 	f.Fuzz(func(t *testing.T, body []byte) {
@@ -147,7 +148,7 @@ func FuzzDirectory(f *testing.F) {
 	for _, b := range bodies(f)[pageDirectory] {
 		f.Add(b)
 	}
-	m := labels.MustNewMatcher(labels.MatchRegexp, labels.MetricName, "metric_[1-3]x?")
+	m := labels.MustNewMatcher(labels.MatchRegexp, model.MetricNameLabel, "metric_[1-3]x?")
 	f.Fuzz(func(t *testing.T, body []byte) {
 		d, err := ParseDirectory(append(appendPage(nil, pageDirectory, body, false), body...))
 		wantCorrupt(t, err)
@@ -164,8 +165,7 @@ func FuzzFooter(f *testing.F) {
 	}
 	f.Fuzz(func(t *testing.T, tail []byte, size int64) {
 		_, err := ParseFooter(tail, size)
-		var short *TailError
-		if errors.As(err, &short) {
+		if short, ok := errors.AsType[*TailError](err); ok {
 			if short.Need > size || short.Need <= int64(len(tail)) {
 				t.Fatalf("needs %d of %d, has %d", short.Need, size, len(tail))
 			}

@@ -6,6 +6,7 @@ import (
 	"slices"
 	"sort"
 
+	"github.com/prometheus/common/model"
 	"github.com/prometheus/prometheus/model/labels"
 )
 
@@ -81,9 +82,9 @@ func (p *LabelPage) Names() []string {
 	for i := range p.names {
 		out = append(out, p.names[i].name)
 	}
-	if len(p.metrics) > 0 && !(len(p.metrics) == 1 && p.metrics[0] == "") {
-		i, _ := slices.BinarySearch(out, labels.MetricName)
-		out = slices.Insert(out, i, labels.MetricName)
+	if len(p.metrics) > 1 || len(p.metrics) == 1 && p.metrics[0] != "" {
+		i, _ := slices.BinarySearch(out, model.MetricNameLabel)
+		out = slices.Insert(out, i, model.MetricNameLabel)
 	}
 	return out
 }
@@ -96,7 +97,7 @@ func (p *LabelPage) Metrics() []string { return p.metrics }
 // at.Size is 0 if no series has the label, else v is what ParseValues makes of
 // the bytes at that location.
 func (p *LabelPage) Values(name string) (v *LabelValues, at Location) {
-	if name == labels.MetricName {
+	if name == model.MetricNameLabel {
 		values := p.metrics
 		if len(values) > 0 && values[0] == "" {
 			values = values[1:]
@@ -234,7 +235,7 @@ func (p *SeriesPage) LabelPage() *LabelPage {
 	}
 	for i := range p.names {
 		l := &p.names[i]
-		if l.name == labels.MetricName {
+		if l.name == model.MetricNameLabel {
 			continue
 		}
 		v := &LabelValues{metrics: out.metrics, values: l.values, sets: make([][]uint32, len(l.values)), setOf: make([]uint32, len(l.values))}
@@ -262,7 +263,7 @@ func (p *SeriesPage) LabelPage() *LabelPage {
 
 func (p *SeriesPage) metricColumn() *labelColumn {
 	for i := range p.names {
-		if p.names[i].name == labels.MetricName {
+		if p.names[i].name == model.MetricNameLabel {
 			return &p.names[i]
 		}
 	}
@@ -296,7 +297,7 @@ func (b *labelBuilder) add(metric string, ls labels.Labels) {
 		b.names = map[string]*labelNameBuilder{}
 	}
 	ls.Range(func(l labels.Label) {
-		if l.Name == labels.MetricName {
+		if l.Name == model.MetricNameLabel {
 			return
 		}
 		n := b.names[l.Name]

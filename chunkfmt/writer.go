@@ -9,6 +9,7 @@ import (
 	"math"
 	"slices"
 
+	"github.com/prometheus/common/model"
 	"github.com/prometheus/prometheus/model/labels"
 )
 
@@ -130,7 +131,7 @@ func (w *Writer) add(tenant string, s *Series) error {
 	if err := s.valid(); err != nil {
 		return fmt.Errorf("tenant %q: series %s: %w", tenant, s.Labels, err)
 	}
-	metric := s.Labels.Get(labels.MetricName)
+	metric := s.Labels.Get(model.MetricNameLabel)
 	switch {
 	case !w.open || tenant > w.tenant.Tenant:
 		w.endTenant()

@@ -14,7 +14,7 @@ import (
 )
 
 // binary is the epimetheus that TestMain has built.
-var binary string //nolint:gochecknoglobals // set once in TestMain
+var binary string
 
 func TestMain(m *testing.M) { os.Exit(testMain(m)) }
 

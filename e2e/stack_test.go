@@ -68,7 +68,7 @@ func (s *stack) start(t *testing.T, web string, args ...string) *member {
 // restart brings a member back that was killed.
 func (m *member) restart(t *testing.T) {
 	t.Helper()
-	m.Process = m.Process.Restart(t)
+	m.Process = m.Restart(t)
 }
 
 func (m *member) stop(t *testing.T) {

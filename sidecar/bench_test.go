@@ -226,21 +226,21 @@ func TestMemoryPerSeries(t *testing.T) {
 	s, _, done := benchShipper(t, dir, 3)
 	defer done()
 	s.readAll(ctx)
-	settle := func() (heap uint64, resident int64) {
+	settle := func() uint64 {
 		runtime.GC()
 		runtime.GC()
 		var m runtime.MemStats
 		runtime.ReadMemStats(&m)
-		return m.HeapAlloc, rss(t)
+		return m.HeapAlloc
 	}
 	debug.FreeOSMemory()
-	heap0, _ := settle()
+	heap0 := settle()
 	rss0 := rss(t)
 	write(first, all)
 	debug.FreeOSMemory()
 	s.readAll(ctx)
 	rss1 := rss(t) // with garbage
-	heap1, _ := settle()
+	heap1 := settle()
 	if s.dict.count != all {
 		t.Fatalf("%d series", s.dict.count)
 	}

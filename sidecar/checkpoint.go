@@ -101,3 +101,25 @@ func replaceFile(from, to string) error {
 	}
 	return errors.Join(d.Sync(), d.Close())
 }
+
+func (s *shipper) saveCheckpoint() error {
+	if s.fatal != nil {
+		return s.fatal
+	}
+	// First the dictionary: a checkpoint promises what lies before it.
+	if err := s.dict.setMark(s.tail.Position()); err != nil {
+		return err
+	}
+	pos := s.ledger.Checkpoint()
+	s.cp.Position = &pos
+	s.cp.Inode = 0
+	if !pos.InCheckpoint {
+		s.cp.Inode = inode(s.dir.File(pos))
+	}
+	s.cp.Labels = s.versions.file()
+	if err := s.cp.save(s.opts.DataDir); err != nil {
+		return err
+	}
+	s.metrics.checkpoints.Inc()
+	return nil
+}

@@ -278,8 +278,8 @@ func (d *dictionary) lookup(ref uint64, pos tail.Position) (uint32, bool) {
 // inForce returns the index of the last definition at or before pos, -1 if all
 // are behind it.
 func (h *history) inForce(pos tail.Position) int {
-	for i := len(h.from) - 1; i >= 0; i-- {
-		if !pos.Before(h.from[i]) {
+	for i, from := range slices.Backward(h.from) {
+		if !pos.Before(from) {
 			return i
 		}
 	}

@@ -6,6 +6,7 @@ import (
 	"crypto/rand"
 	"encoding/json"
 	"fmt"
+	"maps"
 	"math"
 	"net"
 	"net/http"
@@ -138,9 +139,7 @@ func (f *fakeIngester) flushLocked() {
 		if f.durable[series] == nil {
 			f.durable[series] = map[int64]string{}
 		}
-		for t, v := range samples {
-			f.durable[series][t] = v
-		}
+		maps.Copy(f.durable[series], samples)
 	}
 	f.memory = map[string]map[int64]string{}
 	for _, s := range f.sessions {

@@ -2,6 +2,7 @@ package sidecar
 
 import (
 	"bytes"
+	"context"
 	"encoding/json"
 	"fmt"
 	"math"
@@ -175,4 +176,27 @@ func sameRelabel(a, b []*relabel.Config) bool {
 	x, err1 := json.Marshal(a)
 	y, err2 := json.Marshal(b)
 	return err1 == nil && err2 == nil && bytes.Equal(x, y)
+}
+
+// takeLabels makes changed external labels or relabelling hold from here on.
+func (s *shipper) takeLabels(ctx context.Context, ls labels.Labels) {
+	p := s.versions.present
+	if p != nil && labels.Equal(p.external, ls) && s.resumeAt == (tail.Position{}) {
+		return
+	}
+	if p == nil || !labels.Equal(p.external, ls) || !sameRelabel(p.relabel, s.opts.RelabelConfigs) {
+		// What was read before this start was sent under the labels of then.
+		from := s.tail.Position()
+		if from.Before(s.resumeAt) {
+			from = s.resumeAt
+		}
+		if s.split != nil {
+			s.cut(ctx, s.tail.Position())
+		}
+		if s.versions.add(from, ls, s.opts.RelabelConfigs) {
+			s.metrics.labelChanges.Inc()
+			s.logger.Info("external labels", "external_labels", ls.String(), "relabel_configs", len(s.opts.RelabelConfigs), "position", from.String())
+		}
+	}
+	s.resumeAt = tail.Position{}
 }

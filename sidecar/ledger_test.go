@@ -223,7 +223,7 @@ func (m *ledgerModel) read(faults bool) {
 	m.l.Add(m.pos, m.split, parts)
 }
 
-func (m *ledgerModel) rewind(faults bool) bool {
+func (m *ledgerModel) rewind() bool {
 	w, ok := m.l.Take(int64(1 + m.rnd.Intn(100)))
 	if !ok {
 		return false
@@ -308,7 +308,7 @@ func TestLedgerModel(t *testing.T) {
 					}
 				}
 			case 6:
-				m.rewind(true)
+				m.rewind()
 			case 7:
 				if len(m.works) > 0 {
 					m.finish(true)
@@ -319,7 +319,7 @@ func TestLedgerModel(t *testing.T) {
 			}
 		}
 		// Faults end: all becomes durable.
-		for len(m.works) > 0 || m.rewind(false) {
+		for len(m.works) > 0 || m.rewind() {
 			m.finish(false)
 		}
 		for id, s := range m.sessions {

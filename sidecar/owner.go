@@ -1,15 +1,9 @@
 package sidecar
 
 import (
-	"context"
-	"slices"
 	"time"
 
-	"github.com/prometheus/prometheus/model/histogram"
-
 	"github.com/epimetheus-tsdb/epimetheus/ingest/ring"
-	"github.com/epimetheus-tsdb/epimetheus/ingest/ship"
-	"github.com/epimetheus-tsdb/epimetheus/ingest/ship/shippb"
 )
 
 // split says which member gets a series: the ring of one version, without the
@@ -41,158 +35,121 @@ type owner struct {
 	detachedAt time.Time
 }
 
-// link is the network side of a session; see ship.Session for the contract.
-type link interface {
-	TrySend(*shippb.Batch) (seq uint64, ok bool)
-	State() ship.SessionState
-	Run(context.Context) error
-}
-
-// session is one session with an owner, with the batch that is being filled.
-type session struct {
-	id     SessionID
-	index  uint16 // in slots
-	owner  *owner
-	ship   link
-	cancel context.CancelFunc
-
-	cols      ship.Columns
-	announce  []*shippb.Series
-	withdraw  []uint32
-	exemplars []*shippb.Exemplar
-	metadata  []*shippb.Metadata
-	bytes     int // about the encoded size of all of these
-
-	nextRef uint32
-	free    []uint32 // withdrawn refs that may be used anew
-	extra   map[extraKey]uint32
-
-	// stuck is a batch that found no room when its owner was detached. It is
-	// sent, if ever, before anything else: it holds announcements.
-	stuck *shippb.Batch
-	// counted says that what is in the batch being filled, of a detached owner,
-	// has been entered as lost.
-	counted bool
-	// abandoned says that the ledger doesn't wait any more for what was not
-	// received when its owner, off the ring, got out of reach.
-	abandoned bool
-
-	last     uint64 // sequence number of the last batch
-	durable  uint64
-	received uint64
-	progress time.Time // when received last grew, or nothing was in flight
-	began    time.Time
-}
-
-// extraKey names a series under a label version that isn't the one in its slot.
-type extraKey struct {
-	slot    uint32
-	version uint16
-}
-
-// batchBytes is at what size a batch is sent; the protocol's limit is 1 MiB as
-// encoded.
-const batchBytes = 256 << 10
-
-// newRef returns a ref for a series to be announced.
-func (ss *session) newRef() uint32 {
-	if n := len(ss.free); n > 0 {
-		r := ss.free[n-1]
-		ss.free = ss.free[:n-1]
-		return r
-	}
-	ss.nextRef++
-	return ss.nextRef - 1
-}
-
-func (ss *session) drop(ref uint32) {
-	ss.withdraw = append(ss.withdraw, ref)
-	ss.bytes += 4
-}
-
-func (ss *session) float(ref uint32, st, t int64, v float64) {
-	c := &ss.cols.Floats
-	c.ST = startTimes(c.ST, len(c.T), st)
-	c.Ref, c.T, c.V = append(c.Ref, ref), append(c.T, t), append(c.V, v)
-	ss.bytes += 12
-}
-
-func (ss *session) histogram(ref uint32, st, t int64, h *histogram.Histogram) {
-	c := &ss.cols.Histograms
-	c.ST = startTimes(c.ST, len(c.T), st)
-	c.Ref, c.T, c.H = append(c.Ref, ref), append(c.T, t), append(c.H, h)
-	ss.bytes += 40 + 4*(len(h.PositiveSpans)+len(h.NegativeSpans)+len(h.PositiveBuckets)+len(h.NegativeBuckets)) + 8*len(h.CustomValues)
-}
-
-func (ss *session) floatHistogram(ref uint32, st, t int64, h *histogram.FloatHistogram) {
-	c := &ss.cols.FloatHistograms
-	c.ST = startTimes(c.ST, len(c.T), st)
-	c.Ref, c.T, c.H = append(c.Ref, ref), append(c.T, t), append(c.H, h)
-	ss.bytes += 48 + 4*(len(h.PositiveSpans)+len(h.NegativeSpans)) + 8*(len(h.PositiveBuckets)+len(h.NegativeBuckets)+len(h.CustomValues))
-}
-
-// startTimes appends to a column that stays nil while no sample has one.
-func startTimes(col []int64, n int, st int64) []int64 {
-	switch {
-	case len(col) > 0:
-		return append(col, st)
-	case st == 0:
-		return col[:0]
-	}
-	for range n {
-		col = append(col, 0)
-	}
-	return append(col, st)
-}
-
-// full says whether the batch being filled holds anything but withdrawals.
-func (ss *session) full() bool {
-	return ss.cols.Len() > 0 || len(ss.announce) > 0 || len(ss.exemplars) > 0 || len(ss.metadata) > 0
-}
-
-// take returns the batch being filled and begins another.
-func (ss *session) take(enc *ship.Encoder) *shippb.Batch {
-	b := &shippb.Batch{
-		Announce: ss.announce, Withdraw: ss.withdraw, Columns: enc.Encode(nil, &ss.cols),
-		Exemplars: ss.exemplars, Metadata: ss.metadata,
-	}
-	ss.free = append(ss.free, ss.withdraw...)
-	ss.cols.Reset()
-	ss.announce, ss.withdraw, ss.exemplars, ss.metadata, ss.bytes = nil, nil, nil, nil, 0
-	return b
-}
-
-// account collects what a range, or a Work, became.
-type account struct {
-	parts []Part // few: one per owner
-}
-
-func (a *account) part(member string) *Part {
-	for i := range a.parts {
-		if a.parts[i].Member == member {
-			return &a.parts[i]
-		}
-	}
-	a.parts = append(a.parts, Part{Member: member})
-	return &a.parts[len(a.parts)-1]
-}
-
-func (a *account) sent(member string, id SessionID, seq uint64) {
-	p := a.part(member)
-	if i := slices.IndexFunc(p.Sent, func(x Sent) bool { return x.Session == id }); i >= 0 {
-		p.Sent[i].Seq = seq
+// resplit makes the split anew: for another ring, or after an owner was detached
+// or attached. The range that was being read has been cut.
+func (s *shipper) resplit() {
+	s.dirty = false
+	r, _ := s.ringWatch.present()
+	if r == nil {
 		return
 	}
-	p.Sent = append(p.Sent, Sent{id, seq})
+	r = r.Subset(s.opts.Tenant, s.opts.Shards)
+	if len(r.Active()) == 0 {
+		if s.split != nil {
+			s.logger.Warn("ring has no active ingester, waiting")
+		}
+		s.ring, s.split = r, nil
+		return
+	}
+	s.lastSplit++
+	sp := &split{id: s.lastSplit, ring: r, excluded: map[string]bool{}, index: map[string]uint16{}}
+	for _, m := range r.Active() {
+		if o := s.owners[m.ID]; o != nil && o.detached {
+			sp.excluded[m.ID] = true
+		}
+	}
+	if len(sp.excluded) == len(r.Active()) {
+		// All that are left had been detached: then any is better than none.
+		for id := range sp.excluded {
+			s.owners[id].detached = false
+		}
+		clear(sp.excluded)
+	}
+	for _, m := range r.Active() {
+		o := s.owners[m.ID]
+		if o == nil {
+			o = &owner{member: m}
+			s.owners[m.ID] = o
+		}
+		if o.member.Address != m.Address && o.session != nil {
+			o.session.cancel() // it has moved; its session is another process's
+		}
+		o.member = m
+		if !sp.excluded[m.ID] {
+			sp.index[m.ID] = uint16(len(sp.owners))
+			sp.owners = append(sp.owners, o)
+		}
+	}
+	s.ring, s.split = r, sp
+	s.splits[sp.id] = sp
+	s.dict.all(func(_ uint32, sl *slot) { sl.owner = 0 })
+	keep := map[SplitID]bool{sp.id: true}
+	for _, id := range s.ledger.Splits() {
+		keep[id] = true
+	}
+	for id := range s.splits {
+		if !keep[id] {
+			delete(s.splits, id)
+		}
+	}
+	s.logger.Info("ring", "version", r.Version(), "owners", len(sp.owners), "detached", len(sp.excluded))
 }
 
-func (a *account) lost(member string) { a.part(member).Lost = true }
-
-// all returns the parts as one.
-func (a *account) all() (sent []Sent, lost bool) {
-	for _, p := range a.parts {
-		sent = append(sent, p.Sent...)
-		lost = lost || p.Lost
+// owns says whether an owner gets samples by the present split.
+func (s *shipper) owns(o *owner) bool {
+	if s.split == nil {
+		return false
 	}
-	return sent, lost
+	_, ok := s.split.index[o.member.ID]
+	return ok
+}
+
+func (s *shipper) onRing(id string) bool {
+	if s.ring == nil {
+		return false
+	}
+	for _, m := range s.ring.Active() {
+		if m.ID == id {
+			return true
+		}
+	}
+	return false
+}
+
+// canDetach says whether the tail can go on without an owner: another must be
+// there to take its series.
+func (s *shipper) canDetach(o *owner) bool {
+	r, _ := s.ringWatch.present()
+	if r == nil {
+		return false
+	}
+	for _, m := range r.Subset(s.opts.Tenant, s.opts.Shards).Active() {
+		if other := s.owners[m.ID]; m.ID != o.member.ID && (other == nil || !other.detached) {
+			return true
+		}
+	}
+	return false
+}
+
+// detach leaves an owner out until it has been content for a while.
+func (s *shipper) detach(o *owner, why string) {
+	now := time.Now()
+	if now.Sub(o.detachedAt) > 10*time.Minute {
+		o.hold = 0
+	}
+	o.detached, o.detachedAt, o.calmSince = true, now, time.Time{}
+	o.hold = min(max(2*o.hold, s.opts.ReattachAfter), 5*time.Minute)
+	s.dirty = true
+	s.metrics.detachments.Inc()
+	s.logger.Warn("ingester is left out, its series go to the next", "owner", o.member.ID, "reason", why)
+	if ss := o.session; ss != nil {
+		for _, p := range s.acc.parts {
+			for _, x := range p.Sent {
+				if x.Session == ss.id {
+					s.acc.lost(p.Member)
+				}
+			}
+		}
+		s.ledger.Detach(ss.id, ss.received)
+	}
 }

@@ -37,24 +37,20 @@ type externalLabels struct {
 
 const maxConfigBytes = 64 << 20
 
-func (e *externalLabels) run(ctx context.Context) error {
+func (e *externalLabels) run(ctx context.Context) {
 	if e.url == "" && e.file == "" {
 		e.set(labels.EmptyLabels())
-		return nil
+		return
 	}
 	var failing bool
-	for pause := time.Duration(0); ; {
-		select {
-		case <-ctx.Done():
-			return nil
-		case <-time.After(pause):
-		}
+	var pause time.Duration
+	for ; ctx.Err() == nil; sleep(ctx, pause) {
 		pause = e.every
 		ls, err := e.get(ctx)
+		if ctx.Err() != nil {
+			return
+		}
 		if err != nil {
-			if ctx.Err() != nil {
-				return nil
-			}
 			e.failed()
 			e.mu.Lock()
 			e.err = err
@@ -104,7 +100,7 @@ func (e *externalLabels) get(ctx context.Context) (labels.Labels, error) {
 	if e.file != "" {
 		b, err := os.ReadFile(e.file)
 		if err != nil {
-			return labels.EmptyLabels(), fmt.Errorf("Prometheus's configuration file: %w", err)
+			return labels.EmptyLabels(), fmt.Errorf("read Prometheus's configuration file: %w", err)
 		}
 		// Prometheus expands variables when it loads the file; what its API
 		// shows has been expanded.

@@ -35,16 +35,16 @@ type ringWatch struct {
 
 const maxRingBytes = 16 << 20
 
-func (w *ringWatch) run(ctx context.Context) error {
+func (w *ringWatch) run(ctx context.Context) {
 	var failing bool
 	version, next := "", 0
-	for pause := 100 * time.Millisecond; ; {
+	for pause := 100 * time.Millisecond; ctx.Err() == nil; {
 		asked := time.Now()
 		s, err := w.get(ctx, w.gateways[next%len(w.gateways)], version)
-		switch {
-		case ctx.Err() != nil:
-			return nil
-		case err != nil:
+		if ctx.Err() != nil {
+			return
+		}
+		if err != nil {
 			w.failed()
 			w.mu.Lock()
 			w.err = err
@@ -54,9 +54,7 @@ func (w *ringWatch) run(ctx context.Context) error {
 				w.logger.Warn("ring can't be had from the gateway, trying on", "gateway", w.gateways[next%len(w.gateways)], "err", err)
 			}
 			next++
-			if err := sleep(ctx, pause/2+rand.N(pause)); err != nil {
-				return nil
-			}
+			sleep(ctx, pause/2+rand.N(pause))
 			pause = min(2*pause, 5*time.Second)
 			continue
 		}
@@ -77,9 +75,7 @@ func (w *ringWatch) run(ctx context.Context) error {
 			w.notify()
 		} else if time.Since(asked) < w.wait/2 {
 			// A gateway that doesn't wait must not be asked in a tight loop.
-			if err := sleep(ctx, time.Second); err != nil {
-				return nil
-			}
+			sleep(ctx, time.Second)
 		}
 	}
 }
@@ -116,11 +112,9 @@ func (w *ringWatch) present() (*ring.Ring, error) {
 	return w.ring, w.err
 }
 
-func sleep(ctx context.Context, d time.Duration) error {
+func sleep(ctx context.Context, d time.Duration) {
 	select {
 	case <-ctx.Done():
-		return ctx.Err()
 	case <-time.After(d):
-		return nil
 	}
 }

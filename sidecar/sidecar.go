@@ -138,12 +138,18 @@ func open(opts Options, dir *tail.Dir, logger *slog.Logger, reg prometheus.Regis
 // Run tails and ships until ctx is done. Whatever goes wrong outside of the
 // sidecar's own data directory is waited for.
 func (s *Sidecar) Run(ctx context.Context) error {
-	defer s.lock.Release()
+	defer func() { _ = s.lock.Release() }() // the end of the process would do it too
 	defer s.shipper.dict.close()
 	defer s.client.CloseIdleConnections()
 	g, ctx := errgroup.WithContext(ctx)
-	g.Go(func() error { return s.shipper.ringWatch.run(ctx) })
-	g.Go(func() error { return s.shipper.external.run(ctx) })
+	g.Go(func() error {
+		s.shipper.ringWatch.run(ctx)
+		return nil
+	})
+	g.Go(func() error {
+		s.shipper.external.run(ctx)
+		return nil
+	})
 	g.Go(func() error { return s.shipper.run(ctx) })
 	return g.Wait()
 }

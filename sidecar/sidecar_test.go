@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"log/slog"
+	"maps"
 	"math"
 	"math/rand"
 	"net/http"
@@ -144,9 +145,7 @@ func (h *harness) got(durableOnly bool) map[string]map[int64]string {
 				if out[s] == nil {
 					out[s] = map[int64]string{}
 				}
-				for t, v := range samples {
-					out[s][t] = v
-				}
+				maps.Copy(out[s], samples)
 			}
 			if durableOnly {
 				break

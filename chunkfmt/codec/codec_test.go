@@ -9,7 +9,7 @@ import (
 
 var lengths = []int{0, 1, 2, 7, 8, 9, 63, 64, 65, 119, 120, 255, 256, 257, 258, 1000, 5760}
 
-func checkInts(t testing.TB, e *Encoder, d *Decoder, v []int64) int {
+func checkInts(t testing.TB, e *Encoder, d *Decoder, v []int64) {
 	t.Helper()
 	b := e.AppendInts(nil, v)
 	got, rest, err := d.Ints([]int64{42}, append(b, 7), len(v))
@@ -21,10 +21,9 @@ func checkInts(t testing.TB, e *Encoder, d *Decoder, v []int64) int {
 			t.Fatalf("form %d: value %d is %d, want %d", b[0], i, got[i+1], x)
 		}
 	}
-	return len(b)
 }
 
-func checkFloats(t testing.TB, e *Encoder, d *Decoder, v []float64) int {
+func checkFloats(t testing.TB, e *Encoder, d *Decoder, v []float64) {
 	t.Helper()
 	b := e.AppendFloats(nil, v)
 	got, rest, err := d.Floats([]float64{42}, append(b, 7), len(v))
@@ -36,10 +35,9 @@ func checkFloats(t testing.TB, e *Encoder, d *Decoder, v []float64) int {
 			t.Fatalf("head %#x: value %d is %v, want %v", b[0], i, got[i+1], x)
 		}
 	}
-	return len(b)
 }
 
-func checkTimes(t testing.TB, e *Encoder, d *Decoder, v []int64) int {
+func checkTimes(t testing.TB, e *Encoder, d *Decoder, v []int64) {
 	t.Helper()
 	b := e.AppendTimes(nil, v)
 	got, rest, err := d.Times([]int64{42}, append(b, 7), len(v))
@@ -51,7 +49,6 @@ func checkTimes(t testing.TB, e *Encoder, d *Decoder, v []int64) int {
 			t.Fatalf("time %d is %d, want %d", i, got[i+1], x)
 		}
 	}
-	return len(b)
 }
 
 func TestInts(t *testing.T) {

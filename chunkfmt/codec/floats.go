@@ -6,7 +6,7 @@ import (
 	"math/bits"
 )
 
-// A column of floats begins with how they become integers:
+// A column of floats begins with how they become integers.
 const (
 	floatConst    = 0x20 // all are the same, whose bits follow as a varint with their bytes reversed
 	floatBits     = 0x21 // a column of integers follows: the bits, ordered as the numbers are

@@ -17,6 +17,7 @@ type section struct {
 	rows  func(*http.Request) [][]string
 }
 
+//nolint:gochecknoglobals // parsed once, never changed
 var statusPage = template.Must(template.New("status").Parse(`<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><title>Epimetheus {{.Role}}</title>
 <style>
@@ -35,7 +36,7 @@ pre{background:#f6f6f6;padding:1em;overflow:auto}
 {{end}}</table>{{end}}
 <h2>Configuration</h2><pre>{{.Config}}</pre>
 </body></html>
-`)) //nolint:gochecknoglobals // parsed once, never changed
+`))
 
 func (p *process) serveStatus(w http.ResponseWriter, r *http.Request) {
 	type table struct {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"path/filepath"
+	"slices"
 	"time"
 
 	"github.com/epimetheus-tsdb/epimetheus/history"
@@ -18,8 +19,8 @@ type stores struct {
 }
 
 func (s *stores) close() {
-	for i := len(s.closers) - 1; i >= 0; i-- {
-		_ = s.closers[i]() // at the end of the process; what is durable is so already
+	for _, c := range slices.Backward(s.closers) {
+		_ = c() // at the end of the process; what is durable is so already
 	}
 }
 

@@ -232,8 +232,7 @@ func (s *stack) stop() {
 	s.stopping = true
 	procs := s.procs
 	s.mu.Unlock()
-	for i := len(procs) - 1; i >= 0; i-- {
-		p := procs[i]
+	for _, p := range slices.Backward(procs) {
 		_ = p.cmd.Process.Signal(syscall.SIGTERM)
 		select {
 		case <-p.done:

@@ -61,7 +61,7 @@ func (s *remoteSource) Close() error { return nil }
 func (s *remoteSource) Read(ctx context.Context, mint, maxt int64, fn func(labels.Labels, chunkenc.Iterator) error) error {
 	set, err := s.client.Read(ctx, &prompb.Query{
 		StartTimestampMs: mint, EndTimestampMs: maxt,
-		Matchers: []*prompb.LabelMatcher{{Type: prompb.LabelMatcher_RE, Name: labels.MetricName, Value: ".+"}},
+		Matchers: []*prompb.LabelMatcher{{Type: prompb.LabelMatcher_RE, Name: model.MetricNameLabel, Value: ".+"}},
 		Hints:    &prompb.ReadHints{StartMs: mint, EndMs: maxt},
 	}, false)
 	if err != nil {
@@ -118,7 +118,7 @@ func (s *dirSource) Read(ctx context.Context, mint, maxt int64, fn func(labels.L
 		return err
 	}
 	defer func() { err = errors.Join(err, q.Close()) }()
-	set := q.Select(ctx, false, nil, labels.MustNewMatcher(labels.MatchRegexp, labels.MetricName, ".+"))
+	set := q.Select(ctx, false, nil, labels.MustNewMatcher(labels.MatchRegexp, model.MetricNameLabel, ".+"))
 	b := labels.NewBuilder(labels.EmptyLabels())
 	return each(set, func(ls labels.Labels, it chunkenc.Iterator) error {
 		b.Reset(ls)

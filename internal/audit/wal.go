@@ -97,8 +97,7 @@ func (s *walSource) Read(ctx context.Context, mint, maxt int64, fn func(labels.L
 		}
 		// The end of a WAL in use may be torn.
 		if err := r.Err(); err != nil && !errors.Is(err, io.ErrUnexpectedEOF) {
-			var ce *wlog.CorruptionErr
-			if !errors.As(err, &ce) {
+			if _, corrupt := errors.AsType[*wlog.CorruptionErr](err); !corrupt {
 				return err
 			}
 		}

@@ -110,7 +110,7 @@ func Start(t testing.TB, c Command) *Process {
 	p.output = out.Name()
 	defer out.Close()
 
-	p.cmd = exec.Command(c.Path, c.Args...) //nolint:noctx // its life is bound to the test by Cleanup
+	p.cmd = exec.Command(c.Path, c.Args...)
 	p.cmd.Env = append(os.Environ(), c.Env...)
 	p.cmd.Dir = c.Dir
 	p.cmd.Stdout, p.cmd.Stderr = out, out

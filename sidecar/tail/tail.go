@@ -127,7 +127,7 @@ func (t *Tail) Next() (*Batch, error) {
 		if t.next {
 			// The segment was finished before it was read to its end.
 			if t.seg.torn() {
-				t.trouble("torn_record", "WAL segment ends with a torn record", "offset", t.pos.Offset)
+				t.trouble("torn_record").Warn("WAL segment ends with a torn record", "offset", t.pos.Offset)
 			}
 			t.leave()
 			continue
@@ -290,9 +290,9 @@ func (t *Tail) decode(rec []byte) *Batch {
 	b, err := t.dec.decode(rec)
 	switch {
 	case errors.Is(err, errUnknownType):
-		t.trouble("unknown_record_type", "WAL holds records of a type that this version doesn't know", "offset", t.pos.Offset, "err", err)
+		t.trouble("unknown_record_type").Warn("WAL holds records of a type that this version doesn't know", "offset", t.pos.Offset, "err", err)
 	case err != nil:
-		t.trouble("undecodable_record", "WAL record can't be decoded", "offset", t.pos.Offset, "err", err)
+		t.trouble("undecodable_record").Warn("WAL record can't be decoded", "offset", t.pos.Offset, "err", err)
 	}
 	if rt := t.dec.b.Type; t.types[rt] == nil {
 		t.types[rt] = t.metrics.records.WithLabelValues(rt.String())
@@ -301,14 +301,15 @@ func (t *Tail) decode(rec []byte) *Batch {
 	return b
 }
 
-// trouble counts and, the first time for this tail and text, logs.
-func (t *Tail) trouble(class, text string, args ...any) {
+// trouble counts and, the first time for this tail and class, returns a logger
+// that logs.
+func (t *Tail) trouble(class string) *slog.Logger {
 	t.metrics.trouble.WithLabelValues(class).Inc()
 	if t.warned[class] {
-		return
+		return slog.New(slog.DiscardHandler)
 	}
 	t.warned[class] = true
-	t.logger.Warn(text, append([]any{"segment", t.pos.Segment}, args...)...)
+	return t.logger.With("segment", t.pos.Segment)
 }
 
 // ReadRange reads the records in [from, to), which lie in one file, again and

@@ -182,7 +182,7 @@ func TestAllRecordTypes(t *testing.T) {
 				for _, want := range []string{
 					`series 2 {__name__="m", i="2"};`,
 					fmt.Sprintf("sample 1 %d 1000 3ff0000000000000;", start),
-					fmt.Sprintf("sample 2 %d 1000 %x;", start, uint64(value.StaleNaN)),
+					fmt.Sprintf("sample 2 %d 1000 %x;", start, value.StaleNaN),
 					"sample 3 0 999 8000000000000000;",
 					fmt.Sprintf("histogram 1 %d 2000 %s", start, hs[0].H), fmt.Sprintf("histogram 3 %d 2000 %s", start, custom),
 					fmt.Sprintf("floathistogram 1 %d 3000 %s", start, fhs[0].FH), fmt.Sprintf("floathistogram 2 %d 3000 %s", start, fhs[1].FH),
@@ -207,7 +207,7 @@ func TestAllRecordTypes(t *testing.T) {
 // over many segments; and any part of it can be read again by its positions.
 func TestFollowAndReadAgain(t *testing.T) {
 	for _, c := range []compression.Type{compression.None, compression.Snappy, compression.Zstd} {
-		t.Run(string(c), func(t *testing.T) {
+		t.Run(c, func(t *testing.T) {
 			w := newTestWAL(t, 4*pageBytes, c)
 			rnd := rand.New(rand.NewSource(1))
 			tl, m := w.tail()

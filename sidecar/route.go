@@ -1,0 +1,192 @@
+package sidecar
+
+import (
+	"context"
+	"math"
+
+	"github.com/prometheus/prometheus/model/labels"
+	"google.golang.org/protobuf/proto"
+
+	"github.com/epimetheus-tsdb/epimetheus/ingest/ship/shippb"
+	"github.com/epimetheus-tsdb/epimetheus/sidecar/tail"
+)
+
+// sampleCounts are added to the metrics once per record: counters are dear when
+// bumped once per sample.
+type sampleCounts struct {
+	floats, histograms, floatHistograms, exemplars, metadata int
+	unknown, equal, placeholder                              int
+	drop                                                     [dropReasons]int
+}
+
+// samples routes what a record holds.
+func (s *shipper) samples(ctx context.Context, b *tail.Batch) {
+	c := &s.counts
+	*c = sampleCounts{}
+	if s.agent && b.From.InCheckpoint && (len(b.Samples) > 0 || len(b.Histograms) > 0 || len(b.FloatHistograms) > 0) {
+		c.placeholder = len(b.Samples) + len(b.Histograms) + len(b.FloatHistograms)
+		s.count()
+		return
+	}
+	for i := range b.Series {
+		x := &b.Series[i]
+		slot, isNew, err := s.dict.define(uint64(x.Ref), x.Labels, b.From)
+		if err != nil {
+			s.dictionaryTrouble(err)
+			continue
+		}
+		if isNew && s.rewind == nil {
+			s.resolve(s.dict.at(slot), x.Labels)
+		}
+	}
+	for i := range b.Samples {
+		x := &b.Samples[i]
+		if ss, ref := s.route(ctx, uint64(x.Ref), x.T, b.From, true); ss != nil {
+			ss.float(ref, x.ST, x.T, x.V)
+			c.floats++
+			s.flushIfFull(ctx, ss)
+		}
+	}
+	for i := range b.Histograms {
+		x := &b.Histograms[i]
+		if ss, ref := s.route(ctx, uint64(x.Ref), x.T, b.From, true); ss != nil {
+			ss.histogram(ref, x.ST, x.T, x.H)
+			c.histograms++
+			s.flushIfFull(ctx, ss)
+		}
+	}
+	for i := range b.FloatHistograms {
+		x := &b.FloatHistograms[i]
+		if ss, ref := s.route(ctx, uint64(x.Ref), x.T, b.From, true); ss != nil {
+			ss.floatHistogram(ref, x.ST, x.T, x.FH)
+			c.floatHistograms++
+			s.flushIfFull(ctx, ss)
+		}
+	}
+	for i := range b.Exemplars {
+		x := &b.Exemplars[i]
+		if ss, ref := s.route(ctx, uint64(x.Ref), x.T, b.From, false); ss != nil {
+			e := &shippb.Exemplar{Ref: ref, T: x.T, Value: math.Float64bits(x.V), Labels: pairs(x.Labels)}
+			ss.exemplars = append(ss.exemplars, e)
+			ss.bytes += proto.Size(e) + 4
+			c.exemplars++
+			s.flushIfFull(ctx, ss)
+		}
+	}
+	for i := range b.Metadata {
+		x := &b.Metadata[i]
+		if slot, ok := s.dict.lookup(uint64(x.Ref), b.From); ok && s.rewind == nil {
+			if err := s.dict.describe(slot, uint64(x.Ref), *x); err != nil {
+				s.dictionaryTrouble(err)
+			}
+		}
+		if ss, ref := s.route(ctx, uint64(x.Ref), 0, b.From, false); ss != nil {
+			ss.describe(ref, *x)
+			c.metadata++
+			s.flushIfFull(ctx, ss)
+		}
+	}
+	s.count()
+}
+
+func (s *shipper) count() {
+	c, m := &s.counts, s.metrics
+	add := func(typ string, n int) {
+		if n > 0 {
+			m.shipped.WithLabelValues(typ).Add(float64(n))
+			if s.rewind != nil {
+				m.resent.Add(float64(n))
+			}
+		}
+	}
+	add("float", c.floats)
+	add("histogram", c.histograms)
+	add("float_histogram", c.floatHistograms)
+	add("exemplar", c.exemplars)
+	add("metadata", c.metadata)
+	if s.rewind != nil {
+		return // what isn't sent was counted the first time
+	}
+	drop := func(reason string, n int) {
+		if n > 0 {
+			m.dropped.WithLabelValues(reason).Add(float64(n))
+		}
+	}
+	drop("unknown_ref", c.unknown)
+	drop("equal_timestamp", c.equal)
+	drop("agent_checkpoint", c.placeholder)
+	for r := dropRelabelled; r < dropReasons; r++ {
+		drop(r.String(), c.drop[r])
+	}
+	if c.unknown > 0 {
+		s.once("unknown_ref").Warn("WAL holds samples of series that no record explains", "segment", s.rangeEnd.Segment, "offset", s.rangeEnd.Offset)
+	}
+}
+
+// route returns the session that a sample goes to and its series' ref there; nil
+// if it isn't sent now. isSample is false for what may share a timestamp.
+func (s *shipper) route(ctx context.Context, ref uint64, t int64, pos tail.Position, isSample bool) (*session, uint32) {
+	i, ok := s.dict.lookup(ref, pos)
+	if !ok {
+		s.counts.unknown++
+		return nil, 0
+	}
+	sl := s.dict.at(i)
+	if s.rewind != nil {
+		return s.routeAgain(ctx, i, sl, t, isSample)
+	}
+	if sl.version != s.version.id {
+		raw, err := s.dict.labels(i)
+		if err != nil {
+			s.dictionaryTrouble(err)
+			s.counts.unknown++
+			return nil, 0
+		}
+		s.resolve(sl, raw)
+	}
+	if sl.drop != dropNot {
+		s.counts.drop[sl.drop]++
+		return nil, 0
+	}
+	if isSample {
+		if t == sl.lastT {
+			s.counts.equal++
+			return nil, 0
+		}
+		if t > sl.lastT {
+			sl.lastT = t
+			s.newestT = max(s.newestT, t)
+		}
+	}
+	o := s.ownerOf(sl)
+	ss := s.sessionOf(ctx, o)
+	if ss == nil {
+		s.acc.lost(o.member.ID)
+		return nil, 0
+	}
+	if sl.session != ss.index && !s.announce(i, sl, ss) {
+		return nil, 0
+	}
+	return ss, sl.ref
+}
+
+// resolve computes what a series is under the version in force.
+func (s *shipper) resolve(sl *slot, raw labels.Labels) {
+	if sl.session != 0 {
+		s.sessions[sl.session].drop(sl.ref)
+		sl.session = 0
+	}
+	_, sl.token, sl.drop = s.version.apply(raw)
+	sl.version, sl.owner = s.version.id, 0
+	if sl.drop != dropNot && sl.drop != dropRelabelled {
+		s.once(sl.drop.String()).Warn("series is not sent", "reason", sl.drop.String(), "series", raw.String())
+	}
+}
+
+func (s *shipper) ownerOf(sl *slot) *owner {
+	if sl.owner == 0 {
+		m, _ := s.split.member(sl.token) // a split has a member
+		sl.owner = s.split.index[m.ID] + 1
+	}
+	return s.split.owners[sl.owner-1]
+}
