@@ -186,6 +186,7 @@ func (h *Head) Append(tenant string, refs *Refs, b *Batch) Result {
 	for i, ref := range fhs.Ref {
 		a.append(ref, sample{t: fhs.T[i], st: at(fhs.ST, i), fh: fhs.H[i]})
 	}
+	a.unlock()
 	for _, e := range b.Exemplars {
 		if s := a.series(e.Ref); s != nil && !a.t.addExemplar(s, e.Exemplar) {
 			a.refuse(ReasonExemplarLimit, s.labels)
@@ -224,6 +225,24 @@ type appender struct {
 	created    int // series
 	any        bool
 	mint, maxt int64
+
+	held *sync.Mutex // a lock of series; nil: none
+}
+
+// lock takes the lock of a series, unless it is held already.
+func (a *appender) lock(s *memSeries) {
+	if l := a.t.lock(s); l != a.held {
+		a.unlock()
+		l.Lock()
+		a.held = l
+	}
+}
+
+func (a *appender) unlock() {
+	if a.held != nil {
+		a.held.Unlock()
+		a.held = nil
+	}
 }
 
 func (a *appender) append(ref uint32, s sample) {
@@ -231,6 +250,7 @@ func (a *appender) append(ref uint32, s sample) {
 	if m == nil {
 		return
 	}
+	a.lock(m)
 	o, grown, it, err := m.append(&s, a.refs.it)
 	a.refs.it = it
 	a.grown += grown
@@ -264,6 +284,7 @@ func (a *appender) series(ref uint32) *memSeries {
 		a.refuse(ReasonInvalidSeries, known.labels)
 		return nil
 	}
+	a.unlock() // it locks the tenant
 	s, grown := a.t.getOrCreate(known, a.head.maxSeries)
 	if s == nil {
 		a.refuse(ReasonSeriesLimit, known.labels)
@@ -330,7 +351,10 @@ func (h *Head) Drop(g *Generation) {
 	for _, t := range g.tenants {
 		t.mu.RLock()
 		for _, s := range t.series {
+			l := t.lock(s)
+			l.Lock()
 			s.release()
+			l.Unlock()
 		}
 		t.mu.RUnlock()
 	}

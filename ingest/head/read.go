@@ -57,12 +57,12 @@ func (h *Head) Select(ctx context.Context, q fetch.Query, labelsOnly bool) ([]fe
 				return nil, hd, context.Cause(ctx)
 			}
 			if labelsOnly {
-				if s.overlaps(q.MinT, q.MaxT) {
+				if t.overlaps(s, q.MinT, q.MaxT) {
 					part = append(part, fetch.Series{Labels: s.labels})
 				}
 				continue
 			}
-			cs, err := s.chunks(q.MinT, q.MaxT)
+			cs, err := t.chunks(s, q.MinT, q.MaxT)
 			if err != nil {
 				return nil, hd, err
 			}
@@ -77,6 +77,22 @@ func (h *Head) Select(ctx context.Context, q fetch.Query, labelsOnly bool) ([]fe
 		out = out[:q.Limit]
 	}
 	return out, hd, nil
+}
+
+// chunks takes the lock of the series for memSeries.chunks.
+func (t *tenantHead) chunks(s *memSeries, mint, maxt int64) ([]fetch.Chunk, error) {
+	l := t.lock(s)
+	l.Lock()
+	defer l.Unlock()
+	return s.chunks(mint, maxt)
+}
+
+// overlaps takes the lock of the series for memSeries.overlaps.
+func (t *tenantHead) overlaps(s *memSeries, mint, maxt int64) bool {
+	l := t.lock(s)
+	l.Lock()
+	defer l.Unlock()
+	return s.overlaps(mint, maxt)
 }
 
 // mergeSeries merges two lists that ascend in labels.
@@ -131,13 +147,13 @@ func (h *Head) Labels(ctx context.Context, q fetch.Query, name string) ([]string
 			}
 			if name != "" {
 				if v := s.labels.Get(name); v != "" {
-					if _, ok := set[v]; !ok && s.overlaps(q.MinT, q.MaxT) {
+					if _, ok := set[v]; !ok && t.overlaps(s, q.MinT, q.MaxT) {
 						set[v] = struct{}{}
 					}
 				}
 				continue
 			}
-			if s.overlaps(q.MinT, q.MaxT) {
+			if t.overlaps(s, q.MinT, q.MaxT) {
 				s.labels.Range(func(l labels.Label) { set[l.Name] = struct{}{} })
 			}
 		}
@@ -238,9 +254,10 @@ func (h *Head) Stats(tenant string, limit int) Stats {
 	defer t.mu.RUnlock()
 	st.Series, st.LabelPairs = uint64(len(t.series)), uint64(t.pairs)
 	for _, s := range t.series {
-		s.mu.Lock()
+		l := t.lock(s)
+		l.Lock()
 		st.Chunks += uint64(s.inOrder.count())
-		s.mu.Unlock()
+		l.Unlock()
 	}
 	for name, values := range t.postings {
 		size := 0
@@ -306,7 +323,7 @@ func (g *Generation) Walk(tenant string, fn func(*chunkfmt.Series) error) error 
 	})
 	var d fetch.Decoder
 	for _, k := range order {
-		cs, err := k.s.chunks(math.MinInt64, math.MaxInt64)
+		cs, err := t.chunks(k.s, math.MinInt64, math.MaxInt64)
 		if err != nil {
 			return err
 		}

@@ -4,7 +4,6 @@ import (
 	"math"
 	"slices"
 	"sort"
-	"sync"
 
 	"github.com/prometheus/prometheus/model/labels"
 	"github.com/prometheus/prometheus/tsdb/chunkenc"
@@ -24,7 +23,7 @@ type memSeries struct {
 	generation uint32 // noGeneration, or refusedSeries, or one
 	ref        uint32 // index in the tenant's series
 
-	mu      sync.Mutex
+	// What follows is guarded by the tenant's lock of the series.
 	inOrder run
 	late    *late // nil: none
 }
@@ -50,10 +49,9 @@ const (
 	duplicate
 )
 
-// append adds a sample. it is an iterator to reuse, see run.find.
+// append adds a sample. it is an iterator to reuse, see run.find. As with all
+// methods, the caller holds the lock of the series.
 func (m *memSeries) append(s *sample, it chunkenc.Iterator) (o outcome, grown int, _ chunkenc.Iterator, err error) {
-	m.mu.Lock()
-	defer m.mu.Unlock()
 	if m.inOrder.empty() || s.t > m.inOrder.maxt() {
 		grown, err = m.inOrder.append(s)
 		return appended, grown, it, err
@@ -122,8 +120,6 @@ func (l *late) add(s *sample) (outcome, int, error) {
 // chunks gives the chunks that overlap [mint, maxt]; they may overlap each
 // other in time.
 func (m *memSeries) chunks(mint, maxt int64) ([]fetch.Chunk, error) {
-	m.mu.Lock()
-	defer m.mu.Unlock()
 	out := m.inOrder.chunks(nil, mint, maxt)
 	if m.late == nil {
 		return out, nil
@@ -153,8 +149,6 @@ func (m *memSeries) chunks(mint, maxt int64) ([]fetch.Chunk, error) {
 
 // overlaps says whether the series has a chunk that overlaps [mint, maxt].
 func (m *memSeries) overlaps(mint, maxt int64) bool {
-	m.mu.Lock()
-	defer m.mu.Unlock()
 	overlap := func(c fetch.Chunk) bool { return c.MinT <= maxt && c.MaxT >= mint }
 	return m.inOrder.overlaps(mint, maxt) || m.late != nil && (slices.ContainsFunc(m.late.done, overlap) ||
 		slices.ContainsFunc(m.late.samples, func(s sample) bool { return s.t <= maxt && s.t >= mint }))
@@ -162,8 +156,6 @@ func (m *memSeries) overlaps(mint, maxt int64) bool {
 
 // release lets go of the samples: a session may still hold the series.
 func (m *memSeries) release() {
-	m.mu.Lock()
-	defer m.mu.Unlock()
 	m.inOrder, m.late = run{}, nil
 }
 

@@ -31,6 +31,11 @@ type tenantHead struct {
 	exemplarCount int
 	metadata      map[string][]metadata.Metadata // by metric name, newest last
 
+	// locks guard the samples of series, many with one lock: a batch mostly goes
+	// to series of which one lock after the other guards a run. A lock is never
+	// held while mu is awaited; mu may be held while a lock is awaited.
+	locks [16]sync.Mutex
+
 	hasSamples bool
 	mint, maxt int64 // of all samples; valid with hasSamples
 }
@@ -56,7 +61,7 @@ func newTenantHead(generation uint32, previous *tenantHead) *tenantHead {
 
 // seriesBytes is about what a series takes beside its labels and samples: the
 // struct, its places in the index and in postings.
-const seriesBytes = 112 + 12 + 10
+const seriesBytes = 96 + 12 + 10
 
 // getOrCreate finds the series with the labels of s or makes it, which uses s
 // itself if that is in no generation yet. limit bounds the number of series, 0
@@ -98,6 +103,11 @@ func (t *tenantHead) getOrCreate(s *memSeries, limit int) (_ *memSeries, grown i
 		n++
 	})
 	return s, seriesBytes + int(s.labels.ByteSize()) + 5*n
+}
+
+// lock is the one that guards the samples of a series.
+func (t *tenantHead) lock(s *memSeries) *sync.Mutex {
+	return &t.locks[s.ref/256%uint32(len(t.locks))]
 }
 
 func (t *tenantHead) find(hash uint64, ls labels.Labels) *memSeries {
