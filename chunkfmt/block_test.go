@@ -157,7 +157,7 @@ func readBlock(block []byte, ms []*labels.Matcher, mint, maxt int64) ([]tenantSe
 				return nil, err
 			}
 			for _, e := range p.Select(ms, mint, maxt) {
-				s := &Series{Labels: e.Labels, Metadata: e.Metadata}
+				s := &Series{Labels: e.Labels, Metadata: e.Metadata, Family: e.Family}
 				for _, c := range e.Chunks {
 					if c.Page.Offset < ref.Data.Offset || c.Page.End() > ref.Data.End() {
 						return nil, fmt.Errorf("page %v outside %v", c.Page, ref.Data)
@@ -198,7 +198,7 @@ func readBlock(block []byte, ms []*labels.Matcher, mint, maxt int64) ([]tenantSe
 }
 
 func equalSeries(a, b *Series) bool {
-	if !labels.Equal(a.Labels, b.Labels) || a.Metadata != b.Metadata || len(a.Exemplars) != len(b.Exemplars) {
+	if !labels.Equal(a.Labels, b.Labels) || a.Metadata != b.Metadata || a.Family != b.Family || len(a.Exemplars) != len(b.Exemplars) {
 		return false
 	}
 	for i := range a.Exemplars {
@@ -440,5 +440,27 @@ func TestEmptyBlock(t *testing.T) {
 	out, err := readBlock(block, nil, math.MinInt64, math.MaxInt64)
 	if err != nil || len(out) != 0 {
 		t.Fatal(err, out)
+	}
+}
+
+func TestFamilies(t *testing.T) {
+	m := metadata.Metadata{Type: "counter", Help: "Help."}
+	var want []tenantSeries
+	for i, family := range []string{"", "x", "x", "y", ""} {
+		s := &Series{Labels: labels.FromStrings(model.MetricNameLabel, fmt.Sprint(i)), Floats: Floats{T: []int64{1}, V: []float64{1}}}
+		if i < 4 {
+			s.Metadata, s.Family = m, family
+		}
+		want = append(want, tenantSeries{"t", s})
+	}
+	block, _ := writeBlock(t, want, WriterOptions{})
+	got, err := readBlock(block, nil, math.MinInt64, math.MaxInt64)
+	if err != nil || len(got) != len(want) {
+		t.Fatalf("%d series, %v", len(got), err)
+	}
+	for i, s := range got {
+		if w := want[i].s; s.s.Family != w.Family || s.s.Metadata != w.Metadata {
+			t.Errorf("series %d: %q %v, want %q %v", i, s.s.Family, s.s.Metadata, w.Family, w.Metadata)
+		}
 	}
 }

@@ -40,6 +40,7 @@ type FloatHistograms struct {
 type Series struct {
 	Labels          labels.Labels
 	Metadata        metadata.Metadata // the newest known; zero if none
+	Family          string            // of metrics that Metadata is about; empty if it has the metric's own name
 	Floats          Floats
 	Histograms      Histograms
 	FloatHistograms FloatHistograms

@@ -34,7 +34,7 @@ func Merge(runs ...*Series) *Series {
 			out.Labels = r.Labels
 		}
 		if out.Metadata.IsEmpty() {
-			out.Metadata = r.Metadata
+			out.Metadata, out.Family = r.Metadata, r.Family
 		}
 		floats += min(1, len(r.Floats.T))
 		ints += min(1, len(r.Histograms.T))

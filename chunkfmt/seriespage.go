@@ -29,6 +29,7 @@ func (c Chunk) Overlaps(mint, maxt int64) bool { return c.MinT <= maxt && mint <
 type Entry struct {
 	Labels   labels.Labels
 	Metadata metadata.Metadata // zero if unknown
+	Family   string            // of metrics that Metadata is about; empty if it has the metric's own name
 	// Chunks that overlap the time asked for; of each kind in ascending order
 	// of time. Their pages lie in the object in the order of the entries.
 	Chunks []Chunk
@@ -43,6 +44,7 @@ const (
 	partChunks    = 1
 	partExemplars = 2
 	partMetadata  = 3
+	partFamilies  = 4
 )
 
 // absent is the id of a label that a series does not have.
@@ -55,6 +57,7 @@ type SeriesPage struct {
 	chunks    chunkPart
 	exemplars chunkPart
 	metas     []metadata.Metadata
+	families  []string // of metas; nil if all have their metric's name
 	metaOf    []uint32 // per series, 0 for none, else index+1 into metas
 }
 
@@ -131,6 +134,8 @@ func ParseSeriesPage(b []byte) (*SeriesPage, error) {
 			p.exemplars = c.chunkPart(p.series)
 		case partMetadata:
 			p.metadata(c)
+		case partFamilies:
+			p.readFamilies(c)
 		default:
 			c.b = nil
 		}
@@ -174,6 +179,17 @@ func (p *SeriesPage) metadata(c *cursor) {
 	p.metaOf = make([]uint32, p.series)
 	for i := range p.metaOf {
 		p.metaOf[i] = uint32(c.bounded("metadata", uint64(len(p.metas))))
+	}
+}
+
+func (p *SeriesPage) readFamilies(c *cursor) {
+	if len(p.metas) > len(c.b) {
+		c.fail("ends early")
+		return
+	}
+	p.families = make([]string, len(p.metas))
+	for i := range p.families {
+		p.families[i] = c.text()
 	}
 }
 
@@ -330,6 +346,9 @@ func (p *SeriesPage) Select(ms []*labels.Matcher, mint, maxt int64) []Entry {
 		e.Labels = p.labels(i, &builder)
 		if p.metaOf != nil && p.metaOf[i] > 0 {
 			e.Metadata = p.metas[p.metaOf[i]-1]
+			if p.families != nil {
+				e.Family = p.families[p.metaOf[i]-1]
+			}
 		}
 		out = append(out, e)
 	}
@@ -439,13 +458,20 @@ type seriesBuilder struct {
 	byName    map[string]*nameBuilder
 	chunks    chunkBuilder
 	exemplars chunkBuilder
-	metas     map[metadata.Metadata]uint32
+	metas     map[familyMetadata]uint32
 	metaBytes []byte
+	families  []byte
+	named     bool // a family has another name than the metric
 	metaOf    []byte
 	first     string // metric names
 	last      string
 	times     Range
 	samples   uint64
+}
+
+type familyMetadata struct {
+	metadata.Metadata
+	family string
 }
 
 type nameBuilder struct {
@@ -471,7 +497,7 @@ type chunkBuilder struct {
 
 func newSeriesBuilder() *seriesBuilder {
 	return &seriesBuilder{
-		byName: map[string]*nameBuilder{}, metas: map[metadata.Metadata]uint32{},
+		byName: map[string]*nameBuilder{}, metas: map[familyMetadata]uint32{},
 		times: Range{math.MaxInt64, math.MinInt64},
 	}
 }
@@ -503,20 +529,23 @@ func (b *seriesBuilder) addLabels(ls labels.Labels) {
 	})
 }
 
-func (b *seriesBuilder) addMetadata(m metadata.Metadata) {
+func (b *seriesBuilder) addMetadata(m metadata.Metadata, family string) {
 	if m == (metadata.Metadata{}) {
 		b.metaOf = append(b.metaOf, 0)
 		return
 	}
-	id, ok := b.metas[m]
+	id, ok := b.metas[familyMetadata{m, family}]
 	if !ok {
 		id = uint32(len(b.metas) + 1)
 		m = metadata.Metadata{Type: model.MetricType([]byte(m.Type)), Unit: string([]byte(m.Unit)), Help: string([]byte(m.Help))}
-		b.metas[m] = id
+		family = string([]byte(family))
+		b.metas[familyMetadata{m, family}] = id
+		b.families = appendText(b.families, family)
+		b.named = b.named || family != ""
 		b.metaBytes = appendText(b.metaBytes, string(m.Type))
 		b.metaBytes = appendText(b.metaBytes, m.Unit)
 		b.metaBytes = appendText(b.metaBytes, m.Help)
-		b.bytes += len(m.Unit) + len(m.Help)
+		b.bytes += len(m.Unit) + len(m.Help) + len(family)
 	}
 	b.metaOf = binary.AppendUvarint(b.metaOf, uint64(id))
 }
@@ -597,6 +626,9 @@ func (b *seriesBuilder) appendTo(dst []byte, compress bool) []byte {
 		metas := binary.AppendUvarint(nil, uint64(len(b.metas)))
 		metas = append(metas, b.metaBytes...)
 		body = appendPart(body, partMetadata, append(metas, b.metaOf...))
+		if b.named {
+			body = appendPart(body, partFamilies, b.families)
+		}
 	}
 	return appendPage(dst, pageSeries, body, compress)
 }

@@ -156,7 +156,7 @@ func (w *Writer) add(tenant string, s *Series) error {
 	}
 	w.series.last = w.metric
 	w.series.addLabels(s.Labels)
-	w.series.addMetadata(s.Metadata)
+	w.series.addMetadata(s.Metadata, s.Family)
 	w.addChunks(s)
 	w.series.series++
 	w.tenant.Series++

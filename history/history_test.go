@@ -184,7 +184,7 @@ func snapshot(t testing.TB, h *History, tenant string, mint, maxt int64, must ..
 	return s
 }
 
-var cmpSeries = gocmp.Options{ //nolint:gochecknoglobals // constant
+var cmpSeries = gocmp.Options{
 	gocmp.Comparer(func(a, b labels.Labels) bool { return labels.Equal(a, b) }),
 	gocmp.Comparer(func(a, b float64) bool { return math.Float64bits(a) == math.Float64bits(b) }),
 	cmpopts.EquateEmpty(),
@@ -1067,5 +1067,40 @@ func TestRuns(t *testing.T) {
 	got = runs(100, 2050)
 	if f := got[0].Floats; len(got) != 2 || len(f.T) != 10+20+6 || f.T[0] != 100 || f.T[35] != 2050 || len(f.ST) != 36 || f.ST[13] != 7 {
 		t.Errorf("trimmed: %d runs, %+v", len(got), f)
+	}
+}
+
+// Metadata is answered by the name of the family, as Prometheus does.
+func TestMetadataOfFamilies(t *testing.T) {
+	h := localStores(t).open(t, nil)
+	var series []*chunkfmt.Series
+	add := func(metric, family string, m metadata.Metadata) {
+		s := floats(0, 1000, 3, func(i int) float64 { return float64(i) }, "__name__", metric)
+		s.Metadata, s.Family = m, family
+		series = append(series, s)
+	}
+	add("other", "", metadata.Metadata{})
+	add("x_bucket", "x", metadata.Metadata{Type: model.MetricTypeHistogram, Help: "X."})
+	add("x_count", "x", metadata.Metadata{Type: model.MetricTypeHistogram, Help: "X."})
+	add("x_sum", "", metadata.Metadata{Type: model.MetricTypeGauge, Help: "Not of x."})
+	add("y_total", "y", metadata.Metadata{Type: model.MetricTypeCounter, Help: "Y."})
+	add("z_total", "", metadata.Metadata{Type: model.MetricTypeCounter, Help: "Z."})
+	publishWith(t, h, tenantSeries{"a": series}, chunkfmt.WriterOptions{})
+	s := snapshot(t, h, "a", 0, 1e9)
+	all := []MetricMetadata{
+		{"x", metadata.Metadata{Type: model.MetricTypeHistogram, Help: "X."}},
+		{"x_sum", metadata.Metadata{Type: model.MetricTypeGauge, Help: "Not of x."}},
+		{"y", metadata.Metadata{Type: model.MetricTypeCounter, Help: "Y."}},
+		{"z_total", metadata.Metadata{Type: model.MetricTypeCounter, Help: "Z."}},
+	}
+	want := map[string][]MetricMetadata{"": all, "x_bucket": {}, "y_total": {}, "other": {}}
+	for _, m := range all {
+		want[m.Metric] = []MetricMetadata{m}
+	}
+	for metric, w := range want {
+		got, err := s.Metadata(t.Context(), metric, 0, 1e9)
+		if err != nil || !slices.Equal(got, w) {
+			t.Errorf("metadata of %q: %v, %v, want %v", metric, got, err, w)
+		}
 	}
 }

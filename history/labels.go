@@ -3,7 +3,9 @@ package history
 import (
 	"cmp"
 	"context"
+	"regexp"
 	"slices"
+	"strings"
 
 	"github.com/prometheus/common/model"
 	"github.com/prometheus/prometheus/model/labels"
@@ -253,11 +255,12 @@ type MetricMetadata struct {
 }
 
 // Metadata returns what the series in mint to maxt say of a metric, or of all if
-// metric is empty, sorted, each once. It reads series pages.
+// metric is empty, sorted, each once. It reads series pages. Metric is the name
+// of the metric family: "x" for what series of x_bucket say.
 func (s *Snapshot) Metadata(ctx context.Context, metric string, mint, maxt int64) ([]MetricMetadata, error) {
 	var ms []*labels.Matcher
 	if metric != "" {
-		ms = []*labels.Matcher{labels.MustNewMatcher(labels.MatchEqual, model.MetricNameLabel, metric)}
+		ms = []*labels.Matcher{labels.MustNewMatcher(labels.MatchRegexp, model.MetricNameLabel, familyMembers(metric))}
 	}
 	var out []MetricMetadata
 	err := s.attempt(ctx, mint, maxt, func(bs []*Block) error {
@@ -268,8 +271,16 @@ func (s *Snapshot) Metadata(ctx context.Context, metric string, mint, maxt int64
 		set := map[MetricMetadata]struct{}{}
 		for _, f := range fs {
 			for i := range f.entries {
-				if e := &f.entries[i]; !e.Metadata.IsEmpty() {
-					set[MetricMetadata{e.Labels.Get(model.MetricNameLabel), e.Metadata}] = struct{}{}
+				e := &f.entries[i]
+				if e.Metadata.IsEmpty() {
+					continue
+				}
+				m := MetricMetadata{e.Family, e.Metadata}
+				if m.Metric == "" {
+					m.Metric = e.Labels.Get(model.MetricNameLabel)
+				}
+				if metric == "" || m.Metric == metric {
+					set[m] = struct{}{}
 				}
 			}
 		}
@@ -283,4 +294,11 @@ func (s *Snapshot) Metadata(ctx context.Context, metric string, mint, maxt int64
 		return nil
 	})
 	return out, err
+}
+
+// familyMembers is a pattern of the names that metrics of a family have. A
+// family may be named as its counter is, or without _total.
+func familyMembers(family string) string {
+	base := strings.TrimSuffix(strings.TrimSuffix(family, "_total"), "_info")
+	return regexp.QuoteMeta(family) + "|" + regexp.QuoteMeta(base) + "(|_bucket|_sum|_count|_gsum|_gcount|_total|_info)"
 }
