@@ -427,7 +427,7 @@ func (r *receiver) apply(s *session, b *shippb.Batch, dec *ship.Decoder, cols *s
 		if !s.refs.Valid(m.Ref) {
 			return unknownRef(m.Ref)
 		}
-		batch.Metadata = append(batch.Metadata, head.Metadata{Ref: m.Ref, Metadata: metadata.Metadata{
+		batch.Metadata = append(batch.Metadata, head.Metadata{Ref: m.Ref, Family: m.Family, Metadata: metadata.Metadata{
 			Type: model.MetricType(m.Type), Unit: m.Unit, Help: m.Help,
 		}})
 	}

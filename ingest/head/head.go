@@ -138,9 +138,11 @@ type Exemplar struct {
 	chunkfmt.Exemplar
 }
 
-// Metadata of the series ref.
+// Metadata of the series ref. Family names the family of its metric, empty if
+// that has the metric's own name.
 type Metadata struct {
-	Ref uint32
+	Ref    uint32
+	Family string
 	metadata.Metadata
 }
 
@@ -194,7 +196,7 @@ func (h *Head) Append(tenant string, refs *Refs, b *Batch) Result {
 	}
 	for _, m := range b.Metadata {
 		ls := refs.Labels(m.Ref)
-		if !a.t.addMetadata(ls.Get(model.MetricNameLabel), m.Metadata) {
+		if !a.t.addMetadata(ls.Get(model.MetricNameLabel), m.Family, m.Metadata) {
 			a.refuse(ReasonMetadataLimit, ls)
 		}
 	}

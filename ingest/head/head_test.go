@@ -288,7 +288,7 @@ func TestLabelsExemplarsMetadata(t *testing.T) {
 	for range 2 {
 		h.Append("a", &w.refs, &Batch{
 			Columns: &ship.Columns{}, Exemplars: []Exemplar{{0, e}},
-			Metadata: []Metadata{{0, metadata.Metadata{Type: "gauge", Help: "old"}}, {0, metadata.Metadata{Type: "gauge", Help: "new"}}},
+			Metadata: []Metadata{{0, "", metadata.Metadata{Type: "gauge", Help: "old"}}, {0, "", metadata.Metadata{Type: "gauge", Help: "new"}}},
 		})
 		h.Rotate()
 	}
@@ -300,6 +300,38 @@ func TestLabelsExemplarsMetadata(t *testing.T) {
 	md, _ := h.Metadata("a", "", 0)
 	if len(md) != 2 || md[1].Metric != "x" || md[1].Help != "new" {
 		t.Errorf("metadata in a new generation: %+v", md)
+	}
+}
+
+// Metadata is of a family: that is what readers ask for, and what a block says of
+// each series.
+func TestMetadataOfFamily(t *testing.T) {
+	h := New(0)
+	w := newWriter(t, h, "a")
+	w.floats(ls("__name__", "x_bucket", "le", "1"), 1000, 1)
+	w.floats(ls("__name__", "y"), 1000, 1)
+	m := metadata.Metadata{Type: "histogram", Help: "X."}
+	h.Append("a", &w.refs, &Batch{Columns: &ship.Columns{}, Metadata: []Metadata{{0, "x", m}, {1, "y", m}}})
+	h.Rotate()
+	w.floats(ls("__name__", "x_bucket", "le", "1"), 2000, 1)
+	md, _ := h.Metadata("a", "", 0)
+	if len(md) != 2 || md[0].Metric != "x" || md[1].Metric != "y" {
+		t.Errorf("families %+v", md)
+	}
+	if md, _ := h.Metadata("a", "x_bucket", 0); len(md) != 0 {
+		t.Errorf("a member of a family has metadata: %+v", md)
+	}
+	for i, g := range []*Generation{h.Rotate(), h.readable()[0]} {
+		err := g.Walk("a", func(s *chunkfmt.Series) error {
+			want := map[string]string{"x_bucket": "x", "y": ""}
+			if name := s.Labels.Get("__name__"); s.Metadata != m || s.Family != want[name] {
+				t.Errorf("generation %d: %s has %q %v", i, name, s.Family, s.Metadata)
+			}
+			return nil
+		})
+		if err != nil {
+			t.Error(err)
+		}
 	}
 }
 

@@ -197,8 +197,8 @@ func (h *Head) Exemplars(tenant string, mint, maxt int64, sets [][]*labels.Match
 	return out, hd
 }
 
-// Metadata gives the metadata of a metric, or of all if metric is empty, sorted
-// by metric; limit bounds the metrics, 0 means none. A metric may have several
+// Metadata gives the metadata of a metric family, or of all if metric is empty,
+// sorted by name; limit bounds the families, 0 means none. One may have several
 // entries, the newest last.
 func (h *Head) Metadata(tenant, metric string, limit int) ([]fetch.MetricMetadata, fetch.Header) {
 	ts, hd := h.view(tenant)
@@ -335,7 +335,8 @@ func (g *Generation) Walk(tenant string, fn func(*chunkfmt.Series) error) error 
 		if err != nil {
 			return err
 		}
-		out.Labels, out.Metadata, out.Exemplars = k.s.labels, t.newestMetadata(k.metric), exemplars
+		out.Labels, out.Exemplars = k.s.labels, exemplars
+		out.Metadata, out.Family = t.newestMetadata(k.metric)
 		if err := fn(out); err != nil {
 			return err
 		}

@@ -1,6 +1,7 @@
 package head
 
 import (
+	"maps"
 	"slices"
 	"sync"
 
@@ -29,7 +30,8 @@ type tenantHead struct {
 
 	exemplars     map[uint32][]chunkfmt.Exemplar // by ref
 	exemplarCount int
-	metadata      map[string][]metadata.Metadata // by metric name, newest last
+	metadata      map[string][]metadata.Metadata // by name of the metric family, newest last
+	families      map[string]string              // by metric name, where that isn't its family's
 
 	// locks guard the samples of series, many with one lock: a batch mostly goes
 	// to series of which one lock after the other guards a run. A lock is never
@@ -54,6 +56,7 @@ func newTenantHead(generation uint32, previous *tenantHead) *tenantHead {
 			for k, v := range previous.metadata {
 				t.metadata[k] = slices.Clone(v)
 			}
+			t.families = maps.Clone(previous.families)
 		}
 	}
 	return t
@@ -163,16 +166,31 @@ func (t *tenantHead) addExemplar(s *memSeries, e chunkfmt.Exemplar) bool {
 	return true
 }
 
-// addMetadata keeps metadata of a metric; false means that there is no room.
-func (t *tenantHead) addMetadata(metric string, m metadata.Metadata) bool {
+// addMetadata keeps metadata of a metric's family; false means that there is no
+// room.
+func (t *tenantHead) addMetadata(metric, family string, m metadata.Metadata) bool {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if t.metadata == nil {
 		t.metadata = map[string][]metadata.Metadata{}
 	}
-	ms, known := t.metadata[metric]
+	if family == "" {
+		family = metric
+	}
+	ms, known := t.metadata[family]
 	if !known && len(t.metadata) >= maxMetadataMetrics {
 		return false
+	}
+	switch _, known := t.families[metric]; {
+	case family == metric:
+		delete(t.families, metric)
+	case !known && len(t.families) >= 4*maxMetadataMetrics:
+		return false
+	default:
+		if t.families == nil {
+			t.families = map[string]string{}
+		}
+		t.families[metric] = family
 	}
 	if i := slices.Index(ms, m); i >= 0 {
 		ms = slices.Delete(ms, i, i+1)
@@ -180,13 +198,19 @@ func (t *tenantHead) addMetadata(metric string, m metadata.Metadata) bool {
 	if len(ms) >= maxMetadataPerMetric {
 		ms = slices.Delete(ms, 0, 1)
 	}
-	t.metadata[metric] = append(ms, m)
+	t.metadata[family] = append(ms, m)
 	return true
 }
 
-func (t *tenantHead) newestMetadata(metric string) metadata.Metadata {
-	if ms := t.metadata[metric]; len(ms) > 0 {
-		return ms[len(ms)-1]
+// newestMetadata gives the metadata of a metric, and the name of its family if
+// that isn't the metric's own.
+func (t *tenantHead) newestMetadata(metric string) (m metadata.Metadata, family string) {
+	name := metric
+	if family = t.families[metric]; family != "" {
+		name = family
 	}
-	return metadata.Metadata{}
+	if ms := t.metadata[name]; len(ms) > 0 {
+		return ms[len(ms)-1], family
+	}
+	return metadata.Metadata{}, ""
 }

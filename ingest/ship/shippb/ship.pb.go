@@ -598,6 +598,7 @@ type Metadata struct {
 	Type          string                 `protobuf:"bytes,2,opt,name=type,proto3" json:"type,omitempty"` // as in OpenMetrics: counter, gauge, …
 	Unit          string                 `protobuf:"bytes,3,opt,name=unit,proto3" json:"unit,omitempty"`
 	Help          string                 `protobuf:"bytes,4,opt,name=help,proto3" json:"help,omitempty"`
+	Family        string                 `protobuf:"bytes,5,opt,name=family,proto3" json:"family,omitempty"` // name of the metric family; empty: the series' own __name__
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -656,6 +657,13 @@ func (x *Metadata) GetUnit() string {
 func (x *Metadata) GetHelp() string {
 	if x != nil {
 		return x.Help
+	}
+	return ""
+}
+
+func (x *Metadata) GetFamily() string {
+	if x != nil {
+		return x.Family
 	}
 	return ""
 }
@@ -885,12 +893,13 @@ const file_ship_ship_proto_rawDesc = "" +
 	"\x03ref\x18\x01 \x01(\rR\x03ref\x12\f\n" +
 	"\x01t\x18\x02 \x01(\x03R\x01t\x12\x14\n" +
 	"\x05value\x18\x03 \x01(\x06R\x05value\x12\x16\n" +
-	"\x06labels\x18\x04 \x03(\tR\x06labels\"X\n" +
+	"\x06labels\x18\x04 \x03(\tR\x06labels\"p\n" +
 	"\bMetadata\x12\x10\n" +
 	"\x03ref\x18\x01 \x01(\rR\x03ref\x12\x12\n" +
 	"\x04type\x18\x02 \x01(\tR\x04type\x12\x12\n" +
 	"\x04unit\x18\x03 \x01(\tR\x04unit\x12\x12\n" +
-	"\x04help\x18\x04 \x01(\tR\x04help\"E\n" +
+	"\x04help\x18\x04 \x01(\tR\x04help\x12\x16\n" +
+	"\x06family\x18\x05 \x01(\tR\x06family\"E\n" +
 	"\tHeartbeat\x12\x15\n" +
 	"\x06lag_ms\x18\x01 \x01(\x03R\x05lagMs\x12!\n" +
 	"\fopen_rewinds\x18\x02 \x01(\rR\vopenRewinds\"r\n" +
