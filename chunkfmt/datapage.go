@@ -109,7 +109,9 @@ func ParseDataPage(b []byte) (*DataPage, error) {
 			c.fail("column of %d bytes, %d left", n, len(c.b))
 			break
 		}
-		column := c.bytes(int(n))
+		// With the capacity of the page, so that unpacking may load beyond the end.
+		column := c.b[:n]
+		c.b = c.b[n:]
 		if i < len(p.times) {
 			p.times[i].b = column
 			continue

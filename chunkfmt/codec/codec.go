@@ -12,7 +12,10 @@
 // how far each lies off it.
 //
 // Decoders treat bytes as hostile: errors are ErrCorrupt, and what is allocated
-// depends on the number of values asked for, never on the bytes.
+// depends on the number of values asked for, never on the bytes. They load whole
+// words, and so may read bytes between the length and the capacity of what they
+// are given; and they unpack whole groups of eight, and so may overwrite what lies
+// between the length of what they append and the capacity.
 package codec
 
 import "errors"

@@ -322,9 +322,6 @@ func (d *Decoder) FloatsOn(dst []float64, b []byte, n int, sum, base []int64) (o
 		return dst, nil, ErrCorrupt
 	}
 	m := mapping{kind: kind}
-	if kind <= maxDecimals {
-		m.power = powersOf10[kind]
-	}
 	switch {
 	case base != nil:
 		b, err = d.intsOn(added, b, sum, base)

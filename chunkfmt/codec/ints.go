@@ -245,7 +245,7 @@ func grow[T any](dst []T, n int) (all, added []T, err error) {
 	}
 	have := len(dst)
 	if cap(dst)-have < n {
-		dst = append(make([]T, 0, have+n), dst...)
+		dst = append(make([]T, 0, have+n+groupLen), dst...)
 	}
 	dst = dst[:have+n]
 	return dst, dst[have:], nil

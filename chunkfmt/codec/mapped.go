@@ -11,8 +11,7 @@ import (
 
 // mapping is how integers become floats.
 type mapping struct {
-	kind  byte    // how many decimals, or floatBits
-	power float64 // of ten
+	kind byte // how many decimals, or floatBits
 
 	scaled bool // first becomes off + g*integer
 	off, g int64
@@ -34,10 +33,7 @@ func (m *mapping) apply(dst []float64, ints []int64) {
 			dst[i] = math.Float64frombits(uint64(orderedBits(uint64(x))))
 		}
 	default:
-		power := m.power
-		for i, x := range ints {
-			dst[i] = float64(x) / power
-		}
+		toDecimals(dst, ints, int(m.kind))
 	}
 }
 
@@ -170,8 +166,12 @@ func (d *Decoder) mappedPlain(dst []float64, b []byte, m mapping) (rest []byte, 
 				if b, err = d.block(d.buf[:k], b); err != nil {
 					return nil, err
 				}
-				last = sumInts(d.buf[:k], last)
-				m.apply(dst[:k], d.buf[:k])
+				if m.scaled || m.kind > maxReciprocal {
+					last = sumInts(d.buf[:k], last)
+					m.apply(dst[:k], d.buf[:k])
+				} else {
+					last = sumDecimals(dst[:k], d.buf[:k], last, int(m.kind))
+				}
 			}
 			dst = dst[k:]
 		}
@@ -288,6 +288,13 @@ func (d *Decoder) intsOn(dst []float64, b []byte, sum, base []int64) (rest []byt
 		}
 		addBitmap(dst, sum, base, bitmap, values)
 		return b, nil
+	case form == formConst:
+		v, k := binary.Varint(b[1:])
+		if k <= 0 {
+			return nil, ErrCorrupt
+		}
+		addConst(dst, sum, base, v)
+		return b[1+k:], nil
 	default:
 		var ints []int64
 		if d.ints64, ints, err = grow(d.ints64[:0], len(base)); err != nil {
@@ -326,6 +333,21 @@ func addInts(dst []float64, sum, base, v []int64) []float64 {
 		dst[i] = float64(x)
 	}
 	return rest
+}
+
+// addConst is addInts for equal values.
+func addConst(dst []float64, sum, base []int64, v int64) {
+	sum = sum[:len(base)]
+	if v == 0 {
+		copy(sum, base)
+	} else {
+		for i, x := range base {
+			sum[i] = x + v
+		}
+	}
+	if dst != nil {
+		toFloats(dst, sum)
+	}
 }
 
 // addBitmap is expandBitmap and addInts in one.

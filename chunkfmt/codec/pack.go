@@ -12,6 +12,10 @@ const (
 	// blockLen is how many values share a minimum and a width.
 	blockLen = 256
 
+	// groupLen is how many values are packed, and unpacked, together. Unpacking
+	// fills up the last group if the slice has the capacity.
+	groupLen = 8
+
 	// maxWidth is the widest packing but for whole words of 64 bits: a value
 	// at any bit lies in one load of eight bytes.
 	maxWidth = 57
@@ -247,7 +251,8 @@ func (d *Decoder) block(dst []int64, b []byte) ([]byte, error) {
 	return patch(dst, b, base)
 }
 
-// sumBlock is block, and sumFloats of it.
+// sumBlock is block, and sumFloats of it. Only behind a block of blockLen values
+// does sum mean anything: a shorter one is the last of its column.
 func (d *Decoder) sumBlock(dst []float64, b []byte, last int64) (rest []byte, sum int64, err error) {
 	width, patches, base, n, body, err := blockHead(len(dst), b)
 	if err != nil {
@@ -255,6 +260,10 @@ func (d *Decoder) sumBlock(dst []float64, b []byte, last int64) (rest []byte, su
 	}
 	if !patches && width != 0 && width != wholeWord {
 		src := d.withSlack(body, n)
+		if padded := (len(dst) + 7) &^ 7; padded <= cap(dst) {
+			last = unpackSum(dst[:padded], src, width, base, last)
+			return body[n:], last, nil
+		}
 		whole := len(dst) &^ 7
 		last = unpackSum(dst[:whole], src, width, base, last)
 		if whole < len(dst) {
@@ -273,6 +282,10 @@ func (d *Decoder) sumBlock(dst []float64, b []byte, last int64) (rest []byte, su
 // unpackBlock unpacks the n bytes at the start of b.
 func (d *Decoder) unpackBlock(dst []int64, b []byte, n int, width uint, base int64) {
 	src := d.withSlack(b, n)
+	if padded := (len(dst) + 7) &^ 7; padded <= cap(dst) {
+		unpack(dst[:padded], src, width, base)
+		return
+	}
 	whole := len(dst) &^ 7
 	unpack(dst[:whole], src, width, base)
 	if whole < len(dst) {
@@ -283,10 +296,10 @@ func (d *Decoder) unpackBlock(dst []int64, b []byte, n int, width uint, base int
 }
 
 // withSlack returns the first n bytes of b with at least eight readable bytes
-// behind them: unpacking loads whole words.
+// behind them, of whatever value: unpacking loads whole words.
 func (d *Decoder) withSlack(b []byte, n int) []byte {
-	if len(b) >= n+8 {
-		return b
+	if cap(b) >= n+8 {
+		return b[:n+8]
 	}
 	d.slack = append(d.slack[:0], b[:n]...)
 	d.slack = append(d.slack, 0, 0, 0, 0, 0, 0, 0, 0)
