@@ -252,10 +252,11 @@ func parsePages(tb testing.TB, pages [][]byte) []*DataPage {
 
 // decodePages decodes all floats, timestamps and values, to slices.
 func decodePages(tb testing.TB, pages []*DataPage, dst *Floats) (samples int) {
+	var d Decoder
 	for _, p := range pages {
 		for i := range p.Len() {
 			dst.T, dst.V = dst.T[:0], dst.V[:0]
-			if err := p.Floats(i, dst); err != nil {
+			if err := d.Floats(p, i, dst); err != nil {
 				tb.Fatal(err)
 			}
 			samples += len(dst.V)

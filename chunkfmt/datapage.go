@@ -57,6 +57,7 @@ type DataPage struct {
 	id     uint64 // of this page in the memory of decoders
 	times  []timesColumn
 	chunks []pageChunk
+	body   []byte // what from and end of chunks are in
 }
 
 type timesColumn struct {
@@ -69,7 +70,8 @@ type pageChunk struct {
 	isBase bool // of others
 	times  uint32
 	base   uint32 // distance to the chunk it is based on, 0 for none
-	b      []byte
+	from   uint32
+	end    uint32
 }
 
 // ParseDataPage checks a page of chunks or of exemplars. The page keeps b and
@@ -86,10 +88,10 @@ func ParseDataPage(b []byte) (*DataPage, error) {
 	p := &DataPage{id: pageIDs.Add(1)}
 	c := cursor{b: body}
 	p.times = make([]timesColumn, c.count(2))
-	sizes := make([]uint64, 0, 2*len(p.times))
+	sizes := make([]uint64, len(p.times))
 	for i := range p.times {
 		p.times[i].n = c.bounded("samples of a chunk", MaxChunkSamples)
-		sizes = append(sizes, c.uvarint())
+		sizes[i] = c.uvarint()
 	}
 	p.chunks = make([]pageChunk, c.count(3))
 	for i := range p.chunks {
@@ -99,7 +101,7 @@ func ParseDataPage(b []byte) (*DataPage, error) {
 		if k.times >= uint32(len(p.times)) {
 			c.fail("chunk %d names timestamps %d of %d", i, k.times, len(p.times))
 		}
-		sizes = append(sizes, c.uvarint())
+		k.end = uint32(c.bounded("bytes of a chunk", MaxPage)) // for now its size
 		if c.err != nil {
 			break
 		}
@@ -109,31 +111,42 @@ func ParseDataPage(b []byte) (*DataPage, error) {
 			c.fail("column of %d bytes, %d left", n, len(c.b))
 			break
 		}
-		// With the capacity of the page, so that unpacking may load beyond the end.
-		column := c.b[:n]
-		c.b = c.b[n:]
-		if i < len(p.times) {
-			p.times[i].b = column
-			continue
-		}
-		i -= len(p.times)
-		k := &p.chunks[i]
-		k.b = column
-		if k.kind&chunkBase != 0 {
-			b := cursor{b: column}
-			k.base = uint32(b.bounded("base", uint64(i)))
-			k.b = b.b
-			if b.err != nil || k.base == 0 || k.kind != byte(KindFloat)|chunkBase && k.kind != byte(KindFloat)|chunkBase|chunkST || !p.mayBase(i-int(k.base), k.times) {
-				c.fail("chunk %d has a base %d before it", i, k.base)
-				break
-			}
-			p.chunks[i-int(k.base)].isBase = true
-		}
+		p.times[i].b = c.bytes(int(n))
+	}
+	if c.err == nil {
+		p.layOut(&c)
 	}
 	if err := c.end(); err != nil {
 		return nil, fmt.Errorf("data page: %w", err)
 	}
 	return p, nil
+}
+
+// layOut finds where chunks lie, and on which others they are based.
+func (p *DataPage) layOut(c *cursor) {
+	// With all its capacity, so that unpacking may load beyond the end of a chunk.
+	p.body = c.b
+	from := uint32(0)
+	for i := range p.chunks {
+		k := &p.chunks[i]
+		if k.end > uint32(len(p.body))-from {
+			c.fail("column of %d bytes, %d left", k.end, uint32(len(p.body))-from)
+			return
+		}
+		k.from, k.end = from, from+k.end
+		from = k.end
+		if k.kind&chunkBase != 0 {
+			b := cursor{b: p.body[k.from:k.end]}
+			k.base = uint32(b.bounded("base", uint64(i)))
+			k.from = k.end - uint32(len(b.b))
+			if b.err != nil || k.base == 0 || k.kind != byte(KindFloat)|chunkBase && k.kind != byte(KindFloat)|chunkBase|chunkST || !p.mayBase(i-int(k.base), k.times) {
+				c.fail("chunk %d has a base %d before it", i, k.base)
+				return
+			}
+			p.chunks[i-int(k.base)].isBase = true
+		}
+	}
+	c.b = c.b[from:]
 }
 
 // mayBase reports whether chunk i may be the base of one with such timestamps.
@@ -180,12 +193,12 @@ func (p *DataPage) open(d *decoder, i int, kind Kind, t, st []int64) (outT, outS
 		if st != nil {
 			st = append(st, make([]int64, len(times))...)
 		}
-		return t, st, k.b, len(times), nil
+		return t, st, p.body[k.from:k.end], len(times), nil
 	}
 	if st == nil && before > 0 {
 		st = make([]int64, before, before+len(times))
 	}
-	st, rest, err = d.Ints(st, k.b, len(times))
+	st, rest, err = d.Ints(st, p.body[k.from:k.end], len(times))
 	return t, st, rest, len(times), err
 }
 
@@ -193,7 +206,12 @@ func (p *DataPage) open(d *decoder, i int, kind Kind, t, st []int64) (outT, outS
 // returns an error, dst is as before.
 func (p *DataPage) Floats(i int, dst *Floats) error {
 	d := acquire(p)
-	defer d.release()
+	err := p.floats(d, i, dst)
+	d.release()
+	return err
+}
+
+func (p *DataPage) floats(d *decoder, i int, dst *Floats) error {
 	t, st, b, n, err := p.open(d, i, KindFloat, dst.T, dst.ST)
 	if err != nil {
 		return fmt.Errorf("chunk %d: %w", i, err)

@@ -137,8 +137,12 @@ func (d *Decoder) mappedPlain(dst []float64, b []byte, m mapping) (rest []byte, 
 		}
 		b = b[k:]
 		last = x
-		d.buf[0] = x
-		m.apply(dst[:1], d.buf[:1])
+		if m.kind == 0 && !m.scaled {
+			dst[0] = float64(x)
+		} else {
+			d.buf[0] = x
+			m.apply(dst[:1], d.buf[:1])
+		}
 	}
 	switch form {
 	case formConst:
