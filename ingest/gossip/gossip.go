@@ -95,11 +95,13 @@ func New(o Options, live *ring.Live, logger *slog.Logger, reg prometheus.Registe
 		if err != nil {
 			return nil, fmt.Errorf("gossip advertise address %q: %w (give host:port)", o.Advertise, err)
 		}
-		ips, err := net.LookupIP(ahost)
+		ctx, cancel := context.WithTimeout(context.Background(), joinTimeout)
+		defer cancel()
+		ips, err := net.DefaultResolver.LookupIPAddr(ctx, ahost)
 		if err != nil || len(ips) == 0 {
 			return nil, fmt.Errorf("gossip advertise address %q: %w", o.Advertise, err)
 		}
-		c.AdvertiseAddr = ips[0].String()
+		c.AdvertiseAddr = ips[0].IP.String()
 		if c.AdvertisePort, err = strconv.Atoi(aport); err != nil {
 			return nil, fmt.Errorf("gossip advertise address %q: the port is not a number", o.Advertise)
 		}
