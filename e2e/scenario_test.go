@@ -8,6 +8,8 @@ import (
 	"io"
 	"net/http"
 	"net/url"
+	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -92,7 +94,7 @@ func eventually(t *testing.T, within time.Duration, what string, fn func() error
 func scenario(t *testing.T, s *stack) {
 	ctx := t.Context()
 	began := time.Now().Add(-time.Second)
-	tenants := []*tenant{startTenant(t, s, "team-a", ""), startTenant(t, s, "team-b", startTimestamps)}
+	tenants := []*tenant{startTenant(t, s, "team-a", ""), startTenant(t, s, "team-b", startTimestamps+metadataInWAL)}
 	gw := s.gateways[len(s.gateways)-1].url
 
 	for _, n := range tenants {
@@ -204,6 +206,9 @@ func scenario(t *testing.T, s *stack) {
 			t.Logf("history alone, %s: %s", n.name, out)
 		}
 	}
+	for _, n := range tenants {
+		metadataOfTargets(t, g.url, n)
+	}
 	g.stop(t)
 }
 
@@ -258,6 +263,66 @@ func caughtUp(ctx context.Context, n *tenant) error {
 	return nil
 }
 
+type metadata map[string][]struct{ Type, Unit, Help string }
+
+func getMetadata(ctx context.Context, base, tenant, metric string) (metadata, error) {
+	form := url.Values{}
+	if metric != "" {
+		form.Set("metric", metric)
+	}
+	code, r, err := get(ctx, base, "/api/v1/metadata", tenant, form)
+	if err != nil || code != http.StatusOK {
+		return nil, fmt.Errorf("metadata: %d %s %w", code, r.Error, err)
+	}
+	var m metadata
+	return m, json.Unmarshal(r.Data, &m)
+}
+
+// sameMetadata returns nil if the gateway knows of all metric families what
+// Prometheus knows, by the same names. What is gone from all targets it may know
+// too.
+func sameMetadata(ctx context.Context, n *tenant, gw string) error {
+	want, err := getMetadata(ctx, n.prom.URL, "", "")
+	if err != nil {
+		return err
+	}
+	got, err := getMetadata(ctx, gw, n.name, "")
+	if err != nil {
+		return err
+	}
+	if len(want) < 50 {
+		return fmt.Errorf("prometheus knows of %d families", len(want))
+	}
+	for family, entries := range want {
+		for _, e := range entries {
+			if !slices.Contains(got[family], e) {
+				return fmt.Errorf("family %s is %v, want %v among them", family, got[family], e)
+			}
+		}
+	}
+	for family, entries := range got {
+		base := strings.TrimSuffix(strings.TrimSuffix(strings.TrimSuffix(family, "_bucket"), "_sum"), "_count")
+		if base != family && entries[0].Type == "histogram" && want[base] != nil {
+			return fmt.Errorf("%s is answered as a family: %v", family, entries)
+		}
+	}
+	return nil
+}
+
+// metadataOfTargets: families of the exporter, one by one.
+func metadataOfTargets(t *testing.T, gw string, n *tenant) {
+	t.Helper()
+	for family, want := range map[string]string{
+		"test_flapping": "gauge Comes and goes.", "test_requests_total": "counter Requests.", "test_latency_seconds": "histogram Latency.",
+		"test_native_seconds": "histogram Native latency.",
+	} {
+		m, err := getMetadata(t.Context(), gw, n.name, family)
+		if err != nil || len(m) != 1 || len(m[family]) != 1 || m[family][0].Type+" "+m[family][0].Help != want {
+			t.Errorf("%s: metadata of %s: %v, %v, want %s", n.name, family, m, err, want)
+		}
+	}
+}
+
 // apiAnswers: label and series calls see the tenant's own data, metadata and
 // exemplars have come through.
 func apiAnswers(t *testing.T, gw string, tenants []*tenant) {
@@ -287,11 +352,8 @@ func apiAnswers(t *testing.T, gw string, tenants []*tenant) {
 		if len(series) == 0 || series[0]["replica"] != "0" {
 			t.Errorf("%s: series %v", n.name, series)
 		}
-		var metadata map[string][]struct{ Type, Help string }
-		call("/api/v1/metadata", url.Values{"metric": {"test_flapping"}}, &metadata)
-		if m := metadata["test_flapping"]; len(m) != 1 || m[0].Type != "gauge" || m[0].Help != "Comes and goes." {
-			t.Errorf("%s: metadata %v", n.name, metadata)
-		}
+		eventually(t, 40*time.Second, "metadata of "+n.name, func() error { return sameMetadata(ctx, n, gw) })
+		metadataOfTargets(t, gw, n)
 		var exemplars []struct {
 			SeriesLabels map[string]string
 			Exemplars    []struct{ Labels map[string]string }

@@ -163,10 +163,14 @@ scrape_configs:
   scrape_native_histograms: true
   always_scrape_classic_histograms: true
   static_configs: [{targets: ['%s']}]
-`, name, strings.Join(targets, "', '")), "--enable-feature=exemplar-storage,metadata-wal-records"+features)
+`, name, strings.Join(targets, "', '")), "--enable-feature=exemplar-storage"+features)
 	n.startSidecar(t, s)
 	return n
 }
+
+// Feature of Prometheus that makes it write metadata into its WAL. Without it the
+// sidecar asks for it.
+const metadataInWAL = ",metadata-wal-records"
 
 // Features of Prometheus that make it write start timestamps, in records of the
 // second version.

@@ -94,6 +94,8 @@ type slot struct {
 	owner    uint16 // index of the owner by the present split, 0 for not looked up
 	version  uint16 // id of the label version that token and drop are for, 0 for none
 	drop     dropReason
+	kind     sampleKind // of the sample at lastT
+	name     uint32     // nameHash of the metric, valid with version
 }
 
 // history holds the definitions of a ref, ascending in from. The last is the one
@@ -514,7 +516,7 @@ func (d *dictionary) touch(ref uint64, n int) {
 
 // newEpoch forgets what was particular to the log that came before.
 func (d *dictionary) newEpoch() {
-	d.all(func(_ uint32, s *slot) { s.lastT, s.seen = noTime, 0 })
+	d.all(func(_ uint32, s *slot) { s.lastT, s.kind, s.seen = noTime, 0, 0 })
 }
 
 // setMark notes that all series before pos are in the dictionary, and brings

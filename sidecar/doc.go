@@ -8,8 +8,8 @@
 // session of the ship protocol each (ingest/ship); the ledger keeps account of
 // ranges of the WAL until every session concerned says durable. One goroutine,
 // that of shipper, owns all of these but the sessions' network side. Beside it
-// one goroutine watches the ring at a gateway and one the external labels of
-// Prometheus.
+// one goroutine watches the ring at a gateway, one the external labels of
+// Prometheus, and one asks it for metadata of metrics.
 //
 // What it promises: every sample in the WAL reaches an ingester and, if that
 // ingester dies before the sample is durable, another one. It can be killed at

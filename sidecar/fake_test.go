@@ -50,6 +50,7 @@ type fakeIngester struct {
 	withdrawn  int
 	heartbeats int
 	metadata   map[string]string
+	families   []string // all metadata that came, in order
 	exemplars  map[string]string
 	refuse     string // series with this name are refused
 }
@@ -305,6 +306,7 @@ func (f *fakeIngester) batch(s *fakeSession, b *shippb.Batch, dec *ship.Decoder)
 	}
 	for _, m := range b.Metadata {
 		f.metadata[series(m.Ref)] = m.Type + " " + m.Unit + " " + m.Help
+		f.families = append(f.families, series(m.Ref)+" "+m.Family+" "+m.Type+" "+m.Unit+" "+m.Help)
 	}
 	for _, r := range b.Withdraw {
 		series(r)

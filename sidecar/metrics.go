@@ -8,33 +8,34 @@ import (
 )
 
 type metrics struct {
-	shipped       *prometheus.CounterVec
-	shippedBytes  prometheus.Counter
-	batches       prometheus.Counter
-	resent        prometheus.Counter
-	dropped       *prometheus.CounterVec
-	refused       *prometheus.CounterVec
-	series        prometheus.Gauge
-	seriesGone    prometheus.Counter
-	dictionary    prometheus.Gauge
-	lagBytes      prometheus.Gauge
-	newest        prometheus.Gauge
-	segment       prometheus.Gauge
-	held          prometheus.Gauge
-	rangesOpen    prometheus.Gauge
-	rangesQueued  prometheus.Gauge
-	rangesLost    prometheus.Counter
-	sessions      prometheus.Gauge
-	sessionsEnded prometheus.Counter
-	detached      prometheus.Gauge
-	detachments   prometheus.Counter
-	inflight      prometheus.Gauge
-	ringErrors    prometheus.Counter
-	labelErrors   prometheus.Counter
-	labelChanges  prometheus.Counter
-	readErrors    prometheus.Counter
-	checkpoints   prometheus.Counter
-	checkpointErr prometheus.Counter
+	shipped        *prometheus.CounterVec
+	shippedBytes   prometheus.Counter
+	batches        prometheus.Counter
+	resent         prometheus.Counter
+	dropped        *prometheus.CounterVec
+	refused        *prometheus.CounterVec
+	series         prometheus.Gauge
+	seriesGone     prometheus.Counter
+	dictionary     prometheus.Gauge
+	lagBytes       prometheus.Gauge
+	newest         prometheus.Gauge
+	segment        prometheus.Gauge
+	held           prometheus.Gauge
+	rangesOpen     prometheus.Gauge
+	rangesQueued   prometheus.Gauge
+	rangesLost     prometheus.Counter
+	sessions       prometheus.Gauge
+	sessionsEnded  prometheus.Counter
+	detached       prometheus.Gauge
+	detachments    prometheus.Counter
+	inflight       prometheus.Gauge
+	ringErrors     prometheus.Counter
+	labelErrors    prometheus.Counter
+	metadataErrors prometheus.Counter
+	labelChanges   prometheus.Counter
+	readErrors     prometheus.Counter
+	checkpoints    prometheus.Counter
+	checkpointErr  prometheus.Counter
 
 	mu      sync.Mutex
 	reasons map[string]bool // of refusals: they come over the network
@@ -67,28 +68,29 @@ func newMetrics(reg prometheus.Registerer) *metrics {
 			Name: "epimetheus_sidecar_refused_samples_total",
 			Help: "Samples that ingesters refused for good, by reason.",
 		}, []string{"reason"}),
-		series:        gauge("series", "Series in the dictionary."),
-		seriesGone:    counter("series_removed_total", "Series removed from the dictionary after Prometheus dropped them from its WAL."),
-		dictionary:    gauge("dictionary_bytes", "Size of the dictionary file."),
-		lagBytes:      gauge("wal_lag_bytes", "Bytes of WAL that are not read yet."),
-		newest:        gauge("newest_sample_timestamp_seconds", "Greatest timestamp of a sample that was read."),
-		segment:       gauge("wal_segment", "Segment that is being read."),
-		held:          gauge("checkpoint_segment", "Segment that the checkpoint is in: what lies before it is durable."),
-		rangesOpen:    gauge("open_ranges", "Ranges of WAL that are sent and not yet durable."),
-		rangesQueued:  gauge("queued_ranges", "Ranges of WAL that are to be read and sent again."),
-		rangesLost:    counter("lost_ranges_total", "Ranges of WAL that were to be sent again but were gone from the disk."),
-		sessions:      gauge("sessions", "Sessions with ingesters."),
-		sessionsEnded: counter("sessions_ended_total", "Sessions that ended for good before all of them was durable."),
-		detached:      gauge("detached_owners", "Ingesters that get nothing at present because they are slow or out of reach."),
-		detachments:   counter("owner_detachments_total", "Times that an ingester was left out because it was slow or out of reach."),
-		inflight:      gauge("inflight_bytes", "Encoded bytes sent, or to be sent, that ingesters have not yet received."),
-		ringErrors:    counter("ring_errors_total", "Failed attempts to get the ring from a gateway."),
-		labelErrors:   counter("external_label_errors_total", "Failed attempts to get the external labels of Prometheus."),
-		labelChanges:  counter("external_label_changes_total", "Changes of external labels or relabelling that took effect."),
-		readErrors:    counter("wal_read_errors_total", "Failed attempts to read the WAL: errors of the file system."),
-		checkpoints:   counter("checkpoints_total", "Checkpoints written."),
-		checkpointErr: counter("checkpoint_errors_total", "Checkpoints that could not be written."),
-		reasons:       map[string]bool{},
+		series:         gauge("series", "Series in the dictionary."),
+		seriesGone:     counter("series_removed_total", "Series removed from the dictionary after Prometheus dropped them from its WAL."),
+		dictionary:     gauge("dictionary_bytes", "Size of the dictionary file."),
+		lagBytes:       gauge("wal_lag_bytes", "Bytes of WAL that are not read yet."),
+		newest:         gauge("newest_sample_timestamp_seconds", "Greatest timestamp of a sample that was read."),
+		segment:        gauge("wal_segment", "Segment that is being read."),
+		held:           gauge("checkpoint_segment", "Segment that the checkpoint is in: what lies before it is durable."),
+		rangesOpen:     gauge("open_ranges", "Ranges of WAL that are sent and not yet durable."),
+		rangesQueued:   gauge("queued_ranges", "Ranges of WAL that are to be read and sent again."),
+		rangesLost:     counter("lost_ranges_total", "Ranges of WAL that were to be sent again but were gone from the disk."),
+		sessions:       gauge("sessions", "Sessions with ingesters."),
+		sessionsEnded:  counter("sessions_ended_total", "Sessions that ended for good before all of them was durable."),
+		detached:       gauge("detached_owners", "Ingesters that get nothing at present because they are slow or out of reach."),
+		detachments:    counter("owner_detachments_total", "Times that an ingester was left out because it was slow or out of reach."),
+		inflight:       gauge("inflight_bytes", "Encoded bytes sent, or to be sent, that ingesters have not yet received."),
+		ringErrors:     counter("ring_errors_total", "Failed attempts to get the ring from a gateway."),
+		labelErrors:    counter("external_label_errors_total", "Failed attempts to get the external labels of Prometheus."),
+		metadataErrors: counter("metadata_errors_total", "Failed attempts to get metadata of metrics from Prometheus."),
+		labelChanges:   counter("external_label_changes_total", "Changes of external labels or relabelling that took effect."),
+		readErrors:     counter("wal_read_errors_total", "Failed attempts to read the WAL: errors of the file system."),
+		checkpoints:    counter("checkpoints_total", "Checkpoints written."),
+		checkpointErr:  counter("checkpoint_errors_total", "Checkpoints that could not be written."),
+		reasons:        map[string]bool{},
 	}
 	for _, t := range []string{"float", "histogram", "float_histogram", "exemplar", "metadata"} {
 		m.shipped.WithLabelValues(t)

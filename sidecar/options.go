@@ -26,7 +26,8 @@ type Options struct {
 	Gateways []string
 	// PrometheusURL or PrometheusConfigFile is where the external labels come
 	// from: the running Prometheus or its configuration file. With neither,
-	// samples are sent without external labels.
+	// samples are sent without external labels. A running Prometheus is asked
+	// for metadata of metrics too.
 	PrometheusURL        string
 	PrometheusConfigFile string
 	// RelabelConfigs are applied to each series after the external labels were
@@ -55,6 +56,9 @@ type Options struct {
 	CheckpointInterval time.Duration
 	// LabelsInterval is how often external labels are asked for; 5 s.
 	LabelsInterval time.Duration
+	// MetadataInterval is how often metadata of metrics is asked for, but for
+	// the beginning, when it is asked for more often; 2 min.
+	MetadataInterval time.Duration
 	// RewindBytesPerSecond bounds how fast ranges are read again, in bytes of
 	// WAL; 16 MiB.
 	RewindBytesPerSecond int64
@@ -96,6 +100,7 @@ func (o *Options) setDefaults() {
 	def(&o.GiveUp, time.Minute)
 	def(&o.CheckpointInterval, 5*time.Second)
 	def(&o.LabelsInterval, 5*time.Second)
+	def(&o.MetadataInterval, 2*time.Minute)
 	def(&o.RingWait, 20*time.Second)
 }
 

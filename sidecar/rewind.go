@@ -13,11 +13,16 @@ import (
 type rewindState struct {
 	split   *split
 	members map[string]bool
-	// seen holds the greatest timestamp per series within what is read again,
-	// since the slot's belongs to the live tail.
-	seen map[uint32]int64
+	// seen holds the sample of greatest timestamp per series within what is read
+	// again, since the slot's belongs to the live tail.
+	seen map[uint32]lastSample
 	// other holds what a series is under a label version that isn't its slot's.
 	other map[extraKey]resolved
+}
+
+type lastSample struct {
+	t    int64 // ms
+	kind sampleKind
 }
 
 type resolved struct {
@@ -54,7 +59,7 @@ func (s *shipper) readAgain(ctx context.Context) bool {
 		}
 		return false
 	}
-	s.rewind = &rewindState{split: s.splits[w.Split], members: map[string]bool{}, seen: map[uint32]int64{}, other: map[extraKey]resolved{}}
+	s.rewind = &rewindState{split: s.splits[w.Split], members: map[string]bool{}, seen: map[uint32]lastSample{}, other: map[extraKey]resolved{}}
 	for _, m := range w.Members {
 		s.rewind.members[m] = true
 	}
@@ -97,7 +102,7 @@ func (s *shipper) readAgain(ctx context.Context) bool {
 }
 
 // routeAgain is route for a range that is read again.
-func (s *shipper) routeAgain(ctx context.Context, i uint32, sl *slot, t int64, isSample bool) (*session, uint32) {
+func (s *shipper) routeAgain(ctx context.Context, i uint32, sl *slot, t int64, kind sampleKind) (*session, uint32, sampleKind) {
 	rw := s.rewind
 	var r resolved
 	own := sl.version == s.version.id
@@ -110,23 +115,30 @@ func (s *shipper) routeAgain(ctx context.Context, i uint32, sl *slot, t int64, i
 			raw, err := s.dict.labels(i)
 			if err != nil {
 				s.dictionaryTrouble(err)
-				return nil, 0
+				return nil, 0, 0
 			}
 			_, r.token, r.drop = s.version.apply(raw)
 			rw.other[key] = r
 		}
 	}
 	if r.drop != dropNot {
-		return nil, 0
+		return nil, 0, 0
 	}
 	if m, ok := rw.split.member(r.token); !ok || !rw.members[m.ID] {
-		return nil, 0
+		return nil, 0, 0
 	}
-	if isSample {
-		if last, ok := rw.seen[i]; ok && last == t {
-			return nil, 0
-		} else if !ok || t > last {
-			rw.seen[i] = t
+	if kind != kindNone {
+		last, ok := rw.seen[i]
+		if ok && last.t == t {
+			return nil, 0, 0
+		}
+		if !ok {
+			// What it was before the range isn't known: most likely what it is now.
+			last = lastSample{noTime, sl.kind}
+		}
+		kind = kind.as(last.kind)
+		if t > last.t {
+			rw.seen[i] = lastSample{t, kind}
 		}
 	}
 	var o *owner
@@ -139,13 +151,13 @@ func (s *shipper) routeAgain(ctx context.Context, i uint32, sl *slot, t int64, i
 	ss := s.sessionOf(ctx, o)
 	if ss == nil {
 		s.acc.lost(o.member.ID)
-		return nil, 0
+		return nil, 0, 0
 	}
 	if own {
 		if sl.session != ss.index && !s.announce(i, sl, ss) {
-			return nil, 0
+			return nil, 0, 0
 		}
-		return ss, sl.ref
+		return ss, sl.ref, kind
 	}
 	key := extraKey{i, s.version.id}
 	ref, ok := ss.extra[key]
@@ -153,11 +165,11 @@ func (s *shipper) routeAgain(ctx context.Context, i uint32, sl *slot, t int64, i
 		raw, err := s.dict.labels(i)
 		if err != nil {
 			s.dictionaryTrouble(err)
-			return nil, 0
+			return nil, 0, 0
 		}
 		ls, _, _ := s.version.apply(raw)
 		ref = ss.say(ls)
 		ss.extra[key] = ref
 	}
-	return ss, ref
+	return ss, ref, kind
 }

@@ -4,7 +4,12 @@ import (
 	"context"
 	"math"
 
+	"github.com/prometheus/common/model"
+	"github.com/prometheus/prometheus/model/histogram"
 	"github.com/prometheus/prometheus/model/labels"
+	"github.com/prometheus/prometheus/model/metadata"
+	"github.com/prometheus/prometheus/model/value"
+	"github.com/prometheus/prometheus/tsdb/record"
 	"google.golang.org/protobuf/proto"
 
 	"github.com/epimetheus-tsdb/epimetheus/ingest/ship/shippb"
@@ -41,15 +46,30 @@ func (s *shipper) samples(ctx context.Context, b *tail.Batch) {
 	}
 	for i := range b.Samples {
 		x := &b.Samples[i]
-		if ss, ref := s.route(ctx, uint64(x.Ref), x.T, b.From, true); ss != nil {
+		kind := kindFloat
+		if value.IsStaleNaN(x.V) {
+			kind = kindMarker
+		}
+		ss, ref, kind := s.route(ctx, uint64(x.Ref), x.T, b.From, kind)
+		if ss == nil {
+			continue
+		}
+		switch kind {
+		case kindHistogram:
+			ss.histogram(ref, x.ST, x.T, &histogram.Histogram{Sum: x.V})
+			c.histograms++
+		case kindFloatHistogram:
+			ss.floatHistogram(ref, x.ST, x.T, &histogram.FloatHistogram{Sum: x.V})
+			c.floatHistograms++
+		default:
 			ss.float(ref, x.ST, x.T, x.V)
 			c.floats++
-			s.flushIfFull(ctx, ss)
 		}
+		s.flushIfFull(ctx, ss)
 	}
 	for i := range b.Histograms {
 		x := &b.Histograms[i]
-		if ss, ref := s.route(ctx, uint64(x.Ref), x.T, b.From, true); ss != nil {
+		if ss, ref, _ := s.route(ctx, uint64(x.Ref), x.T, b.From, kindHistogram); ss != nil {
 			ss.histogram(ref, x.ST, x.T, x.H)
 			c.histograms++
 			s.flushIfFull(ctx, ss)
@@ -57,7 +77,7 @@ func (s *shipper) samples(ctx context.Context, b *tail.Batch) {
 	}
 	for i := range b.FloatHistograms {
 		x := &b.FloatHistograms[i]
-		if ss, ref := s.route(ctx, uint64(x.Ref), x.T, b.From, true); ss != nil {
+		if ss, ref, _ := s.route(ctx, uint64(x.Ref), x.T, b.From, kindFloatHistogram); ss != nil {
 			ss.floatHistogram(ref, x.ST, x.T, x.FH)
 			c.floatHistograms++
 			s.flushIfFull(ctx, ss)
@@ -65,7 +85,7 @@ func (s *shipper) samples(ctx context.Context, b *tail.Batch) {
 	}
 	for i := range b.Exemplars {
 		x := &b.Exemplars[i]
-		if ss, ref := s.route(ctx, uint64(x.Ref), x.T, b.From, false); ss != nil {
+		if ss, ref, _ := s.route(ctx, uint64(x.Ref), x.T, b.From, kindNone); ss != nil {
 			e := &shippb.Exemplar{Ref: ref, T: x.T, Value: math.Float64bits(x.V), Labels: pairs(x.Labels)}
 			ss.exemplars = append(ss.exemplars, e)
 			ss.bytes += proto.Size(e) + 4
@@ -75,14 +95,21 @@ func (s *shipper) samples(ctx context.Context, b *tail.Batch) {
 	}
 	for i := range b.Metadata {
 		x := &b.Metadata[i]
-		if slot, ok := s.dict.lookup(uint64(x.Ref), b.From); ok && s.rewind == nil {
+		slot, ok := s.dict.lookup(uint64(x.Ref), b.From)
+		if ok && s.rewind == nil {
 			if err := s.dict.describe(slot, uint64(x.Ref), *x); err != nil {
 				s.dictionaryTrouble(err)
 			}
 		}
-		if ss, ref := s.route(ctx, uint64(x.Ref), 0, b.From, false); ss != nil {
-			ss.describe(ref, *x)
-			c.metadata++
+		if ss, ref, _ := s.route(ctx, uint64(x.Ref), 0, b.From, kindNone); ss != nil {
+			raw, err := s.dict.labels(slot)
+			if err != nil {
+				s.dictionaryTrouble(err)
+				continue
+			}
+			if s.describeWAL(ss, ref, raw.Get(model.MetricNameLabel), metadataOf(*x)) {
+				c.metadata++
+			}
 			s.flushIfFull(ctx, ss)
 		}
 	}
@@ -123,38 +150,65 @@ func (s *shipper) count() {
 	}
 }
 
+func metadataOf(m record.RefMetadata) metadata.Metadata {
+	return metadata.Metadata{Type: record.ToMetricType(m.Type), Unit: m.Unit, Help: m.Help}
+}
+
+// sampleKind says what a sample is.
+type sampleKind uint8
+
+const (
+	kindNone sampleKind = iota // no sample: what may share a timestamp
+	kindFloat
+	kindHistogram
+	kindFloatHistogram
+	// kindMarker is a staleness marker that was logged as a float. Prometheus
+	// logs it so for any series, and its head then makes it of the kind that
+	// the series' last sample has (commitFloats in tsdb/head_append.go).
+	kindMarker
+)
+
+// as returns the kind of a sample, given that of the one before.
+func (k sampleKind) as(last sampleKind) sampleKind {
+	if k != kindMarker {
+		return k
+	}
+	return max(last, kindFloat)
+}
+
 // route returns the session that a sample goes to and its series' ref there; nil
-// if it isn't sent now. isSample is false for what may share a timestamp.
-func (s *shipper) route(ctx context.Context, ref uint64, t int64, pos tail.Position, isSample bool) (*session, uint32) {
+// if it isn't sent now. It also returns the kind to send it as.
+func (s *shipper) route(ctx context.Context, ref uint64, t int64, pos tail.Position, kind sampleKind) (*session, uint32, sampleKind) {
 	i, ok := s.dict.lookup(ref, pos)
 	if !ok {
 		s.counts.unknown++
-		return nil, 0
+		return nil, 0, 0
 	}
 	sl := s.dict.at(i)
 	if s.rewind != nil {
-		return s.routeAgain(ctx, i, sl, t, isSample)
+		return s.routeAgain(ctx, i, sl, t, kind)
 	}
 	if sl.version != s.version.id {
 		raw, err := s.dict.labels(i)
 		if err != nil {
 			s.dictionaryTrouble(err)
 			s.counts.unknown++
-			return nil, 0
+			return nil, 0, 0
 		}
 		s.resolve(sl, raw)
 	}
 	if sl.drop != dropNot {
 		s.counts.drop[sl.drop]++
-		return nil, 0
+		return nil, 0, 0
 	}
-	if isSample {
+	if kind != kindNone {
 		if t == sl.lastT {
 			s.counts.equal++
-			return nil, 0
+			return nil, 0, 0
 		}
+		kind = kind.as(sl.kind)
 		if t > sl.lastT {
-			sl.lastT = t
+			sl.lastT, sl.kind = t, kind
 			s.newestT = max(s.newestT, t)
 		}
 	}
@@ -162,12 +216,12 @@ func (s *shipper) route(ctx context.Context, ref uint64, t int64, pos tail.Posit
 	ss := s.sessionOf(ctx, o)
 	if ss == nil {
 		s.acc.lost(o.member.ID)
-		return nil, 0
+		return nil, 0, 0
 	}
 	if sl.session != ss.index && !s.announce(i, sl, ss) {
-		return nil, 0
+		return nil, 0, 0
 	}
-	return ss, sl.ref
+	return ss, sl.ref, kind
 }
 
 // resolve computes what a series is under the version in force.
@@ -178,6 +232,7 @@ func (s *shipper) resolve(sl *slot, raw labels.Labels) {
 	}
 	_, sl.token, sl.drop = s.version.apply(raw)
 	sl.version, sl.owner = s.version.id, 0
+	sl.name = nameHash(raw.Get(model.MetricNameLabel))
 	if sl.drop != dropNot && sl.drop != dropRelabelled {
 		s.once(sl.drop.String()).Warn("series is not sent", "reason", sl.drop.String(), "series", raw.String())
 	}

@@ -5,9 +5,10 @@ import (
 	"math"
 	"time"
 
+	"github.com/prometheus/common/model"
 	"github.com/prometheus/prometheus/model/histogram"
 	"github.com/prometheus/prometheus/model/labels"
-	"github.com/prometheus/prometheus/tsdb/record"
+	"github.com/prometheus/prometheus/model/metadata"
 	"google.golang.org/protobuf/proto"
 
 	"github.com/epimetheus-tsdb/epimetheus/ingest/ring"
@@ -121,8 +122,8 @@ func startTimes(col []int64, n int, st int64) []int64 {
 	return append(col, st)
 }
 
-func (ss *session) describe(ref uint32, m record.RefMetadata) {
-	p := &shippb.Metadata{Ref: ref, Type: string(record.ToMetricType(m.Type)), Unit: m.Unit, Help: m.Help}
+func (ss *session) describe(ref uint32, family string, m metadata.Metadata) {
+	p := &shippb.Metadata{Ref: ref, Family: family, Type: string(m.Type), Unit: m.Unit, Help: m.Help}
 	ss.metadata = append(ss.metadata, p)
 	ss.bytes += proto.Size(p) + 4
 }
@@ -239,7 +240,7 @@ func (s *shipper) announce(i uint32, sl *slot, ss *session) bool {
 	sl.session, sl.ref = ss.index, ss.say(ls)
 	if sl.metadata != 0 {
 		if m, err := s.dict.metadata(i); err == nil {
-			ss.describe(sl.ref, m)
+			s.describeWAL(ss, sl.ref, raw.Get(model.MetricNameLabel), metadataOf(m))
 		}
 	}
 	return true
@@ -382,6 +383,7 @@ func (s *shipper) endSession(ss *session, err error) {
 			sl.session = 0
 		}
 	})
+	s.families.forget()
 	o.calmSince = time.Time{}
 	if ss.last > 0 && ss.received > 0 {
 		o.backoff = 0

@@ -27,6 +27,7 @@ type shipper struct {
 	versions    *labelVersions
 	ringWatch   *ringWatch
 	external    *externalLabels
+	families    *families
 	publish     func(Status)           // called from time to time
 	connect     func(ring.Member) link // makes a session's network side
 
@@ -117,6 +118,7 @@ func (s *shipper) run(ctx context.Context) error {
 		}
 		more := s.readTail(ctx)
 		s.flushAll(ctx)
+		s.sendFamilies(ctx)
 		again := false
 		if !more || turn%4 == 3 {
 			again = s.readAgain(ctx)

@@ -129,6 +129,9 @@ func open(opts Options, dir *tail.Dir, logger *slog.Logger, reg prometheus.Regis
 		url: opts.PrometheusURL, file: opts.PrometheusConfigFile, every: opts.LabelsInterval, client: s.client,
 		logger: logger, failed: m.labelErrors.Inc, notify: sh.notify,
 	}
+	sh.families = newFamilies(opts.PrometheusURL, opts.MetadataInterval)
+	sh.families.client, sh.families.logger = s.client, logger
+	sh.families.failed, sh.families.notify = m.metadataErrors.Inc, sh.notify
 	sh.connect = sh.dial
 	s.shipper = sh
 	s.setStatus(Status{})
@@ -148,6 +151,10 @@ func (s *Sidecar) Run(ctx context.Context) error {
 	})
 	g.Go(func() error {
 		s.shipper.external.run(ctx)
+		return nil
+	})
+	g.Go(func() error {
+		s.shipper.families.run(ctx)
 		return nil
 	})
 	g.Go(func() error { return s.shipper.run(ctx) })

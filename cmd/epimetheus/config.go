@@ -91,7 +91,7 @@ type SidecarConfig struct {
 	Tenant               string            `yaml:"tenant,omitempty" doc:"Tenant that the samples are of."`
 	Gateways             []string          `yaml:"gateways,omitempty" doc:"URLs of gateways, beside '--gateway.url'."`
 	PrometheusDirectory  string            `yaml:"prometheus_directory,omitempty" doc:"As '--prometheus.data-dir'."`
-	PrometheusURL        string            `yaml:"prometheus_url,omitempty" doc:"As '--prometheus.url': external labels are read there, and follow a reload."`
+	PrometheusURL        string            `yaml:"prometheus_url,omitempty" doc:"As '--prometheus.url': external labels and metadata of metrics are read there, and follow a reload."`
 	PrometheusConfigFile string            `yaml:"prometheus_config_file,omitempty" doc:"As '--prometheus.config-file'."`
 	RelabelConfigs       []*relabel.Config `yaml:"relabel_configs,omitempty" doc:"Prometheus's relabel configs, applied to each series after the external labels: drop what need not be kept."`
 	Shards               int               `yaml:"shards,omitempty" doc:"Over how many ingesters the tenant's series are spread. 0: all."`

@@ -19,7 +19,7 @@ func addSidecar(app *kingpin.Application, commands map[string]command) {
 	var promDir, promURL, promFile, tenant string
 	var gateways []string
 	cmd.Flag("prometheus.data-dir", "Data directory of Prometheus (its --storage.tsdb.path or --storage.agent.path); it is only read.").StringVar(&promDir)
-	cmd.Flag("prometheus.url", "URL of Prometheus, from which its external labels are read.").StringVar(&promURL)
+	cmd.Flag("prometheus.url", "URL of Prometheus: its external labels and the metadata of metrics are read there.").StringVar(&promURL)
 	cmd.Flag("prometheus.config-file", "Configuration file of Prometheus, for its external labels, where there is no URL.").StringVar(&promFile)
 	cmd.Flag("gateway.url", "URL of a gateway. Repeat for more.").StringsVar(&gateways)
 	cmd.Flag("tenant", "Tenant that the samples are of.").StringVar(&tenant)
