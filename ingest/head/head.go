@@ -252,6 +252,10 @@ func (a *appender) append(ref uint32, s sample) {
 	if m == nil {
 		return
 	}
+	if !s.valid() {
+		a.refuse(ReasonHistogram, m.labels)
+		return
+	}
 	a.lock(m)
 	o, grown, it, err := m.append(&s, a.refs.it)
 	a.refs.it = it

@@ -381,3 +381,40 @@ func TestConcurrentReads(t *testing.T) {
 	})
 	wg.Wait()
 }
+
+// A histogram that breaks Prometheus's rules is refused: its iterators panic on
+// some of these.
+func TestInvalidHistogram(t *testing.T) {
+	h := New(0)
+	var refs Refs
+	ls := labels.FromStrings("__name__", "x")
+	refs.Announce(0, ls, false)
+	good := &histogram.FloatHistogram{Schema: 3, Count: 2, Sum: 1, PositiveSpans: []histogram.Span{{Offset: 1, Length: 1}}, PositiveBuckets: []float64{2}}
+	backwards := []histogram.Span{{Offset: 1, Length: 1}, {Offset: -7, Length: 1}}
+	bad := []*histogram.FloatHistogram{
+		{Schema: 9, Count: 2, PositiveSpans: backwards, PositiveBuckets: []float64{1, 1}},
+		{Schema: 3, Count: 2, PositiveSpans: backwards, PositiveBuckets: []float64{1, 1}},
+		{Schema: 3, Count: 1, PositiveSpans: good.PositiveSpans},
+	}
+	cols := ship.Columns{
+		FloatHistograms: ship.FloatHistograms{Ref: []uint32{0}, T: []int64{1}, H: []*histogram.FloatHistogram{good}},
+		Histograms: ship.Histograms{Ref: []uint32{0}, T: []int64{99}, H: []*histogram.Histogram{
+			{Schema: 9, Count: 2, PositiveSpans: backwards, PositiveBuckets: []int64{1, 0}},
+		}},
+	}
+	for i, b := range bad {
+		c := &cols.FloatHistograms
+		c.Ref, c.T, c.H = append(c.Ref, 0), append(c.T, int64(i+2)), append(c.H, b)
+	}
+	res := h.Append("t", &refs, &Batch{Columns: &cols})
+	if res.Appended != 1 || res.Refused[ReasonHistogram].Samples != len(bad)+1 {
+		t.Errorf("appended %d, refused %+v", res.Appended, res.Refused)
+	}
+	n := 0
+	if err := h.Rotate().Walk("t", func(s *chunkfmt.Series) error {
+		n += len(s.FloatHistograms.T) + len(s.Histograms.T)
+		return nil
+	}); err != nil || n != 1 {
+		t.Errorf("%d samples, %v", n, err)
+	}
+}

@@ -36,6 +36,18 @@ func (s *sample) encoding() chunkenc.Encoding {
 	return chunkenc.EncXOR2
 }
 
+// valid says whether a histogram is one that Prometheus takes, as it does before
+// it writes its WAL. Iterators of chunkenc panic on some that are not.
+func (s *sample) valid() bool {
+	switch {
+	case s.h != nil:
+		return s.h.Validate() == nil
+	case s.fh != nil:
+		return s.fh.Validate() == nil
+	}
+	return true
+}
+
 // run is a strictly ascending sequence of samples in chunks, the last of which
 // is open.
 type run struct {
