@@ -101,7 +101,13 @@ func (p *process) addIngester(st *stores, rf *grpcFlags, id string, live *ring.L
 		if err := setState(ring.Active); err != nil {
 			return err
 		}
-		return ing.Run(ctx)
+		if err := ing.Run(ctx); err != nil {
+			return err // what is not flushed is missed: to the others it vanishes
+		}
+		if err := setState(ring.Left); err != nil {
+			p.logger.Warn("end of the last flush not announced: queries will warn for a while", "err", err)
+		}
+		return nil
 	}, func() {
 		ing.Drain()
 		if err := setState(ring.Leaving); err != nil {

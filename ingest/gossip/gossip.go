@@ -3,7 +3,7 @@
 //
 // What a member says of itself (address, zone, state) travels in memberlist's
 // node metadata. A member that went without saying so is kept as lost for a
-// time, so that readers can warn; one that said leaving and then left is gone.
+// time, so that readers can warn; one that said left before it went is gone.
 // Gateways take part to know the ingesters; they are not on the ring.
 package gossip
 
@@ -214,7 +214,8 @@ func (g *Gossip) NotifyLeave(n *memberlist.Node) {
 	if !known {
 		return
 	}
-	if p.meta.Address == "" || p.meta.State == ring.Leaving || p.meta.State == ring.Left {
+	// One that goes while it is leaving has not flushed all.
+	if p.meta.Address == "" || p.meta.State == ring.Left {
 		delete(g.peers, n.Name)
 	} else {
 		p.lost = time.Now()

@@ -108,13 +108,24 @@ func TestMembersComeAndGo(t *testing.T) {
 		t.Fatal(err)
 	}
 	await(t, a, "a=active b=leaving c=active")
+	if err := b.SetState(ring.Left); err != nil {
+		t.Fatal(err)
+	}
 	b.stop()
 	await(t, a, "a=active c=active")
+	// One goes before it has flushed all.
+	d := start(t, "d", "", a.addr)
+	if err := d.SetState(ring.Leaving); err != nil {
+		t.Fatal(err)
+	}
+	await(t, a, "a=active c=active d=leaving")
+	d.stop()
+	await(t, a, "a=active c=active d=lost")
 	// One vanishes.
 	if err := c.list.Shutdown(); err != nil {
 		t.Fatal(err)
 	}
-	await(t, a, "a=active c=lost")
+	await(t, a, "a=active c=lost d=lost")
 }
 
 func TestBadAddress(t *testing.T) {
