@@ -190,15 +190,23 @@ func (h *Head) Append(tenant string, refs *Refs, b *Batch) Result {
 	}
 	a.unlock()
 	for _, e := range b.Exemplars {
-		if s := a.series(e.Ref); s != nil && !a.t.addExemplar(s, e.Exemplar) {
+		s := a.series(e.Ref)
+		if s == nil {
+			continue
+		}
+		grown, ok := a.t.addExemplar(s, e.Exemplar)
+		if !ok {
 			a.refuse(ReasonExemplarLimit, s.labels)
 		}
+		a.grown += grown
 	}
 	for _, m := range b.Metadata {
 		ls := refs.Labels(m.Ref)
-		if !a.t.addMetadata(ls.Get(model.MetricNameLabel), m.Family, m.Metadata) {
+		grown, ok := a.t.addMetadata(ls.Get(model.MetricNameLabel), m.Family, m.Metadata)
+		if !ok {
 			a.refuse(ReasonMetadataLimit, ls)
 		}
+		a.grown += grown
 	}
 	if a.any {
 		a.t.observe(a.mint, a.maxt)

@@ -145,9 +145,15 @@ func (t *tenantHead) timeRange() (mint, maxt int64, ok bool) {
 	return t.mint, t.maxt, t.hasSamples
 }
 
+// What an exemplar and an entry of metadata take beside their strings, about.
+const (
+	exemplarBytes = 64
+	metadataBytes = 96
+)
+
 // addExemplar keeps an exemplar; false means that there is no room. A repeated
-// one is dropped.
-func (t *tenantHead) addExemplar(s *memSeries, e chunkfmt.Exemplar) bool {
+// one is dropped. grown is in bytes.
+func (t *tenantHead) addExemplar(s *memSeries, e chunkfmt.Exemplar) (grown int, ok bool) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if t.exemplars == nil {
@@ -156,19 +162,19 @@ func (t *tenantHead) addExemplar(s *memSeries, e chunkfmt.Exemplar) bool {
 	es := t.exemplars[s.ref]
 	i, found := slices.BinarySearchFunc(es, e, chunkfmt.CompareExemplars)
 	if found {
-		return true
+		return 0, true
 	}
 	if t.exemplarCount >= maxExemplars {
-		return false
+		return 0, false
 	}
 	t.exemplars[s.ref] = slices.Insert(es, i, e)
 	t.exemplarCount++
-	return true
+	return exemplarBytes + int(e.Labels.ByteSize()), true
 }
 
 // addMetadata keeps metadata of a metric's family; false means that there is no
-// room.
-func (t *tenantHead) addMetadata(metric, family string, m metadata.Metadata) bool {
+// room. grown is in bytes.
+func (t *tenantHead) addMetadata(metric, family string, m metadata.Metadata) (grown int, ok bool) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if t.metadata == nil {
@@ -179,27 +185,31 @@ func (t *tenantHead) addMetadata(metric, family string, m metadata.Metadata) boo
 	}
 	ms, known := t.metadata[family]
 	if !known && len(t.metadata) >= maxMetadataMetrics {
-		return false
+		return 0, false
 	}
 	switch _, known := t.families[metric]; {
 	case family == metric:
 		delete(t.families, metric)
 	case !known && len(t.families) >= 4*maxMetadataMetrics:
-		return false
+		return 0, false
 	default:
 		if t.families == nil {
 			t.families = map[string]string{}
 		}
 		t.families[metric] = family
 	}
+	size := func(m metadata.Metadata) int { return metadataBytes + len(m.Type) + len(m.Unit) + len(m.Help) }
+	grown = size(m)
 	if i := slices.Index(ms, m); i >= 0 {
+		grown -= size(ms[i])
 		ms = slices.Delete(ms, i, i+1)
 	}
 	if len(ms) >= maxMetadataPerMetric {
+		grown -= size(ms[0])
 		ms = slices.Delete(ms, 0, 1)
 	}
 	t.metadata[family] = append(ms, m)
-	return true
+	return grown, true
 }
 
 // newestMetadata gives the metadata of a metric, and the name of its family if
