@@ -14,6 +14,7 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/common/model"
+	"github.com/prometheus/prometheus/model/exemplar"
 	"github.com/prometheus/prometheus/model/labels"
 	"github.com/prometheus/prometheus/model/metadata"
 	"google.golang.org/grpc/codes"
@@ -371,6 +372,7 @@ func (r *receiver) receive(ctx context.Context, ss shippb.Ship_StreamServer, s *
 				if err := r.apply(s, m.Batch, &dec, &cols); err != nil {
 					return err
 				}
+				silence.Reset(silenceLimit) // the wait was ours
 			case *shippb.ToIngester_Heartbeat:
 				r.beat(s, m.Heartbeat)
 			default:
@@ -415,7 +417,7 @@ func (r *receiver) apply(s *session, b *shippb.Batch, dec *ship.Decoder, cols *s
 			return unknownRef(e.Ref)
 		}
 		ls, err := pairs(e.Labels)
-		if err != nil {
+		if err != nil || labelRunes(e.Labels) > exemplar.ExemplarMaxLabelSetLength {
 			s.refuse(b.Seq, "invalid_exemplar", head.Refusal{Samples: 1, Example: s.refs.Labels(e.Ref)})
 			continue
 		}
@@ -482,6 +484,15 @@ func pairs(ss []string) (labels.Labels, error) {
 		b.Add(ss[i], ss[i+1])
 	}
 	return b.Labels(), nil
+}
+
+// labelRunes is the length of labels as Prometheus limits it for exemplars.
+func labelRunes(ss []string) int {
+	n := 0
+	for _, s := range ss {
+		n += utf8.RuneCountInString(s)
+	}
+	return n
 }
 
 // labels checks the labels of an announcement; with an error the series is

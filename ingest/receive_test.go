@@ -1,0 +1,84 @@
+package ingest
+
+import (
+	"context"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	"github.com/epimetheus-tsdb/epimetheus/ingest/ship/shippb"
+)
+
+// quiet is a stream of one batch, then silence.
+type quiet struct {
+	grpc.ServerStream
+	msgs chan *shippb.ToIngester
+	ctx  context.Context //nolint:containedctx // of the stream
+}
+
+func (q *quiet) Send(*shippb.ToSidecar) error { return nil }
+
+func (q *quiet) Recv() (*shippb.ToIngester, error) {
+	select {
+	case m := <-q.msgs:
+		return m, nil
+	case <-q.ctx.Done():
+		return nil, q.ctx.Err()
+	}
+}
+
+// The time that a batch waits for room in the head is no silence of the client.
+func TestWaitForRoomIsNoSilence(t *testing.T) {
+	e := start(t, Options{})
+	synctest.Test(t, func(t *testing.T) {
+		r := &receiver{
+			head: e.head, metrics: e.receive.metrics,
+			admit: func(context.Context) error { time.Sleep(2 * silenceLimit); return nil },
+		}
+		ctx, cancel := context.WithCancel(t.Context())
+		defer cancel()
+		q := &quiet{msgs: make(chan *shippb.ToIngester, 1), ctx: ctx}
+		q.msgs <- &shippb.ToIngester{Message: &shippb.ToIngester_Batch{Batch: &shippb.Batch{Seq: 1}}}
+		s := &session{id: sessionID{tenant: "a"}, changed: make(chan struct{}, 1)}
+		ended := make(chan error, 1)
+		began := time.Now()
+		go func() { ended <- r.receive(ctx, q, s) }()
+		err := <-ended
+		if status.Code(err) != codes.DeadlineExceeded || s.received != 1 {
+			t.Errorf("received %d, then %v", s.received, err)
+		}
+		if took := time.Since(began); took != 3*silenceLimit {
+			t.Errorf("ended after %s", took)
+		}
+	})
+}
+
+// What comes with samples counts as memory, and long exemplars are refused.
+func TestMemoryBesideSamples(t *testing.T) {
+	e := start(t, Options{})
+	c := e.mustOpen(hello("a"))
+	c.send(c.batch(1, 0, []string{"x"}, 0, 1000, 1))
+	c.await(1, 0)
+	before := e.Size().Bytes
+	long := strings.Repeat("h", 10_000)
+	c.send(&shippb.Batch{
+		Seq:      2,
+		Metadata: []*shippb.Metadata{{Ref: 0, Help: long}, {Ref: 0, Help: long}},
+		Exemplars: []*shippb.Exemplar{
+			{Ref: 0, T: 1, Labels: []string{"trace_id", "1"}},
+			{Ref: 0, T: 2, Labels: []string{"trace_id", long}},
+		},
+	})
+	ack := c.awaitAtLeast(2, 0)
+	if grown := e.Size().Bytes - before; grown < 10_000 || grown > 11_000 {
+		t.Errorf("the head counts %d bytes more", grown)
+	}
+	if len(ack.Refused) != 1 || ack.Refused[0].Reason != "invalid_exemplar" {
+		t.Errorf("refused %v", ack.Refused)
+	}
+}
