@@ -351,7 +351,7 @@ func (s *shipper) sendFamilies(ctx context.Context) {
 			if raw.Get(model.MetricNameLabel) != name {
 				continue
 			}
-			found = true
+			found, ss.told = true, true
 			for _, m := range news[i].metadata {
 				ss.describe(sl.ref, news[i].name, m)
 				n++

@@ -76,6 +76,9 @@ func (s *shipper) resplit() {
 		}
 		o.member = m
 		if !sp.excluded[m.ID] {
+			if o.session != nil {
+				o.session.counted = false // what comes to it now is another range's
+			}
 			sp.index[m.ID] = uint16(len(sp.owners))
 			sp.owners = append(sp.owners, o)
 		}

@@ -42,6 +42,8 @@ type session struct {
 	free    []uint32 // withdrawn refs that may be used anew
 	extra   map[extraKey]uint32
 
+	told bool // it carried metadata that came from Prometheus's API
+
 	// stuck is a batch that found no room when its owner was detached. It is
 	// sent, if ever, before anything else: it holds announcements.
 	stuck *shippb.Batch
@@ -264,8 +266,14 @@ func (s *shipper) flushAll(ctx context.Context) {
 // If there is none in time the owner is detached and the part lost.
 func (s *shipper) flush(ctx context.Context, ss *session) {
 	member := ss.owner.member.ID
+	if s.owns(ss.owner) && !s.sendStuck(ctx, ss) {
+		s.acc.lost(member)
+		ss.counted = true
+		return
+	}
 	if ss.owner.detached || ss.stuck != nil {
-		// It stays: it may hold announcements that later batches rely on.
+		// It stays: it may hold announcements that later batches rely on. An
+		// owner that is left out gets nothing new: what is there is entered once.
 		if !ss.counted {
 			ss.counted = true
 			s.acc.lost(member)
@@ -300,6 +308,28 @@ func (s *shipper) flush(ctx context.Context, ss *session) {
 		}
 		s.await(ctx, 20*time.Millisecond)
 	}
+}
+
+// sendStuck sends the batch that goes before all others to an owner that gets
+// samples, and waits for room as flush does. It is false if the batch couldn't be
+// sent: then nothing can, and each range that has samples for the owner, this one
+// too, must be read again.
+func (s *shipper) sendStuck(ctx context.Context, ss *session) bool {
+	for began := time.Now(); ss.stuck != nil; {
+		if seq, ok := ss.ship.TrySend(ss.stuck); ok {
+			ss.stuck, ss.last = nil, seq
+			return true
+		}
+		if s.sessions[ss.index] != ss || ss.owner.detached || ctx.Err() != nil {
+			return false
+		}
+		if time.Since(began) > s.opts.DetachAfter && s.canDetach(ss.owner) {
+			s.detach(ss.owner, "its window stays full")
+			return false
+		}
+		s.await(ctx, 20*time.Millisecond)
+	}
+	return true
 }
 
 // await waits, in the middle of a record, for news of sessions and takes them in.
@@ -383,7 +413,9 @@ func (s *shipper) endSession(ss *session, err error) {
 			sl.session = 0
 		}
 	})
-	s.families.forget()
+	if ss.told {
+		s.families.forget()
+	}
 	o.calmSince = time.Time{}
 	if ss.last > 0 && ss.received > 0 {
 		o.backoff = 0
