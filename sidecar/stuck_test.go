@@ -1,0 +1,104 @@
+package sidecar
+
+import (
+	"context"
+	"os"
+	"path/filepath"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/prometheus/prometheus/model/labels"
+
+	"github.com/epimetheus-tsdb/epimetheus/ingest/ring"
+	"github.com/epimetheus-tsdb/epimetheus/ingest/ship"
+	"github.com/epimetheus-tsdb/epimetheus/ingest/ship/shippb"
+)
+
+// valve is a sink that takes nothing while it is shut.
+type valve struct {
+	sink
+	shut atomic.Bool
+}
+
+func (v *valve) TrySend(b *shippb.Batch) (uint64, bool) {
+	if v.shut.Load() {
+		return 0, false
+	}
+	return v.sink.TrySend(b)
+}
+
+func (v *valve) State() ship.SessionState {
+	s := v.sink.State()
+	if v.shut.Load() {
+		s.InflightBytes = s.WindowBytes
+	}
+	return s
+}
+
+// An owner that was left out with a batch stuck, and becomes the last one on the
+// ring, gets samples again: as long as these can't be sent, their range must be
+// entered as lost, or the checkpoint would pass them.
+func TestStuckOwnerBecomesTheLast(t *testing.T) {
+	dir := t.TempDir()
+	if err := os.MkdirAll(filepath.Join(dir, "wal"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(dir, "wal", "00000000"), nil, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	sh, _, stop := benchShipper(t, dir, 2)
+	defer stop()
+	sh.opts.DetachAfter = time.Millisecond
+	links := map[string]*valve{}
+	sh.connect = func(m ring.Member) link {
+		links[m.ID] = &valve{}
+		return links[m.ID]
+	}
+	ctx := t.Context()
+	sh.resplit()
+	a := sh.owners["ingester-0"]
+	ss := sh.sessionOf(ctx, a)
+	ref := ss.say(labels.FromStrings("__name__", "x"))
+	ss.float(ref, 0, 1000, 1)
+	links["ingester-0"].shut.Store(true)
+	sh.flush(ctx, ss)
+	if !a.detached || ss.stuck == nil || !lostPart(sh.acc, "ingester-0") {
+		t.Fatalf("a shut owner: detached %v, stuck %v, account %+v", a.detached, ss.stuck != nil, sh.acc)
+	}
+
+	// The other one leaves; this one is better than none.
+	sh.ringWatch.ring = ring.New(ring.NewSnapshot([]ring.Member{{ID: "ingester-0", Address: "x", State: ring.Active}}))
+	sh.resplit()
+	if a.detached || !sh.owns(a) {
+		t.Fatalf("the last owner: detached %v, owns %v", a.detached, sh.owns(a))
+	}
+	for i := range 3 { // ranges
+		sh.acc = &account{}
+		ss.float(ref, 0, int64(2000+i), 1)
+		short, cancel := context.WithTimeout(ctx, 30*time.Millisecond)
+		sh.flush(short, ss)
+		cancel()
+		if !lostPart(sh.acc, "ingester-0") {
+			t.Fatalf("range %d: its samples can't be sent, but it isn't entered as lost: %+v", i, sh.acc)
+		}
+	}
+
+	// It opens: what was stuck goes first, then the rest.
+	links["ingester-0"].shut.Store(false)
+	sh.acc = &account{}
+	ss.float(ref, 0, 3000, 1)
+	sh.flush(ctx, ss)
+	if sent, lost := sh.acc.all(); lost || len(sent) != 1 || sent[0].Seq != 2 || ss.stuck != nil {
+		t.Errorf("after it opened: sent %+v, lost %v, stuck %v", sent, lost, ss.stuck != nil)
+	}
+}
+
+func lostPart(a *account, member string) bool {
+	for _, p := range a.parts {
+		if p.Member == member && p.Lost {
+			return true
+		}
+	}
+	return false
+}
