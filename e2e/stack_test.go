@@ -42,7 +42,7 @@ const commonConfig = `
 tenancy: header
 ingester:
   flush_interval: 10s
-  visibility_delay: 8s
+  visibility_delay: 10s
 gateway:
   query_timeout: 5s
 `

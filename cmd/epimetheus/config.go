@@ -72,7 +72,7 @@ type IngesterConfig struct {
 	FlushInterval   duration      `yaml:"flush_interval,omitempty" doc:"How often the head becomes a block. Longer: fewer, larger blocks, more memory, more to send again after a crash."`
 	FlushBytes      size          `yaml:"flush_bytes,omitempty" doc:"Memory of a generation at which it is flushed early."`
 	MaxBytes        size          `yaml:"max_bytes,omitempty" doc:"Memory of the head at which nothing new is taken until a flush has worked; the sources wait."`
-	VisibilityDelay duration      `yaml:"visibility_delay,omitempty" doc:"How long a generation stays readable after its flush: at least one and a half times 'gateway.query_timeout'."`
+	VisibilityDelay duration      `yaml:"visibility_delay,omitempty" doc:"How long a generation stays readable after its flush: at least twice 'gateway.query_timeout'."`
 	Limits          ingest.Limits `yaml:"limits,omitempty"`
 }
 
@@ -188,8 +188,8 @@ func (c *Config) validate() error {
 	if g.CacheBytes < 0 {
 		bad("gateway.cache_bytes: %s is negative", g.CacheBytes)
 	}
-	if 2*i.VisibilityDelay < 3*g.QueryTimeout {
-		bad("ingester.visibility_delay: %s is less than one and a half times gateway.query_timeout (%s): a running query could miss samples", i.VisibilityDelay, g.QueryTimeout)
+	if i.VisibilityDelay < 2*g.QueryTimeout {
+		bad("ingester.visibility_delay: %s is less than twice gateway.query_timeout (%s): a running query could miss samples", i.VisibilityDelay, g.QueryTimeout)
 	}
 	for _, l := range []struct {
 		name  string
