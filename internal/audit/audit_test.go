@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/prometheus/common/model"
 	"github.com/prometheus/prometheus/model/histogram"
 	"github.com/prometheus/prometheus/model/labels"
 	"github.com/prometheus/prometheus/model/value"
@@ -27,7 +28,7 @@ func (memory) Close() error { return nil }
 
 func (m memory) Read(_ context.Context, mint, maxt int64, fn func(labels.Labels, chunkenc.Iterator) error) error {
 	for name, ss := range m {
-		ls := labels.FromStrings(labels.MetricName, name)
+		ls := labels.FromStrings(model.MetricNameLabel, name)
 		var in []chunks.Sample
 		for _, s := range ss {
 			if s.t >= mint && s.t <= maxt {
