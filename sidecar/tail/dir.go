@@ -25,6 +25,7 @@ var (
 // Dir is the data directory of a Prometheus.
 type Dir struct {
 	path string
+	log  string // name of the folder of the log that is meant
 }
 
 // OpenDir checks that path is the data directory of a Prometheus, server or
@@ -39,7 +40,7 @@ func OpenDir(path string) (*Dir, error) {
 	case !info.IsDir():
 		return nil, fmt.Errorf("%s: %w: it is a file", path, ErrNotPrometheus)
 	}
-	d := &Dir{path: path}
+	d := &Dir{path: path, log: "wal"}
 	if isDir(d.WAL()) {
 		if _, err := os.ReadDir(d.WAL()); err != nil {
 			return nil, fmt.Errorf("data directory: %w; run as the user that Prometheus runs as, or one that may read its files", err)
@@ -70,7 +71,11 @@ func OpenDir(path string) (*Dir, error) {
 func (d *Dir) Path() string { return d.path }
 
 // WAL returns the folder of the write-ahead log.
-func (d *Dir) WAL() string { return filepath.Join(d.path, "wal") }
+func (d *Dir) WAL() string { return filepath.Join(d.path, d.log) }
+
+// OutOfOrder returns d with its out-of-order log (WBL) in the place of its WAL.
+// That one has the WAL's format and no WAL checkpoints.
+func (d *Dir) OutOfOrder() *Dir { return &Dir{path: d.path, log: wlog.WblDirName} }
 
 // Agent says whether the directory belongs to a Prometheus agent: one with a WAL
 // but without a head's memory-mapped chunks, which a server makes as soon as it
