@@ -116,6 +116,7 @@ type Reader struct {
 	opened   []chunkenc.Chunk
 	its      [16]chunkenc.Iterator // for use again, by encoding
 	deleting tsdb.DeletedIterator
+	deleted  tombstones.Intervals // buffer of deleting
 
 	out        Series
 	samples    int // in out
@@ -314,7 +315,7 @@ func (r *Reader) fill() {
 			return
 		}
 		if r.openChunk(); r.it == nil {
-			return
+			return // it couldn't be read
 		}
 	}
 	vt := r.held
@@ -340,8 +341,7 @@ func (r *Reader) fill() {
 	r.endChunk()
 }
 
-// openChunk opens the next chunk, together with those that overlap it. It leaves
-// it nil if there is nothing to read in them.
+// openChunk opens the next chunk, together with those that overlap it.
 func (r *Reader) openChunk() {
 	n, mint, maxt := 1, r.metas[0].MinTime, r.metas[0].MaxTime
 	for n < len(r.metas) && r.metas[n].MinTime <= maxt {
@@ -384,19 +384,22 @@ func (r *Reader) openChunk() {
 		}
 		r.it = storage.ChainSampleIteratorFromIterables(nil, its)
 	}
-	deleted := r.deleting.Intervals[:0]
+	// What is outside of the time range counts as deleted. This isn't left to
+	// Intervals.Add, which panics when something up to the greatest time is added
+	// to several intervals.
+	deleted := r.deleted[:0]
+	if mint < r.mint {
+		deleted = append(deleted, tombstones.Interval{Mint: math.MinInt64, Maxt: r.mint - 1})
+	}
 	for _, i := range r.intervals {
-		if i.Mint <= maxt && i.Maxt >= mint {
+		if i.Mint <= min(maxt, r.maxt) && i.Maxt >= max(mint, r.mint) {
 			deleted = append(deleted, i)
 		}
 	}
-	if mint < r.mint {
-		deleted = deleted.Add(tombstones.Interval{Mint: math.MinInt64, Maxt: r.mint - 1})
-	}
 	if maxt > r.maxt {
-		deleted = deleted.Add(tombstones.Interval{Mint: r.maxt + 1, Maxt: math.MaxInt64})
+		deleted = append(deleted, tombstones.Interval{Mint: r.maxt + 1, Maxt: math.MaxInt64})
 	}
-	r.deleting.Intervals = deleted
+	r.deleted, r.deleting.Intervals = deleted, deleted
 	if len(deleted) > 0 {
 		r.deleting.Iter = r.it
 		r.it = &r.deleting
