@@ -7,6 +7,9 @@ import (
 	"fmt"
 	"io"
 	"math"
+	"slices"
+	"strconv"
+	"strings"
 	"testing"
 
 	"github.com/prometheus/common/promslog"
@@ -32,7 +35,7 @@ type testDB struct {
 	st  bool
 }
 
-func openDB(t testing.TB, st bool) *testDB {
+func openDB(t testing.TB, st bool, change ...func(*tsdb.Options)) *testDB {
 	t.Helper()
 	d := &testDB{t: t, dir: t.TempDir(), st: st}
 	opts := tsdb.DefaultOptions()
@@ -40,6 +43,9 @@ func openDB(t testing.TB, st bool) *testDB {
 	opts.OutOfOrderTimeWindow = 24 * hour
 	if st {
 		opts.EnableSTStorage, opts.EnableHistogramSTEncoding, opts.FloatChunkEncoding = true, true, chunkenc.EncXOR2
+	}
+	for _, f := range change {
+		f(opts)
 	}
 	var err error
 	if d.db, err = tsdb.Open(d.dir, promslog.NewNopLogger(), nil, opts, nil); err != nil {
@@ -199,16 +205,8 @@ func columns(t testing.TB, s *Series) []line {
 	for i, v := range fh.V {
 		out = append(out, floatHistogramLine(fh.T[i], st(fh.ST, len(fh.T), i), v))
 	}
-	sortLines(out)
+	slices.SortStableFunc(out, func(a, b line) int { return cmp.Compare(a.t, b.t) })
 	return out
-}
-
-func sortLines(ls []line) {
-	for i := 1; i < len(ls); i++ {
-		for j := i; j > 0 && cmp.Less(ls[j].t, ls[j-1].t); j-- {
-			ls[j], ls[j-1] = ls[j-1], ls[j]
-		}
-	}
 }
 
 // readAll reads to the end, and returns what it read and the errors on the way.
@@ -289,6 +287,15 @@ func query(t testing.TB, b Block) []textSeries {
 	return out
 }
 
+func timeOf(line string) int64 {
+	t, _, _ := strings.Cut(line, " ")
+	n, err := strconv.ParseInt(t, 10, 64)
+	if err != nil {
+		panic(err)
+	}
+	return n
+}
+
 // within leaves out samples outside of a time range. The querier isn't asked to,
 // since it can panic where a series has several tombstones.
 func within(series []textSeries, mint, maxt int64) []textSeries {
@@ -296,11 +303,7 @@ func within(series []textSeries, mint, maxt int64) []textSeries {
 	for _, s := range series {
 		var lines []string
 		for _, l := range s.Lines {
-			var at int64
-			if _, err := fmt.Sscan(l, &at); err != nil {
-				panic(err)
-			}
-			if at >= mint && at <= maxt {
+			if at := timeOf(l); at >= mint && at <= maxt {
 				lines = append(lines, l)
 			}
 		}

@@ -34,6 +34,12 @@ type Block struct {
 	Level   int
 	Sources []ulid.ULID // not to be changed
 
+	// Rewrites is the block that this one replaces without the samples that were
+	// deleted through the API, or zero. Prometheus gives such a block level 1 and
+	// a new ULID as its only source, however old and compacted it is; nothing in it
+	// is new.
+	Rewrites ulid.ULID
+
 	// OutOfOrder says that all of it was out of order. A block compacted from
 	// such and others isn't marked.
 	OutOfOrder bool
@@ -126,7 +132,7 @@ func readMeta(dir string) (Block, error) {
 	if m.ULID == (ulid.ULID{}) || m.MaxTime < m.MinTime {
 		return Block{}, fmt.Errorf("meta.json: ulid %v, minTime %d, maxTime %d can't be", m.ULID, m.MinTime, m.MaxTime)
 	}
-	return Block{
+	b := Block{
 		ULID:       m.ULID,
 		Dir:        dir,
 		MinTime:    m.MinTime,
@@ -139,5 +145,9 @@ func readMeta(dir string) (Block, error) {
 		Stale:      m.Compaction.FromStaleSeries() || m.Compaction.FromSelectedSeries(),
 		NumSamples: m.Stats.NumSamples,
 		NumSeries:  m.Stats.NumSeries,
-	}, nil
+	}
+	if b.Level == 1 && len(m.Compaction.Parents) == 1 {
+		b.Rewrites = m.Compaction.Parents[0].ULID // zero where it came from the head
+	}
+	return b, nil
 }

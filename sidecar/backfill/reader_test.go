@@ -15,6 +15,7 @@ import (
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/oklog/ulid/v2"
 	"github.com/prometheus/prometheus/model/labels"
 	"github.com/prometheus/prometheus/storage"
 	"github.com/prometheus/prometheus/tsdb"
@@ -28,33 +29,35 @@ func same(t *testing.T, b Block) {
 	t.Helper()
 	mid := (b.MinTime + b.MaxTime) / 2
 	whole := query(t, b)
-	for _, rng := range [][2]int64{
-		{math.MinInt64, math.MaxInt64},
-		{b.MinTime, b.MaxTime},
-		{mid, math.MaxInt64},
-		{mid, mid + 20*60_000 + 1},
-		{math.MinInt64, mid - 30_000},
-		{b.MinTime + 60_000, b.MinTime + 60_000},
-		{b.MaxTime + 1, math.MaxInt64},
+	for _, x := range []struct {
+		mint, maxt int64
+		piece      int
+	}{
+		{math.MinInt64, math.MaxInt64, pieceSamples},
+		{math.MinInt64, math.MaxInt64, 7},
+		{b.MinTime, b.MaxTime, 1},
+		{mid, math.MaxInt64, pieceSamples},
+		{mid, mid + 20*60_000 + 1, 7},
+		{math.MinInt64, mid - 30_000, 50},
+		{b.MinTime + 60_000, b.MinTime + 60_000, 1},
+		{b.MaxTime + 1, math.MaxInt64, 1},
 	} {
-		want := within(whole, rng[0], rng[1])
-		for _, piece := range []int{pieceSamples, 1, 7} {
-			r := open(t, b, rng[0], rng[1])
-			r.maxSamples = piece
-			got, errs := readAll(t, r)
-			if len(errs) > 0 {
-				t.Fatal(errs)
-			}
-			if d := cmp.Diff(want, withoutRefs(got)); d != "" {
-				t.Fatalf("block %v, %v, pieces of %d: %s", b.ULID, rng, piece, d)
-			}
-			var n uint64
-			for _, s := range got {
-				n += uint64(len(s.Lines))
-			}
-			if p := r.Progress(); p.Samples != n || (n > 0 && p.Bytes == 0) {
-				t.Fatalf("progress %+v of %d samples", p, n)
-			}
+		want := within(whole, x.mint, x.maxt)
+		r := open(t, b, x.mint, x.maxt)
+		r.maxSamples = x.piece
+		got, errs := readAll(t, r)
+		if len(errs) > 0 {
+			t.Fatal(errs)
+		}
+		if d := cmp.Diff(want, withoutRefs(got)); d != "" {
+			t.Fatalf("block %v, %+v: %s", b.ULID, x, d)
+		}
+		var n uint64
+		for _, s := range got {
+			n += uint64(len(s.Lines))
+		}
+		if p := r.Progress(); p.Samples != n || (n > 0 && p.Bytes == 0) {
+			t.Fatalf("progress %+v of %d samples", p, n)
 		}
 	}
 }
@@ -153,6 +156,27 @@ func TestBlocksOfAllKinds(t *testing.T) {
 			must(t, d.db.CompactStaleHead())
 			if !slices.ContainsFunc(d.list(), func(b Block) bool { return b.Stale }) {
 				t.Error("no block of stale series")
+			}
+			check()
+
+			before := d.list()
+			must(t, d.db.CleanTombstones())
+			rewritten := 0
+			for _, b := range d.list() {
+				if slices.ContainsFunc(before, func(x Block) bool { return x.ULID == b.ULID }) {
+					if b.Rewrites != (ulid.ULID{}) {
+						t.Errorf("%v isn't rewritten", b.ULID)
+					}
+					continue
+				}
+				rewritten++
+				i := slices.IndexFunc(before, func(x Block) bool { return x.ULID == b.Rewrites })
+				if i < 0 || before[i].MinTime != b.MinTime || before[i].OutOfOrder != b.OutOfOrder {
+					t.Errorf("%+v rewrites none", b)
+				}
+			}
+			if rewritten == 0 {
+				t.Error("no block without its deleted samples")
 			}
 			check()
 		})
@@ -293,9 +317,9 @@ func TestFlippedBytes(t *testing.T) {
 		raw, err := os.ReadFile(path)
 		must(t, err)
 		var refused, partly, whole int
-		step := 1
+		step := 3
 		if testing.Short() {
-			step = 7
+			step = 29
 		}
 		for i := 0; i < len(raw); i += step {
 			bad := slices.Clone(raw)
@@ -319,8 +343,7 @@ func TestFlippedBytes(t *testing.T) {
 				}
 			}
 			for _, err := range errs {
-				var c *CorruptError
-				if errors.As(err, &c) && (c.Block != b.ULID || c.Series == 0 || (name != "index" && c.Chunk == 0)) {
+				if c, ok := errors.AsType[*CorruptError](err); ok && (c.Block != b.ULID || c.Series == 0 || (name != "index" && c.Chunk == 0)) {
 					t.Fatalf("%s, byte %d: %#v", name, i, err)
 				}
 			}
@@ -359,8 +382,11 @@ func TestCorruptChunkCostsItsSamplesOnly(t *testing.T) {
 
 	r = openAll(t, b)
 	got, errs := readAll(t, r)
-	var c *CorruptError
-	if len(errs) != 1 || !errors.As(errs[0], &c) || c.Series != all[i].Ref || c.Chunk != uint64(metas[1].Ref) || c.Labels.Get("__name__") != "mixed" {
+	if len(errs) != 1 {
+		t.Fatalf("%v", errs)
+	}
+	c, ok := errors.AsType[*CorruptError](errs[0])
+	if !ok || c.Series != all[i].Ref || c.Chunk != uint64(metas[1].Ref) || c.Labels.Get("__name__") != "mixed" {
 		t.Fatalf("%v", errs)
 	}
 	for _, part := range []string{b.ULID.String(), fmt.Sprint(c.Series), "mixed", fmt.Sprint(c.Chunk)} {
@@ -369,8 +395,7 @@ func TestCorruptChunkCostsItsSamplesOnly(t *testing.T) {
 		}
 	}
 	want[i].Lines = slices.DeleteFunc(want[i].Lines, func(l string) bool {
-		var at int64
-		fmt.Sscan(l, &at)
+		at := timeOf(l)
 		return at >= metas[1].MinTime && at <= metas[1].MaxTime
 	})
 	if d := cmp.Diff(want, withoutRefs(got)); d != "" {
@@ -397,8 +422,7 @@ func TestFault(t *testing.T) {
 			if err == nil {
 				t.Fatal(name, ": no error")
 			}
-			var c *CorruptError
-			if !errors.As(err, &c) {
+			if _, ok := errors.AsType[*CorruptError](err); !ok {
 				break // the list of series itself
 			}
 		}
