@@ -69,9 +69,10 @@ func benchShipper(tb testing.TB, dir string, members int) (*shipper, *[]*sink, f
 		ms = append(ms, ring.Member{ID: fmt.Sprint("ingester-", i), Address: "x", State: ring.Active})
 	}
 	sh.ringWatch.ring = ring.New(ring.NewSnapshot(ms))
-	sh.external.set(labels.FromStrings("cluster", "bench"))
+	sh.external.set(labels.FromStrings("cluster", "bench"), time.Time{})
 	sh.group = &errgroup.Group{}
 	sh.sessions, sh.owners, sh.splits, sh.acc, sh.warned, sh.gcDone = []*session{nil}, map[string]*owner{}, map[SplitID]*split{}, &account{}, map[string]bool{}, -1
+	sh.others = map[extraKey]resolved{}
 	if err := sh.start(context.Background()); err != nil {
 		tb.Fatal(err)
 	}
@@ -82,7 +83,7 @@ func benchShipper(tb testing.TB, dir string, members int) (*shipper, *[]*sink, f
 			}
 		}
 		sh.group.Wait()
-		sh.tail.Close()
+		sh.files.Close()
 		sh.dict.close()
 		s.lock.Release()
 	}

@@ -22,14 +22,14 @@ type checkpoint struct {
 	// Position is the start of the first range that isn't durable. Nil before
 	// the first start has found a WAL.
 	Position *tail.Position `json:"position,omitempty"`
-	// Inode is that of the segment which Position is in, and Checksum, reserved,
-	// that of its bytes up to Position: to see that it is still that segment.
-	Inode    uint64 `json:"inode,omitempty"`
-	Checksum string `json:"checksum,omitempty"`
-	// Labels are the versions of external labels and relabelling that were in
-	// force at or after Position, ascending.
-	Labels  []labelVersionFile `json:"labels,omitempty"`
-	Updated time.Time          `json:"updated"`
+	// Files says how far each file of the log from Position on was known, to see
+	// that it is still that file.
+	Files []tail.Known `json:"files,omitempty"`
+	// Labels are the versions of external labels and relabelling, ascending.
+	Labels []labelVersionFile `json:"labels,omitempty"`
+	// Newest is the greatest timestamp that was sent, in ms.
+	Newest  int64     `json:"newest,omitempty"`
+	Updated time.Time `json:"updated"`
 }
 
 const checkpointVersion = 1
@@ -74,20 +74,24 @@ func (c *checkpoint) save(dir string) error {
 	if err != nil {
 		return fmt.Errorf("save checkpoint: %w", err)
 	}
-	tmp := checkpointPath(dir) + ".tmp"
-	f, err := os.OpenFile(tmp, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
-	if err != nil {
-		return fmt.Errorf("save checkpoint: %w", err)
-	}
-	_, err = f.Write(append(b, '\n'))
-	err = errors.Join(err, f.Sync(), f.Close())
-	if err == nil {
-		err = replaceFile(tmp, checkpointPath(dir))
-	}
-	if err != nil {
+	if err := writeFile(checkpointPath(dir), append(b, '\n')); err != nil {
 		return fmt.Errorf("save checkpoint: %w", err)
 	}
 	return nil
+}
+
+// writeFile replaces a file so that a crash leaves the old or the new one.
+func writeFile(path string, b []byte) error {
+	tmp := path + ".tmp"
+	f, err := os.OpenFile(tmp, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
+	if err != nil {
+		return err
+	}
+	_, err = f.Write(b)
+	if err = errors.Join(err, f.Sync(), f.Close()); err != nil {
+		return err
+	}
+	return replaceFile(tmp, path)
 }
 
 // replaceFile renames a synced file over another and syncs the folder.
@@ -106,20 +110,27 @@ func (s *shipper) saveCheckpoint() error {
 	if s.fatal != nil {
 		return s.fatal
 	}
-	// First the dictionary: a checkpoint promises what lies before it.
+	// First the dictionary and the account of blocks: a checkpoint promises what
+	// lies before it.
 	if err := s.dict.setMark(s.tail.Position()); err != nil {
 		return err
 	}
 	pos := s.ledger.Checkpoint()
-	s.cp.Position = &pos
-	s.cp.Inode = 0
-	if !pos.InCheckpoint {
-		s.cp.Inode = inode(s.dir.File(pos))
+	s.blocks.passed(pos)
+	if err := s.blocks.save(); err != nil {
+		return err
 	}
-	s.cp.Labels = s.versions.file()
+	s.tail.Note()
+	known, err := s.files.Known(s.tail.Position())
+	if err != nil {
+		return err
+	}
+	s.cp.Position, s.cp.Files, s.cp.Labels = &pos, known, s.versions.file()
+	s.cp.Newest = max(s.cp.Newest, s.newestT)
 	if err := s.cp.save(s.opts.DataDir); err != nil {
 		return err
 	}
+	s.files.Release(pos)
 	s.metrics.checkpoints.Inc()
 	return nil
 }

@@ -34,6 +34,7 @@ import (
 //	        | 2, ref, type byte, unit, help       metadata of a series
 //	        | 3, position                         all series before it are in the file
 //	        | 4, ref                              the series is gone
+//	        | 5, position, byte                   a new epoch; see fork
 //
 // Numbers are uvarints, strings are prefixed by their length.
 type dictionary struct {
@@ -52,6 +53,7 @@ type dictionary struct {
 	free      []uint32
 	count     int
 	old       map[uint64]*history // refs with more than one definition
+	forks     []forkRecord        // that hold for positions that may be asked for
 
 	scratch []byte
 	dec     record.Decoder
@@ -66,6 +68,7 @@ const (
 	kindMetadata = 2
 	kindMark     = 3
 	kindGone     = 4
+	kindFork     = 5
 
 	refsPerPage   = 64
 	slotsPerChunk = 4096
@@ -98,8 +101,14 @@ type slot struct {
 	name     uint32     // nameHash of the metric, valid with version
 }
 
-// history holds the definitions of a ref, ascending in from. The last is the one
-// that the ref's page names.
+// forkRecord is a record of kind 5.
+type forkRecord struct {
+	from tail.Position
+	off  int64 // in the file
+}
+
+// history holds the definitions of a ref, ascending in from; slot 0 says that it
+// has none from there on. The last is the one that the ref's page names.
 type history struct {
 	from []tail.Position
 	slot []uint32
@@ -212,6 +221,13 @@ func (d *dictionary) replay(b []byte, off int64) bool {
 			return false
 		}
 		d.unlink(ref, func(uint32) {})
+	case kindFork:
+		from := decodePosition(&dec)
+		carried := dec.Byte() == 1
+		if dec.Err() != nil {
+			return false
+		}
+		d.applyFork(from, carried, off)
 	default:
 		return false
 	}
@@ -271,7 +287,8 @@ func (d *dictionary) current(ref uint64) (uint32, bool) {
 func (d *dictionary) lookup(ref uint64, pos tail.Position) (uint32, bool) {
 	if len(d.old) > 0 {
 		if h := d.old[ref]; h != nil {
-			return h.slot[max(0, h.inForce(pos))], true
+			i := h.slot[max(0, h.inForce(pos))]
+			return i, i != 0
 		}
 	}
 	return d.current(ref)
@@ -296,12 +313,12 @@ func (d *dictionary) insert(ref uint64, i uint32, from tail.Position) {
 		d.pages[ref/refsPerPage] = p
 	}
 	cur := p.slot[ref%refsPerPage]
-	if cur == 0 {
+	h := d.old[ref]
+	if cur == 0 && h == nil {
 		p.slot[ref%refsPerPage] = i
 		p.used++
 		return
 	}
-	h := d.old[ref]
 	if h == nil {
 		h = &history{from: []tail.Position{d.definedAt(cur)}, slot: []uint32{cur}}
 		d.old[ref] = h
@@ -443,23 +460,22 @@ func (d *dictionary) gone(ref uint64, fn func(i uint32)) error {
 
 func (d *dictionary) unlink(ref uint64, fn func(uint32)) {
 	p := d.pages[ref/refsPerPage]
-	if p == nil || p.slot[ref%refsPerPage] == 0 {
+	h := d.old[ref]
+	if p == nil || (p.slot[ref%refsPerPage] == 0 && h == nil) {
 		return
 	}
 	slots := []uint32{p.slot[ref%refsPerPage]}
-	if h := d.old[ref]; h != nil {
+	if h != nil {
 		slots = h.slot
 		delete(d.old, ref)
 	}
 	for _, i := range slots {
-		fn(i)
-		d.dead(i)
+		if i != 0 {
+			fn(i)
+			d.dead(i)
+		}
 	}
-	p.slot[ref%refsPerPage] = 0
-	if p.used--; p.used == 0 {
-		delete(d.pages, ref/refsPerPage)
-		d.recent = nil
-	}
+	d.vacate(ref)
 }
 
 // dead releases a slot and takes its records out of the count of live bytes, by
@@ -471,16 +487,33 @@ func (d *dictionary) dead(i uint32) {
 
 // forget drops definitions that no range at or behind pos needs.
 func (d *dictionary) forget(pos tail.Position, fn func(i uint32)) {
+	d.forks = slices.DeleteFunc(d.forks, func(f forkRecord) bool { return !pos.Before(f.from) })
 	for ref, h := range d.old {
 		keep := max(0, h.inForce(pos))
 		for _, i := range h.slot[:keep] {
-			fn(i)
-			d.dead(i)
+			if i != 0 {
+				fn(i)
+				d.dead(i)
+			}
 		}
 		h.from, h.slot = h.from[keep:], h.slot[keep:]
-		if len(h.slot) == 1 {
-			delete(d.old, ref)
+		if len(h.slot) > 1 {
+			continue
 		}
+		delete(d.old, ref)
+		if h.slot[0] == 0 {
+			d.vacate(ref)
+		}
+	}
+}
+
+// vacate takes a ref without a definition out of its page.
+func (d *dictionary) vacate(ref uint64) {
+	p := d.pages[ref/refsPerPage]
+	p.slot[ref%refsPerPage] = 0
+	if p.used--; p.used == 0 {
+		delete(d.pages, ref/refsPerPage)
+		d.recent = nil
 	}
 }
 
@@ -514,9 +547,60 @@ func (d *dictionary) touch(ref uint64, n int) {
 	}
 }
 
-// newEpoch forgets what was particular to the log that came before.
-func (d *dictionary) newEpoch() {
-	d.all(func(_ uint32, s *slot) { s.lastT, s.kind, s.seen = noTime, 0, 0 })
+// fork enters that a new epoch begins at from. Where the log before from is in
+// common (carried), what it defined goes on to hold, and what was defined behind
+// from's place in epochs before means nothing in the new one; otherwise nothing
+// that was defined before does. Ranges of epochs before still find what held
+// for them.
+func (d *dictionary) fork(from tail.Position, carried bool) error {
+	buf := encoding.Encbuf{B: d.scratch[:0]}
+	buf.PutByte(kindFork)
+	encodePosition(&buf, from)
+	if carried {
+		buf.PutByte(1)
+	} else {
+		buf.PutByte(0)
+	}
+	d.scratch = buf.Get()
+	off, err := d.append(d.scratch)
+	if err != nil {
+		return err
+	}
+	d.applyFork(from, carried, off)
+	return nil
+}
+
+func (d *dictionary) applyFork(from tail.Position, carried bool, off int64) {
+	d.forks = append(d.forks, forkRecord{from, off})
+	place := from
+	place.Epoch = 0
+	for key, p := range d.pages {
+		for k, i := range p.slot {
+			if i == 0 {
+				continue
+			}
+			s := d.at(i)
+			s.lastT, s.kind = noTime, 0
+			at := d.definedAt(i)
+			if at.Epoch >= from.Epoch {
+				continue
+			}
+			at.Epoch = 0
+			ref := key*refsPerPage + uint64(k)
+			h := d.old[ref]
+			if carried && !place.Before(at) {
+				continue
+			}
+			if h == nil {
+				h = &history{from: []tail.Position{d.definedAt(i)}, slot: []uint32{i}}
+				d.old[ref] = h
+			}
+			// A ref that was defined more than once, first in what is in common,
+			// is left without a meaning: that is a gap, which is filled.
+			h.from, h.slot = append(h.from, from), append(h.slot, 0)
+			p.slot[k] = 0
+		}
+	}
 }
 
 // setMark notes that all series before pos are in the dictionary, and brings
@@ -615,17 +699,19 @@ func (d *dictionary) compact() error {
 		return err
 	}
 	type place struct {
-		off      int64
-		slot     uint32
-		metadata bool
+		off  int64
+		move *int64 // where it is noted
 	}
 	places := make([]place, 0, d.count)
-	d.all(func(i uint32, s *slot) {
-		places = append(places, place{s.off, i, false})
+	d.all(func(_ uint32, s *slot) {
+		places = append(places, place{s.off, &s.off})
 		if s.metadata != 0 {
-			places = append(places, place{s.metadata, i, true})
+			places = append(places, place{s.metadata, &s.metadata})
 		}
 	})
+	for i := range d.forks {
+		places = append(places, place{d.forks[i].off, &d.forks[i].off})
+	}
 	// By place, so that what was written later still comes later.
 	slices.SortFunc(places, func(a, b place) int {
 		if a.off < b.off {
@@ -658,11 +744,7 @@ func (d *dictionary) compact() error {
 		return fmt.Errorf("compact dictionary: %w", err)
 	}
 	for k, p := range places {
-		if p.metadata {
-			d.at(p.slot).metadata = offs[k]
-		} else {
-			d.at(p.slot).off = offs[k]
-		}
+		*p.move = offs[k]
 	}
 	d.f.Close()
 	d.f, d.size, d.live = tmp, n.size, n.size

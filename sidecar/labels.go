@@ -6,13 +6,13 @@ import (
 	"encoding/json"
 	"fmt"
 	"math"
+	"time"
 
 	"github.com/prometheus/common/model"
 	"github.com/prometheus/prometheus/model/labels"
 	"github.com/prometheus/prometheus/model/relabel"
 
 	"github.com/epimetheus-tsdb/epimetheus/ingest/ring"
-	"github.com/epimetheus-tsdb/epimetheus/sidecar/tail"
 )
 
 // maxLabelsBytes bounds the labels of one series: what goes into a batch must
@@ -38,10 +38,13 @@ func (r dropReason) String() string {
 
 // labelVersion is one version of what makes a series' labels out of those that
 // Prometheus wrote: external labels, where the series doesn't have them, and
-// relabelling. It holds for the samples from From on.
+// relabelling. It holds for samples with a timestamp from since to until,
+// wherever they are read: so a sample has the same labels whenever it is sent,
+// from the WAL, again, or from a block.
 type labelVersion struct {
 	id       uint16
-	from     tail.Position
+	since    int64 // ms; noTime for the first
+	until    int64 // ms, exclusive; the since of the next
 	external labels.Labels
 	relabel  []*relabel.Config
 	tenant   string
@@ -49,9 +52,11 @@ type labelVersion struct {
 	builder *labels.Builder
 }
 
+func (v *labelVersion) holds(t int64) bool { return t >= v.since && t < v.until }
+
 // labelVersionFile is a labelVersion in the checkpoint file.
 type labelVersionFile struct {
-	From     tail.Position     `json:"from"`
+	Since    *int64            `json:"since,omitempty"` // ms; absent: from the beginning
 	External labels.Labels     `json:"external_labels"`
 	Relabel  []*relabel.Config `json:"relabel_configs,omitempty"`
 }
@@ -99,16 +104,20 @@ func (v *labelVersion) apply(raw labels.Labels) (labels.Labels, uint32, dropReas
 	return ls, ring.Token(v.tenant, ls), dropNot
 }
 
-// labelVersions are the versions in force at or after the checkpoint.
+// maxLabelVersions bounds how many versions are kept: of older ones, the samples
+// take the labels of the oldest that is.
+const maxLabelVersions = 200
+
+// labelVersions are the versions that there have been.
 type labelVersions struct {
 	tenant  string
-	list    []*labelVersion // ascending in from
+	list    []*labelVersion // ascending in since
 	present *labelVersion   // the last of list; nil if none is known yet
 }
 
-// add makes a version hold from a position on, unless it is the present one. It
-// returns true if it was taken.
-func (vs *labelVersions) add(from tail.Position, external labels.Labels, rc []*relabel.Config) bool {
+// add makes a version hold from a time on, in ms, unless it is the present one.
+// The first holds for all time before too. It returns true if it was taken.
+func (vs *labelVersions) add(since int64, external labels.Labels, rc []*relabel.Config) bool {
 	id := uint16(1)
 	if p := vs.present; p != nil {
 		if labels.Equal(p.external, external) && sameRelabel(p.relabel, rc) {
@@ -117,39 +126,43 @@ func (vs *labelVersions) add(from tail.Position, external labels.Labels, rc []*r
 		if id = p.id + 1; id == math.MaxUint16 {
 			id = 1
 		}
-		if from.Before(p.from) {
-			from = p.from
+		if since <= p.since {
+			since = p.since + 1
 		}
-		if p.from == from {
-			vs.list = vs.list[:len(vs.list)-1] // it never held for a sample
-		}
+		p.until = since
+	} else {
+		since = noTime
 	}
-	vs.present = &labelVersion{id: id, from: from, external: external, relabel: rc, tenant: vs.tenant, builder: labels.NewBuilder(labels.EmptyLabels())}
+	vs.present = &labelVersion{
+		id: id, since: since, until: math.MaxInt64, external: external, relabel: rc,
+		tenant: vs.tenant, builder: labels.NewBuilder(labels.EmptyLabels()),
+	}
 	vs.list = append(vs.list, vs.present)
+	if n := len(vs.list) - maxLabelVersions; n > 0 {
+		vs.list = vs.list[n:]
+		vs.list[0].since = noTime
+	}
 	return true
 }
 
-// at returns the version in force at a position.
-func (vs *labelVersions) at(pos tail.Position) *labelVersion {
+// at returns the version that holds for a sample's time.
+func (vs *labelVersions) at(t int64) *labelVersion {
 	for i := len(vs.list) - 1; i > 0; i-- {
-		if !pos.Before(vs.list[i].from) {
+		if t >= vs.list[i].since {
 			return vs.list[i]
 		}
 	}
 	return vs.list[0]
 }
 
-// forget drops the versions that hold for nothing at or behind pos.
-func (vs *labelVersions) forget(pos tail.Position) {
-	for len(vs.list) > 1 && !pos.Before(vs.list[1].from) {
-		vs.list = vs.list[1:]
-	}
-}
-
 func (vs *labelVersions) file() []labelVersionFile {
 	var out []labelVersionFile
 	for _, v := range vs.list {
-		out = append(out, labelVersionFile{From: v.from, External: v.external, Relabel: v.relabel})
+		f := labelVersionFile{External: v.external, Relabel: v.relabel}
+		if v.since != noTime {
+			f.Since = &v.since
+		}
+		out = append(out, f)
 	}
 	return out
 }
@@ -157,13 +170,17 @@ func (vs *labelVersions) file() []labelVersionFile {
 // loadLabelVersions takes the versions of a checkpoint file.
 func loadLabelVersions(tenant string, file []labelVersionFile) (*labelVersions, error) {
 	vs := &labelVersions{tenant: tenant}
-	for _, v := range file {
+	for i, v := range file {
 		for _, c := range v.Relabel {
 			if err := c.Validate(model.UTF8Validation); err != nil {
-				return nil, fmt.Errorf("checkpoint: relabelling in force at %v: %w", v.From, err)
+				return nil, fmt.Errorf("checkpoint: relabelling of version %d of the labels: %w", i+1, err)
 			}
 		}
-		vs.add(v.From, v.External, v.Relabel)
+		since := int64(noTime)
+		if v.Since != nil {
+			since = *v.Since
+		}
+		vs.add(since, v.External, v.Relabel)
 	}
 	return vs, nil
 }
@@ -178,25 +195,29 @@ func sameRelabel(a, b []*relabel.Config) bool {
 	return err1 == nil && err2 == nil && bytes.Equal(x, y)
 }
 
-// takeLabels makes changed external labels or relabelling hold from here on.
-func (s *shipper) takeLabels(ctx context.Context, ls labels.Labels) {
+// takeLabels makes changed external labels or relabelling hold from the time on
+// at which Prometheus took them, but for what was sent under those before.
+func (s *shipper) takeLabels(ctx context.Context, ls labels.Labels, loaded time.Time) {
 	p := s.versions.present
-	if p != nil && labels.Equal(p.external, ls) && s.resumeAt == (tail.Position{}) {
+	if p != nil && labels.Equal(p.external, ls) && sameRelabel(p.relabel, s.opts.RelabelConfigs) {
 		return
 	}
-	if p == nil || !labels.Equal(p.external, ls) || !sameRelabel(p.relabel, s.opts.RelabelConfigs) {
-		// What was read before this start was sent under the labels of then.
-		from := s.tail.Position()
-		if from.Before(s.resumeAt) {
-			from = s.resumeAt
-		}
-		if s.split != nil {
-			s.cut(ctx, s.tail.Position())
-		}
-		if s.versions.add(from, ls, s.opts.RelabelConfigs) {
-			s.metrics.labelChanges.Inc()
-			s.logger.Info("external labels", "external_labels", ls.String(), "relabel_configs", len(s.opts.RelabelConfigs), "position", from.String())
-		}
+	now := time.Now()
+	if loaded.IsZero() || loaded.After(now) {
+		loaded = now
 	}
-	s.resumeAt = tail.Position{}
+	since := loaded.UnixMilli()
+	// A sample from the future is no reason to wait for it.
+	if t := max(s.newestT, s.cp.Newest); t >= since && t <= now.Add(time.Minute).UnixMilli() {
+		since = t + 1
+	}
+	if s.split != nil {
+		s.cut(ctx, s.tail.Position())
+	}
+	if s.versions.add(since, ls, s.opts.RelabelConfigs) {
+		s.metrics.labelChanges.Inc()
+		s.logger.Info("external labels", "external_labels", ls.String(), "relabel_configs", len(s.opts.RelabelConfigs),
+			"since", time.UnixMilli(max(since, 0)).UTC())
+	}
+	s.version = s.versions.present
 }

@@ -23,7 +23,16 @@ type metrics struct {
 	held           prometheus.Gauge
 	rangesOpen     prometheus.Gauge
 	rangesQueued   prometheus.Gauge
-	rangesLost     prometheus.Counter
+	gaps           prometheus.Counter
+	gapsLost       prometheus.Counter
+	gapOpen        prometheus.Gauge
+	blocksQueued   prometheus.Gauge
+	blocksLost     prometheus.Counter
+	blocksBad      prometheus.Counter
+	filled         prometheus.Counter
+	keptFiles      prometheus.Gauge
+	keptBytes      prometheus.Gauge
+	keptDropped    prometheus.Counter
 	sessions       prometheus.Gauge
 	sessionsEnded  prometheus.Counter
 	detached       prometheus.Gauge
@@ -77,7 +86,16 @@ func newMetrics(reg prometheus.Registerer) *metrics {
 		held:           gauge("checkpoint_segment", "Segment that the checkpoint is in: what lies before it is durable."),
 		rangesOpen:     gauge("open_ranges", "Ranges of WAL that are sent and not yet durable."),
 		rangesQueued:   gauge("queued_ranges", "Ranges of WAL that are to be read and sent again."),
-		rangesLost:     counter("lost_ranges_total", "Ranges of WAL that were to be sent again but were gone from the disk."),
+		gaps:           counter("gaps_total", "Times that samples of the WAL may not have been read; they are read from Prometheus's blocks."),
+		gapsLost:       counter("lost_gaps_total", "Gaps of an agent, which has no blocks to fill them from: these samples are lost."),
+		gapOpen:        gauge("gap_open", "1 while a gap is open: Prometheus has yet to compact what may have been in it, or not all of that is durable."),
+		blocksQueued:   gauge("blocks_to_send", "Blocks of Prometheus that are to be read and sent: history at the first start, gaps."),
+		blocksLost:     counter("lost_blocks_total", "Blocks of Prometheus that were to be read but were deleted before."),
+		blocksBad:      counter("bad_blocks_total", "Parts of Prometheus's blocks that can't be read: the folder, a series or a chunk."),
+		filled:         counter("block_samples_total", "Samples read from Prometheus's blocks."),
+		keptFiles:      gauge("kept_wal_files", "WAL files that are kept because not all of them is durable."),
+		keptBytes:      gauge("kept_wal_bytes", "Bytes of WAL that Prometheus has deleted and that are kept."),
+		keptDropped:    counter("dropped_wal_files_total", "WAL files that were let go beyond the bound although not all of them was durable."),
 		sessions:       gauge("sessions", "Sessions with ingesters."),
 		sessionsEnded:  counter("sessions_ended_total", "Sessions that ended for good before all of them was durable."),
 		detached:       gauge("detached_owners", "Ingesters that get nothing at present because they are slow or out of reach."),

@@ -62,6 +62,14 @@ type Options struct {
 	// RewindBytesPerSecond bounds how fast ranges are read again, in bytes of
 	// WAL; 16 MiB.
 	RewindBytesPerSecond int64
+	// KeepBytes bounds what is kept, by links or open files, of WAL that Prometheus
+	// has deleted before it was durable; 4 GiB.
+	KeepBytes int64
+	// BackfillAge bounds, at the first start, how old samples in Prometheus's
+	// blocks may be to be sent; 0 for all, less than 0 for none of them.
+	BackfillAge time.Duration
+	// BackfillSamplesPerSecond bounds how fast blocks are read; 500,000.
+	BackfillSamplesPerSecond int64
 	// RingWait is how long the gateway may hold back its answer; 20 s.
 	RingWait time.Duration
 
@@ -89,6 +97,12 @@ func (o *Options) setDefaults() {
 	}
 	if o.RewindBytesPerSecond <= 0 {
 		o.RewindBytesPerSecond = 16 << 20
+	}
+	if o.KeepBytes <= 0 {
+		o.KeepBytes = 4 << 30
+	}
+	if o.BackfillSamplesPerSecond <= 0 {
+		o.BackfillSamplesPerSecond = 500_000
 	}
 	if o.Version == "" {
 		o.Version = "epimetheus"

@@ -87,9 +87,11 @@ func (s *shipper) resplit() {
 	s.splits[sp.id] = sp
 	s.dict.all(func(_ uint32, sl *slot) { sl.owner = 0 })
 	keep := map[SplitID]bool{sp.id: true}
-	for _, id := range s.ledger.Splits() {
-		keep[id] = true
-	}
+	s.ledgers(func(l *Ledger) {
+		for _, id := range l.Splits() {
+			keep[id] = true
+		}
+	})
 	for id := range s.splits {
 		if !keep[id] {
 			delete(s.splits, id)
@@ -153,6 +155,6 @@ func (s *shipper) detach(o *owner, why string) {
 				}
 			}
 		}
-		s.ledger.Detach(ss.id, ss.received)
+		s.ledgers(func(l *Ledger) { l.Detach(ss.id, ss.received) })
 	}
 }

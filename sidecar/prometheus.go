@@ -32,21 +32,22 @@ type externalLabels struct {
 	mu     sync.Mutex
 	known  bool
 	labels labels.Labels
-	err    error // of the last attempt
+	loaded time.Time // when Prometheus took them, as far as it can be told; else zero
+	err    error     // of the last attempt
 }
 
 const maxConfigBytes = 64 << 20
 
 func (e *externalLabels) run(ctx context.Context) {
 	if e.url == "" && e.file == "" {
-		e.set(labels.EmptyLabels())
+		e.set(labels.EmptyLabels(), time.Time{})
 		return
 	}
 	var failing bool
 	var pause time.Duration
 	for ; ctx.Err() == nil; sleep(ctx, pause) {
 		pause = e.every
-		ls, err := e.get(ctx)
+		ls, loaded, err := e.get(ctx)
 		if ctx.Err() != nil {
 			return
 		}
@@ -69,25 +70,29 @@ func (e *externalLabels) run(ctx context.Context) {
 			failing = false
 			e.logger.Info("external labels of Prometheus found again", "external_labels", ls.String())
 		}
-		e.set(ls)
+		e.set(ls, loaded)
 	}
 }
 
-func (e *externalLabels) set(ls labels.Labels) {
+func (e *externalLabels) set(ls labels.Labels, loaded time.Time) {
 	e.mu.Lock()
 	changed := !e.known || !labels.Equal(e.labels, ls)
-	e.known, e.labels, e.err = true, ls, nil
+	if changed {
+		e.labels, e.loaded = ls, loaded
+	}
+	e.known, e.err = true, nil
 	e.mu.Unlock()
 	if changed {
 		e.notify()
 	}
 }
 
-// present returns the labels last found, and whether any were.
-func (e *externalLabels) present() (labels.Labels, bool) {
+// present returns the labels last found, when Prometheus took them (zero if that
+// isn't known), and whether any were found.
+func (e *externalLabels) present() (ls labels.Labels, loaded time.Time, known bool) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	return e.labels, e.known
+	return e.labels, e.loaded, e.known
 }
 
 func (e *externalLabels) lastError() error {
@@ -96,42 +101,69 @@ func (e *externalLabels) lastError() error {
 	return e.err
 }
 
-func (e *externalLabels) get(ctx context.Context) (labels.Labels, error) {
+func (e *externalLabels) get(ctx context.Context) (labels.Labels, time.Time, error) {
+	none := labels.EmptyLabels()
 	if e.file != "" {
 		b, err := os.ReadFile(e.file)
 		if err != nil {
-			return labels.EmptyLabels(), fmt.Errorf("read Prometheus's configuration file: %w", err)
+			return none, time.Time{}, fmt.Errorf("read Prometheus's configuration file: %w", err)
 		}
 		// Prometheus expands variables when it loads the file; what its API
-		// shows has been expanded.
-		return parseExternalLabels(b, true)
+		// shows has been expanded. When it does so isn't known.
+		ls, err := parseExternalLabels(b, true)
+		return ls, time.Time{}, err
 	}
 	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
 	defer cancel()
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, strings.TrimSuffix(e.url, "/")+"/api/v1/status/config", nil)
-	if err != nil {
-		return labels.EmptyLabels(), fmt.Errorf("ask Prometheus for its configuration: %w", err)
-	}
-	resp, err := e.client.Do(req)
-	if err != nil {
-		return labels.EmptyLabels(), fmt.Errorf("ask Prometheus for its configuration: %w", err)
-	}
-	defer resp.Body.Close()
-	if resp.StatusCode != http.StatusOK {
-		return labels.EmptyLabels(), fmt.Errorf("ask Prometheus for its configuration: %s answered %s", req.URL, resp.Status)
-	}
-	var body struct {
+	var config struct {
 		Data struct {
 			YAML *string `json:"yaml"`
 		} `json:"data"`
 	}
-	if err := json.NewDecoder(io.LimitReader(resp.Body, maxConfigBytes)).Decode(&body); err != nil {
-		return labels.EmptyLabels(), fmt.Errorf("configuration that Prometheus answered: %w", err)
+	if err := e.ask(ctx, "/api/v1/status/config", &config); err != nil {
+		return none, time.Time{}, fmt.Errorf("ask Prometheus for its configuration: %w", err)
 	}
-	if body.Data.YAML == nil {
-		return labels.EmptyLabels(), errors.New("configuration that Prometheus answered: no data.yaml in it")
+	if config.Data.YAML == nil {
+		return none, time.Time{}, errors.New("configuration that Prometheus answered: no data.yaml in it")
 	}
-	return parseExternalLabels([]byte(*body.Data.YAML), false)
+	ls, err := parseExternalLabels([]byte(*config.Data.YAML), false)
+	if err != nil {
+		return none, time.Time{}, err
+	}
+	e.mu.Lock()
+	same := e.known && labels.Equal(e.labels, ls)
+	e.mu.Unlock()
+	if same {
+		return ls, time.Time{}, nil
+	}
+	var info struct {
+		Data struct {
+			LastConfigTime time.Time `json:"lastConfigTime"`
+		} `json:"data"`
+	}
+	if err := e.ask(ctx, "/api/v1/status/runtimeinfo", &info); err != nil {
+		// A Prometheus that doesn't tell: then they hold from now on.
+		e.logger.Debug("time of Prometheus's last reload can't be had", "err", err)
+		return ls, time.Time{}, nil
+	}
+	return ls, info.Data.LastConfigTime, nil
+}
+
+// ask decodes what Prometheus answers to a GET.
+func (e *externalLabels) ask(ctx context.Context, path string, to any) error {
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, strings.TrimSuffix(e.url, "/")+path, nil)
+	if err != nil {
+		return err
+	}
+	resp, err := e.client.Do(req)
+	if err != nil {
+		return err
+	}
+	defer resp.Body.Close()
+	if resp.StatusCode != http.StatusOK {
+		return fmt.Errorf("%s answered %s", req.URL, resp.Status)
+	}
+	return json.NewDecoder(io.LimitReader(resp.Body, maxConfigBytes)).Decode(to)
 }
 
 // parseExternalLabels takes the external labels out of a configuration of

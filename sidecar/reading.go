@@ -19,6 +19,10 @@ func (s *shipper) readTail(ctx context.Context) bool {
 			s.endRange(ctx, false)
 			return false
 		}
+		if br, ok := errors.AsType[*tail.BreakError](err); ok {
+			s.jumped(ctx, br)
+			return true
+		}
 		if err != nil {
 			s.metrics.readErrors.Inc()
 			s.once("wal_read").Warn("WAL can't be read, trying on", "err", err)
@@ -41,7 +45,6 @@ func (s *shipper) record(ctx context.Context, b *tail.Batch) {
 	}
 	s.rangeSize += b.To.Offset - b.From.Offset
 	s.rangeEnd = b.To
-	s.version = s.versions.at(b.From)
 	s.samples(ctx, b)
 	s.endRange(ctx, true)
 }
@@ -69,11 +72,19 @@ func (s *shipper) cut(ctx context.Context, next tail.Position) {
 	if next != s.rangeEnd {
 		s.ledger.Skip(next)
 	}
-	if next.Epoch != s.rangeEnd.Epoch {
-		s.dict.newEpoch()
+	s.rangeEnd = next
+}
+
+// jumped takes in that the tail goes on at another place.
+func (s *shipper) jumped(ctx context.Context, b *tail.BreakError) {
+	s.cut(ctx, b.To)
+	if b.Kind == tail.BreakReplaced {
+		if err := s.dict.fork(b.To, b.Carried); err != nil {
+			s.dictionaryTrouble(err)
+		}
 		s.gcDone = -1
 	}
-	s.rangeEnd = next
+	s.openGap(string(b.Kind))
 }
 
 // collect forgets series that Prometheus has dropped, once it has written a WAL
@@ -81,7 +92,6 @@ func (s *shipper) cut(ctx context.Context, next tail.Position) {
 func (s *shipper) collect(ctx context.Context) {
 	done := s.ledger.Checkpoint()
 	s.dict.forget(done, s.releaseSlot)
-	s.versions.forget(done)
 	n, err := s.dir.LastCheckpoint()
 	if err != nil || n <= s.gcDone || done.InCheckpoint || done.Segment <= n || done.Epoch != s.tail.Position().Epoch {
 		return
@@ -110,6 +120,11 @@ func (s *shipper) releaseSlot(i uint32) {
 	if sl.session != 0 {
 		s.sessions[sl.session].drop(sl.ref)
 		sl.session = 0
+	}
+	if len(s.others) > 0 {
+		for _, v := range s.versions.list {
+			delete(s.others, extraKey{i, v.id})
+		}
 	}
 	for _, ss := range s.sessions {
 		if ss == nil || len(ss.extra) == 0 {

@@ -10,7 +10,7 @@ func (s *shipper) report(now time.Time) {
 	s.agent = s.dir.Agent()
 	st := Status{
 		Position: s.tail.Position(), Checkpoint: s.ledger.Checkpoint(), Series: s.dict.count, DictionaryBytes: s.dict.size,
-		Gaps: s.tail.Gaps(), Agent: s.agent, Time: now,
+		Agent: s.agent, Time: now,
 	}
 	if n, err := s.dir.Size(st.Position); err == nil {
 		st.LagBytes = n
@@ -20,9 +20,23 @@ func (s *shipper) report(now time.Time) {
 		s.lagMS.Store(max(0, now.UnixMilli()-s.newestT))
 		m.newest.Set(float64(s.newestT) / 1000)
 	}
-	l := s.ledger.Stats()
-	st.OpenRanges, st.QueuedRanges = l.Open, l.Queued
-	s.queue.Store(uint32(l.Queued))
+	s.ledgers(func(l *Ledger) {
+		n := l.Stats()
+		st.OpenRanges += n.Open
+		st.QueuedRanges += n.Queued
+	})
+	s.queue.Store(uint32(st.QueuedRanges))
+	st.KeptBytes = s.files.Stats().Deleted
+	if g := s.blocks.gap; g != nil {
+		st.Gap = &GapStatus{Reason: g.Reason, Since: g.Since, Newest: time.UnixMilli(g.Newest)}
+	}
+	for _, f := range s.blocks.fills {
+		x := FillStatus{Block: f.block.ULID.String(), Reason: f.reason, Samples: f.block.NumSamples, MinTime: time.UnixMilli(f.block.MinTime), MaxTime: time.UnixMilli(f.block.MaxTime)}
+		if f.reader != nil {
+			x.Read = f.reader.Progress().Samples
+		}
+		st.Fills = append(st.Fills, x)
+	}
 	if s.split != nil {
 		st.Ring = s.ring.Version()
 	}
@@ -52,8 +66,16 @@ func (s *shipper) report(now time.Time) {
 	m.dictionary.Set(float64(st.DictionaryBytes))
 	m.segment.Set(float64(st.Position.Segment))
 	m.held.Set(float64(st.Checkpoint.Segment))
-	m.rangesOpen.Set(float64(l.Open))
-	m.rangesQueued.Set(float64(l.Queued))
+	m.rangesOpen.Set(float64(st.OpenRanges))
+	m.rangesQueued.Set(float64(st.QueuedRanges))
+	m.blocksQueued.Set(float64(len(st.Fills)))
+	m.gapOpen.Set(0)
+	if st.Gap != nil {
+		m.gapOpen.Set(1)
+	}
+	kept := s.files.Stats()
+	m.keptFiles.Set(float64(kept.Files))
+	m.keptBytes.Set(float64(kept.Deleted))
 	m.sessions.Set(float64(len(st.Sessions)))
 	m.inflight.Set(float64(inflight))
 	m.detached.Set(float64(detached))

@@ -16,8 +16,6 @@ type rewindState struct {
 	// seen holds the sample of greatest timestamp per series within what is read
 	// again, since the slot's belongs to the live tail.
 	seen map[uint32]lastSample
-	// other holds what a series is under a label version that isn't its slot's.
-	other map[extraKey]resolved
 }
 
 type lastSample struct {
@@ -25,60 +23,61 @@ type lastSample struct {
 	kind sampleKind
 }
 
-type resolved struct {
-	token uint32
-	drop  dropReason
+// wants says whether a sample of what is read again is to be sent, and as what.
+func (rw *rewindState) wants(i uint32, sl *slot, r resolved, t int64, kind sampleKind) (sampleKind, bool) {
+	if m, ok := rw.split.member(r.token); !ok || !rw.members[m.ID] {
+		return kind, false
+	}
+	if kind == kindNone {
+		return kind, true
+	}
+	last, ok := rw.seen[i]
+	if ok && last.t == t {
+		return kind, false
+	}
+	if !ok {
+		// What it was before the range isn't known: most likely what it is now.
+		last = lastSample{noTime, sl.kind}
+	}
+	kind = kind.as(last.kind)
+	if t > last.t {
+		rw.seen[i] = lastSample{t, kind}
+	}
+	return kind, true
 }
 
-// extraKey names a series under a label version that isn't the one in its slot.
-type extraKey struct {
-	slot    uint32
-	version uint16
+// roomForMore says whether something may be read beside the live tail, which
+// comes first: only what the windows have room for.
+func (s *shipper) roomForMore() bool {
+	for _, o := range s.split.owners {
+		if o.session == nil {
+			continue
+		}
+		if st := o.session.ship.State(); 2*st.InflightBytes > st.WindowBytes {
+			return false
+		}
+	}
+	return true
 }
 
 // readAgain reads one queued Work and sends it. It returns true if there was one.
 func (s *shipper) readAgain(ctx context.Context) bool {
 	now := time.Now()
-	if now.Before(s.nextRewind) || s.dirty || s.ledger.queued == 0 {
+	if now.Before(s.nextRewind) || s.dirty || s.ledger.queued == 0 || !s.roomForMore() {
 		return false
 	}
-	for _, o := range s.split.owners {
-		if o.session == nil {
-			continue
-		}
-		// The live tail comes first: only what the windows have room for.
-		if st := o.session.ship.State(); 2*st.InflightBytes > st.WindowBytes {
-			return false
-		}
-	}
-	s.cut(ctx, s.tail.Position())
-	w, ok := s.ledger.Take(4 * s.opts.RangeBytes)
-	if !ok || s.dirty {
-		if ok {
-			s.ledger.Return(w.ID)
-		}
+	w, ok := s.take(ctx, s.ledger, 4*s.opts.RangeBytes)
+	if !ok {
 		return false
 	}
-	s.rewind = &rewindState{split: s.splits[w.Split], members: map[string]bool{}, seen: map[uint32]lastSample{}, other: map[extraKey]resolved{}}
-	for _, m := range w.Members {
-		s.rewind.members[m] = true
-	}
-	var err error
-	if w.From.Epoch != s.tail.Position().Epoch {
-		err = fs.ErrNotExist // of a log that has been replaced
-	} else {
-		err = tail.ReadRange(ctx, s.dir, w.From, w.To, s.logger, s.tailMetrics, func(b *tail.Batch) error {
-			if len(b.Series) > 0 {
-				return nil // all in the dictionary
-			}
-			s.version = s.versions.at(b.From)
-			s.samples(ctx, b)
-			return ctx.Err()
-		})
-		s.flushAll(ctx)
-	}
-	sent, lost := s.acc.all()
-	s.acc, s.rewind = &account{}, nil
+	err := tail.ReadRange(ctx, s.files, w.From, w.To, s.logger, s.tailMetrics, func(b *tail.Batch) error {
+		if len(b.Series) > 0 {
+			return nil // all in the dictionary
+		}
+		s.samples(ctx, b)
+		return ctx.Err()
+	})
+	sent, lost := s.endWork(ctx)
 	s.nextRewind = now.Add(time.Duration(float64(w.To.Offset-w.From.Offset) / float64(s.opts.RewindBytesPerSecond) * float64(time.Second)))
 	switch {
 	case err == nil:
@@ -87,9 +86,10 @@ func (s *shipper) readAgain(ctx context.Context) bool {
 	case ctx.Err() != nil:
 		s.ledger.Return(w.ID)
 	case errors.Is(err, fs.ErrNotExist) || s.rewindFails >= 5:
+		// What can't be read any more is read from blocks.
 		s.rewindFails = 0
-		s.metrics.rangesLost.Inc()
-		s.logger.Warn("range of WAL to be sent again is gone", "from", w.From.String(), "to", w.To.String(), "err", err)
+		s.logger.Warn("range of WAL can't be read again", "from", w.From.String(), "to", w.To.String(), "err", err)
+		s.openGap("range_gone")
 		s.ledger.Resent(w.ID, sent, false)
 	default:
 		s.rewindFails++
@@ -101,75 +101,28 @@ func (s *shipper) readAgain(ctx context.Context) bool {
 	return true
 }
 
-// routeAgain is route for a range that is read again.
-func (s *shipper) routeAgain(ctx context.Context, i uint32, sl *slot, t int64, kind sampleKind) (*session, uint32, sampleKind) {
-	rw := s.rewind
-	var r resolved
-	own := sl.version == s.version.id
-	if own {
-		r = resolved{sl.token, sl.drop}
-	} else {
-		key := extraKey{i, s.version.id}
-		var ok bool
-		if r, ok = rw.other[key]; !ok {
-			raw, err := s.dict.labels(i)
-			if err != nil {
-				s.dictionaryTrouble(err)
-				return nil, 0, 0
-			}
-			_, r.token, r.drop = s.version.apply(raw)
-			rw.other[key] = r
+// take gives out queued work of a ledger, and makes what is routed from now on
+// part of it, until endWork.
+func (s *shipper) take(ctx context.Context, l *Ledger, maxBytes int64) (Work, bool) {
+	s.cut(ctx, s.tail.Position())
+	w, ok := l.Take(maxBytes)
+	if !ok || s.dirty {
+		if ok {
+			l.Return(w.ID)
 		}
+		return w, false
 	}
-	if r.drop != dropNot {
-		return nil, 0, 0
+	s.rewind = &rewindState{split: s.splits[w.Split], members: map[string]bool{}, seen: map[uint32]lastSample{}}
+	for _, m := range w.Members {
+		s.rewind.members[m] = true
 	}
-	if m, ok := rw.split.member(r.token); !ok || !rw.members[m.ID] {
-		return nil, 0, 0
-	}
-	if kind != kindNone {
-		last, ok := rw.seen[i]
-		if ok && last.t == t {
-			return nil, 0, 0
-		}
-		if !ok {
-			// What it was before the range isn't known: most likely what it is now.
-			last = lastSample{noTime, sl.kind}
-		}
-		kind = kind.as(last.kind)
-		if t > last.t {
-			rw.seen[i] = lastSample{t, kind}
-		}
-	}
-	var o *owner
-	if own {
-		o = s.ownerOf(sl)
-	} else {
-		m, _ := s.split.member(r.token)
-		o = s.split.owners[s.split.index[m.ID]]
-	}
-	ss := s.sessionOf(ctx, o)
-	if ss == nil {
-		s.acc.lost(o.member.ID)
-		return nil, 0, 0
-	}
-	if own {
-		if sl.session != ss.index && !s.announce(i, sl, ss) {
-			return nil, 0, 0
-		}
-		return ss, sl.ref, kind
-	}
-	key := extraKey{i, s.version.id}
-	ref, ok := ss.extra[key]
-	if !ok {
-		raw, err := s.dict.labels(i)
-		if err != nil {
-			s.dictionaryTrouble(err)
-			return nil, 0, 0
-		}
-		ls, _, _ := s.version.apply(raw)
-		ref = ss.say(ls)
-		ss.extra[key] = ref
-	}
-	return ss, ref, kind
+	return w, true
+}
+
+// endWork sends what is left of a work, and returns what became of all of it.
+func (s *shipper) endWork(ctx context.Context) (sent []Sent, lost bool) {
+	s.flushAll(ctx)
+	sent, lost = s.acc.all()
+	s.acc, s.rewind = &account{}, nil
+	return sent, lost
 }

@@ -101,7 +101,7 @@ func (s *shipper) samples(ctx context.Context, b *tail.Batch) {
 				s.dictionaryTrouble(err)
 			}
 		}
-		if ss, ref, _ := s.route(ctx, uint64(x.Ref), 0, b.From, kindNone); ss != nil {
+		if ss, ref, _ := s.route(ctx, uint64(x.Ref), math.MaxInt64, b.From, kindNone); ss != nil {
 			raw, err := s.dict.labels(slot)
 			if err != nil {
 				s.dictionaryTrouble(err)
@@ -146,6 +146,7 @@ func (s *shipper) count() {
 		drop(r.String(), c.drop[r])
 	}
 	if c.unknown > 0 {
+		s.openGap("unknown_ref")
 		s.once("unknown_ref").Warn("WAL holds samples of series that no record explains", "segment", s.rangeEnd.Segment, "offset", s.rangeEnd.Offset)
 	}
 }
@@ -185,23 +186,24 @@ func (s *shipper) route(ctx context.Context, ref uint64, t int64, pos tail.Posit
 		return nil, 0, 0
 	}
 	sl := s.dict.at(i)
-	if s.rewind != nil {
-		return s.routeAgain(ctx, i, sl, t, kind)
+	v := s.version
+	if !v.holds(t) {
+		v = s.versions.at(t)
 	}
-	if sl.version != s.version.id {
-		raw, err := s.dict.labels(i)
-		if err != nil {
-			s.dictionaryTrouble(err)
-			s.counts.unknown++
-			return nil, 0, 0
-		}
-		s.resolve(sl, raw)
-	}
-	if sl.drop != dropNot {
-		s.counts.drop[sl.drop]++
+	r, ok := s.resolved(i, sl, v)
+	switch {
+	case !ok:
+		s.counts.unknown++
+		return nil, 0, 0
+	case r.drop != dropNot:
+		s.counts.drop[r.drop]++
 		return nil, 0, 0
 	}
-	if kind != kindNone {
+	if s.rewind != nil {
+		if kind, ok = s.rewind.wants(i, sl, r, t, kind); !ok {
+			return nil, 0, 0
+		}
+	} else if kind != kindNone {
 		if t == sl.lastT {
 			s.counts.equal++
 			return nil, 0, 0
@@ -212,16 +214,94 @@ func (s *shipper) route(ctx context.Context, ref uint64, t int64, pos tail.Posit
 			s.newestT = max(s.newestT, t)
 		}
 	}
-	o := s.ownerOf(sl)
-	ss := s.sessionOf(ctx, o)
-	if ss == nil {
-		s.acc.lost(o.member.ID)
-		return nil, 0, 0
+	if v != s.version {
+		ss, ref := s.routeOther(ctx, i, v, r)
+		return ss, ref, kind
 	}
-	if sl.session != ss.index && !s.announce(i, sl, ss) {
+	ss := s.sessionOrLost(ctx, s.ownerOf(sl))
+	if ss == nil || (sl.session != ss.index && !s.announce(i, sl, ss)) {
 		return nil, 0, 0
 	}
 	return ss, sl.ref, kind
+}
+
+// sessionOrLost returns the session with an owner. If there is none the range
+// that is being read is noted as not sent.
+func (s *shipper) sessionOrLost(ctx context.Context, o *owner) *session {
+	ss := s.sessionOf(ctx, o)
+	if ss == nil {
+		s.acc.lost(o.member.ID)
+	}
+	return ss
+}
+
+// resolved is what a series is under a version of the labels.
+type resolved struct {
+	token uint32
+	drop  dropReason
+}
+
+// extraKey names a series under a version of the labels that isn't the present.
+type extraKey struct {
+	slot    uint32
+	version uint16
+}
+
+// maxOthers bounds what is remembered of series under versions of before.
+const maxOthers = 100_000
+
+// resolved returns what a series is under a version. It is false if its labels
+// can't be read.
+func (s *shipper) resolved(i uint32, sl *slot, v *labelVersion) (resolved, bool) {
+	if v == s.version {
+		if sl.version != v.id {
+			raw, err := s.dict.labels(i)
+			if err != nil {
+				s.dictionaryTrouble(err)
+				return resolved{}, false
+			}
+			s.resolve(sl, raw)
+		}
+		return resolved{sl.token, sl.drop}, true
+	}
+	key := extraKey{i, v.id}
+	r, ok := s.others[key]
+	if !ok {
+		raw, err := s.dict.labels(i)
+		if err != nil {
+			s.dictionaryTrouble(err)
+			return resolved{}, false
+		}
+		_, r.token, r.drop = v.apply(raw)
+		if len(s.others) >= maxOthers {
+			clear(s.others)
+		}
+		s.others[key] = r
+	}
+	return r, true
+}
+
+// routeOther is the end of route for a sample of which a version of the labels
+// holds that isn't the present one.
+func (s *shipper) routeOther(ctx context.Context, i uint32, v *labelVersion, r resolved) (*session, uint32) {
+	m, _ := s.split.member(r.token)
+	ss := s.sessionOrLost(ctx, s.split.owners[s.split.index[m.ID]])
+	if ss == nil {
+		return nil, 0
+	}
+	key := extraKey{i, v.id}
+	ref, ok := ss.extra[key]
+	if !ok {
+		raw, err := s.dict.labels(i)
+		if err != nil {
+			s.dictionaryTrouble(err)
+			return nil, 0
+		}
+		ls, _, _ := v.apply(raw)
+		ref = ss.say(ls)
+		ss.extra[key] = ref
+	}
+	return ss, ref
 }
 
 // resolve computes what a series is under the version in force.

@@ -200,7 +200,7 @@ func (s *shipper) ensureSession(ctx context.Context, o *owner) {
 	s.sessions[index] = ss
 	o.session = ss
 	ss.ship = s.connect(o.member)
-	s.ledger.Begin(ss.id)
+	s.ledgers(func(l *Ledger) { l.Begin(ss.id) })
 	// run ends it, after all else.
 	ctx, cancel := context.WithCancel(context.WithoutCancel(ctx))
 	ss.cancel = cancel
@@ -354,7 +354,7 @@ func (s *shipper) pump() {
 		st := ss.ship.State()
 		if st.Durable > ss.durable {
 			ss.durable = st.Durable
-			s.ledger.Durable(ss.id, st.Durable)
+			s.ledgers(func(l *Ledger) { l.Durable(ss.id, st.Durable) })
 		}
 		if st.Ended != nil {
 			s.endSession(ss, st.Ended)
@@ -382,7 +382,7 @@ func (s *shipper) pump() {
 			// has received it may yet make durable.
 			if !ss.abandoned && !st.Connected && now.Sub(st.LastAnswer) > s.opts.DetachAfter {
 				ss.abandoned = true
-				s.ledger.Detach(ss.id, ss.received)
+				s.ledgers(func(l *Ledger) { l.Detach(ss.id, ss.received) })
 			}
 		case !st.Connected && now.Sub(st.LastAnswer) > s.opts.DetachAfter && s.canDetach(o):
 			s.detach(o, "it is out of reach")
@@ -405,7 +405,7 @@ func (s *shipper) endSession(ss *session, err error) {
 	if ss.full() {
 		s.acc.lost(o.member.ID)
 	}
-	s.ledger.End(ss.id)
+	s.ledgers(func(l *Ledger) { l.End(ss.id) })
 	s.sessions[ss.index] = nil
 	o.session = nil
 	s.dict.all(func(_ uint32, sl *slot) {

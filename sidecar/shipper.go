@@ -10,6 +10,7 @@ import (
 
 	"github.com/epimetheus-tsdb/epimetheus/ingest/ring"
 	"github.com/epimetheus-tsdb/epimetheus/ingest/ship"
+	"github.com/epimetheus-tsdb/epimetheus/sidecar/backfill"
 	"github.com/epimetheus-tsdb/epimetheus/sidecar/tail"
 )
 
@@ -22,6 +23,9 @@ type shipper struct {
 	tailMetrics *tail.Metrics
 	dir         *tail.Dir
 	source      [16]byte
+	files       *tail.Files
+	blocks      *blocks
+	lister      *backfill.Lister
 	dict        *dictionary
 	cp          *checkpoint
 	versions    *labelVersions
@@ -36,11 +40,10 @@ type shipper struct {
 	lagMS atomic.Int64 // read by sessions for heartbeats
 	queue atomic.Uint32
 
-	ledger   *Ledger
-	tail     *tail.Tail
-	enc      ship.Encoder
-	agent    bool
-	resumeAt tail.Position // up to where the WAL was read before this start
+	ledger *Ledger
+	tail   *tail.Tail
+	enc    ship.Encoder
+	agent  bool
 
 	// The range that is being read: since ledger's end, up to rangeEnd.
 	open      bool
@@ -48,7 +51,8 @@ type shipper struct {
 	rangeSize int64
 	began     time.Time
 	acc       *account
-	version   *labelVersion // in force for the record at hand
+	version   *labelVersion // the present one, by which slots are resolved
+	others    map[extraKey]resolved
 
 	ring      *ring.Ring // what split was made of
 	split     *split
@@ -62,6 +66,8 @@ type shipper struct {
 
 	rewind      *rewindState // non-nil while a Work is being read
 	nextRewind  time.Time
+	nextFill    time.Time
+	wblDue      bool
 	rewindFails int
 
 	newestT        int64
@@ -98,6 +104,8 @@ func (s *shipper) run(ctx context.Context) error {
 	s.owners = map[string]*owner{}
 	s.splits = map[SplitID]*split{}
 	s.acc = &account{}
+	s.others = map[extraKey]resolved{}
+	s.version = s.versions.present
 	s.warned = map[string]bool{}
 	s.gcDone = -1
 	if err := s.start(ctx); err != nil {
@@ -106,7 +114,6 @@ func (s *shipper) run(ctx context.Context) error {
 		}
 		return err
 	}
-	defer s.tail.Close()
 	for turn := 0; ctx.Err() == nil; turn++ {
 		if s.fatal != nil {
 			return s.fatal
@@ -120,8 +127,14 @@ func (s *shipper) run(ctx context.Context) error {
 		s.flushAll(ctx)
 		s.sendFamilies(ctx)
 		again := false
+		if !more {
+			s.blocks.current(s.tail.Position())
+			if s.wblDue && s.roomForMore() {
+				s.sendWBL(ctx)
+			}
+		}
 		if !more || turn%4 == 3 {
-			again = s.readAgain(ctx)
+			again = s.readAgain(ctx) || s.fillOn(ctx)
 		}
 		switch {
 		case more:
@@ -168,18 +181,32 @@ func (s *shipper) housekeep(ctx context.Context) {
 		}
 		s.resplit()
 	}
-	if ls, known := s.external.present(); known {
-		s.takeLabels(ctx, ls)
+	if ls, loaded, known := s.external.present(); known {
+		s.takeLabels(ctx, ls, loaded)
 	}
 	if now.Sub(s.lastIdle) >= time.Second {
 		s.lastIdle = now
 		s.endIdle()
+		s.blocks.finish()
+		if err := s.files.Keep(s.keepFrom()); err != nil {
+			s.once("keep").Warn("WAL segments can't be kept, trying on", "err", err)
+		}
 	}
 	if now.Sub(s.lastCollect) >= s.opts.CheckpointInterval {
 		s.lastCollect = now
 		s.collect(ctx)
+		s.lookAtBlocks()
 	}
 	s.tend(ctx)
+}
+
+// keepFrom is the place in the log that is there now from which on its segments
+// are kept.
+func (s *shipper) keepFrom() tail.Position {
+	if done := s.ledger.Checkpoint(); done.Epoch == s.tail.Position().Epoch {
+		return done
+	}
+	return s.tail.Position()
 }
 
 // tend does what is due and may be done in the middle of a record too.

@@ -18,6 +18,7 @@ import (
 	"github.com/prometheus/prometheus/tsdb/fileutil"
 	"golang.org/x/sync/errgroup"
 
+	"github.com/epimetheus-tsdb/epimetheus/sidecar/backfill"
 	"github.com/epimetheus-tsdb/epimetheus/sidecar/tail"
 )
 
@@ -44,7 +45,9 @@ type Status struct {
 	Checkpoint      tail.Position   `json:"checkpoint"` // all before it is durable
 	LagBytes        int64           `json:"lag_bytes"`  // of WAL, not read yet
 	NewestSample    time.Time       `json:"newest_sample"`
-	Gaps            int             `json:"gaps"` // times that WAL was truncated before it was read
+	KeptBytes       int64           `json:"kept_bytes"`      // of WAL that Prometheus has deleted
+	Gap             *GapStatus      `json:"gap,omitempty"`   // that is open
+	Fills           []FillStatus    `json:"fills,omitempty"` // blocks of Prometheus to be sent, in this order
 	Series          int             `json:"series"`
 	DictionaryBytes int64           `json:"dictionary_bytes"`
 	OpenRanges      int             `json:"open_ranges"`
@@ -55,6 +58,24 @@ type Status struct {
 	ExternalLabels  labels.Labels   `json:"external_labels"`
 	LabelsError     string          `json:"labels_error,omitempty"`
 	Sessions        []SessionStatus `json:"sessions"`
+}
+
+// GapStatus is a stretch of the WAL that may not have been read; it is read from
+// blocks as Prometheus writes them.
+type GapStatus struct {
+	Reason string    `json:"reason"`
+	Since  time.Time `json:"since"`
+	Newest time.Time `json:"newest"` // of the samples in it, at most
+}
+
+// FillStatus is a block of Prometheus that is, or will be, read and sent.
+type FillStatus struct {
+	Block   string    `json:"block"`
+	Reason  string    `json:"reason"`
+	MinTime time.Time `json:"min_time"`
+	MaxTime time.Time `json:"max_time"`
+	Samples uint64    `json:"samples"`
+	Read    uint64    `json:"read"` // samples, since this start
 }
 
 // SessionStatus says how a session with an ingester is doing.
@@ -111,10 +132,20 @@ func open(opts Options, dir *tail.Dir, logger *slog.Logger, reg prometheus.Regis
 		return nil, err
 	}
 	m := newMetrics(reg)
-	s := &Sidecar{opts: opts, logger: logger, client: &http.Client{Transport: http.DefaultTransport.(*http.Transport).Clone()}}
+	tailMetrics := tail.NewMetrics(reg)
 	logger = logger.With("component", "sidecar", "tenant", opts.Tenant, "source", cp.Source)
+	files, err := tail.NewFiles(dir, filepath.Join(opts.DataDir, "segments"), opts.KeepBytes, logger, tailMetrics)
+	if err != nil {
+		return nil, err
+	}
+	blocks, err := loadBlocks(opts.DataDir, logger, m)
+	if err != nil {
+		return nil, err
+	}
+	s := &Sidecar{opts: opts, logger: logger, client: &http.Client{Transport: http.DefaultTransport.(*http.Transport).Clone()}}
 	sh := &shipper{
-		opts: opts, logger: logger, metrics: m, tailMetrics: tail.NewMetrics(reg), dir: dir, source: cp.source(),
+		opts: opts, logger: logger, metrics: m, tailMetrics: tailMetrics, dir: dir, source: cp.source(),
+		files: files, blocks: blocks, lister: backfill.NewLister(dir.Path()),
 		dict: dict, cp: cp, versions: versions, wake: make(chan struct{}, 1), publish: s.setStatus,
 	}
 	gatewayClient := s.client
@@ -143,6 +174,8 @@ func open(opts Options, dir *tail.Dir, logger *slog.Logger, reg prometheus.Regis
 func (s *Sidecar) Run(ctx context.Context) error {
 	defer func() { _ = s.lock.Release() }() // the end of the process would do it too
 	defer s.shipper.dict.close()
+	defer s.shipper.files.Close()
+	defer s.shipper.blocks.closeReaders()
 	defer s.client.CloseIdleConnections()
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error {

@@ -684,7 +684,7 @@ func TestExternalLabelsReload(t *testing.T) {
 	w := h.wal()
 	w.ext = labels.FromStrings("region", "eu")
 	w.series(1, 20)
-	w.scrape(1, 20, 1000)
+	w.scrape(1, 20, time.Now().Add(-time.Minute).UnixMilli())
 	h.run()
 	h.want(w.all, false)
 
@@ -694,7 +694,7 @@ func TestExternalLabelsReload(t *testing.T) {
 	for ref := range w.lsets {
 		w.lsets[ref] = strings.ReplaceAll(w.lsets[ref], `"eu"`, `"us"`)
 	}
-	w.scrape(1, 20, 2000)
+	w.scrape(1, 20, time.Now().Add(time.Second).UnixMilli())
 	h.want(w.all, false)
 
 	// Lost: both are sent again, each under its labels.

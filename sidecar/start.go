@@ -5,8 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"io/fs"
-	"os"
 	"time"
 
 	"github.com/epimetheus-tsdb/epimetheus/sidecar/tail"
@@ -19,42 +17,63 @@ func (s *shipper) start(ctx context.Context) error {
 		return err
 	}
 	s.agent = s.dir.Agent()
-	s.resumeAt = pos
-	if pos.Before(s.dict.mark) && pos.Epoch == s.dict.mark.Epoch {
-		s.resumeAt = s.dict.mark
-	}
 	if s.dict.mark.Before(pos) && s.cp.Position != nil {
 		if err := s.rebuild(ctx, pos); err != nil {
 			return err
 		}
 	}
+	s.files.Release(pos)
 	s.ledger = NewLedger(pos)
-	s.tail = tail.New(s.dir, pos, s.logger, s.tailMetrics)
+	s.tail = tail.New(s.files, pos, s.logger, s.tailMetrics)
 	s.rangeEnd = pos
 	s.logger.Info("tailing WAL", "segment", pos.Segment, "offset", pos.Offset, "position", pos.String(), "agent", s.agent, "series", s.dict.count)
 	return nil
 }
 
+// startPosition is where to go on: at the checkpoint, if the log is still the
+// one that was read before; otherwise in a new epoch.
 func (s *shipper) startPosition(ctx context.Context) (tail.Position, error) {
-	epoch := uint32(0)
+	epoch := s.dict.mark.Epoch
 	if p := s.cp.Position; p != nil {
-		info, err := os.Stat(s.dir.File(*p))
-		switch {
-		case p.InCheckpoint, errors.Is(err, fs.ErrNotExist):
-			return *p, nil // if it is gone, the tail sees to it
-		case err != nil:
-			return *p, fmt.Errorf("segment of the checkpoint: %w", err)
-		case info.Size() >= p.Offset && (s.cp.Inode == 0 || s.cp.Inode == inode(s.dir.File(*p))):
-			return *p, nil
+		epoch = max(epoch, p.Epoch)
+		s.files.DropFrom(epoch + 1)
+		known := s.cp.Files
+		pos, carried, err := *p, true, error(nil)
+		if len(known) > 0 && known[0].File.Epoch == p.Epoch && s.dict.mark.Epoch == p.Epoch {
+			pos, carried, err = s.files.Verify(*p, known)
+		} else if s.dict.mark.Epoch > p.Epoch {
+			// What came after the checkpoint was another log already: which part
+			// of it is in common isn't remembered.
+			err = tail.ErrDifferent
 		}
-		s.logger.Warn("WAL is another than the one read before, reading it from its start", "segment", p.Segment, "offset", p.Offset)
-		epoch = p.Epoch + 1
-		s.dict.newEpoch()
+		switch {
+		case err == nil && pos.Epoch == p.Epoch:
+			return pos, nil
+		case err == nil:
+			s.logger.Warn("WAL was rewritten since it was read", "checkpoint", p.String(), "next", pos.String())
+			s.tailMetrics.Replaced()
+			s.openGap(string(tail.BreakReplaced))
+			return pos, s.dict.fork(pos, carried)
+		case !errors.Is(err, tail.ErrDifferent):
+			return *p, fmt.Errorf("compare WAL with what it was: %w", err)
+		}
+		s.logger.Warn("WAL is another than the one read before, reading it from its start", "checkpoint", p.String())
+		s.tailMetrics.Replaced()
+		s.openGap(string(tail.BreakReplaced))
+		epoch++
+	} else {
+		s.files.DropFrom(0)
+		if s.dict.count > 0 {
+			epoch++ // the dictionary is of a log that isn't known any more
+		}
 	}
 	warned := false
 	for {
 		pos, err := s.dir.Start(epoch)
-		if !errors.Is(err, tail.ErrNoWAL) {
+		switch {
+		case err == nil && epoch > 0:
+			return pos, s.dict.fork(pos, false)
+		case !errors.Is(err, tail.ErrNoWAL):
 			return pos, err
 		}
 		if !warned {
@@ -74,15 +93,15 @@ func (s *shipper) rebuild(ctx context.Context, pos tail.Position) error {
 		return err
 	}
 	s.logger.Info("rebuilding the dictionary from the WAL", "from", from.String(), "to", pos.String())
-	t := tail.New(s.dir, from, s.logger, s.tailMetrics)
-	defer t.Close()
+	t := tail.New(s.files, from, s.logger, s.tailMetrics)
 	t.SeriesOnly()
 	for tries := 0; tries < 5 && t.Position().Before(pos); {
 		if ctx.Err() != nil {
 			return ctx.Err()
 		}
 		b, err := t.Next()
-		if errors.Is(err, io.EOF) {
+		var br *tail.BreakError
+		if errors.Is(err, io.EOF) || errors.As(err, &br) {
 			tries++
 			continue
 		}

@@ -45,8 +45,12 @@ func TestTruncationLosesNothing(t *testing.T) {
 		out := map[string]bool{}
 		start, err := dir.Start(0)
 		must(t, err)
-		tl := tail.New(dir, start, promslog.NewNopLogger(), tail.NewMetrics(nil))
-		defer tl.Close()
+		files, err := tail.NewFiles(dir, "", 0, promslog.NewNopLogger(), tail.NewMetrics(nil))
+		if err != nil {
+			d.t.Fatal(err)
+		}
+		defer files.Close()
+		tl := tail.New(files, start, promslog.NewNopLogger(), tail.NewMetrics(nil))
 		for {
 			b, err := tl.Next()
 			if errors.Is(err, io.EOF) {

@@ -50,8 +50,12 @@ func ReadWBL(ctx context.Context, dir *tail.Dir, logger *slog.Logger, metrics *t
 	if last < 0 {
 		return nil
 	}
-	t := tail.New(dir, tail.Position{Segment: first}, logger.With("log", "wbl"), metrics)
-	defer t.Close()
+	files, err := tail.NewFiles(dir, "", 0, logger, metrics)
+	if err != nil {
+		return fmt.Errorf("out-of-order log: %w", err)
+	}
+	defer files.Close()
+	t := tail.New(files, tail.Position{Segment: first}, logger.With("log", "wbl"), metrics)
 	// A tail believes in a corruption only when it has read it several times, and
 	// says io.EOF meanwhile.
 	for eofs := 0; eofs < 4; {
@@ -59,8 +63,9 @@ func ReadWBL(ctx context.Context, dir *tail.Dir, logger *slog.Logger, metrics *t
 			return err
 		}
 		b, err := t.Next()
+		var jump *tail.BreakError
 		switch {
-		case errors.Is(err, io.EOF), errors.Is(err, os.ErrNotExist):
+		case errors.Is(err, io.EOF), errors.Is(err, os.ErrNotExist), errors.As(err, &jump):
 			eofs++
 			continue
 		case err != nil:

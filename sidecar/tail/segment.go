@@ -7,6 +7,7 @@ import (
 	"hash/crc32"
 	"io"
 	"log/slog"
+	"math"
 	"os"
 
 	"github.com/prometheus/prometheus/tsdb/wlog"
@@ -23,36 +24,30 @@ var castagnoli = crc32.MakeTable(crc32.Castagnoli)
 
 // segment reads the records of one file from an offset on.
 type segment struct {
-	f    *os.File
+	f    io.ReaderAt
 	r    *wlog.LiveReader
 	base int64 // offset in the file at which the reader's counting begins
 	end  int64 // offset behind the last whole record
 	skip bool  // the reader still has to give back the synthetic record
 }
 
-// openSegment opens a file at offset, which must be the end of a record or 0.
+// newSegment reads a file from offset on, which must be the end of a record or 0.
+// The file stays the caller's to close.
 //
 // Reading begins at the page that holds offset, since pages are what the format
 // is aligned to. What lies before offset in that page needs no reading: the
 // LiveReader is given one valid record of exactly that many bytes instead, so
 // that it comes out at offset with its page alignment right.
-func openSegment(path string, offset int64, logger *slog.Logger, metrics *wlog.LiveReaderMetrics) (*segment, error) {
+func newSegment(f *os.File, offset int64, logger *slog.Logger, metrics *wlog.LiveReaderMetrics) (*segment, error) {
 	inPage := offset % pageBytes
 	if offset < 0 || (inPage > 0 && inPage < headerBytes) {
-		return nil, fmt.Errorf("open %s at %d: no record ends there", path, offset)
-	}
-	f, err := os.Open(path)
-	if err != nil {
-		return nil, err
-	}
-	if _, err := f.Seek(offset, io.SeekStart); err != nil {
-		f.Close()
-		return nil, fmt.Errorf("open %s at %d: %w", path, offset, err)
+		return nil, fmt.Errorf("read %s at %d: no record ends there", f.Name(), offset)
 	}
 	s := &segment{f: f, base: offset - inPage, end: offset}
-	var r io.Reader = f
+	// Reads are at places of the reader's own, so that readers can share a file.
+	var r io.Reader = io.NewSectionReader(f, offset, math.MaxInt64-offset)
 	if inPage > 0 {
-		r = &prefixed{prefix: bytes.NewReader(syntheticRecord(int(inPage))), r: f}
+		r = &prefixed{prefix: bytes.NewReader(syntheticRecord(int(inPage))), r: r}
 		s.skip = true
 	}
 	s.r = wlog.NewLiveReader(logger, metrics, r)
@@ -93,12 +88,6 @@ func (s *segment) torn() bool {
 		return false
 	}
 	return b[0] != 0
-}
-
-func (s *segment) close() {
-	if s != nil {
-		s.f.Close()
-	}
 }
 
 // syntheticRecord returns a full, uncompressed record of n bytes, header

@@ -8,6 +8,7 @@ import (
 	"io/fs"
 	"log/slog"
 	"os"
+	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/promauto"
@@ -43,32 +44,69 @@ func NewMetrics(reg prometheus.Registerer) *Metrics {
 	return m
 }
 
+// Replaced counts a log that was found to be another before it was tailed.
+func (m *Metrics) Replaced() { m.trouble.WithLabelValues(string(BreakReplaced)).Inc() }
+
 // Tail follows the WAL of a data directory. It isn't safe for concurrent use.
 type Tail struct {
 	dir     *Dir
+	files   *Files
 	logger  *slog.Logger
 	metrics *Metrics
 	dec     *decoder
 	types   [256]prometheus.Counter
 
-	seg  *segment // the open file; nil if none
+	seg  *segment // of the open file; nil if none
+	file *kept    // that seg reads
 	pos  Position // in seg: the end of the last whole record returned or left out
 	next bool     // a newer segment was seen since the last read of seg
 	// tries counts how often reading failed at pos, since a live file may be
 	// read in mid-write.
 	tries int
-	gaps  int // how often segments were gone before they were read
+	// unsettled is since when the log has been in a state between two.
+	unsettled time.Time
+	jump      *BreakError // what Next is to return
 
 	warned map[string]bool
+}
+
+// BreakError is an error of Tail.Next: reading goes on, but at a place that doesn't
+// follow the one before.
+type BreakError struct {
+	Kind     BreakKind
+	From, To Position
+	// Carried says, where the log was replaced, that all before To is in common
+	// with the log that was read before.
+	Carried bool
+}
+
+// BreakKind says why a tail jumped.
+type BreakKind string
+
+// Kinds of breaks. What lies between From and To was not read, but for
+// BreakReplaced, where To begins a new epoch.
+const (
+	BreakGap      BreakKind = "gap"             // segments were gone before they were read
+	BreakCorrupt  BreakKind = "corrupt_segment" // the rest of a segment can't be read
+	BreakReplaced BreakKind = "replaced"        // the log was rewritten, restored or wiped
+)
+
+func (b *BreakError) Error() string {
+	return fmt.Sprintf("WAL: %s from %v to %v", b.Kind, b.From, b.To)
 }
 
 // corruptTries is how often a corruption is read again before it is believed.
 const corruptTries = 3
 
+// settleTime is how long a log without its last segments is taken for one that
+// Prometheus is about to repair.
+const settleTime = 10 * time.Second
+
 // New returns a Tail that goes on at from.
-func New(dir *Dir, from Position, logger *slog.Logger, metrics *Metrics) *Tail {
+func New(files *Files, from Position, logger *slog.Logger, metrics *Metrics) *Tail {
 	return &Tail{
-		dir:     dir,
+		dir:     files.dir,
+		files:   files,
 		logger:  logger,
 		metrics: metrics,
 		dec:     newDecoder(logger),
@@ -84,20 +122,16 @@ func (t *Tail) SeriesOnly() { t.dec.seriesOnly = true }
 // out: where another Tail goes on.
 func (t *Tail) Position() Position { return t.pos }
 
-// Gaps returns how often the tail found segments gone that it had not read.
-func (t *Tail) Gaps() int { return t.gaps }
-
-// Close closes the open file.
-func (t *Tail) Close() {
-	t.seg.close()
-	t.seg = nil
-}
-
 // Next returns the next record, or io.EOF if there is none now; a later call may
-// find one. Other errors are those of the file system: the tail keeps its place
-// and may be asked again.
+// find one. A *BreakError says that the tail jumped; the next call goes on from there.
+// Other errors are those of the file system: the tail keeps its place and may
+// be asked again.
 func (t *Tail) Next() (*Batch, error) {
 	for {
+		if b := t.jump; b != nil {
+			t.jump = nil
+			return nil, b
+		}
 		if t.seg == nil {
 			if err := t.open(); err != nil {
 				return nil, err
@@ -114,7 +148,10 @@ func (t *Tail) Next() (*Batch, error) {
 			}
 			continue
 		}
-		if err := t.seg.err(); !errors.Is(err, io.EOF) {
+		if err := t.seg.err(); errors.Is(err, fs.ErrClosed) {
+			t.seg = nil // it was let go
+			continue
+		} else if !errors.Is(err, io.EOF) {
 			if more := t.corrupt(err); more {
 				continue
 			}
@@ -141,47 +178,92 @@ func (t *Tail) Next() (*Batch, error) {
 	}
 }
 
+// Note notes in the files how far they are known.
+func (t *Tail) Note() {
+	if t.file != nil {
+		t.file.read = max(t.file.read, t.pos.Offset)
+	}
+}
+
 // followed finds out how it goes on at the end of the open segment. It returns
-// true if there is more to read: then next is set, or another file was chosen.
+// true if there is more to read: then next is set, or another place was chosen.
 func (t *Tail) followed() (bool, error) {
-	after := t.pos
-	after.Segment, after.Offset = t.pos.Segment+1, 0
-	if _, err := os.Stat(t.dir.File(after)); err == nil {
-		t.next = true
-		return true, nil
-	}
-	// No newer segment. Is the open file still the one of that name?
-	info, err := os.Stat(t.dir.File(t.pos))
-	if err == nil {
-		own, err := t.seg.f.Stat()
-		if err != nil {
-			return false, fmt.Errorf("stat open segment %d: %w", t.pos.Segment, err)
-		}
-		if os.SameFile(info, own) {
-			return false, nil
-		}
-		return true, t.replaced()
-	}
-	first, last, err := t.dir.Segments()
-	switch {
-	case err != nil:
+	named, err := t.files.named(t.file)
+	if err != nil {
 		return false, err
-	case last < 0:
-		return false, nil // wiped, or about to be filled again
-	case first > t.pos.Segment:
-		return true, t.gap()
-	case last < t.pos.Segment:
-		return true, t.replaced()
-	default:
-		return false, nil // between two looks at the folder; next time
 	}
+	after := fileOf(t.pos)
+	after.Segment++
+	if named == sameFile {
+		t.unsettled = time.Time{}
+		_, err := os.Stat(t.dir.File(after))
+		t.next = err == nil
+		return t.next, nil
+	}
+	if named == noFile {
+		first, _, err := t.dir.Segments()
+		switch {
+		case err != nil:
+			return false, err
+		case first < 0:
+			return false, nil // wiped, or about to be filled again
+		case first > t.pos.Segment && (t.files.has(after) || first == after.Segment):
+			t.next = true // truncated
+			return true, nil
+		case first > t.pos.Segment:
+			return true, t.gap()
+		}
+	}
+	return t.other()
+}
+
+// other looks whether the log is another than the one read so far, and begins a
+// new epoch if it is. It returns false where the log has to settle first.
+func (t *Tail) other() (bool, error) {
+	t.Note()
+	patience := t.unsettled.IsZero() || time.Since(t.unsettled) < settleTime
+	to, known, changed, err := t.files.diverged(t.pos, patience)
+	if errors.Is(err, errUnsettled) {
+		if t.unsettled.IsZero() {
+			t.unsettled = time.Now()
+		}
+		return false, nil
+	}
+	t.unsettled = time.Time{}
+	if err != nil {
+		return false, err
+	}
+	if !changed {
+		// The same records in a new file, or between two looks at the folder.
+		if k := t.files.kept[fileOf(t.pos)]; t.seg == nil || k == nil || k != t.file || k.f != t.seg.f {
+			t.seg, t.file = nil, nil
+			return true, nil
+		}
+		return false, nil
+	}
+	if !known {
+		if to, err = t.dir.Start(t.pos.Epoch + 1); errors.Is(err, ErrNoWAL) {
+			return false, nil
+		} else if err != nil {
+			return false, err
+		}
+	}
+	t.metrics.trouble.WithLabelValues(string(BreakReplaced)).Inc()
+	t.logger.Warn("WAL was rewritten or replaced by another", "segment", t.pos.Segment, "offset", t.pos.Offset, "next", to.String(), "in_common_before", known)
+	t.jump = &BreakError{Kind: BreakReplaced, From: t.pos, To: to, Carried: known}
+	t.move(to)
+	return true, nil
 }
 
 // open opens the file at pos, or moves pos to where reading can go on.
 func (t *Tail) open() error {
-	seg, err := openSegment(t.dir.File(t.pos), t.pos.Offset, t.logger, t.metrics.live)
+	k, err := t.files.get(t.pos)
 	if err == nil {
-		t.seg, t.next = seg, false
+		seg, err := newSegment(k.f, t.pos.Offset, t.logger, t.metrics.live)
+		if err != nil {
+			return err
+		}
+		t.seg, t.file, t.next = seg, k, false
 		return nil
 	}
 	if !errors.Is(err, fs.ErrNotExist) {
@@ -196,13 +278,28 @@ func (t *Tail) open() error {
 		return err
 	case first > t.pos.Segment:
 		return t.gap()
-	case last < t.pos.Segment-1 && last >= 0:
-		return t.replaced()
+	case last >= 0 && last < t.pos.Segment:
+		if _, err := t.other(); err != nil || t.jump != nil {
+			return err
+		}
+		if last < t.pos.Segment-1 && !t.files.knows(t.pos.Epoch) {
+			// Nothing is there to compare with, and the numbers went back.
+			start, err := t.dir.Start(t.pos.Epoch + 1)
+			if err != nil {
+				return err
+			}
+			t.metrics.trouble.WithLabelValues(string(BreakReplaced)).Inc()
+			t.logger.Warn("WAL was replaced by another, reading it from its start", "segment", t.pos.Segment, "next", start.String())
+			t.jump = &BreakError{Kind: BreakReplaced, From: t.pos, To: start}
+			t.move(start)
+			return nil
+		}
 	}
 	return io.EOF
 }
 
-// gap goes on at the newest WAL checkpoint because what pos names is gone.
+// gap goes on at the next kept segment, or the newest WAL checkpoint, because
+// what pos names is gone.
 func (t *Tail) gap() error {
 	start, err := t.dir.Start(t.pos.Epoch)
 	if errors.Is(err, ErrNoWAL) {
@@ -210,6 +307,12 @@ func (t *Tail) gap() error {
 	}
 	if err != nil {
 		return err
+	}
+	for _, k := range t.files.ascending() {
+		if k.start.Epoch == t.pos.Epoch && !k.start.InCheckpoint && t.pos.Before(k.start) && k.start.Before(start) {
+			start = k.start
+			break
+		}
 	}
 	if start.Before(t.pos) {
 		// The newest WAL checkpoint is older than what is gone.
@@ -222,33 +325,16 @@ func (t *Tail) gap() error {
 		}
 		start = Position{Epoch: t.pos.Epoch, Segment: first}
 	}
-	t.gaps++
-	t.metrics.trouble.WithLabelValues("gap").Inc()
+	t.metrics.trouble.WithLabelValues(string(BreakGap)).Inc()
 	t.logger.Warn("WAL was truncated before it was read", "segment", t.pos.Segment, "offset", t.pos.Offset, "next", start.String())
-	t.move(start)
-	return nil
-}
-
-// replaced begins a new epoch at the start of what is there now. All of it is
-// read, and sent, again: what of it was read before can't be told from here.
-func (t *Tail) replaced() error {
-	start, err := t.dir.Start(t.pos.Epoch + 1)
-	if errors.Is(err, ErrNoWAL) {
-		return io.EOF
-	}
-	if err != nil {
-		return err
-	}
-	t.metrics.trouble.WithLabelValues("replaced").Inc()
-	t.logger.Warn("WAL was replaced by another, reading it from its start", "segment", t.pos.Segment, "offset", t.pos.Offset, "next", start.String())
+	t.jump = &BreakError{Kind: BreakGap, From: t.pos, To: start}
 	t.move(start)
 	return nil
 }
 
 // leave goes on to the next file.
 func (t *Tail) leave() {
-	p := t.pos
-	p.Offset = 0
+	p := fileOf(t.pos)
 	p.Segment++
 	if p.InCheckpoint {
 		if _, err := os.Stat(t.dir.File(p)); err != nil {
@@ -259,29 +345,41 @@ func (t *Tail) leave() {
 }
 
 func (t *Tail) move(p Position) {
-	t.seg.close()
-	t.seg, t.pos, t.next, t.tries = nil, p, false, 0
+	t.Note()
+	t.seg, t.file, t.pos, t.next, t.tries = nil, nil, p, false, 0
 }
 
 // corrupt handles an error of the reader that isn't io.EOF. It returns true if
 // reading goes on in another file.
 func (t *Tail) corrupt(err error) bool {
-	t.seg.close()
-	t.seg = nil
+	t.Note()
+	file := t.file
+	t.seg, t.file = nil, nil
 	t.tries++
 	if t.tries < corruptTries {
 		return false
 	}
 	if !t.pos.InCheckpoint {
-		after := t.pos
-		after.Segment, after.Offset = t.pos.Segment+1, 0
-		if _, err := os.Stat(t.dir.File(after)); err != nil {
+		after := fileOf(t.pos)
+		after.Segment++
+		named, err := t.files.named(file)
+		if err == nil && named == otherFile {
+			// Prometheus has repaired it.
+			t.seg, t.file, t.tries = nil, file, 0
+			if _, err := t.other(); err != nil {
+				t.logger.Debug("WAL can't be compared with what it was", "err", err)
+			}
+			return t.jump != nil
+		}
+		if _, err := os.Stat(t.dir.File(after)); err != nil && !t.files.has(after) {
 			return false // nothing to go on with; Prometheus will repair it or roll over
 		}
 	}
-	t.metrics.trouble.WithLabelValues("corrupt_segment").Inc()
+	t.metrics.trouble.WithLabelValues(string(BreakCorrupt)).Inc()
 	t.logger.Warn("WAL segment is corrupt, going on with the next", "segment", t.pos.Segment, "offset", t.pos.Offset, "err", err)
+	from := t.pos
 	t.leave()
+	t.jump = &BreakError{Kind: BreakCorrupt, From: from, To: t.pos}
 	return true
 }
 
@@ -314,18 +412,20 @@ func (t *Tail) trouble(class string) *slog.Logger {
 
 // ReadRange reads the records in [from, to), which lie in one file, again and
 // gives them to fn. It reads from the page that holds from, not the whole file.
-// A file that is gone gives fs.ErrNotExist.
-func ReadRange(ctx context.Context, dir *Dir, from, to Position, logger *slog.Logger, metrics *Metrics, fn func(*Batch) error) error {
+// A file that isn't kept gives fs.ErrNotExist.
+func ReadRange(ctx context.Context, files *Files, from, to Position, logger *slog.Logger, metrics *Metrics, fn func(*Batch) error) error {
 	if !from.SameFile(to) {
 		return fmt.Errorf("read range %v to %v: not in one file", from, to)
 	}
-	t := New(dir, from, logger, metrics)
-	defer t.Close()
-	seg, err := openSegment(dir.File(from), from.Offset, logger, metrics.live)
+	k := files.kept[fileOf(from)]
+	if k == nil {
+		return fmt.Errorf("read range %v to %v: %w", from, to, fs.ErrNotExist)
+	}
+	t := New(files, from, logger, metrics)
+	seg, err := newSegment(k.f, from.Offset, logger, metrics.live)
 	if err != nil {
 		return fmt.Errorf("read range: %w", err)
 	}
-	t.seg = seg
 	for t.pos.Offset < to.Offset {
 		if err := ctx.Err(); err != nil {
 			return err
@@ -357,13 +457,18 @@ func CheckpointSeries(ctx context.Context, dir *Dir, n int, logger *slog.Logger,
 	dec := newDecoder(logger)
 	dec.seriesOnly = true
 	for k := first; k >= 0 && k <= last; k++ {
-		seg, err := openSegment(wlog.SegmentName(folder, k), 0, logger, metrics.live)
+		f, err := os.Open(wlog.SegmentName(folder, k))
 		if err != nil {
+			return fmt.Errorf("WAL checkpoint %d: %w", n, err)
+		}
+		seg, err := newSegment(f, 0, logger, metrics.live)
+		if err != nil {
+			f.Close()
 			return fmt.Errorf("WAL checkpoint %d: %w", n, err)
 		}
 		for seg.next() {
 			if err := ctx.Err(); err != nil {
-				seg.close()
+				f.Close()
 				return err
 			}
 			if b, err := dec.decode(seg.record()); err == nil && b != nil {
@@ -372,7 +477,7 @@ func CheckpointSeries(ctx context.Context, dir *Dir, n int, logger *slog.Logger,
 		}
 		err = seg.err()
 		torn := seg.torn()
-		seg.close()
+		f.Close()
 		if !errors.Is(err, io.EOF) || torn {
 			return fmt.Errorf("WAL checkpoint %d, file %d: incomplete: %w", n, k, err)
 		}

@@ -1,0 +1,188 @@
+package sidecar
+
+import (
+	"context"
+	"fmt"
+	"math"
+	"os"
+	"path/filepath"
+	"testing"
+	"time"
+
+	"github.com/prometheus/common/promslog"
+	"github.com/prometheus/prometheus/model/labels"
+	"github.com/prometheus/prometheus/storage"
+	"github.com/prometheus/prometheus/tsdb"
+)
+
+// promDB is a real head with short blocks in the harness's directory, and what
+// was put into it.
+type promDB struct {
+	h    *harness
+	db   *tsdb.DB
+	refs map[string]storage.SeriesRef
+	all  map[string]map[int64]string
+	now  int64 // ms
+	n    float64
+}
+
+const dbRange = 2 * 60 * 1000 // ms: of blocks
+
+func (h *harness) openDB() *promDB {
+	d := &promDB{h: h, all: map[string]map[int64]string{}, now: time.Now().Add(-3 * time.Hour).UnixMilli()}
+	d.open()
+	h.t.Cleanup(func() { d.db.Close() })
+	return d
+}
+
+func (d *promDB) open() {
+	d.h.t.Helper()
+	o := tsdb.DefaultOptions()
+	o.MinBlockDuration, o.MaxBlockDuration = dbRange, 9*dbRange
+	o.WALSegmentSize = 128 << 10
+	o.OutOfOrderTimeWindow = 10 * dbRange
+	o.RetentionDuration = 1 << 40
+	db, err := tsdb.Open(d.h.promDir, promslog.NewNopLogger(), nil, o, nil)
+	if err != nil {
+		d.h.t.Fatal(err)
+	}
+	db.DisableCompactions()
+	d.db, d.refs = db, map[string]storage.SeriesRef{}
+}
+
+// put appends samples of 50 series, one every 5 s for a time, some of them late.
+func (d *promDB) put(span time.Duration) {
+	d.h.t.Helper()
+	end := d.now + span.Milliseconds()
+	for ; d.now < end; d.now += 5000 {
+		app := d.db.Appender(context.Background())
+		for i := range 50 {
+			ls := labels.FromStrings("__name__", "m", "i", fmt.Sprint(i))
+			for _, t := range []int64{d.now, d.now - 70_001} {
+				if t != d.now && (i%10 != 3 || d.now%15_000 != 0) {
+					continue
+				}
+				d.n++
+				ref, err := app.Append(d.refs[ls.String()], ls, t, d.n)
+				if err != nil {
+					d.h.t.Fatal(err)
+				}
+				d.refs[ls.String()] = ref
+				if d.all[ls.String()] == nil {
+					d.all[ls.String()] = map[int64]string{}
+				}
+				if d.all[ls.String()][t] == "" {
+					d.all[ls.String()][t] = fmt.Sprintf("0 %x", math.Float64bits(d.n))
+				}
+			}
+		}
+		if err := app.Commit(); err != nil {
+			d.h.t.Fatal(err)
+		}
+	}
+}
+
+func (d *promDB) compact() {
+	d.h.t.Helper()
+	if err := d.db.Compact(context.Background()); err != nil {
+		d.h.t.Fatal(err)
+	}
+}
+
+// At the first start all that is in blocks is sent too, by and by.
+func TestBackfill(t *testing.T) {
+	for name, age := range map[string]time.Duration{"all": 0, "none": -1} {
+		t.Run(name, func(t *testing.T) {
+			h := newHarness(t, 2)
+			h.opts.BackfillAge = age
+			d := h.openDB()
+			d.put(20 * time.Minute)
+			d.compact()
+			if len(d.db.Blocks()) == 0 {
+				t.Fatal("no block")
+			}
+			d.put(time.Minute)
+			h.run()
+			if age < 0 {
+				eventually(t, "the tail is sent", func() bool {
+					return h.sidecar.Status().Checkpoint.Segment >= 0 && h.metric("epimetheus_sidecar_shipped_samples_total") > 100
+				})
+				h.settled()
+				if n := h.metric("epimetheus_sidecar_block_samples_total"); n != 0 {
+					t.Errorf("%v samples of blocks read", n)
+				}
+				return
+			}
+			h.want(d.all, false)
+			h.settled()
+			eventually(t, "all blocks are durable", func() bool {
+				for _, f := range h.ingesters {
+					f.flush()
+				}
+				return len(h.sidecar.Status().Fills) == 0
+			})
+			h.want(d.all, true)
+
+			// What comes later is in the WAL: its blocks are not read.
+			n := h.metric("epimetheus_sidecar_block_samples_total")
+			d.put(10 * time.Minute)
+			h.want(d.all, false)
+			h.settled()
+			d.compact()
+			time.Sleep(5 * h.opts.CheckpointInterval)
+			if m := h.metric("epimetheus_sidecar_block_samples_total"); m != n {
+				t.Errorf("%v samples of blocks read that came by the WAL", m-n)
+			}
+		})
+	}
+}
+
+// Whatever was truncated while the sidecar was away, and not kept, comes from
+// blocks.
+func TestGap(t *testing.T) {
+	for _, kept := range []bool{true, false} {
+		t.Run(fmt.Sprintf("kept=%v", kept), func(t *testing.T) {
+			h := newHarness(t, 2)
+			h.opts.BackfillAge = -1
+			d := h.openDB()
+			d.put(time.Minute)
+			h.run()
+			h.want(d.all, false)
+			h.settled()
+			h.stop()
+
+			for range 12 {
+				d.put(3 * time.Minute)
+				d.compact()
+			}
+			if !kept {
+				os.RemoveAll(filepath.Join(h.opts.DataDir, "segments"))
+			}
+			h.run()
+			h.want(d.all, false)
+			st := h.sidecar.Status()
+			eventually(t, "the gap is open", func() bool { st = h.sidecar.Status(); return st.Gap != nil })
+			// Ingesters that die while it is being filled.
+			for _, f := range h.ingesters {
+				f.kill()
+				f.start()
+			}
+			h.want(d.all, false)
+			// It closes once Prometheus has compacted what may have been in it.
+			d.now = max(d.now, time.Now().UnixMilli())
+			for range 4 {
+				d.put(3 * time.Minute)
+				d.compact()
+			}
+			eventually(t, "the gap is closed", func() bool {
+				for _, f := range h.ingesters {
+					f.flush()
+				}
+				return h.sidecar.Status().Gap == nil
+			})
+			h.want(d.all, false)
+			h.settled()
+			h.want(d.all, true)
+		})
+	}
+}
