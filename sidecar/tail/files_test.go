@@ -357,7 +357,7 @@ func TestRewritten(t *testing.T) {
 	seeds := []uint64{*seed}
 	if *seed == 0 {
 		seeds = seeds[:0]
-		for n := range uint64(25) {
+		for n := range uint64(12) {
 			seeds = append(seeds, n+1)
 		}
 	}
