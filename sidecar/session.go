@@ -453,6 +453,7 @@ func (s *shipper) endIdle() {
 	}
 	for id, o := range s.owners {
 		if o.session == nil && (!s.onRing(id)) {
+			s.health.Note("owner "+id, false, "")
 			delete(s.owners, id)
 		}
 	}

@@ -10,6 +10,7 @@ import (
 
 	"github.com/epimetheus-tsdb/epimetheus/ingest/ring"
 	"github.com/epimetheus-tsdb/epimetheus/ingest/ship"
+	"github.com/epimetheus-tsdb/epimetheus/internal/health"
 	"github.com/epimetheus-tsdb/epimetheus/sidecar/backfill"
 	"github.com/epimetheus-tsdb/epimetheus/sidecar/tail"
 )
@@ -23,6 +24,7 @@ type shipper struct {
 	tailMetrics *tail.Metrics
 	dir         *tail.Dir
 	source      [16]byte
+	health      *health.Board
 	files       *tail.Files
 	blocks      *blocks
 	lister      *backfill.Lister
@@ -229,7 +231,9 @@ func (s *shipper) tend(ctx context.Context) {
 	}
 	if now.Sub(s.lastCheckpoint) >= s.opts.CheckpointInterval {
 		s.lastCheckpoint = now
-		if err := s.saveCheckpoint(); err != nil {
+		err := s.saveCheckpoint()
+		s.health.Note("checkpoint", err != nil, "the checkpoint can't be written, a restart will send more than necessary again: %v", err)
+		if err != nil {
 			s.metrics.checkpointErr.Inc()
 			s.once("checkpoint").Warn("checkpoint can't be written, trying on", "err", err)
 		}
