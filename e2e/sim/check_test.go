@@ -2,12 +2,14 @@ package sim
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"math"
 	"time"
 
 	"github.com/prometheus/prometheus/model/labels"
 	"github.com/prometheus/prometheus/tsdb/chunkenc"
+	"github.com/prometheus/prometheus/util/annotations"
 
 	"github.com/epimetheus-tsdb/epimetheus/chunkfmt"
 	tenancy "github.com/epimetheus-tsdb/epimetheus/gateway"
@@ -161,13 +163,13 @@ func (tr *truth) compare(f found, must []sampleID, still func(*sample) bool) err
 
 // reader answers a query for all series of a tenant. warned says that fresh
 // samples may be missing.
-type reader func(ctx context.Context, tenant string, mint, maxt int64) (f found, warned bool, err error)
+type reader func(ctx context.Context, tenant string, mint, maxt int64) (f found, warned annotations.Annotations, err error)
 
 // gatewayReader reads as a gateway does.
-func (w *world) gatewayReader(ctx context.Context, tenant string, mint, maxt int64) (found, bool, error) {
+func (w *world) gatewayReader(ctx context.Context, tenant string, mint, maxt int64) (found, annotations.Annotations, error) {
 	q, err := w.storage.Querier(mint, maxt)
 	if err != nil {
-		return nil, false, err
+		return nil, nil, err
 	}
 	defer q.Close()
 	f := found{}
@@ -191,35 +193,36 @@ func (w *world) gatewayReader(ctx context.Context, tenant string, mint, maxt int
 				t, v = at, floatValue(x)
 			}
 			if t <= last {
-				return nil, false, fmt.Errorf("series %v: %d after %d", series, t, last)
+				return nil, nil, fmt.Errorf("series %v: %d after %d", series, t, last)
 			}
 			last = t
 			f[sampleID{series, t}] = v
 		}
 		if err := it.Err(); err != nil {
-			return nil, false, err
+			return nil, nil, err
 		}
 	}
-	return f, len(set.Warnings()) > 0, set.Err()
+	return f, set.Warnings(), set.Err()
 }
 
 // checkQuery runs a query. It must give nothing that wasn't logged and, unless it
-// warns, all that is durable or in a living ingester's memory.
-func (w *world) checkQuery(tenant string, mint, maxt int64) (complete bool, err error) {
+// warns, all that is durable or in a living ingester's memory. It says why the
+// answer is not complete, if it isn't: that by itself is no violation.
+func (w *world) checkQuery(tenant string, mint, maxt int64) (incomplete, err error) {
 	ctx, cancel := context.WithTimeout(context.Background(), w.queryTimeout)
 	defer cancel()
 	must := w.truth.all(tenant, mint, maxt, (*sample).readable)
 	f, warned, err := w.reader(ctx, tenant, mint, maxt)
 	if err != nil {
-		return false, nil //nolint:nilerr // a store failed, or it took too long: no answer is no wrong one
+		return err, nil // a store failed, or it took too long: no answer is no wrong one
 	}
-	if warned {
-		must = nil
+	if len(warned) > 0 {
+		must, incomplete = nil, errors.Join(warned.AsErrors()...)
 	}
 	if err := w.truth.compare(f, must, (*sample).readable); err != nil {
-		return false, fmt.Errorf("query of %s from %d to %d: %w", tenant, mint, maxt, err)
+		return nil, fmt.Errorf("query of %s from %d to %d: %w", tenant, mint, maxt, err)
 	}
-	return !warned, nil
+	return incomplete, nil
 }
 
 // runQueries asks from time to time, until stop is closed.
@@ -236,13 +239,13 @@ func (w *world) runQueries(tenant string, stop <-chan struct{}) {
 			mint = time.Now().UnixMilli() - rng.Int64N(120_000)
 			maxt = mint + rng.Int64N(60_000)
 		}
-		complete, err := w.checkQuery(tenant, mint, maxt)
+		incomplete, err := w.checkQuery(tenant, mint, maxt)
 		if err != nil {
 			w.fail(err)
 		}
 		w.mu.Lock()
 		w.queries++
-		if complete {
+		if incomplete == nil {
 			w.complete++
 		}
 		w.mu.Unlock()
