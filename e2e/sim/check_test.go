@@ -150,7 +150,7 @@ func (tr *truth) compare(f found, must []sampleID, still func(*sample) bool) err
 		if _, ok := f[id]; !ok && still(tr.samples[id]) {
 			missing++
 			s := tr.samples[id]
-			if x := fmt.Sprintf("%v of segment %d of %s (durable: %v, in heads of %v)", id, s.segment, s.source.id, s.durable, s.heads); example == "" || x < example {
+			if x := fmt.Sprintf("%v, logged at %v of %s (durable: %v, in heads of %v)", id, s.at, s.source.id, s.durable, s.heads); example == "" || x < example {
 				example = x
 			}
 		}

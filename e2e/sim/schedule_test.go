@@ -31,10 +31,12 @@ var actions = []action{
 	{"burst", 2, (*world).burst},
 	{"late samples", 3, (*world).lateSamples},
 	{"restart Prometheus", 1, (*world).restartSource},
+	{"repair", 2, (*world).repairWAL},
 }
 
 // step does one thing and lets some time pass.
 func (w *world) step(i int) {
+	w.steps = i
 	total := 0
 	for _, a := range actions {
 		total += a.weight
@@ -353,4 +355,13 @@ func (w *world) restartSource() string {
 	kill := w.rng.IntN(2) == 0
 	s.do(func() error { return s.restart(kill) })
 	return fmt.Sprintf("%s restarts, killed: %v", s.id, kill)
+}
+
+func (w *world) repairWAL() string {
+	if !w.repairs {
+		return ""
+	}
+	s := pick(w.rng, w.sources...)
+	s.do(s.repair)
+	return s.id + " repairs its WAL"
 }

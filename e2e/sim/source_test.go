@@ -1,6 +1,7 @@
 package sim
 
 import (
+	"errors"
 	"fmt"
 	"math"
 	"math/rand/v2"
@@ -38,14 +39,19 @@ type source struct {
 	active     []*series
 	ended      []*series // may come back
 	nextRef    uint64
-	made       int             // series ever made
-	lastScrape int64           // ms
-	refs       map[uint64]bool // that a record in WAL or WAL checkpoint explains
+	made       int              // series ever made
+	lastScrape int64            // ms
+	refs       map[uint64]place // that a record in WAL or WAL checkpoint explains
 
 	// The sidecar beside it. Owned by the schedule.
 	sidecar *sidecarProcess
 	starts  int
 }
+
+// place is the end of a record.
+type place struct{ segment, offset int }
+
+func (p place) String() string { return fmt.Sprintf("%08d/%d", p.segment, p.offset) }
 
 type series struct {
 	ref    uint64
@@ -59,7 +65,7 @@ type series struct {
 
 func newSource(w *world, n int, tenant string) (*source, error) {
 	s := &source{
-		w: w, id: fmt.Sprintf("source-%d", n), tenant: tenant, rng: w.random(100 + uint64(n)), refs: map[uint64]bool{}, nextRef: 1,
+		w: w, id: fmt.Sprintf("source-%d", n), tenant: tenant, rng: w.random(100 + uint64(n)), refs: map[uint64]place{}, nextRef: 1,
 	}
 	s.dir = filepath.Join(w.dir, s.id)
 	s.interval = time.Duration(1+s.rng.IntN(6)) * time.Second
@@ -112,7 +118,7 @@ func (s *source) begin(padding string) {
 		i := s.rng.IntN(n)
 		x := s.ended[i]
 		s.ended = slices.Delete(s.ended, i, i+1)
-		if !s.refs[x.ref] { // Prometheus has forgotten it
+		if _, known := s.refs[x.ref]; !known { // Prometheus has forgotten it
 			x.ref, x.fresh = s.nextRef, true
 			s.nextRef++
 		}
@@ -138,7 +144,7 @@ type noted struct {
 
 // log logs a record. The truth has to know its samples before the sidecar can, and
 // in which segment they came to lie.
-func (s *source) log(rec []byte, t int64, samples ...noted) error {
+func (s *source) log(rec []byte, t int64, samples ...noted) (at place, err error) {
 	all := make([]*sample, len(samples))
 	for i, n := range samples {
 		n.x.lastT = max(n.x.lastT, t)
@@ -146,18 +152,17 @@ func (s *source) log(rec []byte, t int64, samples ...noted) error {
 		s.w.truth.log(sampleID{n.x.id, t}, all[i])
 	}
 	if err := s.wal.Log(rec); err != nil {
-		return err
+		return at, err
 	}
-	_, segment, err := wlog.Segments(s.wal.Dir())
-	if err != nil {
-		return err
+	if at.segment, at.offset, err = s.wal.LastSegmentAndOffset(); err != nil {
+		return at, err
 	}
 	s.w.truth.mu.Lock()
 	defer s.w.truth.mu.Unlock()
 	for _, x := range all {
-		x.segment = segment
+		x.at = at
 	}
-	return nil
+	return at, nil
 }
 
 // scrape logs a sample of each series, as one appender of Prometheus does.
@@ -185,13 +190,16 @@ func (s *source) scrape() error {
 	for _, x := range s.active {
 		if x.fresh {
 			x.fresh = false
-			s.refs[x.ref] = true
 			fresh = append(fresh, record.RefSeries{Ref: chunks.HeadSeriesRef(x.ref), Labels: x.labels})
 		}
 	}
 	if len(fresh) > 0 {
-		if err := s.log(s.encoder.Series(fresh, nil), now); err != nil {
+		at, err := s.log(s.encoder.Series(fresh, nil), now)
+		if err != nil {
 			return err
+		}
+		for _, x := range fresh {
+			s.refs[uint64(x.Ref)] = at
 		}
 	}
 	var hs []record.RefHistogramSample
@@ -229,19 +237,20 @@ func (s *source) scrape() error {
 		}
 	}
 	if len(floats) > 0 {
-		if err := s.log(s.encoder.Samples(floats, nil), now, floatNotes...); err != nil {
+		if _, err := s.log(s.encoder.Samples(floats, nil), now, floatNotes...); err != nil {
 			return err
 		}
 	}
 	if len(hs) > 0 {
 		b, _ := s.encoder.HistogramSamples(hs, nil)
-		if err := s.log(b, now, hNotes...); err != nil {
+		if _, err := s.log(b, now, hNotes...); err != nil {
 			return err
 		}
 	}
 	if len(fhs) > 0 {
 		b, _ := s.encoder.FloatHistogramSamples(fhs, nil)
-		return s.log(b, now, fhNotes...)
+		_, err := s.log(b, now, fhNotes...)
+		return err
 	}
 	return nil
 }
@@ -258,7 +267,8 @@ func (s *source) late() error {
 	}
 	v := s.rng.Float64()
 	rec := s.encoder.Samples([]record.RefSample{{Ref: chunks.HeadSeriesRef(x.ref), T: t, V: v}}, nil)
-	return s.log(rec, t, noted{x, floatValue(v)})
+	_, err := s.log(rec, t, noted{x, floatValue(v)})
+	return err
 }
 
 // burst scrapes many new series at once, with records of more than a page.
@@ -323,7 +333,8 @@ func (s *source) truncate(last int) error {
 			delete(s.refs, ref)
 		}
 	}
-	s.w.truth.forget(s, func(segment int) bool { return segment <= last })
+	s.w.logf("%s: segments %d to %d are truncated, samples from %d on are in the WAL checkpoint", s.id, first, last, mint)
+	s.w.truth.forget(s, func(at place) bool { return at.segment <= last })
 	return nil
 }
 
@@ -334,18 +345,67 @@ func (s *source) restart(kill bool) error {
 	} else if err := s.wal.Close(); err != nil {
 		return err
 	}
-	// It counts on from the greatest ref that it finds.
+	if err := s.open(); err != nil {
+		return err
+	}
+	s.replay()
+	return nil
+}
+
+// replay is what a Prometheus that starts makes of its WAL: it counts on from the
+// greatest ref that it finds.
+func (s *source) replay() {
 	s.nextRef = 1
 	for ref := range s.refs {
 		s.nextRef = max(s.nextRef, ref+1)
 	}
 	for _, x := range s.active {
-		if x.fresh {
-			x.ref = s.nextRef
+		if _, known := s.refs[x.ref]; !known {
+			x.ref, x.fresh = s.nextRef, true
 			s.nextRef++
 		}
 	}
-	return s.open()
+}
+
+// repair restarts it after a loss of power that has damaged the last segment but
+// one: Prometheus rewrites that up to the damage and removes those behind it. It
+// then logs so much that the same segments are there again, with other records.
+func (s *source) repair() error {
+	first, last, err := wlog.Segments(s.wal.Dir())
+	if err != nil || last-first < 2 {
+		return err
+	}
+	s.old = append(s.old, s.wal)
+	if err := s.open(); err != nil {
+		return err
+	}
+	torn := last - 1
+	info, err := os.Stat(wlog.SegmentName(s.wal.Dir(), torn))
+	if err != nil {
+		return err
+	}
+	at := place{torn, int(s.rng.Int64N(info.Size() + 1))}
+	damage := &wlog.CorruptionErr{Dir: s.wal.Dir(), Segment: at.segment, Offset: int64(at.offset), Err: errors.New("torn")}
+	if err := s.wal.Repair(damage); err != nil {
+		return err
+	}
+	lost := func(p place) bool { return p.segment > at.segment || p.segment == at.segment && p.offset >= at.offset }
+	s.w.truth.forget(s, lost)
+	for ref, p := range s.refs {
+		if lost(p) {
+			delete(s.refs, ref)
+		}
+	}
+	s.replay()
+	for range last - torn + 1 {
+		if err := s.scrape(); err != nil {
+			return err
+		}
+		if err := s.roll(); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // shutDown ends it for good.
@@ -353,7 +413,7 @@ func (s *source) shutDown() error { return s.wal.Close() }
 
 // cleanUp is called when all else has ended.
 func (s *source) cleanUp() {
-	for _, w := range s.old {
+	for _, w := range append(s.old, s.wal) { // the last one may be closed already
 		_ = w.Close()
 	}
 }

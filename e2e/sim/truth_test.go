@@ -17,6 +17,14 @@ type sampleID struct {
 	t      int64
 }
 
+func (id sampleID) String() string {
+	ls := id.series.labels
+	if len(ls) > 100 {
+		ls = ls[:100] + "…"
+	}
+	return fmt.Sprintf("%s of %s at %d", ls, id.series.tenant, id.t)
+}
+
 // seriesID is a tenant and a series' labels in their usual notation.
 type seriesID struct{ tenant, labels string }
 
@@ -29,7 +37,7 @@ type truth struct {
 type sample struct {
 	value   string // as of floatValue and the like
 	source  *source
-	segment int     // of the WAL
+	at      place   // in the WAL
 	gone    bool    // the source holds it no more
 	durable bool    // an ingester said so
 	heads   []*node // processes that said that they have received it
@@ -86,11 +94,11 @@ func (s *sample) readable() bool {
 // forget notes that a source doesn't hold some of its segments any more. What of
 // them a WAL checkpoint has kept counts as gone too: gaps are not filled from
 // there.
-func (tr *truth) forget(src *source, gone func(segment int) bool) {
+func (tr *truth) forget(src *source, gone func(place) bool) {
 	tr.mu.Lock()
 	defer tr.mu.Unlock()
 	for _, s := range tr.samples {
-		if s.source == src && gone(s.segment) {
+		if s.source == src && gone(s.at) {
 			s.gone = true
 		}
 	}

@@ -48,6 +48,10 @@ type world struct {
 	storage *merge.Storage
 	reader  reader
 
+	// What bugs change.
+	newReader func(*world, *history.History) (reader, error)
+	repairs   bool // Prometheus repairs its WAL
+
 	// What the processes are started with.
 	sidecar      sidecar.Options
 	ingester     ingest.Options
@@ -63,6 +67,7 @@ type world struct {
 	sidecars []*sidecarProcess // all that were ever started
 	due      []event           // ascending in time
 	ids      int               // of members
+	steps    int               // done
 
 	stopScraping, stopQueries chan struct{}
 	scrapers, queriers        sync.WaitGroup
@@ -164,7 +169,10 @@ func (w *world) openReaders(visibility time.Duration) (err error) {
 		grpc.WithTransportCredentials(insecure.NewCredentials()), grpc.WithContextDialer(w.net.dialer(gateway)))
 	w.storage = merge.New(w.heads, cached, tenancy.TenantOf)
 	w.reader = w.gatewayReader
-	return nil
+	if w.newReader != nil {
+		w.reader, err = w.newReader(w, cached)
+	}
+	return err
 }
 
 // fail notes the first violation, which ends the simulation.
