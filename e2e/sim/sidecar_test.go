@@ -20,6 +20,7 @@ import (
 type sidecarProcess struct {
 	*sidecar.Sidecar
 	place  string // in the network
+	reg    *prometheus.Registry
 	dir    string
 	cancel context.CancelFunc
 	ended  chan struct{}
@@ -36,7 +37,8 @@ func (w *world) startSidecar(s *source, dir string) error {
 	o.HTTPClient = &http.Client{Transport: ringEndpoint{w, p.place}}
 	o.DialOptions = []grpc.DialOption{grpc.WithContextDialer(w.net.dialer(p.place))}
 	var err error
-	if p.Sidecar, err = sidecar.New(o, w.logger.With("source", s.id), prometheus.NewRegistry()); err != nil {
+	p.reg = prometheus.NewRegistry()
+	if p.Sidecar, err = sidecar.New(o, w.logger.With("source", s.id), p.reg); err != nil {
 		return fmt.Errorf("%s: %w", p.place, err)
 	}
 	var ctx context.Context
@@ -50,6 +52,23 @@ func (w *world) startSidecar(s *source, dir string) error {
 	s.sidecar = p
 	w.sidecars = append(w.sidecars, p)
 	return nil
+}
+
+// dropped says what the process did not send, by reason.
+func (p *sidecarProcess) dropped() string {
+	var out []string
+	families, err := p.reg.Gather()
+	if err != nil {
+		return err.Error()
+	}
+	for _, f := range families {
+		for _, m := range f.Metric {
+			if v := m.GetCounter().GetValue(); v > 0 && (f.GetName() == "epimetheus_sidecar_dropped_samples_total" || f.GetName() == "epimetheus_sidecar_lost_ranges_total") {
+				out = append(out, fmt.Sprintf("%s %v: %v", f.GetName(), m.GetLabel(), v))
+			}
+		}
+	}
+	return fmt.Sprintf("%s: %v", p.place, out)
 }
 
 // killSidecar ends the sidecar of a source as kill -9 does, and returns the data

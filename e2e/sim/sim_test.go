@@ -50,7 +50,7 @@ func run(t *testing.T, c config) (w *world, err error) {
 		}
 		if err == nil {
 			if err = w.drain(); err != nil {
-				w.logf("VIOLATION: %v", err)
+				w.fail(err)
 			}
 		}
 	})

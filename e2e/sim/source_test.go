@@ -41,7 +41,7 @@ type source struct {
 	nextRef    uint64
 	made       int              // series ever made
 	lastScrape int64            // ms
-	refs       map[uint64]place // that a record in WAL or WAL checkpoint explains
+	refs       map[uint64]explained // by a record in WAL or WAL checkpoint
 
 	// The sidecar beside it. Owned by the schedule.
 	sidecar *sidecarProcess
@@ -50,6 +50,14 @@ type source struct {
 
 // place is the end of a record.
 type place struct{ segment, offset int }
+
+// explained is what a ref means. After a restart it may come to mean another series.
+type explained struct {
+	by *series
+	at place
+}
+
+func (s *source) knows(x *series) bool { return s.refs[x.ref].by == x }
 
 func (p place) String() string { return fmt.Sprintf("%08d/%d", p.segment, p.offset) }
 
@@ -65,7 +73,7 @@ type series struct {
 
 func newSource(w *world, n int, tenant string) (*source, error) {
 	s := &source{
-		w: w, id: fmt.Sprintf("source-%d", n), tenant: tenant, rng: w.random(100 + uint64(n)), refs: map[uint64]place{}, nextRef: 1,
+		w: w, id: fmt.Sprintf("source-%d", n), tenant: tenant, rng: w.random(100 + uint64(n)), refs: map[uint64]explained{}, nextRef: 1,
 	}
 	s.dir = filepath.Join(w.dir, s.id)
 	s.interval = time.Duration(1+s.rng.IntN(6)) * time.Second
@@ -118,7 +126,7 @@ func (s *source) begin(padding string) {
 		i := s.rng.IntN(n)
 		x := s.ended[i]
 		s.ended = slices.Delete(s.ended, i, i+1)
-		if _, known := s.refs[x.ref]; !known { // Prometheus has forgotten it
+		if !s.knows(x) { // Prometheus has forgotten it
 			x.ref, x.fresh = s.nextRef, true
 			s.nextRef++
 		}
@@ -187,9 +195,11 @@ func (s *source) scrape() error {
 		}
 	}
 	var fresh []record.RefSeries
+	var freshSeries []*series
 	for _, x := range s.active {
 		if x.fresh {
 			x.fresh = false
+			freshSeries = append(freshSeries, x)
 			fresh = append(fresh, record.RefSeries{Ref: chunks.HeadSeriesRef(x.ref), Labels: x.labels})
 		}
 	}
@@ -198,8 +208,8 @@ func (s *source) scrape() error {
 		if err != nil {
 			return err
 		}
-		for _, x := range fresh {
-			s.refs[uint64(x.Ref)] = at
+		for _, x := range freshSeries {
+			s.refs[x.ref] = explained{x, at}
 		}
 	}
 	var hs []record.RefHistogramSample
@@ -313,7 +323,7 @@ func (s *source) truncate(last int) error {
 		known[x.ref] = true
 	}
 	for _, x := range s.ended {
-		if x.lastT >= mint {
+		if x.lastT >= mint && s.knows(x) {
 			known[x.ref] = true
 		}
 	}
@@ -360,7 +370,7 @@ func (s *source) replay() {
 		s.nextRef = max(s.nextRef, ref+1)
 	}
 	for _, x := range s.active {
-		if _, known := s.refs[x.ref]; !known {
+		if !s.knows(x) {
 			x.ref, x.fresh = s.nextRef, true
 			s.nextRef++
 		}
@@ -392,7 +402,7 @@ func (s *source) repair() error {
 	lost := func(p place) bool { return p.segment > at.segment || p.segment == at.segment && p.offset >= at.offset }
 	s.w.truth.forget(s, lost)
 	for ref, p := range s.refs {
-		if lost(p) {
+		if lost(p.at) {
 			delete(s.refs, ref)
 		}
 	}

@@ -294,6 +294,11 @@ func (w *world) close() {
 		}
 	}
 	w.took = time.Since(w.began)
+	if w.failed() != nil {
+		for _, p := range w.sidecars {
+			w.logf("%s", p.dropped())
+		}
+	}
 	w.faults.off()
 	closed(w.stopScraping)
 	closed(w.stopQueries)
