@@ -232,7 +232,7 @@ func (w *world) runQueries(tenant string, stop <-chan struct{}) {
 		select {
 		case <-stop:
 			return
-		case <-time.After(time.Duration(rng.Int64N(int64(3 * time.Second)))):
+		case <-time.After(time.Duration(rng.Int64N(int64(4 * time.Second)))):
 		}
 		mint, maxt := int64(math.MinInt64), int64(math.MaxInt64)
 		if rng.IntN(3) == 0 {

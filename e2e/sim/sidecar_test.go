@@ -24,7 +24,6 @@ type sidecarProcess struct {
 	dir    string
 	cancel context.CancelFunc
 	ended  chan struct{}
-	stop   bool // it was told to end
 }
 
 // startSidecar starts one beside a source, on a data directory.

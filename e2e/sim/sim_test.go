@@ -14,8 +14,9 @@ import (
 
 var (
 	seedFlag    = flag.Uint64("sim.seed", 0, "run this seed only")
-	stepsFlag   = flag.Int("sim.steps", 60, "steps of a simulation")
+	stepsFlag   = flag.Int("sim.steps", 40, "steps of a simulation")
 	seedsFlag   = flag.Int("sim.n", 20, "how many seeds to run, from 1 on")
+	rateFlag    = flag.Bool("sim.rate", false, "TestBites counts the seeds that find each bug")
 	verboseFlag = flag.Bool("sim.v", false, "show what the components log")
 )
 

@@ -39,8 +39,8 @@ type source struct {
 	active     []*series
 	ended      []*series // may come back
 	nextRef    uint64
-	made       int              // series ever made
-	lastScrape int64            // ms
+	made       int                  // series ever made
+	lastScrape int64                // ms
 	refs       map[uint64]explained // by a record in WAL or WAL checkpoint
 
 	// The sidecar beside it. Owned by the schedule.
@@ -292,10 +292,10 @@ func (s *source) burst() error {
 		s.begin(string(b))
 	}
 	err := s.scrape()
-	for _, x := range s.active[max(0, len(s.active)-n*9/10):] {
-		s.ended = append(s.ended, x) // without a marker, as when a target goes while Prometheus is down
-	}
-	s.active = s.active[:len(s.active)-min(len(s.active), n*9/10)]
+	// Most end without a marker, as when a target goes while Prometheus is down.
+	rest := max(0, len(s.active)-n*9/10)
+	s.ended = append(s.ended, s.active[rest:]...)
+	s.active = s.active[:rest]
 	return err
 }
 
