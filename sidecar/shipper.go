@@ -78,7 +78,8 @@ type shipper struct {
 	lastStatus     time.Time
 	lastData       time.Time
 	lastIdle       time.Time
-	gcDone         int
+	gcDone         int // the WAL checkpoint without whose series the dictionary is
+	gcNext, gcFrom int // the one to do next, once all before segment gcFrom is durable
 	warned         map[string]bool
 	counts         sampleCounts
 	fatal          error // of our own data directory
@@ -109,7 +110,7 @@ func (s *shipper) run(ctx context.Context) error {
 	s.others = map[extraKey]resolved{}
 	s.version = s.versions.present
 	s.warned = map[string]bool{}
-	s.gcDone = -1
+	s.gcDone, s.gcNext = -1, -1
 	if err := s.start(ctx); err != nil {
 		if ctx.Err() != nil {
 			return nil
