@@ -358,9 +358,6 @@ func (w *world) restartSource() string {
 }
 
 func (w *world) repairWAL() string {
-	if !w.repairs {
-		return ""
-	}
 	s := pick(w.rng, w.sources...)
 	s.do(s.repair)
 	return s.id + " repairs its WAL"

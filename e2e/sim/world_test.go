@@ -50,7 +50,6 @@ type world struct {
 
 	// What bugs change.
 	newReader func(*world, *history.History) (reader, error)
-	repairs   bool // Prometheus repairs its WAL
 
 	// What the processes are started with.
 	sidecar      sidecar.Options

@@ -16,6 +16,8 @@ const (
 	LatestRing
 	// ResentIsDone has the ledger forget what was sent again, before it is durable.
 	ResentIsDone
+	// SameFile takes a file that was written anew for the one that was read.
+	SameFile
 )
 
 var present atomic.Int32 //nolint:gochecknoglobals // so that no other code has to know of it
