@@ -25,7 +25,7 @@ func (s *shipper) report(now time.Time) {
 		st.OpenRanges += n.Open
 		st.QueuedRanges += n.Queued
 	})
-	s.queue.Store(uint32(st.QueuedRanges))
+	s.queue.Store(uint32(s.openRewinds(st.QueuedRanges)))
 	st.KeptBytes = s.files.Stats().Deleted
 	if g := s.blocks.gap; g != nil {
 		st.Gap = &GapStatus{Reason: g.Reason, Since: g.Since, Newest: time.UnixMilli(g.Newest)}
@@ -81,6 +81,34 @@ func (s *shipper) report(now time.Time) {
 	m.detached.Set(float64(detached))
 	s.note(&st)
 	s.publish(st)
+}
+
+// openRewinds is what ingesters are told of ranges that are sent again, given how
+// many are queued: the last one is open until all that was sent is received, since
+// queries see it only then.
+func (s *shipper) openRewinds(queued int) int {
+	if queued > 0 {
+		s.rewinding, s.resent = true, nil
+		return queued
+	}
+	if !s.rewinding {
+		return 0
+	}
+	if s.resent == nil {
+		s.resent = map[SessionID]uint64{}
+		for _, ss := range s.sessions {
+			if ss != nil {
+				s.resent[ss.id] = ss.last
+			}
+		}
+	}
+	for _, ss := range s.sessions {
+		if ss != nil && ss.received < s.resent[ss.id] {
+			return 1
+		}
+	}
+	s.rewinding, s.resent = false, nil
+	return 0
 }
 
 // lagNoted is from how many bytes of unread WAL on a sidecar is said to be behind.

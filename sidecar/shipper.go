@@ -71,6 +71,8 @@ type shipper struct {
 	nextFill    time.Time
 	wblDue      bool
 	rewindFails int
+	rewinding   bool                 // see openRewinds
+	resent      map[SessionID]uint64 // … last batches that must be received
 
 	newestT        int64
 	lastCheckpoint time.Time
