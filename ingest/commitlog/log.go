@@ -378,6 +378,21 @@ func (l *Log) enqueue(generation uint64, e *Entry, done func()) bool {
 	return true
 }
 
+// Open says whether entries for a generation are still taken.
+func (l *Log) Open(generation uint64) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	f := l.files[generation]
+	return !l.stopped && generation > l.durable && (f == nil || !f.ended.Load())
+}
+
+// Replayed notes what came of a replay, for metrics.
+func (l *Log) Replayed(samples, sessions int, d time.Duration) {
+	l.metrics.samples.Add(float64(samples))
+	l.metrics.sessions.Add(float64(sessions))
+	l.metrics.duration.Set(d.Seconds())
+}
+
 // Err says why what is received now isn't logged; nil: it is.
 func (l *Log) Err() error {
 	l.mu.Lock()

@@ -88,9 +88,9 @@ func (l *Log) DurableGeneration() uint64 {
 }
 
 // Read reads the log of a generation: begin is called with its header, then fn
-// with the payload of each record, which fn may keep. A HoleError says that the
-// log ends there; any other error is that of ctx.
-func (l *Log) Read(ctx context.Context, generation uint64, begin func(Header), fn func(payload []byte)) error {
+// with each record, which fn may keep. A HoleError says that the log ends there;
+// any other error is that of ctx.
+func (l *Log) Read(ctx context.Context, generation uint64, begin func(Header), fn func(*Record)) error {
 	path := l.path(generation)
 	f, err := os.Open(path)
 	if err != nil {
@@ -109,7 +109,7 @@ func (l *Log) Read(ctx context.Context, generation uint64, begin func(Header), f
 }
 
 // read is Read for the bytes of a log. It returns where the log ends.
-func read(ctx context.Context, src io.Reader, size int64, generation uint64, begin func(Header), fn func([]byte)) (int64, error) {
+func read(ctx context.Context, src io.Reader, size int64, generation uint64, begin func(Header), fn func(*Record)) (int64, error) {
 	r := bufio.NewReaderSize(src, 1<<20)
 	b := make([]byte, headerSize)
 	if _, err := io.ReadFull(r, b); err != nil {
@@ -145,7 +145,11 @@ func read(ctx context.Context, src io.Reader, size int64, generation uint64, beg
 		if crc32.Checksum(payload, castagnoli) != sum {
 			return at, fmt.Errorf("checksum of a record of %d bytes differs", length)
 		}
-		fn(payload)
+		rec := &Record{}
+		if err := rec.Parse(payload); err != nil {
+			return at, err
+		}
+		fn(rec)
 		at += frameSize + int64(length)
 	}
 }

@@ -167,9 +167,9 @@ func appendText(b []byte, s string) []byte {
 	return append(binary.AppendUvarint(b, uint64(len(s))), s...)
 }
 
-// Batch adds a batch. refused are the announced refs that were refused, limited
-// the refs of which samples were refused because of the limit of series: both
-// ascending.
+// Batch adds a batch. refused are the positions of the announcements that were
+// refused, limited the refs of which samples were refused because of the limit of
+// series: both strictly ascending.
 func (e *Entry) Batch(index uint64, b *shippb.Batch, refused, limited []uint32) {
 	at := e.begin(KindBatch)
 	e.uvarint(index)

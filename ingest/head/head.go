@@ -26,8 +26,12 @@ type Head struct {
 }
 
 // New makes an empty head. maxSeriesPerTenant of 0 means no limit.
-func New(maxSeriesPerTenant int) *Head {
-	return &Head{maxSeries: maxSeriesPerTenant, generations: []*Generation{newGeneration(1, nil)}}
+func New(maxSeriesPerTenant int) *Head { return NewAt(maxSeriesPerTenant, 1) }
+
+// NewAt is New for a head that goes on counting generations: first is at least 1
+// and below 2³¹.
+func NewAt(maxSeriesPerTenant int, first uint64) *Head {
+	return &Head{maxSeries: maxSeriesPerTenant, generations: []*Generation{newGeneration(first, nil)}}
 }
 
 // Generation is what one flush takes.
@@ -46,7 +50,7 @@ func newGeneration(id uint64, previous *Generation) *Generation {
 	return &Generation{id: id, previous: previous, tenants: map[string]*tenantHead{}}
 }
 
-// ID counts generations from 1.
+// ID counts generations, from 1 or from what NewAt was given.
 func (g *Generation) ID() uint64 { return g.id }
 
 // Samples is how many samples were appended.
@@ -61,9 +65,9 @@ func (g *Generation) tenant(name string) *tenantHead {
 	return g.tenants[name]
 }
 
-func (g *Generation) getOrCreateTenant(name string) *tenantHead {
+func (g *Generation) getOrCreateTenant(name string) (_ *tenantHead, created bool) {
 	if t := g.tenant(name); t != nil {
-		return t
+		return t, false
 	}
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -75,8 +79,9 @@ func (g *Generation) getOrCreateTenant(name string) *tenantHead {
 		}
 		t = newTenantHead(uint32(g.id), previous)
 		g.tenants[name] = t
+		created = true
 	}
-	return t
+	return t, created
 }
 
 // Refs are the series that a session has announced, by its refs. The session
@@ -125,11 +130,17 @@ func (r *Refs) Valid(ref uint32) bool {
 // Labels of an announced ref.
 func (r *Refs) Labels(ref uint32) labels.Labels { return r.series[ref].labels }
 
+// Refused says whether a valid ref was announced to be refused.
+func (r *Refs) Refused(ref uint32) bool { return r.series[ref].generation == refusedSeries }
+
 // Batch is what Append takes. All refs are valid.
 type Batch struct {
 	Columns   *ship.Columns
 	Exemplars []Exemplar
 	Metadata  []Metadata
+	// Replayed says that the batch was taken before: the limit of series, which
+	// depends on the order among sessions, is not applied again.
+	Replayed bool
 }
 
 // Exemplar of the series ref.
@@ -151,6 +162,11 @@ type Result struct {
 	Generation                 uint64
 	Appended, Late, Duplicates int
 	Refused                    map[Reason]Refusal
+	// Limited are the refs refused for ReasonSeriesLimit, as often as they were.
+	Limited []uint32
+	// NewTenant says that the batch is the first of its tenant in the generation,
+	// to which metadata went over from the one before.
+	NewTenant bool
 }
 
 // Reason why samples were refused, in the form of a metric label's value.
@@ -177,7 +193,11 @@ func (h *Head) Append(tenant string, refs *Refs, b *Batch) Result {
 	h.mu.RLock()
 	defer h.mu.RUnlock()
 	g := h.generations[len(h.generations)-1]
-	a := appender{head: h, g: g, t: g.getOrCreateTenant(tenant), refs: refs, result: Result{Generation: g.id}}
+	t, created := g.getOrCreateTenant(tenant)
+	a := appender{g: g, t: t, refs: refs, maxSeries: h.maxSeries, result: Result{Generation: g.id, NewTenant: created}}
+	if b.Replayed {
+		a.maxSeries = 0
+	}
 	f, hs, fhs := &b.Columns.Floats, &b.Columns.Histograms, &b.Columns.FloatHistograms
 	for i, ref := range f.Ref {
 		a.append(ref, sample{t: f.T[i], st: at(f.ST, i), v: f.V[i]})
@@ -226,10 +246,10 @@ func at(st []int64, i int) int64 {
 
 // appender is the state of one Append.
 type appender struct {
-	head       *Head
 	g          *Generation
 	t          *tenantHead
 	refs       *Refs
+	maxSeries  int // 0: no limit
 	result     Result
 	grown      int // bytes
 	created    int // series
@@ -299,9 +319,10 @@ func (a *appender) series(ref uint32) *memSeries {
 		return nil
 	}
 	a.unlock() // it locks the tenant
-	s, grown := a.t.getOrCreate(known, a.head.maxSeries)
+	s, grown := a.t.getOrCreate(known, a.maxSeries)
 	if s == nil {
 		a.refuse(ReasonSeriesLimit, known.labels)
+		a.result.Limited = append(a.result.Limited, ref)
 		return nil
 	}
 	if grown > 0 {
