@@ -135,6 +135,8 @@ type replayed struct {
 	want    int        // of next
 	limited map[uint32]struct{}
 
+	gathered floats // not yet appended
+
 	received, durable uint64
 	generation        uint64 // of received
 	broken            bool   // a batch is missing
@@ -157,6 +159,7 @@ func (p *replay) file(ctx context.Context, l *commitlog.Log, generation uint64) 
 			for t := range workers[i] {
 				w.record(t.s, t.rec)
 			}
+			w.appendAll()
 			p.mu.Lock()
 			defer p.mu.Unlock()
 			p.samples += w.samples
@@ -248,6 +251,144 @@ type replayWorker struct {
 	dec     ship.Decoder
 	cols    ship.Columns
 	scratch commitlog.Scratch
+
+	gathered int         // samples, of all sessions
+	waiting  []*replayed // sessions that have some
+	sorted   floats      // memory for sorting them
+	starts   []int
+	spare    floats // memory of a session that had many
+}
+
+// Samples of many batches are gathered before they are appended: then they are
+// appended block by block of refs, whose series stay in the processor's cache
+// meanwhile. As they came, each sample would wait for memory several times.
+const (
+	maxGathered = 2 << 20 // samples of a worker, 40 bytes each with what sorts them
+	blockBits   = 10      // series of a block take some 200 KiB
+)
+
+// floats are samples of a session.
+type floats struct {
+	ref   []uint32
+	t, st []int64 // st is empty while all are 0
+	v     []float64
+}
+
+func (f *floats) add(c *ship.Floats) {
+	if len(f.st) > 0 || len(c.ST) > 0 {
+		f.st = append(f.st, make([]int64, len(f.t)-len(f.st))...)
+		f.st = append(f.st, c.ST...)
+		f.st = append(f.st, make([]int64, len(f.t)+len(c.T)-len(f.st))...)
+	}
+	f.ref, f.t, f.v = append(f.ref, c.Ref...), append(f.t, c.T...), append(f.v, c.V...)
+}
+
+// resize makes the columns n long, with start times or without.
+func (f *floats) resize(n int, st bool) {
+	f.ref, f.t, f.v, f.st = grown(f.ref, n), grown(f.t, n), grown(f.v, n), grown(f.st, 0)
+	if st {
+		f.st = grown(f.st, n)
+	}
+}
+
+func grown[E any](s []E, n int) []E { return slices.Grow(s[:0], n)[:n] }
+
+// sortInto sorts by blocks of refs, and leaves the order within a block. It gives
+// where each block starts, and the end.
+func (f *floats) sortInto(out *floats, starts []int) []int {
+	last := slices.Max(f.ref) >> blockBits
+	starts = grown(starts, int(last)+2)
+	clear(starts)
+	for _, ref := range f.ref {
+		starts[ref>>blockBits+1]++
+	}
+	for i := 1; i < len(starts); i++ {
+		starts[i] += starts[i-1]
+	}
+	out.resize(len(f.ref), len(f.st) > 0)
+	for i, ref := range f.ref {
+		at := starts[ref>>blockBits]
+		starts[ref>>blockBits]++
+		out.ref[at], out.t[at], out.v[at] = ref, f.t[i], f.v[i]
+		if len(f.st) > 0 {
+			out.st[at] = f.st[i]
+		}
+	}
+	// Each start has moved on to the next one's.
+	copy(starts[1:], starts)
+	starts[0] = 0
+	return starts
+}
+
+// gather takes the floats of a batch.
+func (w *replayWorker) gather(s *replayed, c *ship.Floats) {
+	if len(c.T) == 0 {
+		return
+	}
+	if len(s.gathered.t) == 0 {
+		w.waiting = append(w.waiting, s)
+		if cap(s.gathered.t) == 0 {
+			s.gathered, w.spare = w.spare, floats{}
+		}
+	}
+	s.gathered.add(c)
+	if w.gathered += len(c.T); w.gathered >= maxGathered {
+		w.appendAll()
+	}
+}
+
+func (w *replayWorker) appendAll() {
+	for _, s := range w.waiting {
+		w.appendGathered(s)
+	}
+	w.waiting, w.gathered = w.waiting[:0], 0
+}
+
+// appendGathered appends what was gathered of a session, on all cores.
+func (w *replayWorker) appendGathered(s *replayed) {
+	f := &s.gathered
+	if len(f.t) == 0 {
+		return
+	}
+	starts := f.sortInto(&w.sorted, w.starts)
+	w.starts = starts
+	sorted := &w.sorted
+	blocks := len(starts) - 1
+	parts := min(runtime.GOMAXPROCS(0), blocks)
+	counts := make([]int, parts)
+	var wg sync.WaitGroup
+	for part := range parts {
+		run := func() {
+			refs := s.refs.Share()
+			for i := part; i < blocks; i += parts {
+				from, to := starts[i], starts[i+1]
+				if from == to {
+					continue
+				}
+				cols := ship.Columns{Floats: ship.Floats{Ref: sorted.ref[from:to], T: sorted.t[from:to], V: sorted.v[from:to]}}
+				if len(sorted.st) > 0 {
+					cols.Floats.ST = sorted.st[from:to]
+				}
+				res := w.head.Append(s.id.tenant, refs, &head.Batch{Columns: &cols, Replayed: true})
+				counts[part] += res.Appended + res.Late
+			}
+		}
+		if part == parts-1 {
+			run()
+		} else {
+			wg.Go(run)
+		}
+	}
+	wg.Wait()
+	for _, n := range counts {
+		w.samples += n
+	}
+	// There may be many sessions: memory goes from one to the next.
+	f.ref, f.t, f.st, f.v = f.ref[:0], f.t[:0], f.st[:0], f.v[:0]
+	if cap(f.t) > cap(w.spare.t) {
+		w.spare = *f
+	}
+	*f = floats{}
 }
 
 func (w *replayWorker) record(s *replayed, rec *commitlog.Record) {
@@ -276,6 +417,7 @@ func (w *replayWorker) session(s *replayed, rec *commitlog.Session) {
 		s.received, s.broken = rec.First-1, true
 	}
 	s.broken = s.broken || !w.ours
+	w.appendGathered(s) // refs are about to mean something else
 	s.limited = nil
 	s.next, s.want = &head.Refs{}, rec.Refs
 	s.complete()
@@ -345,6 +487,8 @@ func (w *replayWorker) batch(s *replayed, rec *commitlog.Record) bool {
 	if len(s.limited) > 0 {
 		dropRefs(&w.cols, s.limited)
 	}
+	w.gather(s, &w.cols.Floats)
+	w.cols.Floats = ship.Floats{Ref: w.cols.Floats.Ref[:0], T: w.cols.Floats.T[:0], ST: w.cols.Floats.ST[:0], V: w.cols.Floats.V[:0]}
 	b := head.Batch{Columns: &w.cols, Replayed: true}
 	for _, e := range rest.GetExemplars() {
 		if _, limited := s.limited[e.Ref]; limited || !s.refs.Valid(e.Ref) {
@@ -359,12 +503,17 @@ func (w *replayWorker) batch(s *replayed, rec *commitlog.Record) bool {
 			b.Metadata = append(b.Metadata, metadataOf(m))
 		}
 	}
-	res := w.head.Append(s.id.tenant, &s.refs, &b)
-	for _, ref := range rest.GetWithdraw() {
-		s.refs.Withdraw(ref)
+	if w.cols.Len() > 0 || len(b.Exemplars) > 0 || len(b.Metadata) > 0 {
+		res := w.head.Append(s.id.tenant, &s.refs, &b)
+		w.samples += res.Appended + res.Late
+	}
+	if withdraw := rest.GetWithdraw(); len(withdraw) > 0 {
+		w.appendGathered(s)
+		for _, ref := range withdraw {
+			s.refs.Withdraw(ref)
+		}
 	}
 	s.received, s.generation = rec.Seq, w.generation
-	w.samples += res.Appended + res.Late
 	return true
 }
 

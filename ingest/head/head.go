@@ -133,6 +133,10 @@ func (r *Refs) Labels(ref uint32) labels.Labels { return r.series[ref].labels }
 // Refused says whether a valid ref was announced to be refused.
 func (r *Refs) Refused(ref uint32) bool { return r.series[ref].generation == refusedSeries }
 
+// Share gives Refs of the same series for another goroutine. While several append
+// at once, each to refs of its own, nothing may be announced or withdrawn.
+func (r *Refs) Share() *Refs { return &Refs{series: r.series} }
+
 // Batch is what Append takes. All refs are valid.
 type Batch struct {
 	Columns   *ship.Columns
