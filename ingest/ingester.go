@@ -165,13 +165,15 @@ func (i *Ingester) durable(generation uint64) {
 	}
 }
 
-// LogErr says why what is received at present isn't in the commit log; nil: it is,
-// or there is none.
-func (i *Ingester) LogErr() error {
+// LogStatus says in a few words whether what is received is in the commit log.
+func (i *Ingester) LogStatus() string {
 	if i.log == nil {
-		return nil
+		return "off"
 	}
-	return i.log.Err()
+	if err := i.log.Err(); err != nil {
+		return err.Error()
+	}
+	return "on"
 }
 
 // Size is what the head holds.

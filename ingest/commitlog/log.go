@@ -98,10 +98,10 @@ type file struct {
 	f     File
 	path  string
 	size  int64 // up to the end of the last record
-	named bool  // the folder was synced since the file is in it
 
 	ended atomic.Bool // no more is written: an error, or the file goes
 	dirty atomic.Bool // written since the last sync
+	named atomic.Bool // the folder was synced since the file is in it
 }
 
 type logMetrics struct {
@@ -555,9 +555,9 @@ func (l *Log) sync() {
 	for _, f := range dirty {
 		began := time.Now()
 		err := f.f.Sync()
-		if err == nil && !f.named {
+		if err == nil && !f.named.Load() {
 			err = syncDir(l.dir)
-			f.named = err == nil
+			f.named.Store(err == nil)
 		}
 		l.metrics.sync.Observe(time.Since(began).Seconds())
 		if err != nil {
