@@ -128,12 +128,11 @@ type replay struct {
 // replayed is a session that is being rebuilt. While a file is read it is one
 // worker's.
 type replayed struct {
-	id      sessionID
-	source  [16]byte
-	refs    head.Refs
-	next    *head.Refs // its refs in the present file, as far as they are there; nil: refs has them
-	want    int        // of next
-	limited map[uint32]struct{}
+	id     sessionID
+	source [16]byte
+	refs   head.Refs
+	next   *head.Refs // its refs in the present file, as far as they are there; nil: refs has them
+	want   int        // of next
 
 	gathered floats // not yet appended
 
@@ -418,7 +417,6 @@ func (w *replayWorker) session(s *replayed, rec *commitlog.Session) {
 	}
 	s.broken = s.broken || !w.ours
 	w.appendGathered(s) // refs are about to mean something else
-	s.limited = nil
 	s.next, s.want = &head.Refs{}, rec.Refs
 	s.complete()
 }
@@ -453,7 +451,7 @@ func (w *replayWorker) refs(s *replayed, rec *commitlog.Record) bool {
 	return true
 }
 
-var errTooMany = errors.New("more refs than the session has") //nolint:errname // it goes no further
+var errTooMany = errors.New("more refs than the session has")
 
 func (w *replayWorker) batch(s *replayed, rec *commitlog.Record) bool {
 	if s.next != nil {
@@ -469,6 +467,10 @@ func (w *replayWorker) batch(s *replayed, rec *commitlog.Record) bool {
 	if err != nil {
 		return false
 	}
+	known := uint32(s.refs.Len())
+	if slices.ContainsFunc(rest.GetAnnounce(), func(a *shippb.Series) bool { return a.Ref < known }) {
+		w.appendGathered(s) // a ref is about to mean something else
+	}
 	if !announce(&s.refs, rest.GetAnnounce(), rec.Refused) {
 		return false
 	}
@@ -478,20 +480,14 @@ func (w *replayWorker) batch(s *replayed, rec *commitlog.Record) bool {
 	if err := checkRefs(&s.refs, &w.cols, rest.GetWithdraw()); err != nil {
 		return false
 	}
-	if len(rec.Limited) > 0 && s.limited == nil {
-		s.limited = map[uint32]struct{}{}
-	}
-	for _, ref := range rec.Limited {
-		s.limited[ref] = struct{}{}
-	}
-	if len(s.limited) > 0 {
-		dropRefs(&w.cols, s.limited)
+	if len(rec.Limited) > 0 {
+		dropRefs(&w.cols, rec.Limited)
 	}
 	w.gather(s, &w.cols.Floats)
 	w.cols.Floats = ship.Floats{Ref: w.cols.Floats.Ref[:0], T: w.cols.Floats.T[:0], ST: w.cols.Floats.ST[:0], V: w.cols.Floats.V[:0]}
 	b := head.Batch{Columns: &w.cols, Replayed: true}
 	for _, e := range rest.GetExemplars() {
-		if _, limited := s.limited[e.Ref]; limited || !s.refs.Valid(e.Ref) {
+		if _, limited := slices.BinarySearch(rec.Limited, e.Ref); limited || !s.refs.Valid(e.Ref) {
 			continue
 		}
 		if x, ok := exemplarOf(e); ok {
@@ -533,18 +529,18 @@ func announce(refs *head.Refs, as []*shippb.Series, refused []uint32) bool {
 	return true
 }
 
-// dropRefs removes the samples of refs.
-func dropRefs(c *ship.Columns, refs map[uint32]struct{}) {
+// dropRefs removes the samples of refs, which ascend.
+func dropRefs(c *ship.Columns, refs []uint32) {
 	f, h, fh := &c.Floats, &c.Histograms, &c.FloatHistograms
 	f.Ref, f.T, f.ST, f.V = dropRefsOf(refs, f.Ref, f.T, f.ST, f.V)
 	h.Ref, h.T, h.ST, h.H = dropRefsOf(refs, h.Ref, h.T, h.ST, h.H)
 	fh.Ref, fh.T, fh.ST, fh.H = dropRefsOf(refs, fh.Ref, fh.T, fh.ST, fh.H)
 }
 
-func dropRefsOf[V any](drop map[uint32]struct{}, refs []uint32, ts, st []int64, vs []V) ([]uint32, []int64, []int64, []V) {
+func dropRefsOf[V any](drop, refs []uint32, ts, st []int64, vs []V) ([]uint32, []int64, []int64, []V) {
 	n := 0
 	for i, ref := range refs {
-		if _, gone := drop[ref]; gone {
+		if _, gone := slices.BinarySearch(drop, ref); gone {
 			continue
 		}
 		refs[n], ts[n], vs[n] = ref, ts[i], vs[i]

@@ -199,4 +199,3 @@ func BenchmarkReceive(b *testing.B) {
 		})
 	}
 }
-

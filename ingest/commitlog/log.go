@@ -95,9 +95,9 @@ type segment struct {
 // file is the log of one generation. Its fields but the atomic ones are the
 // writer's.
 type file struct {
-	f     File
-	path  string
-	size  int64 // up to the end of the last record
+	f    File
+	path string
+	size int64 // up to the end of the last record
 
 	ended atomic.Bool // no more is written: an error, or the file goes
 	dirty atomic.Bool // written since the last sync

@@ -54,7 +54,7 @@ func checkVersion(path string) error {
 	defer f.Close()
 	b := make([]byte, len(magic))
 	if _, err := io.ReadFull(f, b); err != nil {
-		return nil //nolint:nilerr // a torn one, which Read says
+		return nil // a torn one, of which Read tells
 	}
 	last := len(magic) - 1
 	if string(b[:last]) == magic[:last] && b[last] != magic[last] {
