@@ -134,7 +134,7 @@ type replayed struct {
 	next   *head.Refs // its refs in the present file, as far as they are there; nil: refs has them
 	want   int        // of next
 
-	gathered floats // not yet appended
+	gathered gathered // not yet appended
 
 	received, durable uint64
 	generation        uint64 // of received
@@ -154,7 +154,7 @@ func (p *replay) file(ctx context.Context, l *commitlog.Log, generation uint64) 
 	for i := range workers {
 		workers[i] = make(chan task, 32) // records, of about 100 KiB
 		wg.Go(func() {
-			w := replayWorker{replay: p}
+			w := replayWorker{replay: p, collected: make([]ship.Columns, runtime.GOMAXPROCS(0))}
 			for t := range workers[i] {
 				w.record(t.s, t.rec)
 			}
@@ -251,143 +251,163 @@ type replayWorker struct {
 	cols    ship.Columns
 	scratch commitlog.Scratch
 
-	gathered int         // samples, of all sessions
-	waiting  []*replayed // sessions that have some
-	sorted   floats      // memory for sorting them
-	starts   []int
-	spare    floats // memory of a session that had many
+	used      int         // pieces, of all sessions
+	free      []*piece    // others
+	waiting   []*replayed // sessions that have some
+	chains    chains
+	collected []ship.Columns // memory for each core
 }
 
-// Samples of many batches are gathered before they are appended: then they are
-// appended block by block of refs, whose series stay in the processor's cache
-// meanwhile. As they came, each sample would wait for memory several times.
+// Samples of many batches are gathered before they are appended, series by series:
+// in the order of their coming nearly each would wait for memory several times.
 const (
-	maxGathered = 2 << 20 // samples of a worker, 40 bytes each with what sorts them
-	blockBits   = 10      // series of a block take some 200 KiB
+	pieceBits = 12   // samples of a piece
+	maxPieces = 1024 // of a worker, of 112 KiB
+	blockBits = 10   // refs of a block
 )
 
-// floats are samples of a session.
-type floats struct {
-	ref   []uint32
-	t, st []int64 // st is empty while all are 0
-	v     []float64
+// piece holds samples of a session.
+type piece struct {
+	ref   [1 << pieceBits]uint32
+	t, st [1 << pieceBits]int64
+	v     [1 << pieceBits]float64
 }
 
-func (f *floats) add(c *ship.Floats) {
-	if len(f.st) > 0 || len(c.ST) > 0 {
-		f.st = append(f.st, make([]int64, len(f.t)-len(f.st))...)
-		f.st = append(f.st, c.ST...)
-		f.st = append(f.st, make([]int64, len(f.t)+len(c.T)-len(f.st))...)
-	}
-	f.ref, f.t, f.v = append(f.ref, c.Ref...), append(f.t, c.T...), append(f.v, c.V...)
+// gathered are samples of a session, in pieces of which all but the last are full.
+type gathered struct {
+	pieces []*piece
+	n      int // samples
+	st     bool
+	min    uint32 // refs
+	max    uint32
 }
 
-// resize makes the columns n long, with start times or without.
-func (f *floats) resize(n int, st bool) {
-	f.ref, f.t, f.v, f.st = grown(f.ref, n), grown(f.t, n), grown(f.v, n), grown(f.st, 0)
-	if st {
-		f.st = grown(f.st, n)
-	}
+// chains lead from one sample of a series to the next, by number plus 1. Adjacent
+// refs mostly have adjacent samples, so following chain after chain reads memory
+// in order.
+type chains struct {
+	base              uint32 // the least ref
+	first, last, next []int32
 }
 
 func grown[E any](s []E, n int) []E { return slices.Grow(s[:0], n)[:n] }
 
-// sortInto sorts by blocks of refs, and leaves the order within a block. It gives
-// where each block starts, and the end.
-func (f *floats) sortInto(out *floats, starts []int) []int {
-	last := slices.Max(f.ref) >> blockBits
-	starts = grown(starts, int(last)+2)
-	clear(starts)
-	for _, ref := range f.ref {
-		starts[ref>>blockBits+1]++
-	}
-	for i := 1; i < len(starts); i++ {
-		starts[i] += starts[i-1]
-	}
-	out.resize(len(f.ref), len(f.st) > 0)
-	for i, ref := range f.ref {
-		at := starts[ref>>blockBits]
-		starts[ref>>blockBits]++
-		out.ref[at], out.t[at], out.v[at] = ref, f.t[i], f.v[i]
-		if len(f.st) > 0 {
-			out.st[at] = f.st[i]
+// build makes the chains of what was gathered.
+func (c *chains) build(g *gathered) {
+	c.base = g.min
+	n := int(g.max-g.min) + 1
+	c.first, c.last, c.next = grown(c.first, n), grown(c.last, n), grown(c.next, g.n)
+	clear(c.first)
+	clear(c.next)
+	for k, p := range g.pieces {
+		from := k << pieceBits
+		for i, ref := range p.ref[:min(1<<pieceBits, g.n-from)] {
+			at, number := ref-c.base, int32(from+i)
+			if c.first[at] == 0 {
+				c.first[at] = number + 1
+			} else {
+				c.next[c.last[at]] = number + 1
+			}
+			c.last[at] = number
 		}
 	}
-	// Each start has moved on to the next one's.
-	copy(starts[1:], starts)
-	starts[0] = 0
-	return starts
 }
+
+// collect replaces out by the samples of the refs of a block, series by series.
+func (c *chains) collect(out *ship.Floats, g *gathered, block int) {
+	out.Ref, out.T, out.ST, out.V = out.Ref[:0], out.T[:0], out.ST[:0], out.V[:0]
+	from := block << blockBits
+	for at, next := range c.first[from:min(from+1<<blockBits, len(c.first))] {
+		for next != 0 {
+			p, i := g.pieces[(next-1)>>pieceBits], (next-1)&(1<<pieceBits-1)
+			out.Ref, out.T, out.V = append(out.Ref, c.base+uint32(from+at)), append(out.T, p.t[i]), append(out.V, p.v[i])
+			if g.st {
+				out.ST = append(out.ST, p.st[i])
+			}
+			next = c.next[next-1]
+		}
+	}
+}
+
+// blocks is how many collect gives.
+func (c *chains) blocks() int { return (len(c.first) + 1<<blockBits - 1) >> blockBits }
 
 // gather takes the floats of a batch.
 func (w *replayWorker) gather(s *replayed, c *ship.Floats) {
-	if len(c.T) == 0 {
-		return
-	}
-	if len(s.gathered.t) == 0 {
-		w.waiting = append(w.waiting, s)
-		if cap(s.gathered.t) == 0 {
-			s.gathered, w.spare = w.spare, floats{}
+	g := &s.gathered
+	for i := 0; i < len(c.T); {
+		at := g.n & (1<<pieceBits - 1)
+		if at == 0 {
+			if w.used == maxPieces {
+				w.appendAll()
+			}
+			if g.n == 0 {
+				w.waiting = append(w.waiting, s)
+				g.min, g.max = c.Ref[i], c.Ref[i]
+			}
+			g.pieces = append(g.pieces, w.piece())
 		}
+		p := g.pieces[len(g.pieces)-1]
+		n := copy(p.ref[at:], c.Ref[i:])
+		copy(p.t[at:], c.T[i:])
+		copy(p.v[at:], c.V[i:])
+		if len(c.ST) > 0 {
+			g.st = true
+			copy(p.st[at:], c.ST[i:])
+		} else {
+			clear(p.st[at : at+n])
+		}
+		g.min, g.max = min(g.min, slices.Min(c.Ref[i:i+n])), max(g.max, slices.Max(c.Ref[i:i+n]))
+		g.n += n
+		i += n
 	}
-	s.gathered.add(c)
-	if w.gathered += len(c.T); w.gathered >= maxGathered {
-		w.appendAll()
+}
+
+func (w *replayWorker) piece() *piece {
+	w.used++
+	if n := len(w.free); n > 0 {
+		p := w.free[n-1]
+		w.free = w.free[:n-1]
+		return p
 	}
+	return &piece{}
 }
 
 func (w *replayWorker) appendAll() {
 	for _, s := range w.waiting {
 		w.appendGathered(s)
 	}
-	w.waiting, w.gathered = w.waiting[:0], 0
+	w.waiting = w.waiting[:0]
 }
 
 // appendGathered appends what was gathered of a session, on all cores.
 func (w *replayWorker) appendGathered(s *replayed) {
-	f := &s.gathered
-	if len(f.t) == 0 {
+	g := &s.gathered
+	if g.n == 0 {
 		return
 	}
-	starts := f.sortInto(&w.sorted, w.starts)
-	w.starts = starts
-	sorted := &w.sorted
-	blocks := len(starts) - 1
-	parts := min(runtime.GOMAXPROCS(0), blocks)
-	counts := make([]int, parts)
+	w.chains.build(g)
+	blocks := w.chains.blocks()
+	counts := make([]int, min(len(w.collected), blocks))
 	var wg sync.WaitGroup
-	for part := range parts {
-		run := func() {
-			refs := s.refs.Share()
-			for i := part; i < blocks; i += parts {
-				from, to := starts[i], starts[i+1]
-				if from == to {
-					continue
+	for part := range counts {
+		wg.Go(func() {
+			cols, refs := &w.collected[part], s.refs.Share()
+			for block := part; block < blocks; block += len(counts) {
+				if w.chains.collect(&cols.Floats, g, block); len(cols.Floats.T) > 0 {
+					res := w.head.Append(s.id.tenant, refs, &head.Batch{Columns: cols, Replayed: true})
+					counts[part] += res.Appended + res.Late
 				}
-				cols := ship.Columns{Floats: ship.Floats{Ref: sorted.ref[from:to], T: sorted.t[from:to], V: sorted.v[from:to]}}
-				if len(sorted.st) > 0 {
-					cols.Floats.ST = sorted.st[from:to]
-				}
-				res := w.head.Append(s.id.tenant, refs, &head.Batch{Columns: &cols, Replayed: true})
-				counts[part] += res.Appended + res.Late
 			}
-		}
-		if part == parts-1 {
-			run()
-		} else {
-			wg.Go(run)
-		}
+		})
 	}
 	wg.Wait()
 	for _, n := range counts {
 		w.samples += n
 	}
-	// There may be many sessions: memory goes from one to the next.
-	f.ref, f.t, f.st, f.v = f.ref[:0], f.t[:0], f.st[:0], f.v[:0]
-	if cap(f.t) > cap(w.spare.t) {
-		w.spare = *f
-	}
-	*f = floats{}
+	w.free = append(w.free, g.pieces...)
+	w.used -= len(g.pieces)
+	g.pieces, g.n, g.st = g.pieces[:0], 0, false
 }
 
 func (w *replayWorker) record(s *replayed, rec *commitlog.Record) {

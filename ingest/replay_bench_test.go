@@ -2,6 +2,7 @@ package ingest
 
 import (
 	"context"
+	"flag"
 	"os"
 	"path/filepath"
 	"testing"
@@ -16,6 +17,8 @@ import (
 	"github.com/epimetheus-tsdb/epimetheus/ingest/ship/shippb"
 	"github.com/epimetheus-tsdb/epimetheus/internal/gen"
 )
+
+var benchSeries = flag.Int("bench-series", 50_000, "series of BenchmarkReplay and BenchmarkReceive")
 
 // shipped are the batches that a sidecar makes of a data set: of about 256 KiB, in
 // the order of scrapes.
@@ -104,7 +107,7 @@ func BenchmarkReplay(b *testing.B) {
 	i := benchIngester(b, dir)
 	ended := make(chan error, 1)
 	go func() { ended <- i.log.Run(ctx) }()
-	samples := feed(b, i, wideSet(benchSeries()))
+	samples := feed(b, i, wideSet(*benchSeries))
 	cancel()
 	if err := <-ended; err != nil {
 		b.Fatal(err)
@@ -141,17 +144,10 @@ func BenchmarkReplay(b *testing.B) {
 	b.ReportMetric(float64(size)/float64(samples), "B/sample")
 }
 
-func benchSeries() int {
-	if testing.Short() {
-		return 10_000
-	}
-	return 50_000
-}
-
 // BenchmarkReceive applies what streams bring to a head, without the network: with
 // a commit log and without.
 func BenchmarkReceive(b *testing.B) {
-	c := wideSet(benchSeries())
+	c := wideSet(*benchSeries)
 	var batches []*shippb.Batch
 	samples := shipped(c, func(x *shippb.Batch) { batches = append(batches, x) })
 	for _, logged := range []bool{false, true} {

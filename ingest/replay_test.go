@@ -639,50 +639,49 @@ func TestCrashAnywhere(t *testing.T) {
 	}
 }
 
-// Late samples, many sessions, blocks of refs: what is gathered comes out as if
-// each batch had been appended.
+// What was gathered comes out series by series, each in the order of its coming.
 func TestGathering(t *testing.T) {
 	rnd := rand.New(rand.NewPCG(1, 2))
-	var f, sorted floats
 	type one struct {
 		ref   uint32
 		t, st int64
 		v     float64
 	}
-	var want []one
-	for batch := range 20 {
-		var c ship.Floats
-		for range rnd.IntN(500) {
-			o := one{uint32(rnd.IntN(5000)), int64(rnd.IntN(100)), 0, rnd.Float64()}
-			if batch%5 == 3 {
-				o.st = int64(rnd.IntN(3))
+	w := replayWorker{}
+	for _, starts := range []bool{false, true, false} { // memory is used again
+		var s replayed
+		var want []one
+		for batch := range 30 {
+			var c ship.Floats
+			for range rnd.IntN(2000) {
+				o := one{uint32(100 + rnd.IntN(5000)), int64(rnd.IntN(100)), 0, rnd.Float64()}
+				if starts && batch%5 == 3 {
+					o.st = int64(rnd.IntN(3))
+					c.ST = append(c.ST, o.st)
+				}
+				c.Ref, c.T, c.V = append(c.Ref, o.ref), append(c.T, o.t), append(c.V, o.v)
+				want = append(want, o)
 			}
-			c.Ref, c.T, c.V = append(c.Ref, o.ref), append(c.T, o.t), append(c.V, o.v)
-			if batch%5 == 3 {
-				c.ST = append(c.ST, o.st)
-			}
-			want = append(want, o)
+			w.gather(&s, &c)
 		}
-		f.add(&c)
-	}
-	starts := f.sortInto(&sorted, nil)
-	slices.SortStableFunc(want, func(a, b one) int { return int(a.ref>>blockBits) - int(b.ref>>blockBits) })
-	var got []one
-	for i := range sorted.ref {
-		got = append(got, one{sorted.ref[i], sorted.t[i], sorted.st[i], sorted.v[i]})
-	}
-	if d := cmp.Diff(want, got, cmp.AllowUnexported(one{})); d != "" {
-		t.Error(d)
-	}
-	if starts[0] != 0 || starts[len(starts)-1] != len(want) {
-		t.Errorf("starts %v of %d", starts, len(want))
-	}
-	for b := range len(starts) - 1 {
-		for _, ref := range sorted.ref[starts[b]:starts[b+1]] {
-			if int(ref>>blockBits) != b {
-				t.Fatalf("ref %d in block %d", ref, b)
+		slices.SortStableFunc(want, func(a, b one) int { return int(a.ref) - int(b.ref) })
+		w.chains.build(&s.gathered)
+		var got []one
+		var cols ship.Floats
+		for block := range w.chains.blocks() {
+			w.chains.collect(&cols, &s.gathered, block)
+			for i := range cols.Ref {
+				o := one{cols.Ref[i], cols.T[i], 0, cols.V[i]}
+				if starts {
+					o.st = cols.ST[i]
+				}
+				got = append(got, o)
 			}
 		}
+		if d := cmp.Diff(want, got, cmp.AllowUnexported(one{})); d != "" || starts != s.gathered.st {
+			t.Error(d)
+		}
+		w.free, w.used = append(w.free, s.gathered.pieces...), 0
 	}
 }
 

@@ -143,7 +143,8 @@ type Batch struct {
 	Exemplars []Exemplar
 	Metadata  []Metadata
 	// Replayed says that the batch was taken before: the limit of series, which
-	// depends on the order among sessions, is not applied again.
+	// depends on the order among sessions, is not applied again. Its floats are
+	// sorted by ref.
 	Replayed bool
 }
 
@@ -203,8 +204,15 @@ func (h *Head) Append(tenant string, refs *Refs, b *Batch) Result {
 		a.maxSeries = 0
 	}
 	f, hs, fhs := &b.Columns.Floats, &b.Columns.Histograms, &b.Columns.FloatHistograms
-	for i, ref := range f.Ref {
-		a.append(ref, sample{t: f.T[i], st: at(f.ST, i), v: f.V[i]})
+	if b.Replayed && len(f.ST) == 0 {
+		a.runs(f)
+	} else {
+		for i, ref := range f.Ref {
+			if i%ahead == 0 {
+				a.fetch(f.Ref[i:min(i+ahead, len(f.Ref))])
+			}
+			a.append(ref, sample{t: f.T[i], st: at(f.ST, i), v: f.V[i]})
+		}
 	}
 	for i, ref := range hs.Ref {
 		a.append(ref, sample{t: hs.T[i], st: at(hs.ST, i), h: hs.H[i]})
@@ -261,6 +269,8 @@ type appender struct {
 	mint, maxt int64
 
 	held *sync.Mutex // a lock of series; nil: none
+
+	fetched byte // means nothing: without it the compiler would leave out the reads
 }
 
 // lock takes the lock of a series, unless it is held already.
@@ -276,6 +286,53 @@ func (a *appender) unlock() {
 	if a.held != nil {
 		a.held.Unlock()
 		a.held = nil
+	}
+}
+
+// runs appends floats without start times that are sorted by ref: the first sample
+// of each as append does, and then as many as just go on.
+func (a *appender) runs(f *ship.Floats) {
+	for i := 0; i < len(f.Ref); {
+		ref := f.Ref[i]
+		a.append(ref, sample{t: f.T[i], v: f.V[i]})
+		i++
+		end := i
+		for end < len(f.Ref) && f.Ref[end] == ref {
+			end++
+		}
+		if m := a.refs.series[ref]; i < end && m.generation == a.t.generation && a.held != nil {
+			n, grown := m.inOrder.extend(f.T[i:end], f.V[i:end])
+			a.grown += grown
+			a.result.Appended += n
+			if n > 0 {
+				a.maxt = max(a.maxt, f.T[i+n-1])
+			}
+			i += n
+		}
+	}
+}
+
+// ahead is of how many series the memory is fetched at once.
+const ahead = 16
+
+// fetch reads what appends to refs are about to wait for: where their chunks end.
+// The waits overlap here, where one doesn't depend on the other; in append each
+// comes alone. With many series there is one for nearly every sample.
+func (a *appender) fetch(refs []uint32) {
+	for _, ref := range refs {
+		m := a.refs.series[ref]
+		if m.generation != a.t.generation {
+			continue
+		}
+		if a.held == nil {
+			a.lock(m)
+		}
+		if a.t.lock(m) != a.held {
+			continue
+		}
+		if s := m.inOrder.floats.stream; len(s) > 0 {
+			a.fetched += s[len(s)-1]
+		}
 	}
 }
 
