@@ -84,7 +84,7 @@ func encode(g *head.Generation, window int64, maxBytes int64, now time.Time) ([]
 type flusher struct {
 	head       *head.Head
 	publish    Publish
-	flushed    func(generation uint64) // tells sessions
+	flushed    func(generation uint64) // it is durable
 	interval   time.Duration
 	window     int64 // ms
 	visibility time.Duration

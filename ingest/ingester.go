@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sync/errgroup"
 	"google.golang.org/grpc"
 
+	"github.com/epimetheus-tsdb/epimetheus/ingest/commitlog"
 	"github.com/epimetheus-tsdb/epimetheus/ingest/fetch/fetchpb"
 	"github.com/epimetheus-tsdb/epimetheus/ingest/head"
 	"github.com/epimetheus-tsdb/epimetheus/ingest/ship/shippb"
@@ -34,6 +35,11 @@ type Options struct {
 	VisibilityDelay time.Duration
 	FinalFlush      time.Duration // the time for the last flush on the way out; 1 minute by default
 	Limits          Limits
+
+	// CommitLog is the directory of the commit log; empty: there is none.
+	CommitLog string
+	// commitLog is for tests of disks that fail.
+	commitLog commitlog.Options
 }
 
 func (o *Options) setDefaults() {
@@ -71,10 +77,12 @@ func (o *Options) Validate() error {
 }
 
 // Ingester receives, keeps, answers and flushes. Make one with New, Register it
-// with a gRPC server, Run it.
+// with a gRPC server, Replay the commit log if there is one, Run it.
 type Ingester struct {
 	opts    Options
+	process [16]byte // new at each start
 	head    *head.Head
+	log     *commitlog.Log // nil: none
 	receive *receiver
 	fetch   *fetcher
 	flush   *flusher
@@ -88,18 +96,29 @@ func New(o Options, publish Publish, logger *slog.Logger, reg prometheus.Registe
 		return nil, err
 	}
 	logger = logger.With("component", "ingester")
-	h := head.New(o.Limits.Series)
-	i := &Ingester{opts: o, head: h, fetch: newFetcher(h, reg), logger: logger}
-	i.receive = &receiver{
-		member: o.Member, head: h, window: 4 << 20, limits: o.Limits, logger: logger,
-		metrics: newReceiveMetrics(reg), sessions: map[sessionID]*session{}, rewinds: map[string]int{}, admit: i.admit,
-	}
-	if _, err := rand.Read(i.receive.process[:]); err != nil {
+	i := &Ingester{opts: o, logger: logger}
+	if _, err := rand.Read(i.process[:]); err != nil {
 		return nil, fmt.Errorf("process id: %w", err)
 	}
+	first, process := uint64(1), i.process
+	if o.CommitLog != "" {
+		var err error
+		if i.log, err = commitlog.Open(o.CommitLog, o.commitLog, logger, reg); err != nil {
+			return nil, err
+		}
+		first, process = i.log.First(), i.log.Process()
+	}
+	h := head.NewAt(o.Limits.Series, first)
+	i.head, i.fetch = h, newFetcher(h, reg)
+	i.receive = &receiver{
+		process: process, member: o.Member, head: h, log: i.log, window: 4 << 20, limits: o.Limits, logger: logger,
+		metrics: newReceiveMetrics(reg), sessions: map[sessionID]*session{}, rewinds: map[string]int{}, admit: i.admit,
+	}
+	i.receive.starting.Store(i.log != nil)
+	i.fetch.starting.Store(i.log != nil)
 	i.fetch.resending = i.receive.resending
 	i.flush = &flusher{
-		head: h, publish: publish, flushed: i.receive.flushed, interval: o.FlushInterval, window: o.RowWidth,
+		head: h, publish: publish, flushed: i.durable, interval: o.FlushInterval, window: o.RowWidth,
 		visibility: o.VisibilityDelay, logger: logger, metrics: newFlushMetrics(reg), now: make(chan struct{}, 1),
 	}
 	gauge := func(name, help string, v func(head.Size) float64) {
@@ -122,8 +141,9 @@ func (i *Ingester) Register(s *grpc.Server) {
 	fetchpb.RegisterFetchServer(s, i.fetch)
 }
 
-// Process is the id of this process, as hex.
-func (i *Ingester) Process() string { return hex.EncodeToString(i.receive.process[:]) }
+// Process is the id of this process on the ring, as hex: new at each start, even
+// where sessions go on.
+func (i *Ingester) Process() string { return hex.EncodeToString(i.process[:]) }
 
 // Drain makes the ingester refuse new streams: it is leaving.
 func (i *Ingester) Drain() { i.receive.draining.Store(true) }
@@ -131,6 +151,29 @@ func (i *Ingester) Drain() { i.receive.draining.Store(true) }
 // Flush makes all durable that has been received by now.
 func (i *Ingester) Flush(ctx context.Context) error {
 	return i.flush.flush(ctx)
+}
+
+// durable tells sessions that a generation is durable, and lets go of its log. The
+// log knows before they do: what a source was told must hold after a restart.
+func (i *Ingester) durable(generation uint64) {
+	if i.log != nil {
+		i.log.Durable(generation)
+	}
+	i.receive.flushed(generation)
+	if i.log != nil {
+		i.log.Remove()
+	}
+}
+
+// LogStatus says in a few words whether what is received is in the commit log.
+func (i *Ingester) LogStatus() string {
+	if i.log == nil {
+		return "off"
+	}
+	if err := i.log.Err(); err != nil {
+		return err.Error()
+	}
+	return "on"
 }
 
 // Size is what the head holds.
@@ -143,6 +186,19 @@ const toldTimeout = 2 * time.Second
 // time that FinalFlush gives; what is not durable then is sent again by its
 // sources.
 func (i *Ingester) Run(ctx context.Context) error {
+	if i.log == nil {
+		return i.run(ctx)
+	}
+	// The log takes what comes until all is flushed and told.
+	lctx, cancel := context.WithCancel(context.WithoutCancel(ctx))
+	logged := make(chan error, 1)
+	go func() { logged <- i.log.Run(lctx) }() // awaited below
+	err := i.run(ctx)
+	cancel()
+	return errors.Join(err, <-logged)
+}
+
+func (i *Ingester) run(ctx context.Context) error {
 	g, gctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return i.flush.run(gctx) })
 	g.Go(func() error {

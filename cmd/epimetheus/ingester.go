@@ -6,6 +6,7 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"path/filepath"
 	"strconv"
 	"time"
 
@@ -62,6 +63,10 @@ func addIngester(app *kingpin.Application, commands map[string]command) {
 		}
 		defer st.close()
 		live := &ring.Live{}
+		if !wf.dataDirSet {
+			// A container's own file system, most likely: gone when it restarts.
+			p.config.Ingester.CommitLog = false
+		}
 		if err := p.addIngester(st, rf, gf.id, live, func(m ring.Member) (func(ring.State) error, error) {
 			return p.addGossip(gf, m, live)
 		}); err != nil {
@@ -79,10 +84,14 @@ const leaveNotice = 2 * time.Second
 // so, and gives the way to change its state.
 func (p *process) addIngester(st *stores, rf *grpcFlags, id string, live *ring.Live, join func(ring.Member) (func(ring.State) error, error)) error {
 	c := p.config.Ingester
+	logDir := ""
+	if c.CommitLog {
+		logDir = filepath.Join(p.flags.dataDir, "commitlog")
+	}
 	ing, err := ingest.New(ingest.Options{
 		Member: id, RowWidth: index.Width,
 		FlushInterval: time.Duration(c.FlushInterval), FlushBytes: int64(c.FlushBytes), MaxBytes: int64(c.MaxBytes),
-		VisibilityDelay: time.Duration(c.VisibilityDelay), Limits: c.Limits,
+		VisibilityDelay: time.Duration(c.VisibilityDelay), Limits: c.Limits, CommitLog: logDir,
 	}, st.history.Publish, p.logger, p.reg)
 	if err != nil {
 		return err
@@ -98,6 +107,11 @@ func (p *process) addIngester(st *stores, rf *grpcFlags, id string, live *ring.L
 	// The ingester is stopped first, while all that it needs still runs.
 	var setState func(ring.State) error
 	p.addRun("ingester", func(ctx context.Context) error {
+		// Until then it is joining: it gets nothing, and queries know of it.
+		if err := ing.Replay(ctx); err != nil {
+			p.logger.Info("stopped before the commit log was replayed; the next start does it", "err", err)
+			return nil
+		}
 		if err := setState(ring.Active); err != nil {
 			return err
 		}
@@ -172,5 +186,6 @@ func headTable(ing *ingest.Ingester) [][]string {
 		{"samples", n(s.Samples)},
 		{"generations", strconv.Itoa(s.Generations)},
 		{"bytes", n(s.Bytes)},
+		{"commit log", ing.LogStatus()},
 	}
 }
