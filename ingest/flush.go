@@ -98,6 +98,7 @@ type flusher struct {
 	pending  []*pending // frozen and not published, oldest first
 
 	mu      sync.Mutex
+	err     error       // of the last attempt to publish; nil if it worked
 	waiting []published // until the visibility delay has passed, oldest first
 }
 
@@ -233,6 +234,9 @@ func (f *flusher) publishOne(ctx context.Context, b *block) error {
 	pause := 200 * time.Millisecond
 	for try := 1; ; try++ {
 		err := f.publish(ctx, b.id, b.data, b.summary)
+		f.mu.Lock()
+		f.err = err
+		f.mu.Unlock()
 		if err == nil {
 			return nil
 		}
@@ -260,6 +264,13 @@ func (f *flusher) publishOne(ctx context.Context, b *block) error {
 		}
 		pause = min(2*pause, 10*time.Second)
 	}
+}
+
+// failing returns why blocks can't be published at present, or nil.
+func (f *flusher) failing() error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.err
 }
 
 // drop lets go of generations that every reader finds in blocks by now.

@@ -17,6 +17,7 @@ import (
 	"github.com/epimetheus-tsdb/epimetheus/ingest/fetch/fetchpb"
 	"github.com/epimetheus-tsdb/epimetheus/ingest/head"
 	"github.com/epimetheus-tsdb/epimetheus/ingest/ship/shippb"
+	"github.com/epimetheus-tsdb/epimetheus/internal/health"
 )
 
 // Options of an Ingester. Member and RowWidth are required; the rest has
@@ -80,7 +81,7 @@ func (o *Options) Validate() error {
 // with a gRPC server, Replay the commit log if there is one, Run it.
 type Ingester struct {
 	opts    Options
-	process [16]byte // new at each start
+	health  *health.Board
 	head    *head.Head
 	log     *commitlog.Log // nil: none
 	receive *receiver
@@ -96,11 +97,11 @@ func New(o Options, publish Publish, logger *slog.Logger, reg prometheus.Registe
 		return nil, err
 	}
 	logger = logger.With("component", "ingester")
-	i := &Ingester{opts: o, logger: logger}
-	if _, err := rand.Read(i.process[:]); err != nil {
+	i := &Ingester{opts: o, logger: logger, health: &health.Board{}}
+	first, process := uint64(1), [16]byte{}
+	if _, err := rand.Read(process[:]); err != nil {
 		return nil, fmt.Errorf("process id: %w", err)
 	}
-	first, process := uint64(1), i.process
 	if o.CommitLog != "" {
 		var err error
 		if i.log, err = commitlog.Open(o.CommitLog, o.commitLog, logger, reg); err != nil {
@@ -141,9 +142,17 @@ func (i *Ingester) Register(s *grpc.Server) {
 	fetchpb.RegisterFetchServer(s, i.fetch)
 }
 
-// Process is the id of this process on the ring, as hex: new at each start, even
-// where sessions go on.
-func (i *Ingester) Process() string { return hex.EncodeToString(i.process[:]) }
+// Process is the id of this process on the ring, as hex. A start that found the
+// commit log of the process before goes on as that one: to the others it was away,
+// but has lost nothing that they would have to warn of.
+func (i *Ingester) Process() string { return hex.EncodeToString(i.receive.process[:]) }
+
+// Health says what is degraded.
+func (i *Ingester) Health() *health.Board { return i.health }
+
+// Resending says whether a source has ranges to send again that an ingester lost,
+// or whether it has is not known because its stream is broken.
+func (i *Ingester) Resending() bool { return i.receive.anyResending() }
 
 // Drain makes the ingester refuse new streams: it is leaving.
 func (i *Ingester) Drain() { i.receive.draining.Store(true) }
@@ -211,6 +220,7 @@ func (i *Ingester) run(ctx context.Context) error {
 			case now := <-tick.C:
 				i.flush.drop(now)
 				i.receive.expire(now)
+				i.note()
 			}
 		}
 	})
@@ -227,6 +237,19 @@ func (i *Ingester) run(ctx context.Context) error {
 	defer cancelTold()
 	i.receive.told(tctx)
 	return nil
+}
+
+// note says what is degraded.
+func (i *Ingester) note() {
+	h, size := i.health, i.head.Size()
+	err := i.flush.failing()
+	h.Note("flush", err != nil, "blocks can't be written, fresh samples stay in memory and are safe at their sources: %v", err)
+	h.Note("full", size.Bytes >= i.opts.MaxBytes, "the head is full (%d of %d bytes): samples wait at their sources until a flush has worked", size.Bytes, i.opts.MaxBytes)
+	if i.log != nil {
+		err := i.log.Err()
+		h.Note("log", err != nil, "the commit log is not written until the next flush, a crash would have sources send again: %v", err)
+	}
+	h.Note("again", i.receive.anyResending(), "a source is sending again what an ingester lost, or has been out of reach for less than %s", sessionTTL)
 }
 
 // admit waits while the head is full, and starts a flush where one is due.

@@ -194,6 +194,7 @@ func (r *receiver) attach(ctx context.Context, hello *shippb.Hello, st *stream) 
 			}
 			s = &session{id: id, source: [16]byte(hello.Source), changed: make(chan struct{}, 1), stream: st}
 			r.sessions[id] = s
+			r.succeed(s)
 			r.mu.Unlock()
 			return s, false, nil
 		}
@@ -219,6 +220,23 @@ func (r *receiver) attach(ctx context.Context, hello *shippb.Hello, st *stream) 
 		case <-ctx.Done():
 			return nil, false, ctx.Err()
 		}
+	}
+}
+
+// succeed takes what a source has said in sessions that it has left behind for
+// outdated: it was started anew, and says again what it has to send again. The
+// caller holds r.mu.
+func (r *receiver) succeed(s *session) {
+	for _, old := range r.sessions {
+		if old == s || old.source != s.source || old.id.tenant != s.id.tenant {
+			continue
+		}
+		old.mu.Lock()
+		if old.stream == nil {
+			r.setRewinds(old, 0)
+			old.succeeded = true
+		}
+		old.mu.Unlock()
 	}
 }
 
@@ -259,6 +277,28 @@ func (r *receiver) resending(tenant string) bool {
 	r.rewindsMu.Lock()
 	defer r.rewindsMu.Unlock()
 	return r.rewinds[tenant] > 0
+}
+
+// anyResending says whether a source of any tenant has ranges to send again, or
+// has a session but no stream to say so.
+func (r *receiver) anyResending() bool {
+	r.rewindsMu.Lock()
+	n := len(r.rewinds)
+	r.rewindsMu.Unlock()
+	if n > 0 {
+		return true
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for _, s := range r.sessions {
+		s.mu.Lock()
+		silent := s.stream == nil && !s.succeeded && s.durable < s.received
+		s.mu.Unlock()
+		if silent {
+			return true
+		}
+	}
+	return false
 }
 
 // forget drops a session that is of no use to its client.

@@ -35,6 +35,8 @@ type session struct {
 	lastSeen time.Time // of the end of the last stream
 	lag      time.Duration
 	rewinds  uint32
+	// succeeded: its source has begun another session while it had no stream.
+	succeeded bool
 
 	// For the commit log, if there is one.
 	generation uint64        // that the last batch was applied to; 0: none yet

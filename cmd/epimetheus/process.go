@@ -55,7 +55,7 @@ type process struct {
 	group   run.Group
 	ready   []check
 	status  []section
-	health  []*health.Board
+	health  []func() []health.Condition
 	started time.Time
 }
 
