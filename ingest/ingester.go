@@ -128,6 +128,9 @@ func New(o Options, publish Publish, logger *slog.Logger, reg prometheus.Registe
 	gauge("epimetheus_ingester_head_series", "Series of the current generation.", func(s head.Size) float64 { return float64(s.Series) })
 	gauge("epimetheus_ingester_head_samples", "Samples in the head, frozen generations included.", func(s head.Size) float64 { return float64(s.Samples) })
 	gauge("epimetheus_ingester_head_bytes", "Memory of the head, as it counts itself.", func(s head.Size) float64 { return float64(s.Bytes) })
+	reg.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+		Name: "epimetheus_ingester_announced_bytes", Help: "Memory of what sources have announced, about; with that of the head it is bounded by ingester.max_bytes.",
+	}, func() float64 { return float64(i.receive.announced.Load()) }))
 	gauge("epimetheus_ingester_head_generations", "Generations that are readable.", func(s head.Size) float64 { return float64(s.Generations) })
 	gauge("epimetheus_ingester_head_tenants", "Tenants of the current generation.", func(s head.Size) float64 { return float64(s.Tenants) })
 	reg.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{
@@ -163,8 +166,12 @@ func (i *Ingester) Flush(ctx context.Context) error {
 }
 
 // durable tells sessions that a generation is durable, and lets go of its log. The
-// log knows before they do: what a source was told must hold after a restart.
-func (i *Ingester) durable(generation uint64) {
+// log knows before they do: what a source was told must hold after a restart. The
+// sessions of tenants that it is not durable for end: their sources send again.
+func (i *Ingester) durable(generation uint64, except map[string]error) {
+	for tenant := range except {
+		i.receive.endSessions(tenant)
+	}
 	if i.log != nil {
 		i.log.Durable(generation)
 	}
@@ -244,7 +251,8 @@ func (i *Ingester) note() {
 	h, size := i.health, i.head.Size()
 	err := i.flush.failing()
 	h.Note("flush", err != nil, "blocks can't be written, fresh samples stay in memory and are safe at their sources: %v", err)
-	h.Note("full", size.Bytes >= i.opts.MaxBytes, "the head is full (%d of %d bytes): samples wait at their sources until a flush has worked", size.Bytes, i.opts.MaxBytes)
+	held := size.Bytes + i.receive.announced.Load()
+	h.Note("full", held >= i.opts.MaxBytes, "the head is full (%d of %d bytes): samples wait at their sources until a flush has worked", held, i.opts.MaxBytes)
 	if i.log != nil {
 		err := i.log.Err()
 		h.Note("log", err != nil, "the commit log is not written until the next flush, a crash would have sources send again: %v", err)
@@ -258,7 +266,7 @@ func (i *Ingester) admit(ctx context.Context) error {
 		if i.head.Current().Bytes() >= i.opts.FlushBytes {
 			i.flush.trigger()
 		}
-		if i.head.Size().Bytes < i.opts.MaxBytes {
+		if i.head.Size().Bytes+i.receive.announced.Load() < i.opts.MaxBytes {
 			return nil
 		}
 		select {

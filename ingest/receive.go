@@ -58,7 +58,8 @@ type receiver struct {
 	draining atomic.Bool
 	starting atomic.Bool // the commit log has not been replayed
 
-	durable atomic.Uint64 // generations up to this one
+	durable   atomic.Uint64 // generations up to this one
+	announced atomic.Int64  // bytes that all sessions' refs take, about
 
 	mu       sync.Mutex
 	sessions map[sessionID]*session
@@ -305,23 +306,28 @@ func (r *receiver) anyResending() bool {
 func (r *receiver) forget(s *session) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if r.sessions[s.id] == s {
-		delete(r.sessions, s.id)
-	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if r.sessions[s.id] == s {
+		r.remove(s)
+	}
+}
+
+// remove takes a session out. The caller holds r.mu and s.mu.
+func (r *receiver) remove(s *session) {
 	r.setRewinds(s, 0)
+	r.announced.Add(-s.refs.Bytes())
+	delete(r.sessions, s.id)
 }
 
 // expire forgets sessions without a stream for too long.
 func (r *receiver) expire(now time.Time) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	for id, s := range r.sessions {
+	for _, s := range r.sessions {
 		s.mu.Lock()
 		if s.stream == nil && now.Sub(s.lastSeen) > sessionTTL {
-			r.setRewinds(s, 0)
-			delete(r.sessions, id)
+			r.remove(s)
 		}
 		s.mu.Unlock()
 	}
@@ -347,6 +353,23 @@ func (r *receiver) flushed(generation uint64) {
 	r.mu.Unlock()
 	for _, s := range all {
 		s.flushed(generation)
+	}
+}
+
+// endSessions ends a tenant's sessions for good.
+func (r *receiver) endSessions(tenant string) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for _, s := range r.sessions {
+		if s.id.tenant != tenant {
+			continue
+		}
+		s.mu.Lock()
+		if s.stream != nil {
+			s.stream.cancel(status.Error(codes.NotFound, "what the session has received can't be made durable: begin a new one"))
+		}
+		r.remove(s)
+		s.mu.Unlock()
 	}
 }
 
@@ -477,7 +500,8 @@ func (r *receiver) apply(s *session, b *shippb.Batch, dec *ship.Decoder, cols *s
 	if b.Seq != s.received+1 {
 		return status.Errorf(codes.InvalidArgument, "batch %d follows batch %d", b.Seq, s.received)
 	}
-	known := s.refs.Len()
+	known, announced := s.refs.Len(), s.refs.Bytes()
+	defer func() { r.announced.Add(s.refs.Bytes() - announced) }()
 	var refused []uint32
 	for i, a := range b.Announce {
 		ls, err := r.labels(a.Labels)

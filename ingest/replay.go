@@ -237,6 +237,7 @@ func (p *replay) finish(now time.Time) int {
 		}
 		x.logged.Store(s.received)
 		r.sessions[id] = x
+		r.announced.Add(x.refs.Bytes())
 		n++
 	}
 	return n

@@ -89,8 +89,15 @@ func (g *Generation) getOrCreateTenant(name string) (_ *tenantHead, created bool
 type Refs struct {
 	// In some generation or in none yet; nil: never announced, or withdrawn.
 	series []*memSeries
+	bytes  int64             // what is announced takes, about
 	it     chunkenc.Iterator // scratch
 }
+
+// Bytes is about how much memory what is announced takes, whether or not samples
+// of it have come.
+func (r *Refs) Bytes() int64 { return r.bytes }
+
+func (s *memSeries) announcedBytes() int64 { return seriesBytes + int64(s.labels.ByteSize()) }
 
 // Len is the number of refs ever announced.
 func (r *Refs) Len() int { return len(r.series) }
@@ -105,9 +112,13 @@ func (r *Refs) Announce(ref uint32, ls labels.Labels, refuse bool) bool {
 	if refuse {
 		s.generation = refusedSeries
 	}
+	r.bytes += s.announcedBytes()
 	if int(ref) == len(r.series) {
 		r.series = append(r.series, s)
 		return true
+	}
+	if old := r.series[ref]; old != nil {
+		r.bytes -= old.announcedBytes()
 	}
 	r.series[ref] = s
 	return true
@@ -118,6 +129,7 @@ func (r *Refs) Withdraw(ref uint32) bool {
 	if !r.Valid(ref) {
 		return false
 	}
+	r.bytes -= r.series[ref].announcedBytes()
 	r.series[ref] = nil
 	return true
 }

@@ -67,6 +67,7 @@ const (
 
 	maxColumnsBytes = 8 << 20
 	maxSamples      = 1 << 20
+	maxHistograms   = 1 << 16 // of one kind: each takes some hundred bytes of memory
 )
 
 // ErrColumns is wrapped by every error of DecodeColumns: the bytes are not
@@ -175,15 +176,15 @@ func (d *Decoder) Decode(b []byte, c *Columns) error {
 		switch kind {
 		case kindFloats:
 			f := &c.Floats
-			f.Ref, f.T, f.ST = r.section(f.Ref, f.T, f.ST)
+			f.Ref, f.T, f.ST = r.section(f.Ref, f.T, f.ST, maxSamples)
 			f.V = r.floats(f.V, len(f.T))
 		case kindHistograms:
 			h := &c.Histograms
-			h.Ref, h.T, h.ST = r.section(h.Ref, h.T, h.ST)
+			h.Ref, h.T, h.ST = r.section(h.Ref, h.T, h.ST, maxHistograms)
 			h.H = histograms(&r, h.H, len(h.T), chunkfmt.DecodeHistogram)
 		case kindFloatHistograms:
 			h := &c.FloatHistograms
-			h.Ref, h.T, h.ST = r.section(h.Ref, h.T, h.ST)
+			h.Ref, h.T, h.ST = r.section(h.Ref, h.T, h.ST, maxHistograms)
 			h.H = histograms(&r, h.H, len(h.T), chunkfmt.DecodeFloatHistogram)
 		}
 	}
@@ -220,7 +221,7 @@ func (r *reader) varint() int64 {
 }
 
 // section reads what the kinds have in common.
-func (r *reader) section(refs []uint32, ts, st []int64) ([]uint32, []int64, []int64) {
+func (r *reader) section(refs []uint32, ts, st []int64, limit uint64) ([]uint32, []int64, []int64) {
 	if len(r.b) == 0 {
 		r.fail("truncated section")
 		return refs, ts, st
@@ -233,7 +234,7 @@ func (r *reader) section(refs []uint32, ts, st []int64) ([]uint32, []int64, []in
 	}
 	u, w := binary.Uvarint(r.b)
 	// A sample takes at least three bytes in the section: ref, time, value.
-	if w <= 0 || u == 0 || u > maxSamples || u > uint64(len(r.b)-w)/3 {
+	if w <= 0 || u == 0 || u > limit || u > uint64(len(r.b)-w)/3 {
 		r.fail("count of samples that the section can't hold")
 		return refs, ts, st
 	}
