@@ -157,6 +157,7 @@ func (p *replay) file(ctx context.Context, l *commitlog.Log, generation uint64) 
 			w := replayWorker{replay: p, collected: make([]ship.Columns, runtime.GOMAXPROCS(0))}
 			for t := range workers[i] {
 				w.record(t.s, t.rec)
+				t.rec.Release()
 			}
 			w.appendAll()
 			p.mu.Lock()

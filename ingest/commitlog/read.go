@@ -9,6 +9,7 @@ import (
 	"hash/crc32"
 	"io"
 	"os"
+	"sync"
 	"time"
 )
 
@@ -88,8 +89,8 @@ func (l *Log) DurableGeneration() uint64 {
 }
 
 // Read reads the log of a generation: begin is called with its header, then fn
-// with each record, which fn may keep. A HoleError says that the log ends there;
-// any other error is that of ctx.
+// with each record, which fn may keep, and give back to Release. A HoleError says
+// that the log ends there; any other error is that of ctx.
 func (l *Log) Read(ctx context.Context, generation uint64, begin func(Header), fn func(*Record)) error {
 	path := l.path(generation)
 	f, err := os.Open(path)
@@ -108,8 +109,20 @@ func (l *Log) Read(ctx context.Context, generation uint64, begin func(Header), f
 	return &HoleError{Path: path, Offset: at, Size: info.Size(), Err: err}
 }
 
+// Release says that the record and what lies in it is not used any more.
+func (r *Record) Release() { r.pool.Put(r) }
+
+func grown(b []byte, n int) []byte {
+	if cap(b) < n {
+		b = make([]byte, n+n/8)
+	}
+	return b[:n]
+}
+
 // read is Read for the bytes of a log. It returns where the log ends.
 func read(ctx context.Context, src io.Reader, size int64, generation uint64, begin func(Header), fn func(*Record)) (int64, error) {
+	pool := &sync.Pool{}
+	pool.New = func() any { return &Record{pool: pool} }
 	r := bufio.NewReaderSize(src, 1<<20)
 	b := make([]byte, headerSize)
 	if _, err := io.ReadFull(r, b); err != nil {
@@ -138,14 +151,15 @@ func read(ctx context.Context, src io.Reader, size int64, generation uint64, beg
 		if length == 0 || length > maxPayload || int64(length) > size-at-frameSize {
 			return at, fmt.Errorf("record of %d bytes", length)
 		}
-		payload := make([]byte, length)
+		rec := pool.Get().(*Record)
+		rec.payload = grown(rec.payload, int(length))
+		payload := rec.payload
 		if _, err := io.ReadFull(r, payload); err != nil {
 			return at, fmt.Errorf("record of %d bytes: %w", length, err)
 		}
 		if crc32.Checksum(payload, castagnoli) != sum {
 			return at, fmt.Errorf("checksum of a record of %d bytes differs", length)
 		}
-		rec := &Record{}
 		if err := rec.Parse(payload); err != nil {
 			return at, err
 		}

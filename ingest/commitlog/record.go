@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"hash/crc32"
 	"math"
+	"sync"
 
 	"github.com/klauspost/compress/s2"
 	"github.com/prometheus/prometheus/model/labels"
@@ -235,13 +236,15 @@ type Record struct {
 
 	Tenant string // KindMetadata
 
-	packed []byte // compressed part of refs, batch, metadata
+	packed  []byte // compressed part of refs, batch, metadata
+	payload []byte
+	pool    *sync.Pool // where Release puts it
 }
 
 // Parse replaces r by the record in a payload. What is compressed stays so: that
 // is for Refs, Rest and Metadata.
 func (r *Record) Parse(payload []byte) error {
-	*r = Record{Refused: r.Refused[:0], Limited: r.Limited[:0]}
+	*r = Record{Refused: r.Refused[:0], Limited: r.Limited[:0], payload: r.payload, pool: r.pool}
 	d := reader{b: payload}
 	r.Kind = Kind(d.byte())
 	if r.Kind == KindMetadata {
