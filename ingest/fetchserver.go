@@ -3,6 +3,7 @@ package ingest
 import (
 	"context"
 	"fmt"
+	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/prometheus/model/labels"
@@ -23,6 +24,8 @@ type fetcher struct {
 	fetchpb.UnimplementedFetchServer
 	head      *head.Head
 	resending func(tenant string) bool // sources have ranges to send again
+	process   []byte
+	sources   *sources
 	requests  *prometheus.CounterVec
 }
 
@@ -139,7 +142,7 @@ func (f *fetcher) Stats(_ context.Context, req *fetchpb.StatsRequest) (*fetchpb.
 }
 
 func (f *fetcher) header(tenant string, h fetch.Header) *fetchpb.Header {
-	p := &fetchpb.Header{HasSamples: h.HasSamples, Oldest: h.Oldest, Newest: h.Newest, Resending: f.resending(tenant)}
+	p := &fetchpb.Header{HasSamples: h.HasSamples, Oldest: h.Oldest, Newest: h.Newest, Resending: f.resending(tenant), Process: f.process, Coverage: f.sources.coverage(tenant, time.Now())}
 	for _, b := range h.Blocks {
 		p.Blocks = append(p.Blocks, b[:])
 	}

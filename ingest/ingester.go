@@ -92,12 +92,13 @@ func New(o Options, publish Publish, logger *slog.Logger, reg prometheus.Registe
 	i := &Ingester{opts: o, head: h, fetch: newFetcher(h, reg), logger: logger}
 	i.receive = &receiver{
 		member: o.Member, head: h, window: 4 << 20, limits: o.Limits, logger: logger,
-		metrics: newReceiveMetrics(reg), sessions: map[sessionID]*session{}, rewinds: map[string]int{}, admit: i.admit,
+		metrics: newReceiveMetrics(reg), sessions: map[sessionID]*session{}, rewinds: map[string]int{}, sources: sources{tenants: map[string][]source{}}, admit: i.admit,
 	}
 	if _, err := rand.Read(i.receive.process[:]); err != nil {
 		return nil, fmt.Errorf("process id: %w", err)
 	}
 	i.fetch.resending = i.receive.resending
+	i.fetch.process, i.fetch.sources = i.receive.process[:], &i.receive.sources
 	i.flush = &flusher{
 		head: h, publish: publish, flushed: i.receive.flushed, interval: o.FlushInterval, window: o.RowWidth,
 		visibility: o.VisibilityDelay, logger: logger, metrics: newFlushMetrics(reg), now: make(chan struct{}, 1),
@@ -146,7 +147,8 @@ func (i *Ingester) Run(ctx context.Context) error {
 	g, gctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return i.flush.run(gctx) })
 	g.Go(func() error {
-		tick := time.NewTicker(time.Second)
+		tick, seldom := time.NewTicker(time.Second), time.NewTicker(time.Minute)
+		defer seldom.Stop()
 		defer tick.Stop()
 		for {
 			select {
@@ -155,6 +157,8 @@ func (i *Ingester) Run(ctx context.Context) error {
 			case now := <-tick.C:
 				i.flush.drop(now)
 				i.receive.expire(now)
+			case now := <-seldom.C:
+				i.receive.sources.expire(now)
 			}
 		}
 	})

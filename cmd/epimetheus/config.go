@@ -63,7 +63,7 @@ type DynamoDBConfig struct {
 
 // RingConfig is what a member says of itself.
 type RingConfig struct {
-	Zone string   `yaml:"zone,omitempty" doc:"Zone of this member; shown, and used once there are replicas."`
+	Zone string   `yaml:"zone,omitempty" doc:"Zone of this member: the replicas of a series go to different ones."`
 	Join []string `yaml:"join,omitempty" doc:"Gossip addresses (host:port) of other members, beside those of '--gossip.join'."`
 }
 
@@ -95,6 +95,7 @@ type SidecarConfig struct {
 	PrometheusConfigFile string            `yaml:"prometheus_config_file,omitempty" doc:"As '--prometheus.config-file'."`
 	RelabelConfigs       []*relabel.Config `yaml:"relabel_configs,omitempty" doc:"Prometheus's relabel configs, applied to each series after the external labels: drop what need not be kept."`
 	Shards               int               `yaml:"shards,omitempty" doc:"Over how many ingesters the tenant's series are spread. 0: all."`
+	ReplicationFactor    int               `yaml:"replication_factor,omitempty" doc:"How many ingesters, in different zones as far as there are, get each series, 1 to 3. With 2 or 3 fresh samples can be queried while an ingester is missing, for as many times the network and the ingesters' memory. The same in all sidecars of a tenant."`
 }
 
 // defaults of the file.
@@ -116,7 +117,7 @@ func defaultConfig() Config {
 			MaxSamples:    50_000_000,
 			CacheBytes:    512 * mib,
 		},
-		Sidecar: SidecarConfig{Tenant: gateway.DefaultTenant},
+		Sidecar: SidecarConfig{Tenant: gateway.DefaultTenant, ReplicationFactor: 1},
 	}
 }
 
@@ -209,6 +210,9 @@ func (c *Config) validate() error {
 	}
 	if c.Sidecar.Shards < 0 {
 		bad("sidecar.shards: %d is negative (0 means all ingesters)", c.Sidecar.Shards)
+	}
+	if r := c.Sidecar.ReplicationFactor; r < 1 || r > 3 {
+		bad("sidecar.replication_factor: %d is not 1, 2 or 3", r)
 	}
 	if len(problems) == 0 {
 		return nil

@@ -54,7 +54,7 @@ func addSidecar(app *kingpin.Application, commands map[string]command) {
 		s, err := sidecar.New(sidecar.Options{
 			PrometheusDir: c.PrometheusDirectory, DataDir: p.flags.dataDir, Tenant: c.Tenant, Gateways: c.Gateways,
 			PrometheusURL: c.PrometheusURL, PrometheusConfigFile: c.PrometheusConfigFile,
-			RelabelConfigs: c.RelabelConfigs, Shards: c.Shards,
+			RelabelConfigs: c.RelabelConfigs, Shards: c.Shards, Replicas: c.ReplicationFactor,
 			DialOptions: dialOptions(), Version: "epimetheus " + version.Version,
 		}, p.logger, p.reg)
 		if err != nil {
@@ -83,6 +83,7 @@ func sidecarTable(s *sidecar.Sidecar) func(*http.Request) [][]string {
 			{"series", strconv.Itoa(st.Series)},
 			{"ranges open", strconv.Itoa(st.OpenRanges)},
 			{"ranges to send again", strconv.Itoa(st.QueuedRanges)},
+			{"copies of what isn't durable", fmt.Sprintf("%d of %d", st.Copies, st.Replicas)},
 			{"ring", st.Ring + st.RingError},
 		}
 		for _, o := range st.Sessions {
