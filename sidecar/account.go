@@ -69,10 +69,15 @@ func (a *account) sets(sp *split, fn func(*ownerSet)) {
 
 // parts returns the account as the ledger wants it.
 func (a *account) parts(sp *split) []Part {
+	if len(a.members) == 0 && len(a.used) == 0 {
+		return nil
+	}
 	parts := make([]Part, 0, len(a.members))
 	if sp.replicas == 1 {
-		for _, m := range a.members {
-			parts = append(parts, Part{Owners: m.member, Copies: []Copy{m.Copy}})
+		copies := make([]Copy, len(a.members))
+		for i, m := range a.members {
+			copies[i] = m.Copy
+			parts = append(parts, Part{Owners: m.member, Copies: copies[i : i+1]})
 		}
 		return parts
 	}

@@ -130,8 +130,15 @@ func (l *Ledger) Skip(to tail.Position) { l.next = to }
 func (l *Ledger) Add(to tail.Position, split SplitID, parts []Part) {
 	r := &ledgerRange{from: l.next, to: to, split: split}
 	l.next = to
+	n := 0
 	for i := range parts {
-		lp := ledgerPart{owners: parts[i].Owners}
+		n += len(parts[i].Copies)
+	}
+	space := make([]ledgerCopy, 0, n)
+	for i := range parts {
+		m := len(space) + len(parts[i].Copies)
+		lp := ledgerPart{owners: parts[i].Owners, copies: space[len(space):len(space):m]}
+		space = space[:m]
 		if l.assign(&lp, parts[i:i+1], false); !lp.done() {
 			r.parts = append(r.parts, lp)
 		}
@@ -141,9 +148,10 @@ func (l *Ledger) Add(to tail.Position, split SplitID, parts []Part) {
 	}
 }
 
-// assign sets what a part waits for: all of groups.
+// assign sets what a part waits for: all of groups. lp.copies is empty, with
+// room perhaps.
 func (l *Ledger) assign(lp *ledgerPart, groups []Part, lost bool) {
-	lp.copies, lp.state, lp.work = nil, partSent, 0
+	lp.state, lp.work = partSent, 0
 	for g := range groups {
 		for _, c := range groups[g].Copies {
 			lc := ledgerCopy{group: g, lost: c.Lost}

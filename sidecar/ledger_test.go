@@ -473,7 +473,7 @@ func ledgerWorld(t *testing.T, replicas int, seed int64, steps int) {
 		}
 	}
 	// Faults end: all becomes durable.
-	for round := 0; round < 10; round++ { // what is refused by then is sent again
+	for range 10 { // what is refused by then is sent again
 		for len(m.works) > 0 || m.rewind() {
 			m.finish(false)
 		}

@@ -123,7 +123,7 @@ func (s *shipper) takers(ctx context.Context, set uint32) []*session {
 		if some || detached || ctx.Err() != nil {
 			break
 		}
-		s.await(ctx, 20*time.Millisecond)
+		s.await(ctx)
 	}
 	for i, ss := range s.taking {
 		if ss == nil {
@@ -187,7 +187,7 @@ func (s *shipper) flushCopy(ctx context.Context, ss *session) {
 			lose() // the batch stays: it may hold announcements
 			return
 		}
-		s.await(ctx, 20*time.Millisecond)
+		s.await(ctx)
 	}
 	if o.detached || s.sessions[ss.index] != ss {
 		lose()
@@ -207,7 +207,7 @@ func (s *shipper) flushCopy(ctx context.Context, ss *session) {
 			lose()
 			return
 		}
-		s.await(ctx, 20*time.Millisecond)
+		s.await(ctx)
 	}
 }
 
@@ -312,6 +312,7 @@ func (s *shipper) declare() {
 		return
 	}
 	c := s.present()
+	s.declaredAt.Store(time.Now().UnixMilli())
 	if old := s.coverage.Load(); old != nil && proto.Equal(old, c) {
 		return
 	}
@@ -321,6 +322,16 @@ func (s *shipper) declare() {
 			ss.ship.Beat()
 		}
 	}
+}
+
+// declared is what a heartbeat says of copies; any goroutine may call it.
+func (s *shipper) declared() *shippb.Coverage {
+	c := s.coverage.Load()
+	if c != nil && time.Now().UnixMilli()-s.declaredAt.Load() > staleAfter.Milliseconds() {
+		// Nobody has looked for a while: what has happened since isn't known.
+		return &shippb.Coverage{ReplicationFactor: c.ReplicationFactor}
+	}
+	return c
 }
 
 // present counts the copies of all that was sent and is not durable, and of what

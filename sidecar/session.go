@@ -180,7 +180,7 @@ func (s *shipper) sessionOf(ctx context.Context, o *owner) *session {
 			s.detach(o, "no session can be had")
 			return nil
 		}
-		s.await(ctx, 20*time.Millisecond)
+		s.await(ctx)
 	}
 }
 
@@ -228,7 +228,7 @@ func (s *shipper) dial(m ring.Member) link {
 		Address: m.Address, Tenant: s.opts.Tenant, Source: s.source, Client: s.opts.Version,
 		DialOptions: s.opts.DialOptions, GiveUp: s.opts.GiveUp,
 		Heartbeat: func() *shippb.Heartbeat {
-			return &shippb.Heartbeat{LagMs: s.lagMS.Load(), OpenRewinds: s.queue.Load(), Coverage: s.coverage.Load()}
+			return &shippb.Heartbeat{LagMs: s.lagMS.Load(), OpenRewinds: s.queue.Load(), Coverage: s.declared()}
 		},
 		Notify: s.notify,
 		Refused: func(r *shippb.Refused) {
@@ -327,7 +327,7 @@ func (s *shipper) flush(ctx context.Context, ss *session) {
 			s.acc.lost(member)
 			return
 		}
-		s.await(ctx, 20*time.Millisecond)
+		s.await(ctx)
 	}
 }
 
@@ -348,17 +348,17 @@ func (s *shipper) sendStuck(ctx context.Context, ss *session) bool {
 			s.detach(ss.owner, "its window stays full")
 			return false
 		}
-		s.await(ctx, 20*time.Millisecond)
+		s.await(ctx)
 	}
 	return true
 }
 
 // await waits, in the middle of a record, for news of sessions and takes them in.
-func (s *shipper) await(ctx context.Context, d time.Duration) {
+func (s *shipper) await(ctx context.Context) {
 	select {
 	case <-ctx.Done():
 	case <-s.wake:
-	case <-time.After(d):
+	case <-time.After(20 * time.Millisecond):
 	}
 	s.pump()
 	s.tend(ctx)

@@ -127,9 +127,12 @@ func (c *coverage) holds(x *fetch.Coverage) bool {
 // copies with them, and whether any went. It is for when no member is missing.
 func (c *coverage) restarted() (lacking, some bool) {
 	for _, x := range c.newest {
+		if x.Age > heardWithin {
+			continue // long before, the ring has told
+		}
 		if members, _ := c.gone(&x); members > 0 {
 			some = true
-			lacking = lacking || x.Age <= heardWithin && !c.holds(&x)
+			lacking = lacking || !c.holds(&x)
 		}
 	}
 	return lacking, some
