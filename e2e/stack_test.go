@@ -28,6 +28,8 @@ type stack struct {
 	db   *testenv.DynamoDBServer
 	env  []string
 	dir  string
+	// replicas of each series; with several each ingester is in a zone of its own.
+	replicas int
 }
 
 // member is one process of a stack.
@@ -91,16 +93,22 @@ func startAll(t *testing.T) *stack {
 
 func startRoles(t *testing.T, s3 *testenv.S3Server) *stack {
 	t.Helper()
+	return startReplicated(t, s3, 1)
+}
+
+func startReplicated(t *testing.T, s3 *testenv.S3Server, replicas int) *stack {
+	t.Helper()
 	db := testenv.DynamoDBOn(t, t.TempDir())
-	s := &stack{dir: t.TempDir(), env: s3.Env(), s3: s3, db: db}
-	config := writeFile(t, s.dir, "epimetheus.yml", commonConfig+fmt.Sprintf(`
+	s := &stack{dir: t.TempDir(), env: s3.Env(), s3: s3, db: db, replicas: replicas}
+	text := commonConfig + fmt.Sprintf(`
 objects:
   type: s3
   s3: {bucket: %q, endpoint: %q, region: %q, path_style: true}
 index:
   type: dynamodb
   dynamodb: {table: rows, endpoint: %q, region: %q}
-`, s3.Bucket, s3.Endpoint, s3.Region, db.Endpoint, db.Region))
+`, s3.Bucket, s3.Endpoint, s3.Region, db.Endpoint, db.Region)
+	config := writeFile(t, s.dir, "epimetheus.yml", text)
 
 	// Without its table an ingester says what to do.
 	cmd := exec.CommandContext(t.Context(), binary, "ingester", "--config.file="+config, "--data.dir="+filepath.Join(s.dir, "x"))
@@ -120,6 +128,10 @@ index:
 	}
 	for i, g := range join {
 		id := fmt.Sprintf("ingester-%d", i)
+		config := config
+		if replicas > 1 {
+			config = writeFile(t, s.dir, id+".yml", text+"ring: {zone: zone-of-"+id+"}\n")
+		}
 		m := s.start(t, testenv.FreeAddr(t), "ingester", "--config.file="+config, "--data.dir="+filepath.Join(s.dir, id),
 			"--gossip.member-id="+id, "--gossip.listen-address="+g, "--gossip.join="+join[0], "--gossip.join="+join[2],
 			"--grpc.listen-address="+testenv.FreeAddr(t))
@@ -206,6 +218,9 @@ func (n *tenant) startSidecar(t *testing.T, s *stack) {
 	}
 	for _, g := range s.gateways {
 		args = append(args, "--gateway.url="+g.url)
+	}
+	if s.replicas > 1 {
+		args = append(args, "--config.file="+writeFile(t, s.dir, "sidecar-"+n.name+".yml", fmt.Sprintf("sidecar: {replication_factor: %d}\n", s.replicas)))
 	}
 	n.sidecar = s.start(t, testenv.FreeAddr(t), args...)
 }

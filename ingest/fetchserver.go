@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"sync/atomic"
+	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/prometheus/model/labels"
@@ -25,6 +26,8 @@ type fetcher struct {
 	head      *head.Head
 	resending func(tenant string) bool // sources have ranges to send again
 	starting  atomic.Bool              // the commit log has not been replayed
+	process   []byte
+	sources   *sources
 	requests  *prometheus.CounterVec
 }
 
@@ -161,7 +164,7 @@ func (f *fetcher) Stats(_ context.Context, req *fetchpb.StatsRequest) (*fetchpb.
 }
 
 func (f *fetcher) header(tenant string, h fetch.Header) *fetchpb.Header {
-	p := &fetchpb.Header{HasSamples: h.HasSamples, Oldest: h.Oldest, Newest: h.Newest, Resending: f.resending(tenant)}
+	p := &fetchpb.Header{HasSamples: h.HasSamples, Oldest: h.Oldest, Newest: h.Newest, Resending: f.resending(tenant), Process: f.process, Coverage: f.sources.coverage(tenant, time.Now())}
 	for _, b := range h.Blocks {
 		p.Blocks = append(p.Blocks, b[:])
 	}

@@ -81,6 +81,7 @@ func (o *Options) Validate() error {
 // with a gRPC server, Replay the commit log if there is one, Run it.
 type Ingester struct {
 	opts    Options
+	process [16]byte // new at each start
 	health  *health.Board
 	head    *head.Head
 	log     *commitlog.Log // nil: none
@@ -98,10 +99,10 @@ func New(o Options, publish Publish, logger *slog.Logger, reg prometheus.Registe
 	}
 	logger = logger.With("component", "ingester")
 	i := &Ingester{opts: o, logger: logger, health: &health.Board{}}
-	first, process := uint64(1), [16]byte{}
-	if _, err := rand.Read(process[:]); err != nil {
+	if _, err := rand.Read(i.process[:]); err != nil {
 		return nil, fmt.Errorf("process id: %w", err)
 	}
+	first, process := uint64(1), i.process
 	if o.CommitLog != "" {
 		var err error
 		if i.log, err = commitlog.Open(o.CommitLog, o.commitLog, logger, reg); err != nil {
@@ -113,11 +114,12 @@ func New(o Options, publish Publish, logger *slog.Logger, reg prometheus.Registe
 	i.head, i.fetch = h, newFetcher(h, reg)
 	i.receive = &receiver{
 		process: process, member: o.Member, head: h, log: i.log, window: 4 << 20, limits: o.Limits, logger: logger,
-		metrics: newReceiveMetrics(reg), sessions: map[sessionID]*session{}, rewinds: map[string]int{}, admit: i.admit,
+		metrics: newReceiveMetrics(reg), sessions: map[sessionID]*session{}, rewinds: map[string]int{}, sources: sources{tenants: map[string][]source{}}, admit: i.admit,
 	}
 	i.receive.starting.Store(i.log != nil)
 	i.fetch.starting.Store(i.log != nil)
 	i.fetch.resending = i.receive.resending
+	i.fetch.process, i.fetch.sources = i.receive.process[:], &i.receive.sources
 	i.flush = &flusher{
 		head: h, publish: publish, flushed: i.durable, interval: o.FlushInterval, window: o.RowWidth,
 		visibility: o.VisibilityDelay, logger: logger, metrics: newFlushMetrics(reg), now: make(chan struct{}, 1),
@@ -145,10 +147,14 @@ func (i *Ingester) Register(s *grpc.Server) {
 	fetchpb.RegisterFetchServer(s, i.fetch)
 }
 
-// Process is the id of this process on the ring, as hex. A start that found the
-// commit log of the process before goes on as that one: to the others it was away,
+// Process is the id of this process on the ring, as hex: new at each start, even
+// where sessions go on, so that gateways list rows of the index anew.
+func (i *Ingester) Process() string { return hex.EncodeToString(i.process[:]) }
+
+// Memory is the id of what this process has received, as hex. A start that found
+// the commit log of the process before has the same: to the others it was away,
 // but has lost nothing that they would have to warn of.
-func (i *Ingester) Process() string { return hex.EncodeToString(i.receive.process[:]) }
+func (i *Ingester) Memory() string { return hex.EncodeToString(i.receive.process[:]) }
 
 // Health says what is degraded.
 func (i *Ingester) Health() *health.Board { return i.health }
@@ -218,7 +224,8 @@ func (i *Ingester) run(ctx context.Context) error {
 	g, gctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return i.flush.run(gctx) })
 	g.Go(func() error {
-		tick := time.NewTicker(time.Second)
+		tick, seldom := time.NewTicker(time.Second), time.NewTicker(time.Minute)
+		defer seldom.Stop()
 		defer tick.Stop()
 		for {
 			select {
@@ -228,6 +235,8 @@ func (i *Ingester) run(ctx context.Context) error {
 				i.flush.drop(now)
 				i.receive.expire(now)
 				i.note()
+			case now := <-seldom.C:
+				i.receive.sources.expire(now)
 			}
 		}
 	})

@@ -64,6 +64,8 @@ type receiver struct {
 	mu       sync.Mutex
 	sessions map[sessionID]*session
 
+	sources sources
+
 	rewindsMu sync.Mutex
 	rewinds   map[string]int // sessions with ranges to send again, by tenant; 0 is left out
 }
@@ -147,6 +149,7 @@ func (r *receiver) Stream(ss shippb.Ship_StreamServer) error {
 		return err
 	}
 	defer r.detach(s, st)
+	r.sources.hear(s.id.tenant, s.source, nil, time.Now())
 	r.metrics.streams.Inc()
 	defer r.metrics.streams.Dec()
 
@@ -254,6 +257,7 @@ func (r *receiver) beat(s *session, b *shippb.Heartbeat) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.lag = time.Duration(b.LagMs) * time.Millisecond
+	r.sources.hear(s.id.tenant, s.source, b, time.Now())
 	r.setRewinds(s, b.OpenRewinds)
 }
 

@@ -48,6 +48,8 @@ func (k *sink) State() ship.SessionState {
 	return ship.SessionState{Connected: true, Received: k.seq, Durable: k.seq, Sent: k.seq, WindowBytes: 4 << 20, LastAnswer: time.Now()}
 }
 
+func (k *sink) Beat() {}
+
 func (k *sink) Run(ctx context.Context) error { <-ctx.Done(); return nil }
 
 // benchShipper returns a shipper over dir that sends to sinks, ready to read.

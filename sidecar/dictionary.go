@@ -49,6 +49,8 @@ type dictionary struct {
 	recent    *refPage // the page of recentKey, since refs come in runs
 	recentKey uint64
 	chunks    []*[slotsPerChunk]slot
+	places    [maxReplicas - 1][]*[slotsPerChunk]place // of replicas but the first, as chunks; nothing without
+	replicas  int
 	slots     uint32 // ever used
 	free      []uint32
 	count     int
@@ -94,11 +96,17 @@ type slot struct {
 	ref      uint32 // in session
 	seen     uint32 // segment that last named the series
 	session  uint16 // index of the session in which it is announced, 0 for none
-	owner    uint16 // index of the owner by the present split, 0 for not looked up
+	owner    uint16 // index plus one, in the present split, of the owner or the set of owners, 0 for not looked up
 	version  uint16 // id of the label version that token and drop are for, 0 for none
 	drop     dropReason
 	kind     sampleKind // of the sample at lastT
 	name     uint32     // nameHash of the metric, valid with version
+}
+
+// place is where one replica of a series is announced.
+type place struct {
+	ref     uint32 // in session
+	session uint16 // index of the session, 0 for none
 }
 
 // forkRecord is a record of kind 5.
@@ -247,6 +255,7 @@ func (d *dictionary) alloc() uint32 {
 		d.slots++
 		if int(i/slotsPerChunk) == len(d.chunks) {
 			d.chunks = append(d.chunks, new([slotsPerChunk]slot))
+			d.replicate(d.replicas)
 		}
 	}
 	*d.at(i) = slot{lastT: noTime}
@@ -256,7 +265,36 @@ func (d *dictionary) alloc() uint32 {
 func (d *dictionary) release(i uint32) {
 	d.count--
 	*d.at(i) = slot{}
+	for k := 1; k < d.replicas; k++ {
+		*d.place(i, k) = place{}
+	}
 	d.free = append(d.free, i)
+}
+
+// replicate makes room for the places of n replicas of each series.
+func (d *dictionary) replicate(n int) {
+	d.replicas = n
+	for k := range max(0, n-1) {
+		for len(d.places[k]) < len(d.chunks) {
+			d.places[k] = append(d.places[k], new([slotsPerChunk]place))
+		}
+	}
+}
+
+// place is that of replica k, from 1 on, of a slot.
+func (d *dictionary) place(i uint32, k int) *place {
+	return &d.places[k-1][i/slotsPerChunk][i%slotsPerChunk]
+}
+
+// allPlaces calls fn for the places of all slots, used or not.
+func (d *dictionary) allPlaces(fn func(*place)) {
+	for _, chunks := range d.places {
+		for _, chunk := range chunks {
+			for i := range chunk {
+				fn(&chunk[i])
+			}
+		}
+	}
 }
 
 // all calls fn for each slot in use.

@@ -352,11 +352,22 @@ func (s *shipper) sendFamilies(ctx context.Context) {
 				continue
 			}
 			found, ss.told = true, true
+			s.more = s.more[:0]
+			for k := 1; k < s.opts.Replicas; k++ {
+				p := s.dict.place(slot, k)
+				if o := s.listening(p.session); o != nil {
+					o.told = true
+					s.more = append(s.more, target{o, p.ref})
+				}
+			}
 			for _, m := range news[i].metadata {
 				ss.describe(sl.ref, news[i].name, m)
+				for _, o := range s.more {
+					o.session.describe(o.ref, news[i].name, m)
+				}
 				n++
 			}
-			s.flushIfFull(ctx, ss)
+			s.flushFull(ctx, ss)
 		}
 		if found {
 			s.families.done(&news[i])
@@ -366,11 +377,13 @@ func (s *shipper) sendFamilies(ctx context.Context) {
 }
 
 // listener returns the session that a series is announced in, if it takes more.
-func (s *shipper) listener(sl *slot) *session {
-	if sl.session == 0 {
+func (s *shipper) listener(sl *slot) *session { return s.listening(sl.session) }
+
+func (s *shipper) listening(index uint16) *session {
+	if index == 0 {
 		return nil
 	}
-	if ss := s.sessions[sl.session]; !ss.owner.detached && ss.stuck == nil {
+	if ss := s.sessions[index]; !ss.owner.detached && ss.stuck == nil {
 		return ss
 	}
 	return nil

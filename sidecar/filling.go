@@ -6,6 +6,7 @@ import (
 	"io"
 	"io/fs"
 	"math"
+	"slices"
 	"time"
 
 	"github.com/prometheus/prometheus/model/labels"
@@ -107,6 +108,7 @@ func (s *shipper) acquaint(l *Ledger) {
 	for _, ss := range s.sessions {
 		if ss != nil && !l.Live(ss.id) {
 			l.Begin(ss.id)
+			l.refusals[ss.id] = slices.Clone(s.ledger.refusals[ss.id])
 			l.Durable(ss.id, ss.durable)
 		}
 	}
@@ -134,7 +136,7 @@ func (s *shipper) fillOn(ctx context.Context) bool {
 	n, to, err := s.readBlock(ctx, f, math.MaxInt64)
 	s.flushAll(ctx)
 	s.acquaint(f.ledger)
-	f.ledger.Add(tail.Position{Offset: to}, s.split.id, s.acc.parts)
+	f.ledger.Add(tail.Position{Offset: to}, s.split.id, s.acc.parts(s.split))
 	s.acc = &account{}
 	s.paceFill(now, n)
 	if errors.Is(err, io.EOF) {
@@ -156,7 +158,7 @@ func (s *shipper) fillAgain(ctx context.Context, f *fill, now time.Time) bool {
 	if err == nil {
 		n, _, err = s.readBlock(ctx, f, w.To.Offset)
 	}
-	sent, lost := s.endWork(ctx)
+	parts := s.endWork(ctx)
 	s.acquaint(f.ledger)
 	s.paceFill(now, n)
 	switch {
@@ -166,7 +168,7 @@ func (s *shipper) fillAgain(ctx context.Context, f *fill, now time.Time) bool {
 	case err != nil && !errors.Is(err, io.EOF):
 		s.blockTrouble(f, err)
 	}
-	f.ledger.Resent(w.ID, sent, lost)
+	f.ledger.Resent(w.ID, parts, false)
 	if err := f.reader.Seek(uint64(f.ledger.next.Offset)); err != nil { //nolint:contextcheck // nothing waits in it
 		s.blockTrouble(f, err)
 	}
@@ -245,11 +247,10 @@ func (s *shipper) readBlock(ctx context.Context, f *fill, end int64) (samples in
 
 // blockSeries is a series of a block under one version of the labels.
 type blockSeries struct {
-	v   *labelVersion
-	r   resolved
-	ls  labels.Labels
-	ss  *session // in which it is announced; nil for none
-	ref uint32
+	v  *labelVersion
+	r  resolved
+	ls labels.Labels
+	in [maxReplicas]target // where it is announced, by replica; no session for none
 }
 
 // sendBlockSeries sends a piece of a series. parts is what it was under the
@@ -267,29 +268,42 @@ func (s *shipper) sendBlockSeries(ctx context.Context, x *backfill.Series, parts
 	for i, t := range x.Floats.T {
 		if ss, ref := to(t); ss != nil {
 			ss.float(ref, startTime(x.Floats.ST, i), t, x.Floats.V[i])
+			for _, o := range s.more {
+				o.session.float(o.ref, startTime(x.Floats.ST, i), t, x.Floats.V[i])
+			}
 			c.floats++
-			s.flushIfFull(ctx, ss)
+			s.flushFull(ctx, ss)
 		}
 	}
 	for i, t := range x.Histograms.T {
 		h := x.Histograms.V[i]
 		if ss, ref := to(t); ss != nil {
-			ss.histogram(ref, startTime(x.Histograms.ST, i), t, h.Copy()) // the reader goes on
+			h = h.Copy() // the reader goes on
+			ss.histogram(ref, startTime(x.Histograms.ST, i), t, h)
+			for _, o := range s.more {
+				o.session.histogram(o.ref, startTime(x.Histograms.ST, i), t, h)
+			}
 			c.histograms++
-			s.flushIfFull(ctx, ss)
+			s.flushFull(ctx, ss)
 		}
 	}
 	for i, t := range x.FloatHistograms.T {
 		if ss, ref := to(t); ss != nil {
-			ss.floatHistogram(ref, startTime(x.FloatHistograms.ST, i), t, x.FloatHistograms.V[i].Copy())
+			h := x.FloatHistograms.V[i].Copy()
+			ss.floatHistogram(ref, startTime(x.FloatHistograms.ST, i), t, h)
+			for _, o := range s.more {
+				o.session.floatHistogram(o.ref, startTime(x.FloatHistograms.ST, i), t, h)
+			}
 			c.floatHistograms++
-			s.flushIfFull(ctx, ss)
+			s.flushFull(ctx, ss)
 		}
 	}
 	if !x.More {
 		for i := range parts {
-			if ss := parts[i].ss; ss != nil && s.sessions[ss.index] == ss {
-				ss.drop(parts[i].ref)
+			for _, o := range parts[i].in {
+				if ss := o.session; ss != nil && s.sessions[ss.index] == ss {
+					ss.drop(o.ref)
+				}
 			}
 		}
 	}
@@ -325,18 +339,24 @@ func (s *shipper) routeBlock(ctx context.Context, p *blockSeries) (*session, uin
 		s.counts.drop[p.r.drop]++
 		return nil, 0
 	}
-	if s.rewind != nil {
-		if m, ok := s.rewind.split.member(p.r.token); !ok || !s.rewind.members[m.ID] {
-			return nil, 0
-		}
+	if s.rewind != nil && !s.rewind.parts[s.rewind.split.part(p.r.token)] {
+		return nil, 0
+	}
+	if s.split.replicas > 1 {
+		return s.copies(ctx, s.split.set(p.r.token), func(k int, ss *session) (uint32, bool) {
+			if p.in[k].session != ss {
+				p.in[k] = target{ss, ss.say(p.ls)}
+			}
+			return p.in[k].ref, true
+		})
 	}
 	m, _ := s.split.member(p.r.token)
 	ss := s.sessionOrLost(ctx, s.split.owners[s.split.index[m.ID]])
 	if ss == nil {
 		return nil, 0
 	}
-	if p.ss != ss {
-		p.ss, p.ref = ss, ss.say(p.ls)
+	if p.in[0].session != ss {
+		p.in[0] = target{ss, ss.say(p.ls)}
 	}
-	return ss, p.ref
+	return ss, p.in[0].ref
 }

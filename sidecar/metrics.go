@@ -38,6 +38,9 @@ type metrics struct {
 	detached       prometheus.Gauge
 	detachments    prometheus.Counter
 	inflight       prometheus.Gauge
+	copies         prometheus.Gauge
+	skipped        prometheus.Counter
+	lacking        prometheus.Counter
 	ringErrors     prometheus.Counter
 	labelErrors    prometheus.Counter
 	metadataErrors prometheus.Counter
@@ -101,6 +104,9 @@ func newMetrics(reg prometheus.Registerer) *metrics {
 		detached:       gauge("detached_owners", "Ingesters that get nothing at present because they are slow or out of reach."),
 		detachments:    counter("owner_detachments_total", "Times that an ingester was left out because it was slow or out of reach."),
 		inflight:       gauge("inflight_bytes", "Encoded bytes sent, or to be sent, that ingesters have not yet received."),
+		copies:         gauge("copies", "The fewest copies, in ingesters that can be reached, of something that is sent and not durable."),
+		skipped:        counter("skipped_copies_total", "Ranges of the WAL of which an ingester got no full copy because it was slow or out of reach, with several replicas."),
+		lacking:        counter("refused_copies_total", "Batches of which an ingester refused something, with several replicas."),
 		ringErrors:     counter("ring_errors_total", "Failed attempts to get the ring from a gateway."),
 		labelErrors:    counter("external_label_errors_total", "Failed attempts to get the external labels of Prometheus."),
 		metadataErrors: counter("metadata_errors_total", "Failed attempts to get metadata of metrics from Prometheus."),

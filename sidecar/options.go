@@ -36,6 +36,9 @@ type Options struct {
 	// Shards is the number of ingesters that the tenant's series are spread
 	// over; 0 for all.
 	Shards int
+	// Replicas is the number of ingesters, in different zones where there are,
+	// that each series is sent to; 1 by default, at most 3.
+	Replicas int
 
 	// PollInterval is how often the WAL is looked at; 100 ms by default. With
 	// nothing in it for a while, half as often.
@@ -91,6 +94,9 @@ func (o *Options) setDefaults() {
 	}
 	if o.Tenant == "" {
 		o.Tenant = "default"
+	}
+	if o.Replicas == 0 {
+		o.Replicas = 1
 	}
 	if o.RangeBytes <= 0 {
 		o.RangeBytes = 1 << 20
@@ -154,6 +160,9 @@ func (o *Options) Validate() error {
 	}
 	if o.Shards < 0 {
 		bad("shards %d: must be 0 (all) or more", o.Shards)
+	}
+	if o.Replicas < 1 || o.Replicas > maxReplicas {
+		bad("replication factor %d: must be from 1 to %d", o.Replicas, maxReplicas)
 	}
 	return errors.Join(errs...)
 }

@@ -2,6 +2,7 @@ package sidecar
 
 import (
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/epimetheus-tsdb/epimetheus/ingest/ring"
@@ -16,10 +17,62 @@ type split struct {
 	excluded map[string]bool
 	owners   []*owner // in the order of ring.Active, without the excluded
 	index    map[string]uint16
+
+	replicas int // owners of a series, if there are as many
+	// With several: the sets of owners that there were so far.
+	sets  []ownerSet
+	byKey map[setKey]uint32
 }
 
+// maxReplicas is the greatest replication factor.
+const maxReplicas = 3
+
+// ownerSet are the owners of a series, in their order.
+type ownerSet struct {
+	name   string   // of the set, whatever the order: a part's Owners
+	owners []uint16 // indexes in split.owners
+}
+
+// setKey are indexes in split.owners plus one, 0 for none.
+type setKey [maxReplicas]uint16
+
+func (s *split) skip(id string) bool { return s.excluded[id] }
+
 func (s *split) member(token uint32) (ring.Member, bool) {
-	return s.ring.OwnerExcept(token, func(id string) bool { return s.excluded[id] })
+	return s.ring.OwnerExcept(token, s.skip)
+}
+
+// set returns the index of the set of owners of a series.
+func (s *split) set(token uint32) uint32 {
+	ms := s.ring.Owners(token, s.replicas, s.skip)
+	var key setKey
+	for i, m := range ms {
+		key[i] = s.index[m.ID] + 1
+	}
+	if i, ok := s.byKey[key]; ok {
+		return i
+	}
+	set := ownerSet{}
+	ids := make([]string, 0, len(ms))
+	for _, m := range ms {
+		set.owners = append(set.owners, s.index[m.ID])
+		ids = append(ids, m.ID)
+	}
+	slices.Sort(ids)
+	set.name = strings.Join(ids, "\x00")
+	s.sets = append(s.sets, set)
+	i := uint32(len(s.sets) - 1)
+	s.byKey[key] = i
+	return i
+}
+
+// part returns the name of the part that a series is in.
+func (s *split) part(token uint32) string {
+	if s.replicas == 1 {
+		m, _ := s.member(token) // a split has a member
+		return m.ID
+	}
+	return s.sets[s.set(token)].name
 }
 
 // owner is a member of the ring that gets, or got, samples.
@@ -30,10 +83,13 @@ type owner struct {
 	retryAt time.Time // not to begin a session before
 	backoff time.Duration
 
-	detached   bool
-	calmSince  time.Time // since when a detached owner has been content
-	hold       time.Duration
-	detachedAt time.Time
+	detached  bool
+	calmSince time.Time // since when a detached owner has been content
+	// With several replicas: when it was last left behind, and since when, with
+	// pauses of at most behindFor.
+	behindAt, behindSince, behindAsked time.Time
+	hold                               time.Duration
+	detachedAt                         time.Time
 }
 
 // resplit makes the split anew: for another ring, or after an owner was detached
@@ -44,7 +100,7 @@ func (s *shipper) resplit() {
 	if r == nil {
 		return
 	}
-	r = r.Subset(s.opts.Tenant, s.opts.Shards)
+	r = r.Subset(s.opts.Tenant, s.opts.Shards, s.opts.Replicas)
 	if len(r.Active()) == 0 {
 		if s.split != nil {
 			s.logger.Warn("ring has no active ingester, waiting")
@@ -53,7 +109,7 @@ func (s *shipper) resplit() {
 		return
 	}
 	s.lastSplit++
-	sp := &split{id: s.lastSplit, ring: r, excluded: map[string]bool{}, index: map[string]uint16{}}
+	sp := &split{id: s.lastSplit, ring: r, excluded: map[string]bool{}, index: map[string]uint16{}, replicas: s.opts.Replicas, byKey: map[setKey]uint32{}}
 	for _, m := range r.Active() {
 		if o := s.owners[m.ID]; o != nil && o.detached {
 			sp.excluded[m.ID] = true
@@ -137,7 +193,7 @@ func (s *shipper) canDetach(o *owner) bool {
 	if r == nil {
 		return false
 	}
-	for _, m := range r.Subset(s.opts.Tenant, s.opts.Shards).Active() {
+	for _, m := range r.Subset(s.opts.Tenant, s.opts.Shards, s.opts.Replicas).Active() {
 		if other := s.owners[m.ID]; m.ID != o.member.ID && (other == nil || !other.detached) {
 			return true
 		}
@@ -157,11 +213,9 @@ func (s *shipper) detach(o *owner, why string) {
 	s.metrics.detachments.Inc()
 	s.logger.Warn("ingester is left out, its series go to the next", "owner", o.member.ID, "reason", why)
 	if ss := o.session; ss != nil {
-		for _, p := range s.acc.parts {
-			for _, x := range p.Sent {
-				if x.Session == ss.id {
-					s.acc.lost(p.Member)
-				}
+		for _, m := range s.acc.members {
+			if slices.ContainsFunc(m.Sent, func(x Sent) bool { return x.Session == ss.id }) {
+				s.acc.lost(m.member)
 			}
 		}
 		s.ledgers(func(l *Ledger) { l.Detach(ss.id, ss.received) })

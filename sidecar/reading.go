@@ -65,7 +65,12 @@ func (s *shipper) endRange(ctx context.Context, more bool) {
 func (s *shipper) cut(ctx context.Context, next tail.Position) {
 	if s.open {
 		s.flushAll(ctx)
-		s.ledger.Add(s.rangeEnd, s.split.id, s.acc.parts)
+		s.ledger.Add(s.rangeEnd, s.split.id, s.acc.parts(s.split))
+		for i := range s.acc.members {
+			if s.opts.Replicas > 1 && s.acc.members[i].Lost {
+				s.metrics.skipped.Inc()
+			}
+		}
 		s.acc = &account{}
 		s.open, s.rangeSize = false, 0
 	}
@@ -129,10 +134,7 @@ func (s *shipper) collect(ctx context.Context) {
 // releaseSlot withdraws a series everywhere before its slot is used for another.
 func (s *shipper) releaseSlot(i uint32) {
 	sl := s.dict.at(i)
-	if sl.session != 0 {
-		s.sessions[sl.session].drop(sl.ref)
-		sl.session = 0
-	}
+	s.withdraw(i, sl)
 	if len(s.others) > 0 {
 		for _, v := range s.versions.list {
 			delete(s.others, extraKey{i, v.id})

@@ -10,7 +10,7 @@ func (s *shipper) report(now time.Time) {
 	s.agent = s.dir.Agent()
 	st := Status{
 		Position: s.tail.Position(), Checkpoint: s.ledger.Checkpoint(), Series: s.dict.count, DictionaryBytes: s.dict.size,
-		Agent: s.agent, Time: now,
+		Agent: s.agent, Time: now, Replicas: s.opts.Replicas, Copies: 1,
 	}
 	if n, err := s.dir.Size(st.Position); err == nil {
 		st.LagBytes = n
@@ -26,6 +26,11 @@ func (s *shipper) report(now time.Time) {
 		st.QueuedRanges += n.Queued
 	})
 	s.queue.Store(uint32(s.openRewinds(st.QueuedRanges)))
+	s.declare()
+	if c := s.coverage.Load(); c != nil {
+		st.Copies = int(c.Copies)
+	}
+	m.copies.Set(float64(st.Copies))
 	st.KeptBytes = s.files.Stats().Deleted
 	if g := s.blocks.gap; g != nil {
 		st.Gap = &GapStatus{Reason: g.Reason, Since: g.Since, Newest: time.UnixMilli(g.Newest)}

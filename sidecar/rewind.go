@@ -12,8 +12,8 @@ import (
 
 // rewindState is what reading a range again needs beside the live tail's state.
 type rewindState struct {
-	split   *split
-	members map[string]bool
+	split *split
+	parts map[string]bool // by their owners
 	// seen holds the sample of greatest timestamp per series within what is read
 	// again, since the slot's belongs to the live tail.
 	seen map[uint32]lastSample
@@ -26,7 +26,7 @@ type lastSample struct {
 
 // wants says whether a sample of what is read again is to be sent, and as what.
 func (rw *rewindState) wants(i uint32, sl *slot, r resolved, t int64, kind sampleKind) (sampleKind, bool) {
-	if m, ok := rw.split.member(r.token); !ok || !rw.members[m.ID] {
+	if !rw.parts[rw.split.part(r.token)] {
 		return kind, false
 	}
 	if kind == kindNone {
@@ -78,15 +78,15 @@ func (s *shipper) readAgain(ctx context.Context) bool {
 		s.samples(ctx, b)
 		return ctx.Err()
 	})
-	sent, lost := s.endWork(ctx)
+	parts := s.endWork(ctx)
 	s.nextRewind = now.Add(time.Duration(float64(w.To.Offset-w.From.Offset) / float64(s.opts.RewindBytesPerSecond) * float64(time.Second)))
 	switch {
 	case err == nil:
 		s.rewindFails = 0
 		if bug.Is(bug.ResentIsDone) {
-			sent = nil
+			parts = nil
 		}
-		s.ledger.Resent(w.ID, sent, lost)
+		s.ledger.Resent(w.ID, parts, false)
 	case ctx.Err() != nil:
 		s.ledger.Return(w.ID)
 	case errors.Is(err, fs.ErrNotExist) || s.rewindFails >= 5:
@@ -94,7 +94,7 @@ func (s *shipper) readAgain(ctx context.Context) bool {
 		s.rewindFails = 0
 		s.logger.Warn("range of WAL can't be read again", "from", w.From.String(), "to", w.To.String(), "err", err)
 		s.openGap("range_gone")
-		s.ledger.Resent(w.ID, sent, false)
+		s.ledger.Resent(w.ID, sentOf(parts), false)
 	default:
 		s.rewindFails++
 		s.nextRewind = now.Add(time.Second)
@@ -120,17 +120,27 @@ func (s *shipper) take(ctx context.Context, l *Ledger, maxBytes int64) (Work, bo
 	if bug.Is(bug.LatestRing) {
 		by = s.split
 	}
-	s.rewind = &rewindState{split: by, members: map[string]bool{}, seen: map[uint32]lastSample{}}
-	for _, m := range w.Members {
-		s.rewind.members[m] = true
+	s.rewind = &rewindState{split: by, parts: map[string]bool{}, seen: map[uint32]lastSample{}}
+	for _, owners := range w.Owners {
+		s.rewind.parts[owners] = true
 	}
 	return w, true
 }
 
 // endWork sends what is left of a work, and returns what became of all of it.
-func (s *shipper) endWork(ctx context.Context) (sent []Sent, lost bool) {
+func (s *shipper) endWork(ctx context.Context) []Part {
 	s.flushAll(ctx)
-	sent, lost = s.acc.all()
+	parts := s.acc.parts(s.split)
 	s.acc, s.rewind = &account{}, nil
-	return sent, lost
+	return parts
+}
+
+// sentOf takes the parts as far as they were sent.
+func sentOf(parts []Part) []Part {
+	for i := range parts {
+		for k := range parts[i].Copies {
+			parts[i].Copies[k].Lost = false
+		}
+	}
+	return parts
 }

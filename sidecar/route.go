@@ -10,7 +10,6 @@ import (
 	"github.com/prometheus/prometheus/model/metadata"
 	"github.com/prometheus/prometheus/model/value"
 	"github.com/prometheus/prometheus/tsdb/record"
-	"google.golang.org/protobuf/proto"
 
 	"github.com/epimetheus-tsdb/epimetheus/ingest/ship/shippb"
 	"github.com/epimetheus-tsdb/epimetheus/sidecar/tail"
@@ -41,7 +40,7 @@ func (s *shipper) samples(ctx context.Context, b *tail.Batch) {
 			continue
 		}
 		if isNew && s.rewind == nil {
-			s.resolve(s.dict.at(slot), x.Labels)
+			s.resolve(slot, s.dict.at(slot), x.Labels)
 		}
 	}
 	for i := range b.Samples {
@@ -56,41 +55,60 @@ func (s *shipper) samples(ctx context.Context, b *tail.Batch) {
 		}
 		switch kind {
 		case kindHistogram:
-			ss.histogram(ref, x.ST, x.T, &histogram.Histogram{Sum: x.V})
+			h := &histogram.Histogram{Sum: x.V}
+			ss.histogram(ref, x.ST, x.T, h)
+			for _, o := range s.more {
+				o.session.histogram(o.ref, x.ST, x.T, h)
+			}
 			c.histograms++
 		case kindFloatHistogram:
-			ss.floatHistogram(ref, x.ST, x.T, &histogram.FloatHistogram{Sum: x.V})
+			h := &histogram.FloatHistogram{Sum: x.V}
+			ss.floatHistogram(ref, x.ST, x.T, h)
+			for _, o := range s.more {
+				o.session.floatHistogram(o.ref, x.ST, x.T, h)
+			}
 			c.floatHistograms++
 		default:
 			ss.float(ref, x.ST, x.T, x.V)
+			for _, o := range s.more {
+				o.session.float(o.ref, x.ST, x.T, x.V)
+			}
 			c.floats++
 		}
-		s.flushIfFull(ctx, ss)
+		s.flushFull(ctx, ss)
 	}
 	for i := range b.Histograms {
 		x := &b.Histograms[i]
 		if ss, ref, _ := s.route(ctx, uint64(x.Ref), x.T, b.From, kindHistogram); ss != nil {
 			ss.histogram(ref, x.ST, x.T, x.H)
+			for _, o := range s.more {
+				o.session.histogram(o.ref, x.ST, x.T, x.H)
+			}
 			c.histograms++
-			s.flushIfFull(ctx, ss)
+			s.flushFull(ctx, ss)
 		}
 	}
 	for i := range b.FloatHistograms {
 		x := &b.FloatHistograms[i]
 		if ss, ref, _ := s.route(ctx, uint64(x.Ref), x.T, b.From, kindFloatHistogram); ss != nil {
 			ss.floatHistogram(ref, x.ST, x.T, x.FH)
+			for _, o := range s.more {
+				o.session.floatHistogram(o.ref, x.ST, x.T, x.FH)
+			}
 			c.floatHistograms++
-			s.flushIfFull(ctx, ss)
+			s.flushFull(ctx, ss)
 		}
 	}
 	for i := range b.Exemplars {
 		x := &b.Exemplars[i]
 		if ss, ref, _ := s.route(ctx, uint64(x.Ref), x.T, b.From, kindNone); ss != nil {
 			e := &shippb.Exemplar{Ref: ref, T: x.T, Value: math.Float64bits(x.V), Labels: pairs(x.Labels)}
-			ss.exemplars = append(ss.exemplars, e)
-			ss.bytes += proto.Size(e) + 4
+			ss.exemplar(e)
+			for _, o := range s.more {
+				o.session.exemplar(&shippb.Exemplar{Ref: o.ref, T: e.T, Value: e.Value, Labels: e.Labels})
+			}
 			c.exemplars++
-			s.flushIfFull(ctx, ss)
+			s.flushFull(ctx, ss)
 		}
 	}
 	for i := range b.Metadata {
@@ -107,10 +125,14 @@ func (s *shipper) samples(ctx context.Context, b *tail.Batch) {
 				s.dictionaryTrouble(err)
 				continue
 			}
-			if s.describeWAL(ss, ref, raw.Get(model.MetricNameLabel), metadataOf(*x)) {
+			name := raw.Get(model.MetricNameLabel)
+			if s.describeWAL(ss, ref, name, metadataOf(*x)) {
 				c.metadata++
 			}
-			s.flushIfFull(ctx, ss)
+			for _, o := range s.more {
+				s.describeWAL(o.session, o.ref, name, metadataOf(*x))
+			}
+			s.flushFull(ctx, ss)
 		}
 	}
 	s.count()
@@ -178,7 +200,8 @@ func (k sampleKind) as(last sampleKind) sampleKind {
 }
 
 // route returns the session that a sample goes to and its series' ref there; nil
-// if it isn't sent now. It also returns the kind to send it as.
+// if it isn't sent now. It also returns the kind to send it as. Where it goes to
+// other owners too, these are in s.more.
 func (s *shipper) route(ctx context.Context, ref uint64, t int64, pos tail.Position, kind sampleKind) (*session, uint32, sampleKind) {
 	i, ok := s.dict.lookup(ref, pos)
 	if !ok {
@@ -216,6 +239,10 @@ func (s *shipper) route(ctx context.Context, ref uint64, t int64, pos tail.Posit
 	}
 	if v != s.version {
 		ss, ref := s.routeOther(ctx, i, v, r)
+		return ss, ref, kind
+	}
+	if s.split.replicas > 1 {
+		ss, ref := s.routeCopies(ctx, i, sl)
 		return ss, ref, kind
 	}
 	ss := s.sessionOrLost(ctx, s.ownerOf(sl))
@@ -260,7 +287,7 @@ func (s *shipper) resolved(i uint32, sl *slot, v *labelVersion) (resolved, bool)
 				s.dictionaryTrouble(err)
 				return resolved{}, false
 			}
-			s.resolve(sl, raw)
+			s.resolve(i, sl, raw)
 		}
 		return resolved{sl.token, sl.drop}, true
 	}
@@ -284,32 +311,42 @@ func (s *shipper) resolved(i uint32, sl *slot, v *labelVersion) (resolved, bool)
 // routeOther is the end of route for a sample of which a version of the labels
 // holds that isn't the present one.
 func (s *shipper) routeOther(ctx context.Context, i uint32, v *labelVersion, r resolved) (*session, uint32) {
+	if s.split.replicas > 1 {
+		return s.copies(ctx, s.split.set(r.token), func(_ int, ss *session) (uint32, bool) { return s.sayOther(i, v, ss) })
+	}
 	m, _ := s.split.member(r.token)
 	ss := s.sessionOrLost(ctx, s.split.owners[s.split.index[m.ID]])
 	if ss == nil {
 		return nil, 0
 	}
+	ref, ok := s.sayOther(i, v, ss)
+	if !ok {
+		return nil, 0
+	}
+	return ss, ref
+}
+
+// sayOther returns the ref of a series, under a version of the labels that isn't
+// the present one, in a session.
+func (s *shipper) sayOther(i uint32, v *labelVersion, ss *session) (uint32, bool) {
 	key := extraKey{i, v.id}
 	ref, ok := ss.extra[key]
 	if !ok {
 		raw, err := s.dict.labels(i)
 		if err != nil {
 			s.dictionaryTrouble(err)
-			return nil, 0
+			return 0, false
 		}
 		ls, _, _ := v.apply(raw)
 		ref = ss.say(ls)
 		ss.extra[key] = ref
 	}
-	return ss, ref
+	return ref, true
 }
 
 // resolve computes what a series is under the version in force.
-func (s *shipper) resolve(sl *slot, raw labels.Labels) {
-	if sl.session != 0 {
-		s.sessions[sl.session].drop(sl.ref)
-		sl.session = 0
-	}
+func (s *shipper) resolve(i uint32, sl *slot, raw labels.Labels) {
+	s.withdraw(i, sl)
 	_, sl.token, sl.drop = s.version.apply(raw)
 	sl.version, sl.owner = s.version.id, 0
 	sl.name = nameHash(raw.Get(model.MetricNameLabel))

@@ -21,6 +21,7 @@ type link interface {
 	TrySend(*shippb.Batch) (seq uint64, ok bool)
 	State() ship.SessionState
 	Run(context.Context) error
+	Beat()
 }
 
 // session is one session with an owner, with the batch that is being filled.
@@ -53,6 +54,10 @@ type session struct {
 	// abandoned says that the ledger doesn't wait any more for what was not
 	// received when its owner, off the ring, got out of reach.
 	abandoned bool
+
+	// With several replicas: its copies count for queries.
+	current bool
+	process []byte // of the ingester, valid with current
 
 	last     uint64 // sequence number of the last batch
 	durable  uint64
@@ -124,6 +129,11 @@ func startTimes(col []int64, n int, st int64) []int64 {
 	return append(col, st)
 }
 
+func (ss *session) exemplar(e *shippb.Exemplar) {
+	ss.exemplars = append(ss.exemplars, e)
+	ss.bytes += proto.Size(e) + 4
+}
+
 func (ss *session) describe(ref uint32, family string, m metadata.Metadata) {
 	p := &shippb.Metadata{Ref: ref, Family: family, Type: string(m.Type), Unit: m.Unit, Help: m.Help}
 	ss.metadata = append(ss.metadata, p)
@@ -174,7 +184,7 @@ func (s *shipper) sessionOf(ctx context.Context, o *owner) *session {
 			s.detach(o, "no session can be had")
 			return nil
 		}
-		s.await(ctx, 20*time.Millisecond)
+		s.await(ctx)
 	}
 }
 
@@ -216,15 +226,17 @@ func (s *shipper) ensureSession(ctx context.Context, o *owner) {
 
 // dial is the usual connect.
 func (s *shipper) dial(m ring.Member) link {
+	id := s.lastSession // it is for the one that was just made
 	logger := s.logger.With("owner", m.ID)
 	return ship.NewSession(ship.SessionOptions{
 		Address: m.Address, Tenant: s.opts.Tenant, Source: s.source, Client: s.opts.Version,
 		DialOptions: s.opts.DialOptions, GiveUp: s.opts.GiveUp,
 		Heartbeat: func() *shippb.Heartbeat {
-			return &shippb.Heartbeat{LagMs: s.lagMS.Load(), OpenRewinds: s.queue.Load()}
+			return &shippb.Heartbeat{LagMs: s.lagMS.Load(), OpenRewinds: s.queue.Load(), Coverage: s.declared()}
 		},
 		Notify: s.notify,
 		Refused: func(r *shippb.Refused) {
+			s.refused(id, r.Seq)
 			s.metrics.refuse(r.Reason, r.Samples)
 			logger.Debug("ingester refused samples", "reason", r.Reason, "samples", r.Samples, "example", r.Example)
 		},
@@ -233,6 +245,11 @@ func (s *shipper) dial(m ring.Member) link {
 
 // announce makes a series known in a session.
 func (s *shipper) announce(i uint32, sl *slot, ss *session) bool {
+	return s.announceAt(i, sl, ss, &sl.session, &sl.ref)
+}
+
+// announceAt is announce for the replica that at and ref are of.
+func (s *shipper) announceAt(i uint32, sl *slot, ss *session, at *uint16, ref *uint32) bool {
 	raw, err := s.dict.labels(i)
 	if err != nil {
 		s.dictionaryTrouble(err)
@@ -240,13 +257,13 @@ func (s *shipper) announce(i uint32, sl *slot, ss *session) bool {
 	}
 	v := s.version
 	ls, _, _ := v.apply(raw)
-	if sl.session != 0 {
-		s.sessions[sl.session].drop(sl.ref)
+	if *at != 0 {
+		s.sessions[*at].drop(*ref)
 	}
-	sl.session, sl.ref = ss.index, ss.say(ls)
+	*at, *ref = ss.index, ss.say(ls)
 	if sl.metadata != 0 {
 		if m, err := s.dict.metadata(i); err == nil {
-			s.describeWAL(ss, sl.ref, raw.Get(model.MetricNameLabel), metadataOf(m))
+			s.describeWAL(ss, *ref, raw.Get(model.MetricNameLabel), metadataOf(m))
 		}
 	}
 	return true
@@ -269,6 +286,10 @@ func (s *shipper) flushAll(ctx context.Context) {
 // flush sends the batch that is being filled, and waits for room in the window.
 // If there is none in time the owner is detached and the part lost.
 func (s *shipper) flush(ctx context.Context, ss *session) {
+	if s.opts.Replicas > 1 {
+		s.flushCopy(ctx, ss)
+		return
+	}
 	member := ss.owner.member.ID
 	if s.owns(ss.owner) && !s.sendStuck(ctx, ss) {
 		s.acc.lost(member)
@@ -310,7 +331,7 @@ func (s *shipper) flush(ctx context.Context, ss *session) {
 			s.acc.lost(member)
 			return
 		}
-		s.await(ctx, 20*time.Millisecond)
+		s.await(ctx)
 	}
 }
 
@@ -331,17 +352,17 @@ func (s *shipper) sendStuck(ctx context.Context, ss *session) bool {
 			s.detach(ss.owner, "its window stays full")
 			return false
 		}
-		s.await(ctx, 20*time.Millisecond)
+		s.await(ctx)
 	}
 	return true
 }
 
 // await waits, in the middle of a record, for news of sessions and takes them in.
-func (s *shipper) await(ctx context.Context, d time.Duration) {
+func (s *shipper) await(ctx context.Context) {
 	select {
 	case <-ctx.Done():
 	case <-s.wake:
-	case <-time.After(d):
+	case <-time.After(20 * time.Millisecond):
 	}
 	s.pump()
 	s.tend(ctx)
@@ -356,6 +377,7 @@ func (s *shipper) pump() {
 			continue
 		}
 		st := ss.ship.State()
+		s.takeRefusals()
 		if st.Durable > ss.durable {
 			ss.durable = st.Durable
 			s.ledgers(func(l *Ledger) { l.Durable(ss.id, st.Durable) })
@@ -369,6 +391,9 @@ func (s *shipper) pump() {
 			ss.owner.backoff = 0
 		}
 		o := ss.owner
+		if s.opts.Replicas > 1 {
+			s.tendCopy(ss, &st, now)
+		}
 		switch {
 		case o.detached:
 			if ss.stuck != nil {
@@ -398,6 +423,12 @@ func (s *shipper) pump() {
 			s.detach(o, "it has received nothing for a while")
 		}
 	}
+	if s.acc.changed {
+		s.acc.changed, s.coverageDue = false, true
+	}
+	if s.coverageDue {
+		s.declare()
+	}
 }
 
 // endSession takes in that a session has ended for good.
@@ -421,6 +452,12 @@ func (s *shipper) endSession(ss *session, err error) {
 			sl.session = 0
 		}
 	})
+	s.dict.allPlaces(func(p *place) {
+		if p.session == ss.index {
+			p.session = 0
+		}
+	})
+	s.coverageDue = true
 	if ss.told {
 		s.families.forget()
 	}

@@ -3,6 +3,7 @@ package sidecar
 import (
 	"context"
 	"log/slog"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -10,6 +11,7 @@ import (
 
 	"github.com/epimetheus-tsdb/epimetheus/ingest/ring"
 	"github.com/epimetheus-tsdb/epimetheus/ingest/ship"
+	"github.com/epimetheus-tsdb/epimetheus/ingest/ship/shippb"
 	"github.com/epimetheus-tsdb/epimetheus/internal/health"
 	"github.com/epimetheus-tsdb/epimetheus/sidecar/backfill"
 	"github.com/epimetheus-tsdb/epimetheus/sidecar/tail"
@@ -55,6 +57,16 @@ type shipper struct {
 	acc       *account
 	version   *labelVersion // the present one, by which slots are resolved
 	others    map[extraKey]resolved
+
+	// With several replicas of each series.
+	more        []target // where route sends a sample to beside what it returns
+	taking      []*session
+	coverageDue bool                            // what was declared may not hold any more
+	caughtUp    bool                            // all that the WAL held at the start was read
+	coverage    atomic.Pointer[shippb.Coverage] // read by sessions for heartbeats; nil with one replica
+	declaredAt  atomic.Int64                    // when that was last looked at, ms
+	refusalsMu  sync.Mutex
+	refusals    []refusedBatch // not entered into ledgers yet
 
 	ring      *ring.Ring // what split was made of
 	split     *split
@@ -133,6 +145,8 @@ func (s *shipper) run(ctx context.Context) error {
 		s.sendFamilies(ctx)
 		again := false
 		if !more {
+			s.coverageDue = s.coverageDue || !s.caughtUp
+			s.caughtUp = true
 			s.blocks.current(s.tail.Position())
 			if s.wblDue && s.roomForMore() {
 				s.sendWBL(ctx)

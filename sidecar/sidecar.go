@@ -55,7 +55,9 @@ type Status struct {
 	DictionaryBytes int64           `json:"dictionary_bytes"`
 	OpenRanges      int             `json:"open_ranges"`
 	QueuedRanges    int             `json:"queued_ranges"`
-	Ring            string          `json:"ring"` // version
+	Replicas        int             `json:"replicas"` // ingesters that each series goes to
+	Copies          int             `json:"copies"`   // the fewest that ingesters now hold of something not durable
+	Ring            string          `json:"ring"`     // version
 	RingError       string          `json:"ring_error,omitempty"`
 	LabelsKnown     bool            `json:"labels_known"`
 	ExternalLabels  labels.Labels   `json:"external_labels"`
@@ -134,6 +136,7 @@ func open(opts Options, dir *tail.Dir, logger *slog.Logger, reg prometheus.Regis
 	if err != nil {
 		return nil, err
 	}
+	dict.replicate(opts.Replicas)
 	m := newMetrics(reg)
 	tailMetrics := tail.NewMetrics(reg)
 	logger = logger.With("component", "sidecar", "tenant", opts.Tenant, "source", cp.Source)

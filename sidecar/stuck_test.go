@@ -89,16 +89,9 @@ func TestStuckOwnerBecomesTheLast(t *testing.T) {
 	sh.acc = &account{}
 	ss.float(ref, 0, 3000, 1)
 	sh.flush(ctx, ss)
-	if sent, lost := sh.acc.all(); lost || len(sent) != 1 || sent[0].Seq != 2 || ss.stuck != nil {
-		t.Errorf("after it opened: sent %+v, lost %v, stuck %v", sent, lost, ss.stuck != nil)
+	if parts := sh.acc.parts(sh.split); len(parts) != 1 || parts[0].Copies[0].Lost || len(parts[0].Copies[0].Sent) != 1 || parts[0].Copies[0].Sent[0].Seq != 2 || ss.stuck != nil {
+		t.Errorf("after it opened: %+v, stuck %v", parts, ss.stuck != nil)
 	}
 }
 
-func lostPart(a *account, member string) bool {
-	for _, p := range a.parts {
-		if p.Member == member && p.Lost {
-			return true
-		}
-	}
-	return false
-}
+func lostPart(a *account, member string) bool { return a.isLost(member) }

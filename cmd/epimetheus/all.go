@@ -3,6 +3,7 @@ package main
 import (
 	"github.com/alecthomas/kingpin/v2"
 
+	"github.com/epimetheus-tsdb/epimetheus/ingest"
 	"github.com/epimetheus-tsdb/epimetheus/ingest/ring"
 )
 
@@ -20,7 +21,7 @@ func addAll(app *kingpin.Application, commands map[string]command) {
 		}
 		defer st.close()
 		live := &ring.Live{}
-		if err := p.addIngester(st, rf, "all", live, func(m ring.Member, _ func() bool) (func(ring.State) error, error) {
+		if err := p.addIngester(st, rf, "all", live, func(m ring.Member, _ *ingest.Ingester) (func(ring.State) error, error) {
 			// A ring of one needs no gossip.
 			set := func(s ring.State) error {
 				m.State = s

@@ -63,7 +63,7 @@ type DynamoDBConfig struct {
 
 // RingConfig is what a member says of itself.
 type RingConfig struct {
-	Zone string   `yaml:"zone,omitempty" doc:"Zone of this member; shown, and used once there are replicas."`
+	Zone string   `yaml:"zone,omitempty" doc:"Zone of this member: the replicas of a series go to different ones."`
 	Join []string `yaml:"join,omitempty" doc:"Gossip addresses (host:port) of other members, beside those of '--gossip.join'."`
 }
 
@@ -96,6 +96,7 @@ type SidecarConfig struct {
 	PrometheusConfigFile string            `yaml:"prometheus_config_file,omitempty" doc:"As '--prometheus.config-file'."`
 	RelabelConfigs       []*relabel.Config `yaml:"relabel_configs,omitempty" doc:"Prometheus's relabel configs, applied to each series after the external labels: drop what need not be kept."`
 	Shards               int               `yaml:"shards,omitempty" doc:"Over how many ingesters the tenant's series are spread. 0: all."`
+	ReplicationFactor    int               `yaml:"replication_factor,omitempty" doc:"How many ingesters, in different zones as far as there are, get each series, 1 to 3. With 2 or 3 fresh samples can be queried while an ingester is missing, for as many times the network and the ingesters' memory. The same in all sidecars of a tenant."`
 	Backfill             BackfillConfig    `yaml:"backfill,omitempty"`
 	KeepWALBytes         size              `yaml:"keep_wal_bytes,omitempty" doc:"How much WAL that Prometheus has deleted is kept (hard links, open files) while it isn't durable. It takes room on Prometheus's volume. Beyond it samples come from Prometheus's blocks, hours later."`
 }
@@ -136,7 +137,7 @@ func defaultConfig() Config {
 			CacheBytes:    512 * mib,
 		},
 		Sidecar: SidecarConfig{
-			Tenant: gateway.DefaultTenant, KeepWALBytes: 4 * gib,
+			Tenant: gateway.DefaultTenant, KeepWALBytes: 4 * gib, ReplicationFactor: 1,
 			Backfill: BackfillConfig{Enabled: true, SamplesPerSecond: 500_000},
 		},
 	}
@@ -231,6 +232,9 @@ func (c *Config) validate() error {
 	}
 	if c.Sidecar.Shards < 0 {
 		bad("sidecar.shards: %d is negative (0 means all ingesters)", c.Sidecar.Shards)
+	}
+	if r := c.Sidecar.ReplicationFactor; r < 1 || r > 3 {
+		bad("sidecar.replication_factor: %d is not 1, 2 or 3", r)
 	}
 	if n := c.Sidecar.Backfill.SamplesPerSecond; n < 1000 {
 		bad("sidecar.backfill.samples_per_second: %d is less than 1000: a day of a small Prometheus would take weeks", n)

@@ -17,6 +17,7 @@ import (
 	"github.com/prometheus/common/promslog"
 	"github.com/prometheus/exporter-toolkit/web"
 
+	"github.com/epimetheus-tsdb/epimetheus/ingest"
 	"github.com/epimetheus-tsdb/epimetheus/ingest/ring"
 	"github.com/epimetheus-tsdb/epimetheus/sidecar"
 )
@@ -137,7 +138,7 @@ func metricsPage(t *testing.T) string {
 	}
 	defer st.close()
 	live := &ring.Live{}
-	if err := p.addIngester(st, &grpcFlags{listen: "127.0.0.1:0"}, "x", live, func(m ring.Member, _ func() bool) (func(ring.State) error, error) {
+	if err := p.addIngester(st, &grpcFlags{listen: "127.0.0.1:0"}, "x", live, func(m ring.Member, _ *ingest.Ingester) (func(ring.State) error, error) {
 		return p.addGossip(&gossipFlags{id: "x", listen: "127.0.0.1:0"}, m, live, nil)
 	}); err != nil {
 		t.Fatal(err)

@@ -67,8 +67,8 @@ func addIngester(app *kingpin.Application, commands map[string]command) {
 			// A container's own file system, most likely: gone when it restarts.
 			p.config.Ingester.CommitLog = false
 		}
-		if err := p.addIngester(st, rf, gf.id, live, func(m ring.Member, resending func() bool) (func(ring.State) error, error) {
-			return p.addGossip(gf, m, live, resending)
+		if err := p.addIngester(st, rf, gf.id, live, func(m ring.Member, ing *ingest.Ingester) (func(ring.State) error, error) {
+			return p.addGossip(gf, m, live, ing)
 		}); err != nil {
 			return err
 		}
@@ -82,7 +82,7 @@ const leaveNotice = 2 * time.Second
 
 // addIngester adds an ingester. join makes its member known, adds what keeps it
 // so, and gives the way to change its state.
-func (p *process) addIngester(st *stores, rf *grpcFlags, id string, live *ring.Live, join func(m ring.Member, resending func() bool) (func(ring.State) error, error)) error {
+func (p *process) addIngester(st *stores, rf *grpcFlags, id string, live *ring.Live, join func(m ring.Member, ing *ingest.Ingester) (func(ring.State) error, error)) error {
 	c := p.config.Ingester
 	logDir := ""
 	if c.CommitLog {
@@ -136,7 +136,7 @@ func (p *process) addIngester(st *stores, rf *grpcFlags, id string, live *ring.L
 	)
 	ing.Register(server)
 	p.addGRPC(server, l)
-	if setState, err = join(ring.Member{ID: id, Address: address, Zone: p.config.Ring.Zone, Process: ing.Process()}, ing.Resending); err != nil {
+	if setState, err = join(ring.Member{ID: id, Address: address, Zone: p.config.Ring.Zone, Process: ing.Process()}, ing); err != nil {
 		return err
 	}
 	p.ready = append(p.ready, check{"ring", func() error {
@@ -165,11 +165,13 @@ func (p *process) addGRPC(s *grpc.Server, l net.Listener) {
 	})
 }
 
-// addGossip takes part in the gossip. resending is an ingester's.
-func (p *process) addGossip(f *gossipFlags, m ring.Member, live *ring.Live, resending func() bool) (func(ring.State) error, error) {
-	g, err := gossip.New(gossip.Options{
-		ID: f.id, Bind: f.listen, Advertise: f.advertise, Join: append(f.join, p.config.Ring.Join...), Member: m, Resending: resending,
-	}, live, p.logger, p.reg)
+// addGossip takes part in the gossip. ing is nil for a gateway.
+func (p *process) addGossip(f *gossipFlags, m ring.Member, live *ring.Live, ing *ingest.Ingester) (func(ring.State) error, error) {
+	o := gossip.Options{ID: f.id, Bind: f.listen, Advertise: f.advertise, Join: append(f.join, p.config.Ring.Join...), Member: m}
+	if ing != nil {
+		o.Memory, o.Resending = ing.Memory(), ing.Resending
+	}
+	g, err := gossip.New(o, live, p.logger, p.reg)
 	if err != nil {
 		return nil, err
 	}

@@ -54,7 +54,7 @@ func addSidecar(app *kingpin.Application, commands map[string]command) {
 		s, err := sidecar.New(sidecar.Options{
 			PrometheusDir: c.PrometheusDirectory, DataDir: p.flags.dataDir, Tenant: c.Tenant, Gateways: c.Gateways,
 			PrometheusURL: c.PrometheusURL, PrometheusConfigFile: c.PrometheusConfigFile,
-			RelabelConfigs: c.RelabelConfigs, Shards: c.Shards, KeepBytes: int64(c.KeepWALBytes),
+			RelabelConfigs: c.RelabelConfigs, Shards: c.Shards, Replicas: c.ReplicationFactor, KeepBytes: int64(c.KeepWALBytes),
 			BackfillAge: c.Backfill.age(), BackfillSamplesPerSecond: int64(c.Backfill.SamplesPerSecond),
 			DialOptions: dialOptions(), Version: "epimetheus " + version.Version,
 		}, p.logger, p.reg)
@@ -85,6 +85,7 @@ func sidecarTable(s *sidecar.Sidecar) func(*http.Request) [][]string {
 			{"series", strconv.Itoa(st.Series)},
 			{"ranges open", strconv.Itoa(st.OpenRanges)},
 			{"ranges to send again", strconv.Itoa(st.QueuedRanges)},
+			{"copies of what isn't durable", fmt.Sprintf("%d of %d", st.Copies, st.Replicas)},
 			{"ring", st.Ring + st.RingError},
 			{"deleted WAL kept", fmt.Sprintf("%d bytes", st.KeptBytes)},
 		}

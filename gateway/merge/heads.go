@@ -51,25 +51,32 @@ type Heads struct {
 	failed  prometheus.Counter
 	seconds prometheus.Histogram
 
+	covered prometheus.Counter
+
 	mu    sync.Mutex
 	conns map[string]*grpc.ClientConn // by address; nil once closed
+	heard map[string]map[string]heard // by tenant and member; of tenants with several replicas
 }
 
 // NewHeads uses dial for each connection: transport security goes there.
 func NewHeads(live *ring.Live, logger *slog.Logger, reg prometheus.Registerer, dial ...grpc.DialOption) *Heads {
 	h := &Heads{
 		live: live, dial: append(dial, grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxAnswer))),
-		logger: logger, conns: map[string]*grpc.ClientConn{},
+		logger: logger, conns: map[string]*grpc.ClientConn{}, heard: map[string]map[string]heard{},
 		failed: prometheus.NewCounter(prometheus.CounterOpts{
 			Name: "epimetheus_gateway_head_failures_total",
-			Help: "Requests to ingesters that failed; the answers carried a warning.",
+			Help: "Requests to ingesters that failed; the answers carried a warning, if no replicas had all.",
+		}),
+		covered: prometheus.NewCounter(prometheus.CounterOpts{
+			Name: "epimetheus_gateway_covered_requests_total",
+			Help: "Requests to all ingesters of which some were missing, without a warning: other replicas had all of their fresh samples.",
 		}),
 		seconds: prometheus.NewHistogram(prometheus.HistogramOpts{
 			Name: "epimetheus_gateway_head_request_duration_seconds", Help: "Time that requests to ingesters took.",
 			Buckets: prometheus.ExponentialBuckets(0.0005, 4, 9),
 		}),
 	}
-	reg.MustRegister(h.failed, h.seconds)
+	reg.MustRegister(h.failed, h.covered, h.seconds)
 	return h
 }
 
@@ -121,18 +128,23 @@ type answer[T any] struct {
 	header fetch.Header
 }
 
-// ask asks all ingesters at once. Those that don't answer, or that vanished,
-// make warnings. ring is the ring that was asked.
-func ask[T any](ctx context.Context, h *Heads, fn func(context.Context, *fetch.Client) (T, fetch.Header, error)) (_ []answer[T], _ *ring.Ring, warnings annotations.Annotations, _ error) {
+// ask asks all ingesters at once about a tenant. Those that don't answer, or that
+// vanished, make warnings, unless others have all of theirs. Rows of the index
+// are to be listed after the time that it returns.
+func ask[T any](ctx context.Context, h *Heads, tenant string, fn func(context.Context, *fetch.Client) (T, fetch.Header, error)) (_ []answer[T], since time.Time, warnings annotations.Annotations, _ error) {
 	r := h.live.Ring()
 	members := r.Snapshot().Members
 	var mu sync.Mutex
 	var wg sync.WaitGroup
 	var out []answer[T]
-	warn := func(err error) {
+	c := newCoverage(members)
+	var missing annotations.Annotations
+	resending, silent := false, false
+	miss := func(id string, err error) {
 		mu.Lock()
 		defer mu.Unlock()
-		warnings.Add(err)
+		c.missing[id] = true
+		missing.Add(err)
 	}
 	for _, m := range members {
 		if m.State == ring.Left {
@@ -142,7 +154,7 @@ func ask[T any](ctx context.Context, h *Heads, fn func(context.Context, *fetch.C
 		if m.State == ring.Lost {
 			if slices.ContainsFunc(members, func(x ring.Member) bool { return x.State != ring.Lost && (x.ID == m.ID || x.Address == m.Address) }) {
 				// It is there again as another process, or another is in its place.
-				warn(errLost(m))
+				miss(m.ID, errLost(m))
 				continue
 			}
 			// It may be out of reach for others only.
@@ -152,54 +164,79 @@ func ask[T any](ctx context.Context, h *Heads, fn func(context.Context, *fetch.C
 			ctx, cancel := context.WithTimeout(ctx, limit)
 			defer cancel()
 			start := time.Now()
-			c, err := h.client(m.Address, members)
+			cl, err := h.client(m.Address, members)
 			var v T
 			var hd fetch.Header
 			if err == nil {
-				v, hd, err = fn(ctx, c)
+				v, hd, err = fn(ctx, cl)
 			}
 			if err != nil && m.State == ring.Lost {
-				warn(errLost(m))
+				miss(m.ID, errLost(m))
 				return
 			}
 			h.seconds.Observe(time.Since(start).Seconds())
 			if err != nil {
 				h.failed.Inc()
-				warn(fmt.Errorf("ingester %s did not answer, fresh samples may be missing: %w", m.ID, err))
+				miss(m.ID, fmt.Errorf("ingester %s did not answer, fresh samples may be missing: %w", m.ID, err))
+				mu.Lock()
+				defer mu.Unlock()
+				silent = true
 				return
-			}
-			if hd.Resending {
-				warn(errors.New("samples of an ingester that went away are being sent again, some may be missing"))
 			}
 			mu.Lock()
 			defer mu.Unlock()
+			resending = resending || hd.Resending
+			c.headers[m.ID] = hd
 			out = append(out, answer[T]{m.ID, v, hd})
 		})
 	}
 	wg.Wait()
+	since = r.Since()
 	if ctx.Err() != nil {
-		return nil, r, nil, context.Cause(ctx)
+		return nil, since, nil, context.Cause(ctx)
 	}
-	return out, r, warnings, nil
+	now := time.Now()
+	c.collect()
+	before := h.remember(tenant, c, now)
+	if len(c.missing) > 0 {
+		if c.covers(before, now) {
+			h.covered.Inc()
+			if silent {
+				// It can't name the blocks that it has just written; one that
+				// the ring knows as lost wrote none since.
+				since = now
+			}
+		} else {
+			warnings.Merge(missing)
+		}
+	} else if lacking, some := c.restarted(); lacking {
+		warnings.Add(errors.New("an ingester restarted: samples that it alone had are being sent again, some may be missing"))
+	} else if some {
+		since = now
+	}
+	if resending {
+		warnings.Add(errors.New("samples of an ingester that went away are being sent again, some may be missing"))
+	}
+	return out, since, warnings, nil
 }
 
 // metadata gives what the heads know of a metric's metadata, or of all if metric
 // is empty; entries may repeat.
-func (h *Heads) metadata(ctx context.Context, tenant, metric string) ([]fetch.MetricMetadata, []ulid.ULID, *ring.Ring, annotations.Annotations, error) {
-	as, r, warnings, err := ask(ctx, h, func(ctx context.Context, c *fetch.Client) ([]fetch.MetricMetadata, fetch.Header, error) {
+func (h *Heads) metadata(ctx context.Context, tenant, metric string) ([]fetch.MetricMetadata, []ulid.ULID, time.Time, annotations.Annotations, error) {
+	as, since, warnings, err := ask(ctx, h, tenant, func(ctx context.Context, c *fetch.Client) ([]fetch.MetricMetadata, fetch.Header, error) {
 		return c.Metadata(ctx, tenant, metric, 0)
 	})
 	var out []fetch.MetricMetadata
 	for _, a := range as {
 		out = append(out, a.value...)
 	}
-	return out, blocks(as), r, warnings, err
+	return out, blocks(as), since, warnings, err
 }
 
 // Stats asks all ingesters what they hold of a tenant; each list of an answer
 // has at most limit entries.
 func (h *Heads) Stats(ctx context.Context, tenant string, limit int) ([]*fetchpb.StatsResponse, annotations.Annotations, error) {
-	as, _, warnings, err := ask(ctx, h, func(ctx context.Context, c *fetch.Client) (*fetchpb.StatsResponse, fetch.Header, error) {
+	as, _, warnings, err := ask(ctx, h, tenant, func(ctx context.Context, c *fetch.Client) (*fetchpb.StatsResponse, fetch.Header, error) {
 		s, err := c.Stats(ctx, tenant, limit)
 		return s, fetch.Header{}, err
 	})
@@ -212,7 +249,7 @@ func (h *Heads) Stats(ctx context.Context, tenant string, limit int) ([]*fetchpb
 
 // Series says how many series each ingester that answers has, by member id.
 func (h *Heads) Series(ctx context.Context) map[string]int64 {
-	as, _, _, _ := ask(ctx, h, func(ctx context.Context, c *fetch.Client) (int64, fetch.Header, error) {
+	as, _, _, _ := ask(ctx, h, "", func(ctx context.Context, c *fetch.Client) (int64, fetch.Header, error) {
 		s, err := c.Stats(ctx, "", 0) // of all tenants
 		return int64(s.GetSeries()), fetch.Header{}, err
 	})
@@ -224,8 +261,8 @@ func (h *Heads) Series(ctx context.Context) map[string]int64 {
 }
 
 // exemplars asks all ingesters; series may repeat.
-func (h *Heads) exemplars(ctx context.Context, tenant string, mint, maxt int64, sets [][]*labels.Matcher) ([]answer[[]chunkfmt.Series], *ring.Ring, annotations.Annotations, error) {
-	return ask(ctx, h, func(ctx context.Context, c *fetch.Client) ([]chunkfmt.Series, fetch.Header, error) {
+func (h *Heads) exemplars(ctx context.Context, tenant string, mint, maxt int64, sets [][]*labels.Matcher) ([]answer[[]chunkfmt.Series], time.Time, annotations.Annotations, error) {
+	return ask(ctx, h, tenant, func(ctx context.Context, c *fetch.Client) ([]chunkfmt.Series, fetch.Header, error) {
 		return c.Exemplars(ctx, tenant, mint, maxt, sets)
 	})
 }

@@ -24,6 +24,8 @@ import (
 	"github.com/prometheus/prometheus/tsdb/chunkenc"
 	"github.com/prometheus/prometheus/tsdb/tsdbutil"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 
 	"github.com/epimetheus-tsdb/epimetheus/gateway"
 	"github.com/epimetheus-tsdb/epimetheus/gateway/gatewaytest"
@@ -693,4 +695,54 @@ func TestOneSnapshot(t *testing.T) {
 		}
 		setup(t, c, floats(ls("__name__", "m"), 2), nil)
 	}
+}
+
+// replica answers with one series, and says what a source says of its copies.
+type replica struct {
+	fetchpb.UnimplementedFetchServer
+	process  string
+	coverage []*fetchpb.Coverage
+	fail     atomic.Bool
+}
+
+func (r *replica) Select(_ *fetchpb.SelectRequest, s grpc.ServerStreamingServer[fetchpb.SelectResponse]) error {
+	if r.fail.Load() {
+		return status.Error(codes.Unavailable, "gone")
+	}
+	return s.Send(&fetchpb.SelectResponse{Header: &fetchpb.Header{Process: []byte(r.process), Coverage: r.coverage}})
+}
+
+// TestReplicas: a missing ingester makes no warning where others have all that it
+// had, and one as ever where they may not.
+func TestReplicas(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := gatewaytest.New(t, gatewaytest.Options{})
+		var all []*replica
+		said := &fetchpb.Coverage{Sources: []uint64{1}, AgeMs: 100, ReplicationFactor: 2, Copies: 2, Zones: 2}
+		for i := range 3 {
+			r := &replica{process: fmt.Sprint("process-number-", i), coverage: []*fetchpb.Coverage{said}}
+			all = append(all, r)
+			id := fmt.Sprint("replica-", i)
+			said.Holders = append(said.Holders, &fetchpb.Holder{Member: id, Process: []byte(r.process)})
+			c.ServeFetch(id, r)
+		}
+		warnings := func(want int) {
+			t.Helper()
+			r, err := query(t.Context(), c.Storage, 10, nil, equal("__name__", "m"))
+			if err != nil || len(r.Warnings) != want {
+				t.Errorf("warnings %q, %v, want %d", r.Warnings, err, want)
+			}
+		}
+		warnings(0)
+		all[0].fail.Store(true)
+		warnings(0)
+		all[1].fail.Store(true)
+		warnings(2)
+		all[1].fail.Store(false)
+		warnings(0)
+		c.SetState("replica-0", ring.Lost)
+		warnings(0)
+		all[1].process = "process-number-x" // it restarts, and nobody has noticed
+		warnings(1)
+	})
 }

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"slices"
 	"sync"
+	"time"
 
 	"github.com/oklog/ulid/v2"
 	"github.com/prometheus/prometheus/model/labels"
@@ -16,7 +17,6 @@ import (
 	"github.com/epimetheus-tsdb/epimetheus/chunkfmt"
 	"github.com/epimetheus-tsdb/epimetheus/history"
 	"github.com/epimetheus-tsdb/epimetheus/ingest/fetch"
-	"github.com/epimetheus-tsdb/epimetheus/ingest/ring"
 )
 
 // querier is one query: all its selectors read one snapshot of history.
@@ -34,11 +34,11 @@ type querier struct {
 // snapshot is taken once, after the first heads have answered. Heads that are
 // asked later in the query need no newer one: a generation that they don't show
 // any more was published a visibility delay before, which is longer than a query.
-func (q *querier) snapshot(ctx context.Context, must []ulid.ULID, r *ring.Ring) (*history.Snapshot, error) {
+func (q *querier) snapshot(ctx context.Context, must []ulid.ULID, since time.Time) (*history.Snapshot, error) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	if q.snap == nil {
-		snap, err := q.s.snapshot(ctx, q.s.tenantOf(ctx), q.mint, q.maxt, must, r)
+		snap, err := q.s.snapshot(ctx, q.s.tenantOf(ctx), q.mint, q.maxt, must, since)
 		if err != nil {
 			return nil, err
 		}
@@ -97,14 +97,14 @@ func (q *querier) load(ctx context.Context, set *seriesSet, h *storage.SelectHin
 		return nil
 	}
 	labelsOnly := h.Func == "series" // of the series API
-	as, r, warnings, err := ask(ctx, q.s.heads, func(ctx context.Context, c *fetch.Client) ([]fetch.Series, fetch.Header, error) {
+	as, since, warnings, err := ask(ctx, q.s.heads, q.s.tenantOf(ctx), func(ctx context.Context, c *fetch.Client) ([]fetch.Series, fetch.Header, error) {
 		return c.Select(ctx, fetch.Query{Tenant: q.s.tenantOf(ctx), MinT: mint, MaxT: maxt, Matchers: ms}, labelsOnly)
 	})
 	if err != nil {
 		return err
 	}
 	set.warnings = warnings
-	snap, err := q.snapshot(ctx, blocks(as), r)
+	snap, err := q.snapshot(ctx, blocks(as), since)
 	if err != nil {
 		return err
 	}
@@ -168,13 +168,13 @@ func (q *querier) labels(ctx context.Context, name string, hints *storage.LabelH
 	if hints != nil {
 		fq.Limit = hints.Limit
 	}
-	as, r, warnings, err := ask(ctx, q.s.heads, func(ctx context.Context, c *fetch.Client) ([]string, fetch.Header, error) {
+	as, since, warnings, err := ask(ctx, q.s.heads, q.s.tenantOf(ctx), func(ctx context.Context, c *fetch.Client) ([]string, fetch.Header, error) {
 		return c.Labels(ctx, fq, name)
 	})
 	if err != nil {
 		return nil, nil, class(ctx, err)
 	}
-	snap, err := q.snapshot(ctx, blocks(as), r)
+	snap, err := q.snapshot(ctx, blocks(as), since)
 	if err != nil {
 		return nil, nil, class(ctx, err)
 	}

@@ -17,7 +17,6 @@ import (
 	"github.com/epimetheus-tsdb/epimetheus/history"
 	"github.com/epimetheus-tsdb/epimetheus/ingest/fetch"
 	"github.com/epimetheus-tsdb/epimetheus/ingest/fetch/fetchpb"
-	"github.com/epimetheus-tsdb/epimetheus/ingest/ring"
 )
 
 // Storage is heads and history as one. It is safe for concurrent use.
@@ -62,11 +61,11 @@ type exemplarQuerier struct {
 
 func (q *exemplarQuerier) Select(mint, maxt int64, sets ...[]*labels.Matcher) ([]exemplar.QueryResult, error) {
 	tenant := q.s.tenantOf(q.ctx)
-	as, r, _, err := q.s.heads.exemplars(q.ctx, tenant, mint, maxt, sets)
+	as, since, _, err := q.s.heads.exemplars(q.ctx, tenant, mint, maxt, sets)
 	if err != nil {
 		return nil, class(q.ctx, err)
 	}
-	snap, err := q.s.snapshot(q.ctx, tenant, mint, maxt, blocks(as), r)
+	snap, err := q.s.snapshot(q.ctx, tenant, mint, maxt, blocks(as), since)
 	if err != nil {
 		return nil, class(q.ctx, err)
 	}
@@ -104,12 +103,11 @@ func blocks[T any](as []answer[T]) []ulid.ULID {
 	return slices.Compact(out)
 }
 
-// snapshot of history after the heads of the ring r have answered and named the
-// blocks must.
-func (s *Storage) snapshot(ctx context.Context, tenant string, mint, maxt int64, must []ulid.ULID, r *ring.Ring) (*history.Snapshot, error) {
-	// A member that has left has flushed before: rows kept from before it left
-	// don't know.
-	return s.history.Snapshot(ctx, tenant, mint, maxt, must, r.Since())
+// snapshot of history after the heads have answered and named the blocks must. A
+// member that has left has flushed before: rows kept from before it left, which
+// is before since, don't know.
+func (s *Storage) snapshot(ctx context.Context, tenant string, mint, maxt int64, must []ulid.ULID, since time.Time) (*history.Snapshot, error) {
+	return s.history.Snapshot(ctx, tenant, mint, maxt, must, since)
 }
 
 // recentMetadata is how far back metadata is looked for in blocks.
@@ -118,12 +116,12 @@ const recentMetadata = 2 * time.Hour
 // Metadata gives what heads and recent blocks know of a metric, or of all if
 // metric is empty, sorted by metric, each entry once.
 func (s *Storage) Metadata(ctx context.Context, tenant, metric string) ([]fetch.MetricMetadata, annotations.Annotations, error) {
-	out, must, r, warnings, err := s.heads.metadata(ctx, tenant, metric)
+	out, must, since, warnings, err := s.heads.metadata(ctx, tenant, metric)
 	if err != nil {
 		return nil, nil, err
 	}
 	mint := time.Now().Add(-recentMetadata).UnixMilli()
-	snap, err := s.snapshot(ctx, tenant, mint, math.MaxInt64, must, r)
+	snap, err := s.snapshot(ctx, tenant, mint, math.MaxInt64, must, since)
 	if err != nil {
 		return nil, nil, err
 	}

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"math"
+	"time"
 
 	"github.com/oklog/ulid/v2"
 	"github.com/prometheus/common/model"
@@ -29,6 +30,25 @@ type Header struct {
 	// Resending: sources of the tenant have ranges to send again, as an ingester
 	// went away. Until they have, fresh samples may be missing.
 	Resending bool
+	Process   []byte // of the ingester; nil of one that doesn't say
+	// Coverage is what sources said of their copies.
+	Coverage []Coverage
+}
+
+// Coverage is what some sources said of the copies of all that they have sent and
+// that isn't durable.
+type Coverage struct {
+	Sources           []uint64
+	Age               time.Duration // since it was said
+	ReplicationFactor int           // 1: each series has one owner, and the rest says nothing
+	Copies, Zones     int
+	Holders           []Holder
+}
+
+// Holder is a process that has copies.
+type Holder struct {
+	Member  string
+	Process string // 16 bytes
 }
 
 // Series is a series with chunks that may overlap in time.
@@ -220,6 +240,19 @@ func toHeader(p *fetchpb.Header) (Header, error) {
 		return Header{}, fmt.Errorf("%w: no header", errProtocol)
 	}
 	h := Header{HasSamples: p.HasSamples, Oldest: p.Oldest, Newest: p.Newest, Resending: p.Resending}
+	if h.Process = p.Process; len(h.Process) != 0 && len(h.Process) != 16 {
+		return h, fmt.Errorf("%w: process id of %d bytes", errProtocol, len(h.Process))
+	}
+	for _, c := range p.Coverage {
+		x := Coverage{
+			Sources: c.Sources, Age: time.Duration(c.AgeMs) * time.Millisecond, ReplicationFactor: int(c.ReplicationFactor),
+			Copies: int(c.Copies), Zones: int(c.Zones),
+		}
+		for _, o := range c.Holders {
+			x.Holders = append(x.Holders, Holder{o.Member, string(o.Process)})
+		}
+		h.Coverage = append(h.Coverage, x)
+	}
 	for _, b := range p.Blocks {
 		if len(b) != len(ulid.ULID{}) {
 			return h, fmt.Errorf("%w: block id of %d bytes", errProtocol, len(b))

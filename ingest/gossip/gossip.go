@@ -37,6 +37,9 @@ type Options struct {
 	// zone, the process.
 	// A gateway leaves Address empty.
 	Member ring.Member
+	// Memory names what the member has received: another process with the same
+	// has lost nothing. Empty: the process.
+	Memory string
 	// LostGrace is how long a lost member stays lost at least: sources need some
 	// time to notice, and to say that they are sending again. 1 minute.
 	LostGrace time.Duration
@@ -62,8 +65,8 @@ type Gossip struct {
 	forgotten map[lostID]time.Time // when, of such that may yet be told of by others
 }
 
-// lostID is one life of a member.
-type lostID struct{ id, process string }
+// lostID is what a member had received in a life, or several with its commit log.
+type lostID struct{ id, memory string }
 
 type lost struct {
 	meta  meta
@@ -86,6 +89,7 @@ type meta struct {
 	Zone    string     `json:"z,omitempty"`
 	State   ring.State `json:"s,omitempty"`
 	Process string     `json:"p,omitempty"`
+	Memory  string     `json:"m,omitempty"`
 	// Resending: a source is sending again what a lost ingester held.
 	Resending bool `json:"r,omitempty"`
 }
@@ -112,6 +116,9 @@ func New(o Options, live *ring.Live, logger *slog.Logger, reg prometheus.Registe
 	}
 	if o.LostFor <= 0 {
 		o.LostFor = time.Hour
+	}
+	if o.Memory == "" {
+		o.Memory = o.Member.Process
 	}
 	g := &Gossip{
 		opts: o, live: live, logger: logger.With("component", "gossip"), state: ring.Joining,
@@ -266,7 +273,7 @@ func (m meta) member(id string, state ring.State) ring.Member {
 // lose notes that a member is there no more, in the life that m tells of. The
 // caller holds g.mu.
 func (g *Gossip) lose(id string, m meta, since time.Time) {
-	l := lostID{id, m.Process}
+	l := lostID{id, m.Memory}
 	if _, known := g.lost[l]; known || m.Address == "" || m.State == ring.Left || len(g.lost) >= maxLost {
 		return
 	}
@@ -282,10 +289,10 @@ func (g *Gossip) see(n *memberlist.Node) {
 	}
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	if before, known := g.peers[n.Name]; known && before.Process != m.Process {
+	if before, known := g.peers[n.Name]; known && before.Memory != m.Memory {
 		g.lose(n.Name, before, time.Now()) // it restarted, without its memory
 	}
-	delete(g.lost, lostID{n.Name, m.Process}) // it was out of reach only
+	delete(g.lost, lostID{n.Name, m.Memory}) // it was out of reach only
 	g.peers[n.Name] = m
 	g.publish()
 }
@@ -316,7 +323,7 @@ func (g *Gossip) NodeMeta(limit int) []byte {
 	defer g.mu.Unlock()
 	m := meta{Address: g.opts.Member.Address, Zone: g.opts.Member.Zone}
 	if m.Address != "" {
-		m.State, m.Process, m.Resending = g.state, g.opts.Member.Process, g.resending
+		m.State, m.Process, m.Memory, m.Resending = g.state, g.opts.Member.Process, g.opts.Memory, g.resending
 	}
 	b, err := json.Marshal(m)
 	if err != nil || len(b) > limit {
@@ -361,10 +368,10 @@ func (g *Gossip) MergeRemoteState(b []byte, _ bool) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	for _, m := range in {
-		id := lostID{m.ID, m.Meta.Process}
+		id := lostID{m.ID, m.Meta.Memory}
 		since := time.UnixMilli(m.Since)
 		_, forgotten := g.forgotten[id]
-		if there, ok := g.peers[m.ID]; (ok && there.Process == m.Meta.Process) || forgotten || now.Sub(since) > g.opts.LostFor {
+		if there, ok := g.peers[m.ID]; (ok && there.Memory == m.Meta.Memory) || forgotten || now.Sub(since) > g.opts.LostFor {
 			continue
 		}
 		if since.After(now) {

@@ -171,23 +171,93 @@ func (r *Ring) OwnerExcept(tok uint32, skip func(id string) bool) (Member, bool)
 	return Member{}, false
 }
 
+// Owners are the n members that keep the copies of a series with the token tok,
+// fewer if there aren't so many that skip, which may be nil, doesn't name by
+// their ids. They are distinct, the first is OwnerExcept(tok, skip), and the
+// rest follow clockwise: each in a zone that has none yet as long as there is
+// one, then in any. A member without a zone is a zone of its own. A member that
+// comes takes the place of at most one of them, and one that goes and was none of
+// them changes nothing.
+func (r *Ring) Owners(tok uint32, n int, skip func(id string) bool) []Member {
+	if n == 1 {
+		if m, ok := r.OwnerExcept(tok, skip); ok {
+			return []Member{m}
+		}
+		return nil
+	}
+	owners := make([]Member, 0, n)
+	var spare []Member // passed by because of their zones, in order
+	seen := make(map[int32]bool, 2*n)
+	start := sort.Search(len(r.tokens), func(i int) bool { return r.tokens[i].value >= tok })
+	for i := 0; i < len(r.tokens) && len(owners) < n && len(seen) < len(r.members); i++ {
+		k := r.tokens[(start+i)%len(r.tokens)].member
+		if seen[k] {
+			continue
+		}
+		seen[k] = true
+		m := r.members[k]
+		switch {
+		case skip != nil && skip(m.ID):
+		case slices.ContainsFunc(owners, func(o Member) bool { return o.Failure() == m.Failure() }):
+			spare = append(spare, m)
+		default:
+			owners = append(owners, m)
+		}
+	}
+	return append(owners, spare[:min(len(spare), n-len(owners))]...)
+}
+
+// Failure names what the member fails together with: its zone, or itself if it
+// has none.
+func (m *Member) Failure() string {
+	if m.Zone != "" {
+		return "zone " + m.Zone
+	}
+	return "member " + m.ID
+}
+
 // Subset is the shuffle shard of a tenant: a ring of n of the active members,
 // the same ones as long as the members are the same, and mostly the same ones
 // when a member comes or goes. With n of zero, or not below the number of
-// active members, it is the ring itself.
-func (r *Ring) Subset(tenant string, n int) *Ring {
+// active members, it is the ring itself. For more than one replica of each
+// series it has at least that many members, and zones have the same number of
+// them, as far as there are as many.
+func (r *Ring) Subset(tenant string, n, replicas int) *Ring {
+	if n > 0 {
+		n = max(n, replicas)
+	}
 	if n <= 0 || n >= len(r.members) {
 		return r
 	}
 	taken := make(map[string]bool, n)
+	inZone, left := map[string]int{}, map[string]int{} // members taken, and not, by zone
+	for i := range r.members {
+		left[r.members[i].Failure()]++
+	}
+	unfair := func(m *Member) bool { // a zone that has some left has fewer in
+		for z, k := range left {
+			if k > 0 && inZone[z] < inZone[m.Failure()] {
+				return true
+			}
+		}
+		return false
+	}
+	byID := make(map[string]*Member, len(r.members))
+	for i := range r.members {
+		byID[r.members[i].ID] = &r.members[i]
+	}
 	sub := &Ring{snapshot: r.snapshot, since: r.since}
 	var buf []byte
 	for i := 0; len(sub.members) < n; i++ {
 		buf = append(buf[:0], tenant...)
 		buf = append(buf, 0xfe)
 		buf = strconv.AppendInt(buf, int64(i), 10)
-		m, _ := r.OwnerExcept(uint32(xxhash.Sum64(buf)), func(id string) bool { return taken[id] })
+		m, _ := r.OwnerExcept(uint32(xxhash.Sum64(buf)), func(id string) bool {
+			return taken[id] || replicas > 1 && unfair(byID[id])
+		})
 		taken[m.ID] = true
+		inZone[m.Failure()]++
+		left[m.Failure()]--
 		sub.members = append(sub.members, m)
 	}
 	slices.SortFunc(sub.members, func(a, b Member) int { return strings.Compare(a.ID, b.ID) })

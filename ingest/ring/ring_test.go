@@ -109,7 +109,7 @@ func TestOnlyActiveMembersOwn(t *testing.T) {
 
 func TestSubset(t *testing.T) {
 	r := New(NewSnapshot(members(10)))
-	got := r.Subset("team-a", 3)
+	got := r.Subset("team-a", 3, 1)
 	if len(got.Active()) != 3 {
 		t.Fatalf("subset has %d members", len(got.Active()))
 	}
@@ -122,17 +122,118 @@ func TestSubset(t *testing.T) {
 			t.Fatalf("owner %s is not in the subset", m.ID)
 		}
 	}
-	if r.Subset("team-a", 0) != r || r.Subset("team-a", 10) != r {
+	if r.Subset("team-a", 0, 1) != r || r.Subset("team-a", 10, 1) != r {
 		t.Error("a subset of all is another ring")
 	}
 	// One more member changes at most one member of a subset.
 	kept := 0
-	for _, m := range New(NewSnapshot(members(11))).Subset("team-a", 3).Active() {
+	for _, m := range New(NewSnapshot(members(11))).Subset("team-a", 3, 1).Active() {
 		if in[m.ID] {
 			kept++
 		}
 	}
 	if kept < 2 {
 		t.Errorf("only %d of 3 members of the subset stayed", kept)
+	}
+}
+
+// zoned puts the members into n zones by turns, with the rest in none.
+func zoned(ms []Member, zones, without int) []Member {
+	for i := range ms {
+		if i >= without {
+			ms[i].Zone = fmt.Sprint("zone-", i%zones)
+		}
+	}
+	return ms
+}
+
+func ids(ms []Member) map[string]bool {
+	out := map[string]bool{}
+	for _, m := range ms {
+		out[m.ID] = true
+	}
+	return out
+}
+
+func TestOwners(t *testing.T) {
+	for _, c := range []struct{ members, zones, without int }{
+		{1, 1, 0}, {2, 1, 0}, {2, 2, 0}, {3, 3, 0}, {6, 3, 0}, {9, 2, 0}, {7, 1, 0}, {7, 3, 7}, {8, 2, 3}, {12, 5, 2},
+	} {
+		for n := 1; n <= 3; n++ {
+			ms := zoned(members(c.members), c.zones, c.without)
+			r := New(NewSnapshot(ms))
+			for i := range 60 {
+				tok := Token("t", series(i))
+				var skipped string
+				if i%3 == 0 && c.members > 1 {
+					skipped = fmt.Sprint("ingester-", i%c.members)
+				}
+				skip := func(id string) bool { return id == skipped }
+				got := r.Owners(tok, n, skip)
+				zones, all := map[string]bool{}, map[string]bool{}
+				left := 0
+				for k := range ms {
+					if ms[k].ID != skipped {
+						all[ms[k].Failure()] = true
+						left++
+					}
+				}
+				for k := range got {
+					zones[got[k].Failure()] = true
+				}
+				has := ids(got)
+				if len(has) != len(got) || len(got) != min(n, left) || has[skipped] {
+					t.Fatalf("%+v, %d owners without %q: %v", c, n, skipped, got)
+				}
+				if len(zones) != min(n, len(all)) {
+					t.Fatalf("%+v, %d owners: %d zones of %d: %v", c, n, len(zones), len(all), got)
+				}
+				if first, _ := r.OwnerExcept(tok, skip); got[0].ID != first.ID {
+					t.Fatalf("first owner %s, want %s", got[0].ID, first.ID)
+				}
+				// One that is none of them goes: nothing changes.
+				other := ms[i%c.members].ID
+				if !has[other] && other != skipped {
+					less := New(NewSnapshot(append(append([]Member{}, ms[:i%c.members]...), ms[i%c.members+1:]...)))
+					for k, m := range less.Owners(tok, n, skip) {
+						if m.ID != got[k].ID {
+							t.Fatalf("%+v: owners %v, and without %s %v", c, got, other, less.Owners(tok, n, skip))
+						}
+					}
+				}
+				// One comes: at most it is new among them.
+				more := New(NewSnapshot(append(append([]Member{}, ms...), Member{ID: "new", Zone: fmt.Sprint("zone-", i%(c.zones+1)), State: Active})))
+				for _, m := range more.Owners(tok, n, skip) {
+					if m.ID != "new" && !has[m.ID] {
+						t.Fatalf("%+v: owners %v, and with one more %v", c, got, more.Owners(tok, n, skip))
+					}
+				}
+			}
+		}
+	}
+	if got := New(Snapshot{}).Owners(1, 2, nil); len(got) != 0 {
+		t.Errorf("owners on an empty ring: %v", got)
+	}
+}
+
+func TestSubsetHoldsZones(t *testing.T) {
+	r := New(NewSnapshot(zoned(members(12), 3, 0)))
+	for i := range 50 {
+		for n := 1; n <= 7; n++ {
+			tenant := fmt.Sprint("team-", i)
+			sub := r.Subset(tenant, n, 3)
+			zones := map[string]int{}
+			for _, m := range sub.Active() {
+				zones[m.Zone]++
+			}
+			if want := max(n, 3); len(sub.Active()) != want {
+				t.Fatalf("%d members, want %d", len(sub.Active()), want)
+			}
+			for z, k := range zones {
+				if len(zones) != 3 || k > (max(n, 3)+2)/3 {
+					t.Fatalf("%d members of %s: %v", k, z, sub.Active())
+				}
+			}
+		}
 	}
 }

@@ -64,8 +64,8 @@ type SessionOptions struct {
 	// Notify is called, from the session's goroutines and without any lock
 	// held, when SessionState may have changed. It must not block. May be nil.
 	Notify func()
-	// Refused is called for what the ingester refused. It must not block. May
-	// be nil.
+	// Refused is called for what the ingester refused, before what it refused
+	// counts as received or durable. It must not block. May be nil.
 	Refused func(*shippb.Refused)
 }
 
@@ -103,6 +103,7 @@ type SessionState struct {
 	Sent          uint64 // the last sequence number given out
 	InflightBytes int64  // sent or to be sent, not yet received
 	WindowBytes   int64
+	Process       []byte    // of the ingester; nil before its first answer
 	LastAnswer    time.Time // of the ingester; creation of the session if there was none
 	Ended         error     // wraps ErrSessionEnded; nil while the session lives
 }
@@ -118,6 +119,7 @@ type Session struct {
 	work   chan struct{} // cap 1: there is something to send
 
 	mu         sync.Mutex
+	beat       bool       // a heartbeat is due now
 	queue      []inflight // not yet received, ascending in seq
 	sent       int        // how many of queue went out on the present stream
 	nextSeq    uint64
@@ -160,7 +162,7 @@ func (s *Session) State() SessionState {
 	defer s.mu.Unlock()
 	return SessionState{
 		Connected: s.connected, Received: s.received, Durable: s.durable, Sent: s.nextSeq - 1,
-		InflightBytes: s.bytes, WindowBytes: s.window, LastAnswer: s.lastAnswer, Ended: s.ended,
+		InflightBytes: s.bytes, WindowBytes: s.window, LastAnswer: s.lastAnswer, Ended: s.ended, Process: s.process,
 	}
 }
 
@@ -190,6 +192,17 @@ func (s *Session) TrySend(b *shippb.Batch) (seq uint64, ok bool) {
 	default:
 	}
 	return b.Seq, true
+}
+
+// Beat has a heartbeat sent at once, or with the next stream if there is none.
+func (s *Session) Beat() {
+	s.mu.Lock()
+	s.beat = true
+	s.mu.Unlock()
+	select {
+	case s.work <- struct{}{}:
+	default:
+	}
 }
 
 // Run keeps the session going until ctx is done, which returns nil, or it ends
@@ -346,13 +359,15 @@ func (s *Session) ack(a *shippb.Ack) error {
 		s.mu.Unlock()
 		return fmt.Errorf("%w: received %d and durable %d acknowledged, sent were %d", ErrSessionEnded, a.Received, a.Durable, s.nextSeq-1)
 	}
-	s.receivedLocked(a.Received)
-	s.durable = max(s.durable, a.Durable)
-	s.lastAnswer = time.Now()
 	s.mu.Unlock()
 	for _, r := range a.Refused {
 		s.opts.Refused(r)
 	}
+	s.mu.Lock()
+	s.receivedLocked(a.Received)
+	s.durable = max(s.durable, a.Durable)
+	s.lastAnswer = time.Now()
+	s.mu.Unlock()
 	s.opts.Notify()
 	return nil
 }
@@ -380,12 +395,19 @@ func (s *Session) send(ctx context.Context, st grpc.BidiStreamingClient[shippb.T
 	defer tick.Stop()
 	for {
 		s.mu.Lock()
+		beat := s.beat
+		s.beat = false
 		var b *shippb.Batch
 		if s.sent < len(s.queue) {
 			b = s.queue[s.sent].batch
 			s.sent++
 		}
 		s.mu.Unlock()
+		if beat {
+			if err := st.Send(&shippb.ToIngester{Message: &shippb.ToIngester_Heartbeat{Heartbeat: s.opts.Heartbeat()}}); err != nil {
+				return s.sendError(ctx, err)
+			}
+		}
 		if b != nil {
 			if err := st.Send(&shippb.ToIngester{Message: &shippb.ToIngester_Batch{Batch: b}}); err != nil {
 				return s.sendError(ctx, err)

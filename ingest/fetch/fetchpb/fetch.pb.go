@@ -190,7 +190,10 @@ type Header struct {
 	Oldest     int64    `protobuf:"varint,3,opt,name=oldest,proto3" json:"oldest,omitempty"` // ms since the epoch: of all samples of the tenant here
 	Newest     int64    `protobuf:"varint,4,opt,name=newest,proto3" json:"newest,omitempty"`
 	// Sources of the tenant have ranges to send again: an ingester went away.
-	Resending     bool `protobuf:"varint,5,opt,name=resending,proto3" json:"resending,omitempty"`
+	Resending bool   `protobuf:"varint,5,opt,name=resending,proto3" json:"resending,omitempty"`
+	Process   []byte `protobuf:"bytes,6,opt,name=process,proto3" json:"process,omitempty"` // 16 bytes: of the ingester, as in the ship protocol
+	// What the sources of the tenant that were heard of here say of their copies.
+	Coverage      []*Coverage `protobuf:"bytes,7,rep,name=coverage,proto3" json:"coverage,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -260,6 +263,157 @@ func (x *Header) GetResending() bool {
 	return false
 }
 
+func (x *Header) GetProcess() []byte {
+	if x != nil {
+		return x.Process
+	}
+	return nil
+}
+
+func (x *Header) GetCoverage() []*Coverage {
+	if x != nil {
+		return x.Coverage
+	}
+	return nil
+}
+
+// One or more sources that say the same, see the ship protocol.
+type Coverage struct {
+	state             protoimpl.MessageState `protogen:"open.v1"`
+	Sources           []uint64               `protobuf:"fixed64,1,rep,packed,name=sources,proto3" json:"sources,omitempty"`                                      // the first 8 bytes of their ids, big-endian
+	AgeMs             int64                  `protobuf:"varint,2,opt,name=age_ms,json=ageMs,proto3" json:"age_ms,omitempty"`                                     // since it was heard, of the longest ago
+	ReplicationFactor uint32                 `protobuf:"varint,3,opt,name=replication_factor,json=replicationFactor,proto3" json:"replication_factor,omitempty"` // 1: each series has one owner, and the rest is absent
+	Copies            uint32                 `protobuf:"varint,4,opt,name=copies,proto3" json:"copies,omitempty"`
+	Zones             uint32                 `protobuf:"varint,5,opt,name=zones,proto3" json:"zones,omitempty"`
+	Holders           []*Holder              `protobuf:"bytes,6,rep,name=holders,proto3" json:"holders,omitempty"`
+	unknownFields     protoimpl.UnknownFields
+	sizeCache         protoimpl.SizeCache
+}
+
+func (x *Coverage) Reset() {
+	*x = Coverage{}
+	mi := &file_fetch_fetch_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Coverage) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Coverage) ProtoMessage() {}
+
+func (x *Coverage) ProtoReflect() protoreflect.Message {
+	mi := &file_fetch_fetch_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Coverage.ProtoReflect.Descriptor instead.
+func (*Coverage) Descriptor() ([]byte, []int) {
+	return file_fetch_fetch_proto_rawDescGZIP(), []int{3}
+}
+
+func (x *Coverage) GetSources() []uint64 {
+	if x != nil {
+		return x.Sources
+	}
+	return nil
+}
+
+func (x *Coverage) GetAgeMs() int64 {
+	if x != nil {
+		return x.AgeMs
+	}
+	return 0
+}
+
+func (x *Coverage) GetReplicationFactor() uint32 {
+	if x != nil {
+		return x.ReplicationFactor
+	}
+	return 0
+}
+
+func (x *Coverage) GetCopies() uint32 {
+	if x != nil {
+		return x.Copies
+	}
+	return 0
+}
+
+func (x *Coverage) GetZones() uint32 {
+	if x != nil {
+		return x.Zones
+	}
+	return 0
+}
+
+func (x *Coverage) GetHolders() []*Holder {
+	if x != nil {
+		return x.Holders
+	}
+	return nil
+}
+
+type Holder struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Member        string                 `protobuf:"bytes,1,opt,name=member,proto3" json:"member,omitempty"`
+	Process       []byte                 `protobuf:"bytes,2,opt,name=process,proto3" json:"process,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Holder) Reset() {
+	*x = Holder{}
+	mi := &file_fetch_fetch_proto_msgTypes[4]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Holder) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Holder) ProtoMessage() {}
+
+func (x *Holder) ProtoReflect() protoreflect.Message {
+	mi := &file_fetch_fetch_proto_msgTypes[4]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Holder.ProtoReflect.Descriptor instead.
+func (*Holder) Descriptor() ([]byte, []int) {
+	return file_fetch_fetch_proto_rawDescGZIP(), []int{4}
+}
+
+func (x *Holder) GetMember() string {
+	if x != nil {
+		return x.Member
+	}
+	return ""
+}
+
+func (x *Holder) GetProcess() []byte {
+	if x != nil {
+		return x.Process
+	}
+	return nil
+}
+
 type SelectRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Tenant        string                 `protobuf:"bytes,1,opt,name=tenant,proto3" json:"tenant,omitempty"`
@@ -274,7 +428,7 @@ type SelectRequest struct {
 
 func (x *SelectRequest) Reset() {
 	*x = SelectRequest{}
-	mi := &file_fetch_fetch_proto_msgTypes[3]
+	mi := &file_fetch_fetch_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -286,7 +440,7 @@ func (x *SelectRequest) String() string {
 func (*SelectRequest) ProtoMessage() {}
 
 func (x *SelectRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_fetch_fetch_proto_msgTypes[3]
+	mi := &file_fetch_fetch_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -299,7 +453,7 @@ func (x *SelectRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SelectRequest.ProtoReflect.Descriptor instead.
 func (*SelectRequest) Descriptor() ([]byte, []int) {
-	return file_fetch_fetch_proto_rawDescGZIP(), []int{3}
+	return file_fetch_fetch_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *SelectRequest) GetTenant() string {
@@ -354,7 +508,7 @@ type SelectResponse struct {
 
 func (x *SelectResponse) Reset() {
 	*x = SelectResponse{}
-	mi := &file_fetch_fetch_proto_msgTypes[4]
+	mi := &file_fetch_fetch_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -366,7 +520,7 @@ func (x *SelectResponse) String() string {
 func (*SelectResponse) ProtoMessage() {}
 
 func (x *SelectResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_fetch_fetch_proto_msgTypes[4]
+	mi := &file_fetch_fetch_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -379,7 +533,7 @@ func (x *SelectResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SelectResponse.ProtoReflect.Descriptor instead.
 func (*SelectResponse) Descriptor() ([]byte, []int) {
-	return file_fetch_fetch_proto_rawDescGZIP(), []int{4}
+	return file_fetch_fetch_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *SelectResponse) GetHeader() *Header {
@@ -406,7 +560,7 @@ type Series struct {
 
 func (x *Series) Reset() {
 	*x = Series{}
-	mi := &file_fetch_fetch_proto_msgTypes[5]
+	mi := &file_fetch_fetch_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -418,7 +572,7 @@ func (x *Series) String() string {
 func (*Series) ProtoMessage() {}
 
 func (x *Series) ProtoReflect() protoreflect.Message {
-	mi := &file_fetch_fetch_proto_msgTypes[5]
+	mi := &file_fetch_fetch_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -431,7 +585,7 @@ func (x *Series) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Series.ProtoReflect.Descriptor instead.
 func (*Series) Descriptor() ([]byte, []int) {
-	return file_fetch_fetch_proto_rawDescGZIP(), []int{5}
+	return file_fetch_fetch_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *Series) GetLabels() []string {
@@ -460,7 +614,7 @@ type Chunk struct {
 
 func (x *Chunk) Reset() {
 	*x = Chunk{}
-	mi := &file_fetch_fetch_proto_msgTypes[6]
+	mi := &file_fetch_fetch_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -472,7 +626,7 @@ func (x *Chunk) String() string {
 func (*Chunk) ProtoMessage() {}
 
 func (x *Chunk) ProtoReflect() protoreflect.Message {
-	mi := &file_fetch_fetch_proto_msgTypes[6]
+	mi := &file_fetch_fetch_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -485,7 +639,7 @@ func (x *Chunk) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Chunk.ProtoReflect.Descriptor instead.
 func (*Chunk) Descriptor() ([]byte, []int) {
-	return file_fetch_fetch_proto_rawDescGZIP(), []int{6}
+	return file_fetch_fetch_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *Chunk) GetEncoding() uint32 {
@@ -530,7 +684,7 @@ type LabelsRequest struct {
 
 func (x *LabelsRequest) Reset() {
 	*x = LabelsRequest{}
-	mi := &file_fetch_fetch_proto_msgTypes[7]
+	mi := &file_fetch_fetch_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -542,7 +696,7 @@ func (x *LabelsRequest) String() string {
 func (*LabelsRequest) ProtoMessage() {}
 
 func (x *LabelsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_fetch_fetch_proto_msgTypes[7]
+	mi := &file_fetch_fetch_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -555,7 +709,7 @@ func (x *LabelsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LabelsRequest.ProtoReflect.Descriptor instead.
 func (*LabelsRequest) Descriptor() ([]byte, []int) {
-	return file_fetch_fetch_proto_rawDescGZIP(), []int{7}
+	return file_fetch_fetch_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *LabelsRequest) GetTenant() string {
@@ -610,7 +764,7 @@ type LabelsResponse struct {
 
 func (x *LabelsResponse) Reset() {
 	*x = LabelsResponse{}
-	mi := &file_fetch_fetch_proto_msgTypes[8]
+	mi := &file_fetch_fetch_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -622,7 +776,7 @@ func (x *LabelsResponse) String() string {
 func (*LabelsResponse) ProtoMessage() {}
 
 func (x *LabelsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_fetch_fetch_proto_msgTypes[8]
+	mi := &file_fetch_fetch_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -635,7 +789,7 @@ func (x *LabelsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LabelsResponse.ProtoReflect.Descriptor instead.
 func (*LabelsResponse) Descriptor() ([]byte, []int) {
-	return file_fetch_fetch_proto_rawDescGZIP(), []int{8}
+	return file_fetch_fetch_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *LabelsResponse) GetHeader() *Header {
@@ -664,7 +818,7 @@ type ExemplarsRequest struct {
 
 func (x *ExemplarsRequest) Reset() {
 	*x = ExemplarsRequest{}
-	mi := &file_fetch_fetch_proto_msgTypes[9]
+	mi := &file_fetch_fetch_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -676,7 +830,7 @@ func (x *ExemplarsRequest) String() string {
 func (*ExemplarsRequest) ProtoMessage() {}
 
 func (x *ExemplarsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_fetch_fetch_proto_msgTypes[9]
+	mi := &file_fetch_fetch_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -689,7 +843,7 @@ func (x *ExemplarsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExemplarsRequest.ProtoReflect.Descriptor instead.
 func (*ExemplarsRequest) Descriptor() ([]byte, []int) {
-	return file_fetch_fetch_proto_rawDescGZIP(), []int{9}
+	return file_fetch_fetch_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *ExemplarsRequest) GetTenant() string {
@@ -730,7 +884,7 @@ type ExemplarsResponse struct {
 
 func (x *ExemplarsResponse) Reset() {
 	*x = ExemplarsResponse{}
-	mi := &file_fetch_fetch_proto_msgTypes[10]
+	mi := &file_fetch_fetch_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -742,7 +896,7 @@ func (x *ExemplarsResponse) String() string {
 func (*ExemplarsResponse) ProtoMessage() {}
 
 func (x *ExemplarsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_fetch_fetch_proto_msgTypes[10]
+	mi := &file_fetch_fetch_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -755,7 +909,7 @@ func (x *ExemplarsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExemplarsResponse.ProtoReflect.Descriptor instead.
 func (*ExemplarsResponse) Descriptor() ([]byte, []int) {
-	return file_fetch_fetch_proto_rawDescGZIP(), []int{10}
+	return file_fetch_fetch_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *ExemplarsResponse) GetHeader() *Header {
@@ -782,7 +936,7 @@ type ExemplarSeries struct {
 
 func (x *ExemplarSeries) Reset() {
 	*x = ExemplarSeries{}
-	mi := &file_fetch_fetch_proto_msgTypes[11]
+	mi := &file_fetch_fetch_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -794,7 +948,7 @@ func (x *ExemplarSeries) String() string {
 func (*ExemplarSeries) ProtoMessage() {}
 
 func (x *ExemplarSeries) ProtoReflect() protoreflect.Message {
-	mi := &file_fetch_fetch_proto_msgTypes[11]
+	mi := &file_fetch_fetch_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -807,7 +961,7 @@ func (x *ExemplarSeries) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExemplarSeries.ProtoReflect.Descriptor instead.
 func (*ExemplarSeries) Descriptor() ([]byte, []int) {
-	return file_fetch_fetch_proto_rawDescGZIP(), []int{11}
+	return file_fetch_fetch_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *ExemplarSeries) GetLabels() []string {
@@ -835,7 +989,7 @@ type Exemplar struct {
 
 func (x *Exemplar) Reset() {
 	*x = Exemplar{}
-	mi := &file_fetch_fetch_proto_msgTypes[12]
+	mi := &file_fetch_fetch_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -847,7 +1001,7 @@ func (x *Exemplar) String() string {
 func (*Exemplar) ProtoMessage() {}
 
 func (x *Exemplar) ProtoReflect() protoreflect.Message {
-	mi := &file_fetch_fetch_proto_msgTypes[12]
+	mi := &file_fetch_fetch_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -860,7 +1014,7 @@ func (x *Exemplar) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Exemplar.ProtoReflect.Descriptor instead.
 func (*Exemplar) Descriptor() ([]byte, []int) {
-	return file_fetch_fetch_proto_rawDescGZIP(), []int{12}
+	return file_fetch_fetch_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *Exemplar) GetLabels() []string {
@@ -895,7 +1049,7 @@ type MetadataRequest struct {
 
 func (x *MetadataRequest) Reset() {
 	*x = MetadataRequest{}
-	mi := &file_fetch_fetch_proto_msgTypes[13]
+	mi := &file_fetch_fetch_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -907,7 +1061,7 @@ func (x *MetadataRequest) String() string {
 func (*MetadataRequest) ProtoMessage() {}
 
 func (x *MetadataRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_fetch_fetch_proto_msgTypes[13]
+	mi := &file_fetch_fetch_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -920,7 +1074,7 @@ func (x *MetadataRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MetadataRequest.ProtoReflect.Descriptor instead.
 func (*MetadataRequest) Descriptor() ([]byte, []int) {
-	return file_fetch_fetch_proto_rawDescGZIP(), []int{13}
+	return file_fetch_fetch_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *MetadataRequest) GetTenant() string {
@@ -954,7 +1108,7 @@ type MetadataResponse struct {
 
 func (x *MetadataResponse) Reset() {
 	*x = MetadataResponse{}
-	mi := &file_fetch_fetch_proto_msgTypes[14]
+	mi := &file_fetch_fetch_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -966,7 +1120,7 @@ func (x *MetadataResponse) String() string {
 func (*MetadataResponse) ProtoMessage() {}
 
 func (x *MetadataResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_fetch_fetch_proto_msgTypes[14]
+	mi := &file_fetch_fetch_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -979,7 +1133,7 @@ func (x *MetadataResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MetadataResponse.ProtoReflect.Descriptor instead.
 func (*MetadataResponse) Descriptor() ([]byte, []int) {
-	return file_fetch_fetch_proto_rawDescGZIP(), []int{14}
+	return file_fetch_fetch_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *MetadataResponse) GetHeader() *Header {
@@ -1008,7 +1162,7 @@ type Metadata struct {
 
 func (x *Metadata) Reset() {
 	*x = Metadata{}
-	mi := &file_fetch_fetch_proto_msgTypes[15]
+	mi := &file_fetch_fetch_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1020,7 +1174,7 @@ func (x *Metadata) String() string {
 func (*Metadata) ProtoMessage() {}
 
 func (x *Metadata) ProtoReflect() protoreflect.Message {
-	mi := &file_fetch_fetch_proto_msgTypes[15]
+	mi := &file_fetch_fetch_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1033,7 +1187,7 @@ func (x *Metadata) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Metadata.ProtoReflect.Descriptor instead.
 func (*Metadata) Descriptor() ([]byte, []int) {
-	return file_fetch_fetch_proto_rawDescGZIP(), []int{15}
+	return file_fetch_fetch_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *Metadata) GetMetric() string {
@@ -1074,7 +1228,7 @@ type StatsRequest struct {
 
 func (x *StatsRequest) Reset() {
 	*x = StatsRequest{}
-	mi := &file_fetch_fetch_proto_msgTypes[16]
+	mi := &file_fetch_fetch_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1086,7 +1240,7 @@ func (x *StatsRequest) String() string {
 func (*StatsRequest) ProtoMessage() {}
 
 func (x *StatsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_fetch_fetch_proto_msgTypes[16]
+	mi := &file_fetch_fetch_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1099,7 +1253,7 @@ func (x *StatsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatsRequest.ProtoReflect.Descriptor instead.
 func (*StatsRequest) Descriptor() ([]byte, []int) {
-	return file_fetch_fetch_proto_rawDescGZIP(), []int{16}
+	return file_fetch_fetch_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *StatsRequest) GetTenant() string {
@@ -1133,7 +1287,7 @@ type StatsResponse struct {
 
 func (x *StatsResponse) Reset() {
 	*x = StatsResponse{}
-	mi := &file_fetch_fetch_proto_msgTypes[17]
+	mi := &file_fetch_fetch_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1145,7 +1299,7 @@ func (x *StatsResponse) String() string {
 func (*StatsResponse) ProtoMessage() {}
 
 func (x *StatsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_fetch_fetch_proto_msgTypes[17]
+	mi := &file_fetch_fetch_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1158,7 +1312,7 @@ func (x *StatsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatsResponse.ProtoReflect.Descriptor instead.
 func (*StatsResponse) Descriptor() ([]byte, []int) {
-	return file_fetch_fetch_proto_rawDescGZIP(), []int{17}
+	return file_fetch_fetch_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *StatsResponse) GetSeries() uint64 {
@@ -1234,7 +1388,7 @@ type Count struct {
 
 func (x *Count) Reset() {
 	*x = Count{}
-	mi := &file_fetch_fetch_proto_msgTypes[18]
+	mi := &file_fetch_fetch_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1246,7 +1400,7 @@ func (x *Count) String() string {
 func (*Count) ProtoMessage() {}
 
 func (x *Count) ProtoReflect() protoreflect.Message {
-	mi := &file_fetch_fetch_proto_msgTypes[18]
+	mi := &file_fetch_fetch_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1259,7 +1413,7 @@ func (x *Count) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Count.ProtoReflect.Descriptor instead.
 func (*Count) Descriptor() ([]byte, []int) {
-	return file_fetch_fetch_proto_rawDescGZIP(), []int{18}
+	return file_fetch_fetch_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *Count) GetName() string {
@@ -1293,14 +1447,26 @@ const file_fetch_fetch_proto_rawDesc = "" +
 	"\n" +
 	"NOT_REGEXP\x10\x03\"D\n" +
 	"\bMatchers\x128\n" +
-	"\bmatchers\x18\x01 \x03(\v2\x1c.epimetheus.fetch.v1.MatcherR\bmatchers\"\x8f\x01\n" +
+	"\bmatchers\x18\x01 \x03(\v2\x1c.epimetheus.fetch.v1.MatcherR\bmatchers\"\xe4\x01\n" +
 	"\x06Header\x12\x16\n" +
 	"\x06blocks\x18\x01 \x03(\fR\x06blocks\x12\x1f\n" +
 	"\vhas_samples\x18\x02 \x01(\bR\n" +
 	"hasSamples\x12\x16\n" +
 	"\x06oldest\x18\x03 \x01(\x03R\x06oldest\x12\x16\n" +
 	"\x06newest\x18\x04 \x01(\x03R\x06newest\x12\x1c\n" +
-	"\tresending\x18\x05 \x01(\bR\tresending\"\xc0\x01\n" +
+	"\tresending\x18\x05 \x01(\bR\tresending\x12\x18\n" +
+	"\aprocess\x18\x06 \x01(\fR\aprocess\x129\n" +
+	"\bcoverage\x18\a \x03(\v2\x1d.epimetheus.fetch.v1.CoverageR\bcoverage\"\xcf\x01\n" +
+	"\bCoverage\x12\x18\n" +
+	"\asources\x18\x01 \x03(\x06R\asources\x12\x15\n" +
+	"\x06age_ms\x18\x02 \x01(\x03R\x05ageMs\x12-\n" +
+	"\x12replication_factor\x18\x03 \x01(\rR\x11replicationFactor\x12\x16\n" +
+	"\x06copies\x18\x04 \x01(\rR\x06copies\x12\x14\n" +
+	"\x05zones\x18\x05 \x01(\rR\x05zones\x125\n" +
+	"\aholders\x18\x06 \x03(\v2\x1b.epimetheus.fetch.v1.HolderR\aholders\":\n" +
+	"\x06Holder\x12\x16\n" +
+	"\x06member\x18\x01 \x01(\tR\x06member\x12\x18\n" +
+	"\aprocess\x18\x02 \x01(\fR\aprocess\"\xc0\x01\n" +
 	"\rSelectRequest\x12\x16\n" +
 	"\x06tenant\x18\x01 \x01(\tR\x06tenant\x12\x12\n" +
 	"\x04mint\x18\x02 \x01(\x03R\x04mint\x12\x12\n" +
@@ -1394,63 +1560,67 @@ func file_fetch_fetch_proto_rawDescGZIP() []byte {
 }
 
 var file_fetch_fetch_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_fetch_fetch_proto_msgTypes = make([]protoimpl.MessageInfo, 19)
+var file_fetch_fetch_proto_msgTypes = make([]protoimpl.MessageInfo, 21)
 var file_fetch_fetch_proto_goTypes = []any{
 	(Matcher_Type)(0),         // 0: epimetheus.fetch.v1.Matcher.Type
 	(*Matcher)(nil),           // 1: epimetheus.fetch.v1.Matcher
 	(*Matchers)(nil),          // 2: epimetheus.fetch.v1.Matchers
 	(*Header)(nil),            // 3: epimetheus.fetch.v1.Header
-	(*SelectRequest)(nil),     // 4: epimetheus.fetch.v1.SelectRequest
-	(*SelectResponse)(nil),    // 5: epimetheus.fetch.v1.SelectResponse
-	(*Series)(nil),            // 6: epimetheus.fetch.v1.Series
-	(*Chunk)(nil),             // 7: epimetheus.fetch.v1.Chunk
-	(*LabelsRequest)(nil),     // 8: epimetheus.fetch.v1.LabelsRequest
-	(*LabelsResponse)(nil),    // 9: epimetheus.fetch.v1.LabelsResponse
-	(*ExemplarsRequest)(nil),  // 10: epimetheus.fetch.v1.ExemplarsRequest
-	(*ExemplarsResponse)(nil), // 11: epimetheus.fetch.v1.ExemplarsResponse
-	(*ExemplarSeries)(nil),    // 12: epimetheus.fetch.v1.ExemplarSeries
-	(*Exemplar)(nil),          // 13: epimetheus.fetch.v1.Exemplar
-	(*MetadataRequest)(nil),   // 14: epimetheus.fetch.v1.MetadataRequest
-	(*MetadataResponse)(nil),  // 15: epimetheus.fetch.v1.MetadataResponse
-	(*Metadata)(nil),          // 16: epimetheus.fetch.v1.Metadata
-	(*StatsRequest)(nil),      // 17: epimetheus.fetch.v1.StatsRequest
-	(*StatsResponse)(nil),     // 18: epimetheus.fetch.v1.StatsResponse
-	(*Count)(nil),             // 19: epimetheus.fetch.v1.Count
+	(*Coverage)(nil),          // 4: epimetheus.fetch.v1.Coverage
+	(*Holder)(nil),            // 5: epimetheus.fetch.v1.Holder
+	(*SelectRequest)(nil),     // 6: epimetheus.fetch.v1.SelectRequest
+	(*SelectResponse)(nil),    // 7: epimetheus.fetch.v1.SelectResponse
+	(*Series)(nil),            // 8: epimetheus.fetch.v1.Series
+	(*Chunk)(nil),             // 9: epimetheus.fetch.v1.Chunk
+	(*LabelsRequest)(nil),     // 10: epimetheus.fetch.v1.LabelsRequest
+	(*LabelsResponse)(nil),    // 11: epimetheus.fetch.v1.LabelsResponse
+	(*ExemplarsRequest)(nil),  // 12: epimetheus.fetch.v1.ExemplarsRequest
+	(*ExemplarsResponse)(nil), // 13: epimetheus.fetch.v1.ExemplarsResponse
+	(*ExemplarSeries)(nil),    // 14: epimetheus.fetch.v1.ExemplarSeries
+	(*Exemplar)(nil),          // 15: epimetheus.fetch.v1.Exemplar
+	(*MetadataRequest)(nil),   // 16: epimetheus.fetch.v1.MetadataRequest
+	(*MetadataResponse)(nil),  // 17: epimetheus.fetch.v1.MetadataResponse
+	(*Metadata)(nil),          // 18: epimetheus.fetch.v1.Metadata
+	(*StatsRequest)(nil),      // 19: epimetheus.fetch.v1.StatsRequest
+	(*StatsResponse)(nil),     // 20: epimetheus.fetch.v1.StatsResponse
+	(*Count)(nil),             // 21: epimetheus.fetch.v1.Count
 }
 var file_fetch_fetch_proto_depIdxs = []int32{
 	0,  // 0: epimetheus.fetch.v1.Matcher.type:type_name -> epimetheus.fetch.v1.Matcher.Type
 	1,  // 1: epimetheus.fetch.v1.Matchers.matchers:type_name -> epimetheus.fetch.v1.Matcher
-	1,  // 2: epimetheus.fetch.v1.SelectRequest.matchers:type_name -> epimetheus.fetch.v1.Matcher
-	3,  // 3: epimetheus.fetch.v1.SelectResponse.header:type_name -> epimetheus.fetch.v1.Header
-	6,  // 4: epimetheus.fetch.v1.SelectResponse.series:type_name -> epimetheus.fetch.v1.Series
-	7,  // 5: epimetheus.fetch.v1.Series.chunks:type_name -> epimetheus.fetch.v1.Chunk
-	1,  // 6: epimetheus.fetch.v1.LabelsRequest.matchers:type_name -> epimetheus.fetch.v1.Matcher
-	3,  // 7: epimetheus.fetch.v1.LabelsResponse.header:type_name -> epimetheus.fetch.v1.Header
-	2,  // 8: epimetheus.fetch.v1.ExemplarsRequest.matchers:type_name -> epimetheus.fetch.v1.Matchers
-	3,  // 9: epimetheus.fetch.v1.ExemplarsResponse.header:type_name -> epimetheus.fetch.v1.Header
-	12, // 10: epimetheus.fetch.v1.ExemplarsResponse.series:type_name -> epimetheus.fetch.v1.ExemplarSeries
-	13, // 11: epimetheus.fetch.v1.ExemplarSeries.exemplars:type_name -> epimetheus.fetch.v1.Exemplar
-	3,  // 12: epimetheus.fetch.v1.MetadataResponse.header:type_name -> epimetheus.fetch.v1.Header
-	16, // 13: epimetheus.fetch.v1.MetadataResponse.metadata:type_name -> epimetheus.fetch.v1.Metadata
-	19, // 14: epimetheus.fetch.v1.StatsResponse.series_by_metric:type_name -> epimetheus.fetch.v1.Count
-	19, // 15: epimetheus.fetch.v1.StatsResponse.values_by_label:type_name -> epimetheus.fetch.v1.Count
-	19, // 16: epimetheus.fetch.v1.StatsResponse.bytes_by_label:type_name -> epimetheus.fetch.v1.Count
-	19, // 17: epimetheus.fetch.v1.StatsResponse.series_by_pair:type_name -> epimetheus.fetch.v1.Count
-	4,  // 18: epimetheus.fetch.v1.Fetch.Select:input_type -> epimetheus.fetch.v1.SelectRequest
-	8,  // 19: epimetheus.fetch.v1.Fetch.Labels:input_type -> epimetheus.fetch.v1.LabelsRequest
-	10, // 20: epimetheus.fetch.v1.Fetch.Exemplars:input_type -> epimetheus.fetch.v1.ExemplarsRequest
-	14, // 21: epimetheus.fetch.v1.Fetch.Metadata:input_type -> epimetheus.fetch.v1.MetadataRequest
-	17, // 22: epimetheus.fetch.v1.Fetch.Stats:input_type -> epimetheus.fetch.v1.StatsRequest
-	5,  // 23: epimetheus.fetch.v1.Fetch.Select:output_type -> epimetheus.fetch.v1.SelectResponse
-	9,  // 24: epimetheus.fetch.v1.Fetch.Labels:output_type -> epimetheus.fetch.v1.LabelsResponse
-	11, // 25: epimetheus.fetch.v1.Fetch.Exemplars:output_type -> epimetheus.fetch.v1.ExemplarsResponse
-	15, // 26: epimetheus.fetch.v1.Fetch.Metadata:output_type -> epimetheus.fetch.v1.MetadataResponse
-	18, // 27: epimetheus.fetch.v1.Fetch.Stats:output_type -> epimetheus.fetch.v1.StatsResponse
-	23, // [23:28] is the sub-list for method output_type
-	18, // [18:23] is the sub-list for method input_type
-	18, // [18:18] is the sub-list for extension type_name
-	18, // [18:18] is the sub-list for extension extendee
-	0,  // [0:18] is the sub-list for field type_name
+	4,  // 2: epimetheus.fetch.v1.Header.coverage:type_name -> epimetheus.fetch.v1.Coverage
+	5,  // 3: epimetheus.fetch.v1.Coverage.holders:type_name -> epimetheus.fetch.v1.Holder
+	1,  // 4: epimetheus.fetch.v1.SelectRequest.matchers:type_name -> epimetheus.fetch.v1.Matcher
+	3,  // 5: epimetheus.fetch.v1.SelectResponse.header:type_name -> epimetheus.fetch.v1.Header
+	8,  // 6: epimetheus.fetch.v1.SelectResponse.series:type_name -> epimetheus.fetch.v1.Series
+	9,  // 7: epimetheus.fetch.v1.Series.chunks:type_name -> epimetheus.fetch.v1.Chunk
+	1,  // 8: epimetheus.fetch.v1.LabelsRequest.matchers:type_name -> epimetheus.fetch.v1.Matcher
+	3,  // 9: epimetheus.fetch.v1.LabelsResponse.header:type_name -> epimetheus.fetch.v1.Header
+	2,  // 10: epimetheus.fetch.v1.ExemplarsRequest.matchers:type_name -> epimetheus.fetch.v1.Matchers
+	3,  // 11: epimetheus.fetch.v1.ExemplarsResponse.header:type_name -> epimetheus.fetch.v1.Header
+	14, // 12: epimetheus.fetch.v1.ExemplarsResponse.series:type_name -> epimetheus.fetch.v1.ExemplarSeries
+	15, // 13: epimetheus.fetch.v1.ExemplarSeries.exemplars:type_name -> epimetheus.fetch.v1.Exemplar
+	3,  // 14: epimetheus.fetch.v1.MetadataResponse.header:type_name -> epimetheus.fetch.v1.Header
+	18, // 15: epimetheus.fetch.v1.MetadataResponse.metadata:type_name -> epimetheus.fetch.v1.Metadata
+	21, // 16: epimetheus.fetch.v1.StatsResponse.series_by_metric:type_name -> epimetheus.fetch.v1.Count
+	21, // 17: epimetheus.fetch.v1.StatsResponse.values_by_label:type_name -> epimetheus.fetch.v1.Count
+	21, // 18: epimetheus.fetch.v1.StatsResponse.bytes_by_label:type_name -> epimetheus.fetch.v1.Count
+	21, // 19: epimetheus.fetch.v1.StatsResponse.series_by_pair:type_name -> epimetheus.fetch.v1.Count
+	6,  // 20: epimetheus.fetch.v1.Fetch.Select:input_type -> epimetheus.fetch.v1.SelectRequest
+	10, // 21: epimetheus.fetch.v1.Fetch.Labels:input_type -> epimetheus.fetch.v1.LabelsRequest
+	12, // 22: epimetheus.fetch.v1.Fetch.Exemplars:input_type -> epimetheus.fetch.v1.ExemplarsRequest
+	16, // 23: epimetheus.fetch.v1.Fetch.Metadata:input_type -> epimetheus.fetch.v1.MetadataRequest
+	19, // 24: epimetheus.fetch.v1.Fetch.Stats:input_type -> epimetheus.fetch.v1.StatsRequest
+	7,  // 25: epimetheus.fetch.v1.Fetch.Select:output_type -> epimetheus.fetch.v1.SelectResponse
+	11, // 26: epimetheus.fetch.v1.Fetch.Labels:output_type -> epimetheus.fetch.v1.LabelsResponse
+	13, // 27: epimetheus.fetch.v1.Fetch.Exemplars:output_type -> epimetheus.fetch.v1.ExemplarsResponse
+	17, // 28: epimetheus.fetch.v1.Fetch.Metadata:output_type -> epimetheus.fetch.v1.MetadataResponse
+	20, // 29: epimetheus.fetch.v1.Fetch.Stats:output_type -> epimetheus.fetch.v1.StatsResponse
+	25, // [25:30] is the sub-list for method output_type
+	20, // [20:25] is the sub-list for method input_type
+	20, // [20:20] is the sub-list for extension type_name
+	20, // [20:20] is the sub-list for extension extendee
+	0,  // [0:20] is the sub-list for field type_name
 }
 
 func init() { file_fetch_fetch_proto_init() }
@@ -1464,7 +1634,7 @@ func file_fetch_fetch_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_fetch_fetch_proto_rawDesc), len(file_fetch_fetch_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   19,
+			NumMessages:   21,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -680,6 +680,7 @@ type Heartbeat struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	LagMs         int64                  `protobuf:"varint,1,opt,name=lag_ms,json=lagMs,proto3" json:"lag_ms,omitempty"`                   // now minus the newest sample sent by the tail
 	OpenRewinds   uint32                 `protobuf:"varint,2,opt,name=open_rewinds,json=openRewinds,proto3" json:"open_rewinds,omitempty"` // ranges queued to be read again
+	Coverage      *Coverage              `protobuf:"bytes,3,opt,name=coverage,proto3" json:"coverage,omitempty"`                           // absent: each series has one owner
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -728,6 +729,135 @@ func (x *Heartbeat) GetOpenRewinds() uint32 {
 	return 0
 }
 
+func (x *Heartbeat) GetCoverage() *Coverage {
+	if x != nil {
+		return x.Coverage
+	}
+	return nil
+}
+
+// What a source that sends each series to several ingesters knows of the copies
+// of all that it has sent and that isn't durable.
+type Coverage struct {
+	state             protoimpl.MessageState `protogen:"open.v1"`
+	ReplicationFactor uint32                 `protobuf:"varint,1,opt,name=replication_factor,json=replicationFactor,proto3" json:"replication_factor,omitempty"` // ingesters that each series goes to, if there are as many
+	Copies            uint32                 `protobuf:"varint,2,opt,name=copies,proto3" json:"copies,omitempty"`                                                // the fewest of something; 0: not known
+	Zones             uint32                 `protobuf:"varint,3,opt,name=zones,proto3" json:"zones,omitempty"`                                                  // the fewest zones that the copies of something are in
+	Holders           []*Holder              `protobuf:"bytes,4,rep,name=holders,proto3" json:"holders,omitempty"`                                               // the copies counted are in these
+	unknownFields     protoimpl.UnknownFields
+	sizeCache         protoimpl.SizeCache
+}
+
+func (x *Coverage) Reset() {
+	*x = Coverage{}
+	mi := &file_ship_ship_proto_msgTypes[9]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Coverage) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Coverage) ProtoMessage() {}
+
+func (x *Coverage) ProtoReflect() protoreflect.Message {
+	mi := &file_ship_ship_proto_msgTypes[9]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Coverage.ProtoReflect.Descriptor instead.
+func (*Coverage) Descriptor() ([]byte, []int) {
+	return file_ship_ship_proto_rawDescGZIP(), []int{9}
+}
+
+func (x *Coverage) GetReplicationFactor() uint32 {
+	if x != nil {
+		return x.ReplicationFactor
+	}
+	return 0
+}
+
+func (x *Coverage) GetCopies() uint32 {
+	if x != nil {
+		return x.Copies
+	}
+	return 0
+}
+
+func (x *Coverage) GetZones() uint32 {
+	if x != nil {
+		return x.Zones
+	}
+	return 0
+}
+
+func (x *Coverage) GetHolders() []*Holder {
+	if x != nil {
+		return x.Holders
+	}
+	return nil
+}
+
+type Holder struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Member        string                 `protobuf:"bytes,1,opt,name=member,proto3" json:"member,omitempty"`   // id on the ring
+	Process       []byte                 `protobuf:"bytes,2,opt,name=process,proto3" json:"process,omitempty"` // 16 bytes
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Holder) Reset() {
+	*x = Holder{}
+	mi := &file_ship_ship_proto_msgTypes[10]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Holder) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Holder) ProtoMessage() {}
+
+func (x *Holder) ProtoReflect() protoreflect.Message {
+	mi := &file_ship_ship_proto_msgTypes[10]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Holder.ProtoReflect.Descriptor instead.
+func (*Holder) Descriptor() ([]byte, []int) {
+	return file_ship_ship_proto_rawDescGZIP(), []int{10}
+}
+
+func (x *Holder) GetMember() string {
+	if x != nil {
+		return x.Member
+	}
+	return ""
+}
+
+func (x *Holder) GetProcess() []byte {
+	if x != nil {
+		return x.Process
+	}
+	return nil
+}
+
 type Ack struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Received      uint64                 `protobuf:"varint,1,opt,name=received,proto3" json:"received,omitempty"` // batches up to this one are in the ingester's memory (or refused in part, see refused)
@@ -739,7 +869,7 @@ type Ack struct {
 
 func (x *Ack) Reset() {
 	*x = Ack{}
-	mi := &file_ship_ship_proto_msgTypes[9]
+	mi := &file_ship_ship_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -751,7 +881,7 @@ func (x *Ack) String() string {
 func (*Ack) ProtoMessage() {}
 
 func (x *Ack) ProtoReflect() protoreflect.Message {
-	mi := &file_ship_ship_proto_msgTypes[9]
+	mi := &file_ship_ship_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -764,7 +894,7 @@ func (x *Ack) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Ack.ProtoReflect.Descriptor instead.
 func (*Ack) Descriptor() ([]byte, []int) {
-	return file_ship_ship_proto_rawDescGZIP(), []int{9}
+	return file_ship_ship_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *Ack) GetReceived() uint64 {
@@ -800,7 +930,7 @@ type Refused struct {
 
 func (x *Refused) Reset() {
 	*x = Refused{}
-	mi := &file_ship_ship_proto_msgTypes[10]
+	mi := &file_ship_ship_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -812,7 +942,7 @@ func (x *Refused) String() string {
 func (*Refused) ProtoMessage() {}
 
 func (x *Refused) ProtoReflect() protoreflect.Message {
-	mi := &file_ship_ship_proto_msgTypes[10]
+	mi := &file_ship_ship_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -825,7 +955,7 @@ func (x *Refused) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Refused.ProtoReflect.Descriptor instead.
 func (*Refused) Descriptor() ([]byte, []int) {
-	return file_ship_ship_proto_rawDescGZIP(), []int{10}
+	return file_ship_ship_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *Refused) GetSeq() uint64 {
@@ -908,10 +1038,19 @@ const file_ship_ship_proto_rawDesc = "" +
 	"\x04type\x18\x02 \x01(\tR\x04type\x12\x12\n" +
 	"\x04unit\x18\x03 \x01(\tR\x04unit\x12\x12\n" +
 	"\x04help\x18\x04 \x01(\tR\x04help\x12\x16\n" +
-	"\x06family\x18\x05 \x01(\tR\x06family\"E\n" +
+	"\x06family\x18\x05 \x01(\tR\x06family\"\x7f\n" +
 	"\tHeartbeat\x12\x15\n" +
 	"\x06lag_ms\x18\x01 \x01(\x03R\x05lagMs\x12!\n" +
-	"\fopen_rewinds\x18\x02 \x01(\rR\vopenRewinds\"r\n" +
+	"\fopen_rewinds\x18\x02 \x01(\rR\vopenRewinds\x128\n" +
+	"\bcoverage\x18\x03 \x01(\v2\x1c.epimetheus.ship.v1.CoverageR\bcoverage\"\x9d\x01\n" +
+	"\bCoverage\x12-\n" +
+	"\x12replication_factor\x18\x01 \x01(\rR\x11replicationFactor\x12\x16\n" +
+	"\x06copies\x18\x02 \x01(\rR\x06copies\x12\x14\n" +
+	"\x05zones\x18\x03 \x01(\rR\x05zones\x124\n" +
+	"\aholders\x18\x04 \x03(\v2\x1a.epimetheus.ship.v1.HolderR\aholders\":\n" +
+	"\x06Holder\x12\x16\n" +
+	"\x06member\x18\x01 \x01(\tR\x06member\x12\x18\n" +
+	"\aprocess\x18\x02 \x01(\fR\aprocess\"r\n" +
 	"\x03Ack\x12\x1a\n" +
 	"\breceived\x18\x01 \x01(\x04R\breceived\x12\x18\n" +
 	"\adurable\x18\x02 \x01(\x04R\adurable\x125\n" +
@@ -936,7 +1075,7 @@ func file_ship_ship_proto_rawDescGZIP() []byte {
 	return file_ship_ship_proto_rawDescData
 }
 
-var file_ship_ship_proto_msgTypes = make([]protoimpl.MessageInfo, 11)
+var file_ship_ship_proto_msgTypes = make([]protoimpl.MessageInfo, 13)
 var file_ship_ship_proto_goTypes = []any{
 	(*ToIngester)(nil), // 0: epimetheus.ship.v1.ToIngester
 	(*ToSidecar)(nil),  // 1: epimetheus.ship.v1.ToSidecar
@@ -947,26 +1086,30 @@ var file_ship_ship_proto_goTypes = []any{
 	(*Exemplar)(nil),   // 6: epimetheus.ship.v1.Exemplar
 	(*Metadata)(nil),   // 7: epimetheus.ship.v1.Metadata
 	(*Heartbeat)(nil),  // 8: epimetheus.ship.v1.Heartbeat
-	(*Ack)(nil),        // 9: epimetheus.ship.v1.Ack
-	(*Refused)(nil),    // 10: epimetheus.ship.v1.Refused
+	(*Coverage)(nil),   // 9: epimetheus.ship.v1.Coverage
+	(*Holder)(nil),     // 10: epimetheus.ship.v1.Holder
+	(*Ack)(nil),        // 11: epimetheus.ship.v1.Ack
+	(*Refused)(nil),    // 12: epimetheus.ship.v1.Refused
 }
 var file_ship_ship_proto_depIdxs = []int32{
 	2,  // 0: epimetheus.ship.v1.ToIngester.hello:type_name -> epimetheus.ship.v1.Hello
 	4,  // 1: epimetheus.ship.v1.ToIngester.batch:type_name -> epimetheus.ship.v1.Batch
 	8,  // 2: epimetheus.ship.v1.ToIngester.heartbeat:type_name -> epimetheus.ship.v1.Heartbeat
 	3,  // 3: epimetheus.ship.v1.ToSidecar.welcome:type_name -> epimetheus.ship.v1.Welcome
-	9,  // 4: epimetheus.ship.v1.ToSidecar.ack:type_name -> epimetheus.ship.v1.Ack
+	11, // 4: epimetheus.ship.v1.ToSidecar.ack:type_name -> epimetheus.ship.v1.Ack
 	5,  // 5: epimetheus.ship.v1.Batch.announce:type_name -> epimetheus.ship.v1.Series
 	6,  // 6: epimetheus.ship.v1.Batch.exemplars:type_name -> epimetheus.ship.v1.Exemplar
 	7,  // 7: epimetheus.ship.v1.Batch.metadata:type_name -> epimetheus.ship.v1.Metadata
-	10, // 8: epimetheus.ship.v1.Ack.refused:type_name -> epimetheus.ship.v1.Refused
-	0,  // 9: epimetheus.ship.v1.Ship.Stream:input_type -> epimetheus.ship.v1.ToIngester
-	1,  // 10: epimetheus.ship.v1.Ship.Stream:output_type -> epimetheus.ship.v1.ToSidecar
-	10, // [10:11] is the sub-list for method output_type
-	9,  // [9:10] is the sub-list for method input_type
-	9,  // [9:9] is the sub-list for extension type_name
-	9,  // [9:9] is the sub-list for extension extendee
-	0,  // [0:9] is the sub-list for field type_name
+	9,  // 8: epimetheus.ship.v1.Heartbeat.coverage:type_name -> epimetheus.ship.v1.Coverage
+	10, // 9: epimetheus.ship.v1.Coverage.holders:type_name -> epimetheus.ship.v1.Holder
+	12, // 10: epimetheus.ship.v1.Ack.refused:type_name -> epimetheus.ship.v1.Refused
+	0,  // 11: epimetheus.ship.v1.Ship.Stream:input_type -> epimetheus.ship.v1.ToIngester
+	1,  // 12: epimetheus.ship.v1.Ship.Stream:output_type -> epimetheus.ship.v1.ToSidecar
+	12, // [12:13] is the sub-list for method output_type
+	11, // [11:12] is the sub-list for method input_type
+	11, // [11:11] is the sub-list for extension type_name
+	11, // [11:11] is the sub-list for extension extendee
+	0,  // [0:11] is the sub-list for field type_name
 }
 
 func init() { file_ship_ship_proto_init() }
@@ -989,7 +1132,7 @@ func file_ship_ship_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_ship_ship_proto_rawDesc), len(file_ship_ship_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   11,
+			NumMessages:   13,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

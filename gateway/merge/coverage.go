@@ -1,0 +1,176 @@
+package merge
+
+import (
+	"time"
+
+	"github.com/epimetheus-tsdb/epimetheus/ingest/fetch"
+	"github.com/epimetheus-tsdb/epimetheus/ingest/ring"
+)
+
+// Where a tenant's sources send each series to several ingesters, one that is
+// missing need not make a warning. This is the rule of docs/protocols/fetch.md,
+// which errs on the side of warning.
+
+const (
+	// heardWithin is how old what a source said may be, while an ingester is
+	// missing: it speaks every 3 s, and whenever something changed.
+	heardWithin = 15 * time.Second
+	// rememberFor is how long it is remembered which sources a member has heard.
+	rememberFor = time.Hour
+	// maxRemembered bounds the tenants of which that is.
+	maxRemembered = 100_000
+)
+
+// heard is what a member said of a tenant's sources when it last answered.
+type heard struct {
+	at       time.Time
+	coverage []fetch.Coverage
+}
+
+// coverage is what is known of one request to all members.
+type coverage struct {
+	members []ring.Member
+	headers map[string]fetch.Header // of those that answered, by member
+	missing map[string]bool         // those that should have
+	newest  map[uint64]fetch.Coverage
+	single  bool // a source sends each series to one ingester only
+}
+
+func newCoverage(members []ring.Member) *coverage {
+	return &coverage{members: members, headers: map[string]fetch.Header{}, missing: map[string]bool{}}
+}
+
+// collect finds what each source said last.
+func (c *coverage) collect() {
+	for _, h := range c.headers {
+		for _, x := range h.Coverage {
+			if x.ReplicationFactor < 2 {
+				c.single = true
+				continue
+			}
+			if c.newest == nil {
+				c.newest = map[uint64]fetch.Coverage{}
+			}
+			for _, id := range x.Sources {
+				if have, ok := c.newest[id]; !ok || x.Age < have.Age {
+					c.newest[id] = x
+				}
+			}
+		}
+	}
+}
+
+// replicated says whether several ingesters get each series of all sources.
+func (c *coverage) replicated() bool { return len(c.newest) > 0 && !c.single }
+
+// gone are the processes that hold copies, as the sources say, and that didn't
+// answer: how many, and in how many zones.
+func (c *coverage) gone(x *fetch.Coverage) (members, zones int) {
+	seen := map[string]bool{}
+	for _, o := range x.Holders {
+		m := ring.Member{ID: o.Member}
+		for i := range c.members {
+			if c.members[i].ID == o.Member {
+				m = c.members[i]
+			}
+		}
+		h, ok := c.headers[o.Member]
+		if ok && (string(h.Process) == o.Process || len(h.Process) == 0 && len(c.missing) == 0) {
+			continue
+		}
+		if m.State == ring.Left {
+			continue // it has flushed all
+		}
+		members++
+		seen[m.Failure()] = true
+	}
+	return members, len(seen)
+}
+
+// covers says whether all that the missing members may have had is in those that
+// answered, or in blocks by now. what is what the missing ones said before.
+func (c *coverage) covers(what map[string]heard, now time.Time) bool {
+	if !c.replicated() {
+		return false
+	}
+	for id := range c.missing {
+		h, ok := what[id]
+		if !ok || now.Sub(h.at) > rememberFor {
+			return false
+		}
+		for _, x := range h.coverage {
+			if x.ReplicationFactor < 2 {
+				return false
+			}
+			for _, source := range x.Sources {
+				if _, ok := c.newest[source]; !ok {
+					return false
+				}
+			}
+		}
+	}
+	for _, x := range c.newest {
+		if x.Age > heardWithin || !c.holds(&x) {
+			return false
+		}
+	}
+	return true
+}
+
+// holds says whether of all that a source has sent a copy is left.
+func (c *coverage) holds(x *fetch.Coverage) bool {
+	members, zones := c.gone(x)
+	return members < x.Copies || zones < x.Zones
+}
+
+// restarted says whether processes that are others by now took some sources' last
+// copies with them, and whether any went. It is for when no member is missing.
+func (c *coverage) restarted() (lacking, some bool) {
+	for _, x := range c.newest {
+		if x.Age > heardWithin {
+			continue // long before, the ring has told
+		}
+		if members, _ := c.gone(&x); members > 0 {
+			some = true
+			lacking = lacking || !c.holds(&x)
+		}
+	}
+	return lacking, some
+}
+
+// remember keeps what members said of a tenant's sources, and gives what is known
+// of it.
+func (h *Heads) remember(tenant string, c *coverage, now time.Time) map[string]heard {
+	if len(c.newest) == 0 && len(c.missing) == 0 {
+		return nil // one replica, as ever
+	}
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	all := h.heard[tenant]
+	if len(c.newest) > 0 {
+		if all == nil {
+			if len(h.heard) >= maxRemembered {
+				clear(h.heard)
+			}
+			all = map[string]heard{}
+			h.heard[tenant] = all
+		}
+		for id, hd := range c.headers {
+			all[id] = heard{now, hd.Coverage}
+		}
+	}
+	out := map[string]heard{}
+	for id := range c.missing {
+		if x, ok := all[id]; ok {
+			out[id] = x
+		}
+	}
+	if len(all) > 2*len(c.members)+8 {
+		for id := range all {
+			if _, ok := c.headers[id]; !ok && !c.missing[id] {
+				delete(all, id)
+			}
+		}
+	}
+	return out
+}
