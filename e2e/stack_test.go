@@ -113,11 +113,15 @@ func (m *member) stop(t *testing.T) {
 
 func startAll(t *testing.T) *stack {
 	t.Helper()
+	return startAllOn(t, filepath.Join(t.TempDir(), "data"))
+}
+
+func startAllOn(t *testing.T, data string) *stack {
+	t.Helper()
 	s := &stack{dir: t.TempDir()}
 	config := writeFile(t, s.dir, "epimetheus.yml", commonConfig)
-	m := s.start(t, testenv.FreeAddr(t), "all", "--config.file="+config, "--data.dir="+filepath.Join(s.dir, "data"),
-		"--grpc.listen-address="+testenv.FreeAddr(t))
-	m.dir = filepath.Join(s.dir, "data")
+	m := s.start(t, testenv.FreeAddr(t), "all", "--config.file="+config, "--data.dir="+data, "--grpc.listen-address="+testenv.FreeAddr(t))
+	m.dir = data
 	s.gateways, s.ingesters, s.victim = []*member{m}, []*member{m}, m
 	return s
 }
@@ -302,8 +306,13 @@ scrape_configs:
 
 func (n *tenant) startSidecar(t *testing.T, s *stack) {
 	t.Helper()
+	n.startSidecarOn(t, s, n.sidecarDir(s))
+}
+
+func (n *tenant) startSidecarOn(t *testing.T, s *stack, dir string) {
+	t.Helper()
 	args := []string{
-		"sidecar", "--data.dir=" + n.sidecarDir(s), "--tenant=" + n.name,
+		"sidecar", "--data.dir=" + dir, "--tenant=" + n.name,
 		"--prometheus.data-dir=" + n.prom.Dir, "--prometheus.url=" + n.prom.URL,
 	}
 	for _, g := range s.gateways {
