@@ -38,6 +38,7 @@ func TestProcessesDie(t *testing.T) {
 		t.Helper()
 		auditLive(t, s, n, s.gateways[1].url, began, time.Now())
 	}
+	n.scraping(t)
 	audit()
 
 	step(t, "each ingester is killed, its disk gone")

@@ -1,10 +1,10 @@
 package e2e
 
 import (
-	"math/rand/v2"
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -107,11 +107,12 @@ func TestStoresFail(t *testing.T) {
 		historytest.ProxyThrottle, historytest.ProxyUnprocessed, historytest.ProxyErrorBefore, historytest.ProxyUnavailable,
 		historytest.ProxyErrorAfter, historytest.ProxyCutBefore, historytest.ProxyCutAfter,
 	}
-	f.set(func(_, op string) historytest.ProxyFault {
-		if rand.IntN(2) == 0 || !writes(op) && rand.IntN(2) == 0 {
-			return historytest.ProxyPass
+	var requests atomic.Int64
+	f.set(func(_, _ string) historytest.ProxyFault {
+		if i := int(requests.Add(1)); i%2 == 0 {
+			return kinds[i/2%len(kinds)]
 		}
-		return kinds[rand.IntN(len(kinds))]
+		return historytest.ProxyPass
 	})
 	pause(t.Context(), 25*time.Second)
 	n.scraping(t)
