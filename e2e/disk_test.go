@@ -3,6 +3,7 @@ package e2e
 import (
 	"crypto/rand"
 	"errors"
+	"fmt"
 	"io"
 	"os"
 	"os/exec"
@@ -53,14 +54,14 @@ func fill(t *testing.T, dir string) (release func()) {
 	}
 }
 
-// TestDiskFull: the disks of a stack in one process and of a sidecar are full
-// for a while.
+// TestDiskFull: the disks of a stack in one process, of a sidecar, and of its
+// Prometheus are full for a while.
 func TestDiskFull(t *testing.T) {
 	t.Parallel()
-	disks := []string{smallDisk(t, "64m"), smallDisk(t, "32m")}
+	disks := []string{smallDisk(t, "64m"), smallDisk(t, "32m"), smallDisk(t, "64m")}
 	s := startAllOn(t, filepath.Join(disks[0], "data"))
 	began := time.Now().Add(-time.Second)
-	n := startPrometheus(t, s, "team-a", "", "--enable-feature=exemplar-storage")
+	n := startPrometheusOn(t, s, filepath.Join(disks[2], "data"), "team-a", "", "--enable-feature=exemplar-storage")
 	n.startSidecarOn(t, s, filepath.Join(disks[1], "sidecar"))
 	metricIs(t, time.Minute, s.victim.url, "epimetheus_ingester_flushed_blocks_total", more(0))
 	auditLive(t, s, n, s.gateways[0].url, began, time.Now())
@@ -113,6 +114,19 @@ func TestDiskFull(t *testing.T) {
 		t.Fatal(err)
 	}
 	metricIs(t, time.Minute, s.victim.url, "epimetheus_ingester_flushed_blocks_total", more(was))
+	auditLive(t, s, n, s.gateways[0].url, began, time.Now())
+
+	step(t, "Prometheus's disk is full")
+	free := fill(t, disks[2])
+	eventually(t, time.Minute, "Prometheus to miss its disk", func() error {
+		v, err := metric(t.Context(), n.prom.URL, "prometheus_tsdb_wal_writes_failed_total")
+		if err == nil && v < 2 {
+			err = fmt.Errorf("%v writes have failed", v)
+		}
+		return err
+	})
+	free()
+	n.scraping(t)
 	auditLive(t, s, n, s.gateways[0].url, began, time.Now())
 	keptAccount(t, n)
 	n.sidecar.stop(t)

@@ -83,11 +83,13 @@ func TestProcessesDie(t *testing.T) {
 	pause(t.Context(), 3*time.Second)
 	audit()
 
-	step(t, "gateway and sidecar are killed")
+	step(t, "a gateway is killed, and the sidecar again and again")
 	s.gateways[0].Kill()
-	n.sidecar.Kill()
-	pause(t.Context(), 2*time.Second)
-	n.sidecar.restart(t)
+	for i := range 6 {
+		n.sidecar.Kill()
+		n.sidecar.restart(t)
+		pause(t.Context(), time.Duration(i)*300*time.Millisecond)
+	}
 	audit()
 	s.gateways[0].restart(t)
 	auditLive(t, s, n, s.gateways[0].url, began, time.Now())

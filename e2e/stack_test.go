@@ -247,12 +247,17 @@ func startTenant(t *testing.T, s *stack, name, features string) *tenant {
 // configuration.
 func startPrometheus(t *testing.T, s *stack, name, more string, args ...string) *tenant {
 	t.Helper()
+	return startPrometheusOn(t, s, "", name, more, args...)
+}
+
+func startPrometheusOn(t *testing.T, s *stack, dir, name, more string, args ...string) *tenant {
+	t.Helper()
 	targets := []string{startExporter(t)}
 	for _, m := range append(append([]*member{s.victim}, s.gateways...), s.rest...) {
 		targets = append(targets, strings.TrimPrefix(m.url, "http://"))
 	}
 	n := &tenant{name: name}
-	n.prom = testenv.Prometheus(t, "", fmt.Sprintf(`
+	n.prom = testenv.Prometheus(t, dir, fmt.Sprintf(`
 global:
   scrape_interval: 1s
   external_labels: {cluster: cluster-of-%s, replica: "0"}

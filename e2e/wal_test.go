@@ -99,8 +99,9 @@ func rename(t *testing.T, from, to string) {
 	}
 }
 
-// startJumping serves a series whose timestamps are those of a clock that jumps.
-func startJumping(t *testing.T, jump *atomic.Int64) string {
+// jumpingTarget is configuration for a target whose timestamps are those of a
+// clock that jumps, by so many ms.
+func jumpingTarget(t *testing.T, jump *atomic.Int64) string {
 	t.Helper()
 	n := 0
 	srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
@@ -110,7 +111,12 @@ func startJumping(t *testing.T, jump *atomic.Int64) string {
 		fmt.Fprintf(w, "test_clock %d %d\ntest_clock_total{a=\"b\"} %d %d\n", n%7, ms, n, ms)
 	}))
 	t.Cleanup(srv.Close)
-	return strings.TrimPrefix(srv.URL, "http://")
+	return fmt.Sprintf(`
+- job_name: jumping
+  static_configs: [{targets: [%q]}]
+storage:
+  tsdb: {out_of_order_time_window: 30m}
+`, strings.TrimPrefix(srv.URL, "http://"))
 }
 
 // TestWAL: what can happen to the WAL of a Prometheus and to the sidecar beside
@@ -124,9 +130,6 @@ func TestWAL(t *testing.T) {
 		t.Helper()
 		auditLive(t, s, n, gw, from, time.Now())
 	}
-	kill := func(n *tenant) {
-		n.prom.Kill()
-	}
 	stop := func(n *tenant) {
 		t.Helper()
 		if code, err := n.prom.Stop(); err != nil || code != 0 {
@@ -136,18 +139,15 @@ func TestWAL(t *testing.T) {
 
 	// Prometheis that truncate: one whose sidecar will be away, one that has
 	// blocks before it gets a sidecar.
-	away := startPrometheus(t, s, "away", "", shortBlocks()...)
+	// A target of the former has only samples that are late.
+	var behind, jump atomic.Int64
+	behind.Store(-(25 * time.Second).Milliseconds())
+	away := startPrometheus(t, s, "away", jumpingTarget(t, &behind), shortBlocks()...)
 	away.startSidecar(t, s)
 	late := startPrometheus(t, s, "late", "", shortBlocks()...)
 	repaired := startTenant(t, s, "repaired", "")
 	restored := startTenant(t, s, "restored", "")
-	var jump atomic.Int64
-	jumps := startPrometheus(t, s, "jumps", fmt.Sprintf(`
-- job_name: jumping
-  static_configs: [{targets: [%q]}]
-storage:
-  tsdb: {out_of_order_time_window: 30m}
-`, startJumping(t, &jump)))
+	jumps := startPrometheus(t, s, "jumps", jumpingTarget(t, &jump))
 	jumps.startSidecar(t, s)
 	for _, n := range []*tenant{away, repaired, restored, jumps} {
 		metricIs(t, time.Minute, n.sidecar.url, "epimetheus_sidecar_shipped_samples_total", more(0))
@@ -160,7 +160,7 @@ storage:
 	jump.Store((8 * time.Minute).Milliseconds())
 	repaired.sidecar.Kill()
 	pause(t.Context(), 3*time.Second)
-	kill(repaired)
+	repaired.prom.Kill()
 	repaired.logged = repaired.keepCopy(t)
 	damage(t, repaired, tear)
 	repaired.restartPrometheus(t)
@@ -171,7 +171,7 @@ storage:
 	step(t, "and again, while the sidecar runs, with a byte of what was read long ago changed")
 	torn := time.Now()
 	pause(t.Context(), 5*time.Second)
-	kill(repaired)
+	repaired.prom.Kill()
 	repaired.logged = repaired.keepCopy(t)
 	damage(t, repaired, flip)
 	repaired.restartPrometheus(t)
@@ -196,7 +196,7 @@ storage:
 	step(t, "a data directory is wiped")
 	wiped := time.Now()
 	pause(t.Context(), 3*time.Second)
-	kill(restored)
+	restored.prom.Kill()
 	restored.logged = filepath.Join(t.TempDir(), "wiped")
 	rename(t, restored.prom.Dir, restored.logged)
 	restored.restartPrometheus(t)
@@ -219,6 +219,7 @@ storage:
 	truncated(t, late, 1)
 	late.startSidecar(t, s)
 	audit(late, began)
+	metricIs(t, time.Minute, late.sidecar.url, "epimetheus_sidecar_block_samples_total", more(0))
 
 	step(t, "the sidecar's directory is deleted, where the WAL was truncated")
 	away.sidecar.Kill()
@@ -226,6 +227,12 @@ storage:
 	away.sidecar.restart(t)
 	away.scraping(t)
 	audit(away, began)
+
+	step(t, "a Prometheus whose WAL was truncated is killed")
+	late.prom.Kill()
+	late.restartPrometheus(t)
+	late.scraping(t)
+	audit(late, began)
 	for _, n := range []*tenant{away, late, repaired, restored, jumps} {
 		keptAccount(t, n)
 		n.sidecar.stop(t)
