@@ -6,6 +6,7 @@ import (
 	"io/fs"
 	"time"
 
+	"github.com/epimetheus-tsdb/epimetheus/internal/bug"
 	"github.com/epimetheus-tsdb/epimetheus/sidecar/tail"
 )
 
@@ -82,6 +83,9 @@ func (s *shipper) readAgain(ctx context.Context) bool {
 	switch {
 	case err == nil:
 		s.rewindFails = 0
+		if bug.Is(bug.ResentIsDone) {
+			sent = nil
+		}
 		s.ledger.Resent(w.ID, sent, lost)
 	case ctx.Err() != nil:
 		s.ledger.Return(w.ID)
@@ -112,7 +116,11 @@ func (s *shipper) take(ctx context.Context, l *Ledger, maxBytes int64) (Work, bo
 		}
 		return w, false
 	}
-	s.rewind = &rewindState{split: s.splits[w.Split], members: map[string]bool{}, seen: map[uint32]lastSample{}}
+	by := s.splits[w.Split]
+	if bug.Is(bug.LatestRing) {
+		by = s.split
+	}
+	s.rewind = &rewindState{split: by, members: map[string]bool{}, seen: map[uint32]lastSample{}}
 	for _, m := range w.Members {
 		s.rewind.members[m] = true
 	}

@@ -95,6 +95,23 @@ type SidecarConfig struct {
 	PrometheusConfigFile string            `yaml:"prometheus_config_file,omitempty" doc:"As '--prometheus.config-file'."`
 	RelabelConfigs       []*relabel.Config `yaml:"relabel_configs,omitempty" doc:"Prometheus's relabel configs, applied to each series after the external labels: drop what need not be kept."`
 	Shards               int               `yaml:"shards,omitempty" doc:"Over how many ingesters the tenant's series are spread. 0: all."`
+	Backfill             BackfillConfig    `yaml:"backfill,omitempty"`
+	KeepWALBytes         size              `yaml:"keep_wal_bytes,omitempty" doc:"How much WAL that Prometheus has deleted is kept (hard links, open files) while it isn't durable. It takes room on Prometheus's volume. Beyond it samples come from Prometheus's blocks, hours later."`
+}
+
+// BackfillConfig is for the history in Prometheus's blocks at the first start.
+type BackfillConfig struct {
+	Enabled          bool     `yaml:"enabled" doc:"Whether the history that is in Prometheus's blocks at the first start is sent, newest first."`
+	MaxAge           duration `yaml:"max_age,omitempty" doc:"How old samples may be to be sent. 0: all."`
+	SamplesPerSecond int      `yaml:"samples_per_second,omitempty" doc:"How fast blocks are read at most: at the first start, and where a gap is filled."`
+}
+
+// age is how the sidecar's options want it.
+func (c *BackfillConfig) age() time.Duration {
+	if !c.Enabled {
+		return -1
+	}
+	return time.Duration(c.MaxAge)
 }
 
 // defaults of the file.
@@ -116,7 +133,10 @@ func defaultConfig() Config {
 			MaxSamples:    50_000_000,
 			CacheBytes:    512 * mib,
 		},
-		Sidecar: SidecarConfig{Tenant: gateway.DefaultTenant},
+		Sidecar: SidecarConfig{
+			Tenant: gateway.DefaultTenant, KeepWALBytes: 4 * gib,
+			Backfill: BackfillConfig{Enabled: true, SamplesPerSecond: 500_000},
+		},
 	}
 }
 
@@ -209,6 +229,9 @@ func (c *Config) validate() error {
 	}
 	if c.Sidecar.Shards < 0 {
 		bad("sidecar.shards: %d is negative (0 means all ingesters)", c.Sidecar.Shards)
+	}
+	if n := c.Sidecar.Backfill.SamplesPerSecond; n < 1000 {
+		bad("sidecar.backfill.samples_per_second: %d is less than 1000: a day of a small Prometheus would take weeks", n)
 	}
 	if len(problems) == 0 {
 		return nil

@@ -26,6 +26,8 @@ import (
 	"github.com/prometheus/common/version"
 	"github.com/prometheus/exporter-toolkit/web"
 	"github.com/prometheus/exporter-toolkit/web/kingpinflag"
+
+	"github.com/epimetheus-tsdb/epimetheus/internal/health"
 )
 
 // webFlags are the flags of a role that serves HTTP: all roles.
@@ -52,6 +54,7 @@ type process struct {
 	group   run.Group
 	ready   []check
 	status  []section
+	health  []*health.Board
 	started time.Time
 }
 
@@ -103,6 +106,8 @@ func newProcess(role string, g *global, f *webFlags) (*process, error) {
 	p.mux.HandleFunc("GET /debug/pprof/symbol", pprof.Symbol)
 	p.mux.HandleFunc("GET /debug/pprof/trace", pprof.Trace)
 	p.mux.HandleFunc("GET /{$}", p.serveStatus)
+	p.mux.HandleFunc("GET /health", p.serveHealth)
+	p.mux.HandleFunc("GET /status", p.serveStatusText)
 	p.addSignals()
 	return p, nil
 }

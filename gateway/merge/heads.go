@@ -26,6 +26,13 @@ import (
 // so that the rest can still be answered.
 const headTimeout = 15 * time.Second
 
+// lostTimeout bounds a request to an ingester that others take for lost.
+const lostTimeout = 2 * time.Second
+
+func errLost(m ring.Member) error {
+	return fmt.Errorf("ingester %s vanished: its fresh samples are being sent again, some may be missing", m.ID)
+}
+
 func timeout(ctx context.Context) time.Duration {
 	if end, ok := ctx.Deadline(); ok {
 		return min(headTimeout, time.Until(end)/2)
@@ -128,15 +135,21 @@ func ask[T any](ctx context.Context, h *Heads, fn func(context.Context, *fetch.C
 		warnings.Add(err)
 	}
 	for _, m := range members {
-		switch m.State {
-		case ring.Left:
-			continue
-		case ring.Lost:
-			warn(fmt.Errorf("ingester %s vanished: its fresh samples are being sent again, some may be missing", m.ID))
+		if m.State == ring.Left {
 			continue
 		}
+		limit := timeout(ctx)
+		if m.State == ring.Lost {
+			if slices.ContainsFunc(members, func(x ring.Member) bool { return x.State != ring.Lost && (x.ID == m.ID || x.Address == m.Address) }) {
+				// It is there again as another process, or another is in its place.
+				warn(errLost(m))
+				continue
+			}
+			// It may be out of reach for others only.
+			limit = min(limit, lostTimeout)
+		}
 		wg.Go(func() {
-			ctx, cancel := context.WithTimeout(ctx, timeout(ctx))
+			ctx, cancel := context.WithTimeout(ctx, limit)
 			defer cancel()
 			start := time.Now()
 			c, err := h.client(m.Address, members)
@@ -144,6 +157,10 @@ func ask[T any](ctx context.Context, h *Heads, fn func(context.Context, *fetch.C
 			var hd fetch.Header
 			if err == nil {
 				v, hd, err = fn(ctx, c)
+			}
+			if err != nil && m.State == ring.Lost {
+				warn(errLost(m))
+				return
 			}
 			h.seconds.Observe(time.Since(start).Seconds())
 			if err != nil {
