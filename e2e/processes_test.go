@@ -40,6 +40,16 @@ func TestProcessesDie(t *testing.T) {
 	}
 	n.scraping(t)
 	audit()
+	answers := startHonesty(t, s, n)
+
+	step(t, "each ingester is killed")
+	for _, m := range s.ingesters {
+		m.Kill()
+		pause(t.Context(), time.Second)
+		m.restart(t)
+		pause(t.Context(), 3*time.Second)
+	}
+	audit()
 
 	step(t, "each ingester is killed, its disk gone")
 	for _, m := range s.ingesters {
@@ -82,6 +92,11 @@ func TestProcessesDie(t *testing.T) {
 	ringGone(t, s.gateways[1], "ingester-0")
 	pause(t.Context(), 3*time.Second)
 	audit()
+
+	answers.end()
+	if same, refused := answers.same.Load(), answers.refused.Load(); same < 10 || refused > 0 {
+		t.Errorf("%d answers were right, %d queries were refused", same, refused)
+	}
 
 	step(t, "a gateway is killed, and the sidecar again and again")
 	s.gateways[0].Kill()
