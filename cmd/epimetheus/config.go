@@ -73,6 +73,7 @@ type IngesterConfig struct {
 	FlushBytes      size          `yaml:"flush_bytes,omitempty" doc:"Memory of a generation at which it is flushed early."`
 	MaxBytes        size          `yaml:"max_bytes,omitempty" doc:"Memory of the head at which nothing new is taken until a flush has worked; the sources wait."`
 	VisibilityDelay duration      `yaml:"visibility_delay,omitempty" doc:"How long a generation stays readable after its flush: at least twice 'gateway.query_timeout'."`
+	CommitLog       bool          `yaml:"commit_log" doc:"Whether what is received is logged in the data directory, so that a restart need not ask every source again. 'epimetheus ingester' does it only where '--data.dir' is given."`
 	Limits          ingest.Limits `yaml:"limits,omitempty"`
 }
 
@@ -125,6 +126,7 @@ func defaultConfig() Config {
 			FlushBytes:      gib,
 			MaxBytes:        4 * gib,
 			VisibilityDelay: duration(5 * time.Minute),
+			CommitLog:       true,
 			Limits:          ingest.Limits{LabelsPerSeries: 128, LabelNameBytes: 1024, LabelValueBytes: 64 << 10},
 		},
 		Gateway: GatewayConfig{

@@ -32,13 +32,14 @@ import (
 
 // webFlags are the flags of a role that serves HTTP: all roles.
 type webFlags struct {
-	web     *web.FlagConfig
-	dataDir string
+	web        *web.FlagConfig
+	dataDir    string
+	dataDirSet bool // by the user
 }
 
 func addWebFlags(cmd *kingpin.CmdClause, address string) *webFlags {
 	f := &webFlags{web: kingpinflag.AddFlags(cmd, address)}
-	cmd.Flag("data.dir", "Directory for what the process keeps on disk.").Default("data").StringVar(&f.dataDir)
+	cmd.Flag("data.dir", "Directory for what the process keeps on disk.").Default("data").IsSetByUser(&f.dataDirSet).StringVar(&f.dataDir)
 	return f
 }
 
@@ -54,7 +55,7 @@ type process struct {
 	group   run.Group
 	ready   []check
 	status  []section
-	health  []*health.Board
+	health  []func() []health.Condition
 	started time.Time
 }
 

@@ -63,7 +63,7 @@ func addSidecar(app *kingpin.Application, commands map[string]command) {
 		}
 		p.addRun("sidecar", s.Run, nil)
 		p.ready = append(p.ready, check{"sidecar", s.Ready})
-		p.health = append(p.health, s.Health())
+		p.health = append(p.health, s.Health().Conditions)
 		p.status = append(p.status, section{"Sidecar", sidecarTable(s)})
 		return p.run()
 	}

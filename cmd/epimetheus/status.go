@@ -77,8 +77,8 @@ func (p *process) serveStatus(w http.ResponseWriter, r *http.Request) {
 // conditions is what is wrong at present, the longest-standing first.
 func (p *process) conditions() []health.Condition {
 	var out []health.Condition
-	for _, b := range p.health {
-		out = append(out, b.Conditions()...)
+	for _, conditions := range p.health {
+		out = append(out, conditions()...)
 	}
 	slices.SortStableFunc(out, func(a, b health.Condition) int { return a.Since.Compare(b.Since) })
 	return out
