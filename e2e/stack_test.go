@@ -176,8 +176,10 @@ index:
 			host = sh.places[0].host // any address of the machine does that they can reach
 			host = host[:strings.LastIndexByte(host, '.')] + ".1"
 		}
-		s.gateways = append(s.gateways, s.start(t, testenv.FreeAddr(t), append([]string{"gateway", "--config.file=" + s.config,
-			"--data.dir=" + filepath.Join(s.dir, id), "--gossip.member-id=" + id, "--gossip.listen-address=" + freeAddrOn(t, host)}, s.joinArgs()...)...))
+		s.gateways = append(s.gateways, s.start(t, testenv.FreeAddr(t), append([]string{
+			"gateway", "--config.file=" + s.config,
+			"--data.dir=" + filepath.Join(s.dir, id), "--gossip.member-id=" + id, "--gossip.listen-address=" + freeAddrOn(t, host),
+		}, s.joinArgs()...)...))
 	}
 	return s
 }
