@@ -34,6 +34,14 @@ demo: build $(TOOLS_STAMP_SERVERS) ## run Epimetheus beside a real Prometheus (D
 test: tools-test ## every test, unit to end to end, with the race detector
 	go test -race -timeout 20m ./...
 
+.PHONY: e2e
+e2e: tools-test ## the built binary against real Prometheis, object stores and indexes that fail
+	go test -count 1 -timeout 15m ./e2e
+
+.PHONY: e2e-long
+e2e-long: tools-test ## e2e, with what takes minutes: frozen processes, long cuts, network namespaces (as root)
+	EPIMETHEUS_LONG=1 go test -count 1 -v -timeout 45m ./e2e
+
 .PHONY: lint
 lint: tools-lint ## golangci-lint, go vet, gofmt, generated files
 	go vet ./...

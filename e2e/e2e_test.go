@@ -46,53 +46,6 @@ func TestRoles(t *testing.T) {
 	scenario(t, startRoles(t, testenv.S3(t)))
 }
 
-// TestStoresDie: the object store and the index are killed while samples flow, at
-// the time of a flush or in it, and come back. Nothing is missing, and every
-// process stops as it should. The object store speaks TLS.
-func TestStoresDie(t *testing.T) {
-	t.Parallel()
-	s := startRoles(t, testenv.S3TLS(t))
-	began := time.Now().Add(-time.Second)
-	n := startTenant(t, s, "team-a", "")
-	pause(t.Context(), 12*time.Second)
-	s.s3.Kill()
-	pause(t.Context(), 8*time.Second)
-	s.db.Kill()
-	pause(t.Context(), 12*time.Second)
-	s.s3.Restart(t)
-	pause(t.Context(), 4*time.Second)
-	s.db.Restart(t)
-	pause(t.Context(), 6*time.Second)
-	auditLive(t, s, n, s.gateways[0].url, began, time.Now())
-	n.sidecar.stop(t)
-	for _, m := range append(append([]*member{s.victim}, s.rest...), s.gateways...) {
-		m.stop(t)
-	}
-}
-
-// TestAgent: what a Prometheus in agent mode logs comes out of the gateway.
-func TestAgent(t *testing.T) {
-	t.Parallel()
-	s := startAll(t)
-	began := time.Now().Add(-time.Second)
-	n := startAgent(t, s, "team-a")
-	pause(t.Context(), 10*time.Second)
-	n.sidecar.Kill()
-	pause(t.Context(), 2*time.Second)
-	n.sidecar.restart(t)
-	pause(t.Context(), 6*time.Second)
-	to := time.Now()
-	eventually(t, time.Minute, "audit", func() error {
-		out, err := s.runTool(t, "audit", "--prometheus="+n.prom.Dir, "--external-label=cluster=cluster-of-team-a", "--external-label=replica=0",
-			"--gateway="+s.gateways[0].url, "--tenant=team-a", "--from="+began.Format(time.RFC3339Nano), "--to="+to.Format(time.RFC3339Nano))
-		if err != nil {
-			return fmt.Errorf("%w\n%s", err, out)
-		}
-		t.Log(out)
-		return nil
-	})
-}
-
 // TestClearErrors: what is wrong is said in one line, with an exit code.
 func TestClearErrors(t *testing.T) {
 	dir := t.TempDir()

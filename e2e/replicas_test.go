@@ -20,7 +20,7 @@ import (
 func TestReplicas(t *testing.T) {
 	t.Parallel()
 	ctx := t.Context()
-	s := startReplicated(t, testenv.S3(t), 2)
+	s := startShape(t, testenv.S3(t), testenv.DynamoDBOn(t, t.TempDir()), shape{replicas: 2})
 	began := time.Now().Add(-time.Second)
 	n := startTenant(t, s, "team-a", "")
 	eventually(t, 30*time.Second, "two copies of all", func() error {

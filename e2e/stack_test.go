@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -20,7 +21,9 @@ import (
 // stack is Epimetheus in one of its shapes.
 type stack struct {
 	gateways []*member
-	// victim is an ingester, or the process that is one.
+	// ingesters are all of them, or the process that is one.
+	ingesters []*member
+	// victim is one of the ingesters.
 	victim *member
 	// rest are the other ingesters.
 	rest []*member
@@ -28,14 +31,36 @@ type stack struct {
 	db   *testenv.DynamoDBServer
 	env  []string
 	dir  string
-	// replicas of each series; with several each ingester is in a zone of its own.
-	replicas int
+
+	shape  shape
+	config string   // file
+	text   string   // in it
+	join   []string // gossip addresses
 }
 
 // member is one process of a stack.
 type member struct {
 	*testenv.Process
 	url string
+	dir string // its data directory
+
+	// Ways to it that the test can cut, if the shape asks for them.
+	grpc, gossip *link
+}
+
+// shape says how a stack of roles differs from the plain one.
+type shape struct {
+	s3, db string // endpoints of the stores, where they aren't the servers' own
+	links  bool   // ingesters are reached through links
+	// replicas of each series; with several each ingester is in a zone of its own.
+	replicas int
+	places   []place
+}
+
+// place is where an ingester runs.
+type place struct {
+	run  []string // command that runs another one there
+	host string   // its IP address there
 }
 
 // Flushes every ten seconds; generations stay readable a little longer than the
@@ -60,11 +85,19 @@ func writeFile(t *testing.T, dir, name, text string) string {
 
 func (s *stack) start(t *testing.T, web string, args ...string) *member {
 	t.Helper()
-	m := &member{url: "http://" + web}
-	m.Process = testenv.Start(t, testenv.Command{
-		Path: binary, Args: append(args, "--web.listen-address="+web), Env: s.env, Ready: testenv.Answering(m.url + "/-/ready"),
-	})
+	m := &member{}
+	s.launch(t, m, nil, web, args...)
 	return m
+}
+
+// launch starts the binary, by the command run if there is one.
+func (s *stack) launch(t *testing.T, m *member, run []string, web string, args ...string) {
+	t.Helper()
+	m.url = "http://" + web
+	line := append(append(slices.Clone(run), binary), append(args, "--web.listen-address="+web)...)
+	m.Process = testenv.Start(t, testenv.Command{
+		Path: line[0], Args: line[1:], Env: s.env, Ready: testenv.Answering(m.url + "/-/ready"),
+	})
 }
 
 // restart brings a member back that was killed.
@@ -83,58 +116,57 @@ func (m *member) stop(t *testing.T) {
 
 func startAll(t *testing.T) *stack {
 	t.Helper()
+	return startAllOn(t, filepath.Join(t.TempDir(), "data"))
+}
+
+func startAllOn(t *testing.T, data string) *stack {
+	t.Helper()
 	s := &stack{dir: t.TempDir()}
 	config := writeFile(t, s.dir, "epimetheus.yml", commonConfig)
-	m := s.start(t, testenv.FreeAddr(t), "all", "--config.file="+config, "--data.dir="+filepath.Join(s.dir, "data"),
-		"--grpc.listen-address="+testenv.FreeAddr(t))
-	s.gateways, s.victim = []*member{m}, m
+	m := s.start(t, testenv.FreeAddr(t), "all", "--config.file="+config, "--data.dir="+data, "--grpc.listen-address="+testenv.FreeAddr(t))
+	m.dir = data
+	s.gateways, s.ingesters, s.victim = []*member{m}, []*member{m}, m
 	return s
 }
 
+// startRoles starts three ingesters and two gateways.
 func startRoles(t *testing.T, s3 *testenv.S3Server) *stack {
 	t.Helper()
-	return startReplicated(t, s3, 1)
+	return startShape(t, s3, testenv.DynamoDBOn(t, t.TempDir()), shape{})
 }
 
-func startReplicated(t *testing.T, s3 *testenv.S3Server, replicas int) *stack {
+func startShape(t *testing.T, s3 *testenv.S3Server, db *testenv.DynamoDBServer, sh shape) *stack {
 	t.Helper()
-	db := testenv.DynamoDBOn(t, t.TempDir())
-	s := &stack{dir: t.TempDir(), env: s3.Env(), s3: s3, db: db, replicas: replicas}
-	text := commonConfig + fmt.Sprintf(`
+	s := &stack{dir: t.TempDir(), env: s3.Env(), s3: s3, db: db, shape: sh}
+	if sh.s3 == "" {
+		sh.s3 = s3.Endpoint
+	}
+	if sh.db == "" {
+		sh.db = db.Endpoint
+	}
+	s.text = commonConfig + fmt.Sprintf(`
 objects:
   type: s3
   s3: {bucket: %q, endpoint: %q, region: %q, path_style: true}
 index:
   type: dynamodb
   dynamodb: {table: rows, endpoint: %q, region: %q}
-`, s3.Bucket, s3.Endpoint, s3.Region, db.Endpoint, db.Region)
-	config := writeFile(t, s.dir, "epimetheus.yml", text)
+`, s3.Bucket, sh.s3, s3.Region, sh.db, db.Region)
+	s.config = writeFile(t, s.dir, "epimetheus.yml", s.text)
 
 	// Without its table an ingester says what to do.
-	cmd := exec.CommandContext(t.Context(), binary, "ingester", "--config.file="+config, "--data.dir="+filepath.Join(s.dir, "x"))
+	cmd := exec.CommandContext(t.Context(), binary, "ingester", "--config.file="+s.config, "--data.dir="+filepath.Join(s.dir, "x"))
 	cmd.Env = append(os.Environ(), s.env...)
 	if out, err := cmd.CombinedOutput(); err == nil || !strings.Contains(string(out), "create-table") {
 		t.Errorf("an ingester without a table: %v\n%s", err, out)
 	}
-	cmd = exec.CommandContext(t.Context(), binary, "tool", "create-table", "--config.file="+config)
+	cmd = exec.CommandContext(t.Context(), binary, "tool", "create-table", "--config.file="+s.config)
 	cmd.Env = append(os.Environ(), s.env...)
 	if out, err := cmd.CombinedOutput(); err != nil {
 		t.Fatalf("create-table: %v\n%s", err, out)
 	}
-
-	var join []string
-	for range 3 {
-		join = append(join, testenv.FreeAddr(t))
-	}
-	for i, g := range join {
-		id := fmt.Sprintf("ingester-%d", i)
-		config := config
-		if replicas > 1 {
-			config = writeFile(t, s.dir, id+".yml", text+"ring: {zone: zone-of-"+id+"}\n")
-		}
-		m := s.start(t, testenv.FreeAddr(t), "ingester", "--config.file="+config, "--data.dir="+filepath.Join(s.dir, id),
-			"--gossip.member-id="+id, "--gossip.listen-address="+g, "--gossip.join="+join[0], "--gossip.join="+join[2],
-			"--grpc.listen-address="+testenv.FreeAddr(t))
+	for i := range 3 {
+		m := s.addIngester(t)
 		if i == 1 {
 			s.victim = m
 		} else {
@@ -143,11 +175,63 @@ index:
 	}
 	for i := range 2 {
 		id := fmt.Sprintf("gateway-%d", i)
-		s.gateways = append(s.gateways, s.start(t, testenv.FreeAddr(t), "gateway", "--config.file="+config,
-			"--data.dir="+filepath.Join(s.dir, id), "--gossip.member-id="+id, "--gossip.listen-address="+testenv.FreeAddr(t),
-			"--gossip.join="+join[0], "--gossip.join="+join[1]))
+		host := "127.0.0.1"
+		if len(sh.places) > 0 {
+			host = sh.places[0].host // any address of the machine does that they can reach
+			host = host[:strings.LastIndexByte(host, '.')] + ".1"
+		}
+		s.gateways = append(s.gateways, s.start(t, testenv.FreeAddr(t), append([]string{
+			"gateway", "--config.file=" + s.config,
+			"--data.dir=" + filepath.Join(s.dir, id), "--gossip.member-id=" + id, "--gossip.listen-address=" + freeAddrOn(t, host),
+		}, s.joinArgs()...)...))
 	}
 	return s
+}
+
+func (s *stack) joinArgs() []string {
+	var args []string
+	for _, j := range s.join {
+		args = append(args, "--gossip.join="+j)
+	}
+	return args
+}
+
+// addIngester starts one more ingester.
+func (s *stack) addIngester(t *testing.T) *member {
+	t.Helper()
+	i := len(s.ingesters)
+	id := fmt.Sprintf("ingester-%d", i)
+	pl := place{host: "127.0.0.1"}
+	if i < len(s.shape.places) {
+		pl = s.shape.places[i]
+	}
+	m := &member{dir: filepath.Join(s.dir, id)}
+	config := s.config
+	if s.shape.replicas > 1 {
+		config = writeFile(t, s.dir, id+".yml", s.text+"ring: {zone: zone-of-"+id+"}\n")
+	}
+	grpc, gossip := freeAddrOn(t, pl.host), freeAddrOn(t, pl.host)
+	args := []string{
+		"ingester", "--config.file=" + config, "--data.dir=" + m.dir, "--gossip.member-id=" + id,
+		"--gossip.listen-address=" + gossip, "--grpc.listen-address=" + grpc,
+	}
+	if s.shape.links {
+		m.grpc, m.gossip = startLink(t, grpc), startLink(t, gossip)
+		args = append(args, "--grpc.advertise-address="+m.grpc.addr, "--gossip.advertise-address="+m.gossip.addr)
+		gossip = m.gossip.addr
+	}
+	if len(s.join) < 3 {
+		s.join = append(s.join, gossip)
+	}
+	s.launch(t, m, pl.run, freeAddrOn(t, pl.host), append(args, s.joinArgs()...)...)
+	s.ingesters = append(s.ingesters, m)
+	return m
+}
+
+// freeAddrOn is a free address, on an IP address that may be elsewhere.
+func freeAddrOn(t *testing.T, host string) string {
+	t.Helper()
+	return strings.Replace(testenv.FreeAddr(t), "127.0.0.1", host, 1)
 }
 
 // tenant is a Prometheus with its sidecar.
@@ -155,18 +239,35 @@ type tenant struct {
 	name    string
 	prom    *testenv.PrometheusServer
 	sidecar *member
+	// logged is a data directory that has all that Prometheus has logged, where
+	// its own has it no more.
+	logged string
 }
 
 // startTenant starts a Prometheus that scrapes itself, the stack and an exporter
 // of ours each second, and a sidecar beside it.
 func startTenant(t *testing.T, s *stack, name, features string) *tenant {
 	t.Helper()
+	n := startPrometheus(t, s, name, "", "--enable-feature=exemplar-storage"+features)
+	n.startSidecar(t, s)
+	return n
+}
+
+// startPrometheus is startTenant without a sidecar. more is added to the
+// configuration.
+func startPrometheus(t *testing.T, s *stack, name, more string, args ...string) *tenant {
+	t.Helper()
+	return startPrometheusOn(t, s, "", name, more, args...)
+}
+
+func startPrometheusOn(t *testing.T, s *stack, dir, name, more string, args ...string) *tenant {
+	t.Helper()
 	targets := []string{startExporter(t)}
 	for _, m := range append(append([]*member{s.victim}, s.gateways...), s.rest...) {
 		targets = append(targets, strings.TrimPrefix(m.url, "http://"))
 	}
 	n := &tenant{name: name}
-	n.prom = testenv.Prometheus(t, "", fmt.Sprintf(`
+	n.prom = testenv.Prometheus(t, dir, fmt.Sprintf(`
 global:
   scrape_interval: 1s
   external_labels: {cluster: cluster-of-%s, replica: "0"}
@@ -175,10 +276,18 @@ scrape_configs:
   scrape_native_histograms: true
   always_scrape_classic_histograms: true
   static_configs: [{targets: ['%s']}]
-`, name, strings.Join(targets, "', '")), "--enable-feature=exemplar-storage"+features)
-	n.startSidecar(t, s)
+`, name, strings.Join(targets, "', '"))+more, args...)
 	return n
 }
+
+// restartPrometheus brings it back after it has ended.
+func (n *tenant) restartPrometheus(t *testing.T) {
+	t.Helper()
+	n.prom.Process = n.prom.Restart(t)
+}
+
+// sidecarDir is where the sidecar keeps its account.
+func (n *tenant) sidecarDir(s *stack) string { return filepath.Join(s.dir, "sidecar-"+n.name) }
 
 // Feature of Prometheus that makes it write metadata into its WAL. Without it the
 // sidecar asks for it.
@@ -212,15 +321,20 @@ scrape_configs:
 
 func (n *tenant) startSidecar(t *testing.T, s *stack) {
 	t.Helper()
+	n.startSidecarOn(t, s, n.sidecarDir(s))
+}
+
+func (n *tenant) startSidecarOn(t *testing.T, s *stack, dir string) {
+	t.Helper()
 	args := []string{
-		"sidecar", "--data.dir=" + filepath.Join(s.dir, "sidecar-"+n.name), "--tenant=" + n.name,
+		"sidecar", "--data.dir=" + dir, "--tenant=" + n.name,
 		"--prometheus.data-dir=" + n.prom.Dir, "--prometheus.url=" + n.prom.URL,
 	}
 	for _, g := range s.gateways {
 		args = append(args, "--gateway.url="+g.url)
 	}
-	if s.replicas > 1 {
-		args = append(args, "--config.file="+writeFile(t, s.dir, "sidecar-"+n.name+".yml", fmt.Sprintf("sidecar: {replication_factor: %d}\n", s.replicas)))
+	if s.shape.replicas > 1 {
+		args = append(args, "--config.file="+writeFile(t, s.dir, "sidecar-"+n.name+".yml", fmt.Sprintf("sidecar: {replication_factor: %d}\n", s.shape.replicas)))
 	}
 	n.sidecar = s.start(t, testenv.FreeAddr(t), args...)
 }

@@ -62,6 +62,61 @@ func TestS3OverTLS(t *testing.T) {
 	testS3(t, testenv.S3TLS(t))
 }
 
+// TestS3UnderFaults: every second request of a kind is refused, or loses its
+// answer after the effect.
+func TestS3UnderFaults(t *testing.T) {
+	t.Parallel()
+	server := testenv.S3(t)
+	for name, fault := range map[string]ProxyFault{
+		"throttled": ProxyThrottle, "error before": ProxyErrorBefore, "unavailable": ProxyUnavailable,
+		"error after": ProxyErrorAfter, "cut before": ProxyCutBefore, "cut after": ProxyCutAfter,
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			var mu sync.Mutex
+			calls := map[string]int{}
+			o := S3Options(t, server)
+			o.Endpoint = S3Proxy(t, server.Endpoint, func(op string) ProxyFault {
+				mu.Lock()
+				defer mu.Unlock()
+				calls[op]++
+				if calls[op]%2 == 0 {
+					return ProxyPass
+				}
+				return fault
+			})
+			o.Prefix, o.PartBytes, o.Timeout = name+"/", 5<<20, time.Minute
+			s, err := object.NewS3(t.Context(), o, prometheus.NewRegistry())
+			if err != nil {
+				t.Fatal(err)
+			}
+			large := Bytes(6<<20, 1)
+			put(t, s, "small", Bytes(1000, 2))
+			put(t, s, "large", large)
+			if b, err := s.GetRange(t.Context(), "large", 5<<20, 1000); err != nil || !bytes.Equal(b, large[5<<20:5<<20+1000]) {
+				t.Errorf("read: %d bytes, %v", len(b), err)
+			}
+			if size, err := s.Size(t.Context(), "large"); err != nil || size != 6<<20 {
+				t.Errorf("size: %d, %v", size, err)
+			}
+			if err := s.Delete(t.Context(), "large"); err != nil {
+				t.Error(err)
+			}
+			var keys []string
+			if err := s.List(t.Context(), "", func(i object.Info) error { keys = append(keys, i.Key); return nil }); err != nil || len(keys) != 1 {
+				t.Errorf("list: %v, %v", keys, err)
+			}
+			mu.Lock()
+			defer mu.Unlock()
+			for _, op := range []string{"PutObject", "CreateMultipartUpload", "UploadPart", "CompleteMultipartUpload", "GetObject", "HeadObject", "DeleteObject", "ListObjectsV2"} {
+				if calls[op] < 2 {
+					t.Errorf("%d calls of %s", calls[op], op)
+				}
+			}
+		})
+	}
+}
+
 func TestS3Check(t *testing.T) {
 	t.Parallel()
 	server := testenv.S3(t)

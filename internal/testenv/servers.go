@@ -86,6 +86,10 @@ type DynamoDBServer struct {
 	SecretKey string
 }
 
+// surviveAborts keeps dynalite from ending when a client dies in the middle of a
+// request, which tests do to clients.
+const surviveAborts = `data:text/javascript,process.on("uncaughtException",e=>{console.error(e);if(e.code!=="ECONNRESET")process.exit(1)})`
+
 // DynamoDB starts a DynamoDB server that keeps its tables in memory.
 func DynamoDB(t testing.TB) *DynamoDBServer {
 	t.Helper()
@@ -106,6 +110,7 @@ func startDynamoDB(t testing.TB, args ...string) *DynamoDBServer {
 	}
 	addr := FreeAddr(t)
 	args = append([]string{
+		"--import", surviveAborts,
 		Tool(t, "dynalite/node_modules/dynalite/cli.js"), "--host", "127.0.0.1", "--port", port(addr),
 		"--createTableMs", "10", "--deleteTableMs", "10", "--updateTableMs", "10",
 	}, args...)
