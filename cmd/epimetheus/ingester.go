@@ -136,7 +136,7 @@ func (p *process) addIngester(st *stores, rf *grpcFlags, id string, live *ring.L
 	)
 	ing.Register(server)
 	p.addGRPC(server, l)
-	if setState, err = join(ring.Member{ID: id, Address: address, Zone: p.config.Ring.Zone, Process: ing.Process()}, ing); err != nil {
+	if setState, err = join(ring.Member{ID: id, Address: address, Zone: p.config.Ring.Zone, Process: ing.Process(), Memory: ing.Memory()}, ing); err != nil {
 		return err
 	}
 	p.ready = append(p.ready, check{"ring", func() error {
@@ -169,7 +169,7 @@ func (p *process) addGRPC(s *grpc.Server, l net.Listener) {
 func (p *process) addGossip(f *gossipFlags, m ring.Member, live *ring.Live, ing *ingest.Ingester) (func(ring.State) error, error) {
 	o := gossip.Options{ID: f.id, Bind: f.listen, Advertise: f.advertise, Join: append(f.join, p.config.Ring.Join...), Member: m}
 	if ing != nil {
-		o.Memory, o.Resending = ing.Memory(), ing.Resending
+		o.Resending = ing.Resending
 	}
 	g, err := gossip.New(o, live, p.logger, p.reg)
 	if err != nil {

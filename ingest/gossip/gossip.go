@@ -34,12 +34,9 @@ type Options struct {
 	Advertise string   // host:port that others reach it by; empty: Bind
 	Join      []string // host:port of others; names are resolved at each try
 	// Member is what goes on the ring: the address of the gRPC server, the
-	// zone, the process.
+	// zone, the process, its memory.
 	// A gateway leaves Address empty.
 	Member ring.Member
-	// Memory names what the member has received: another process with the same
-	// has lost nothing. Empty: the process.
-	Memory string
 	// LostGrace is how long a lost member stays lost at least: sources need some
 	// time to notice, and to say that they are sending again. 1 minute.
 	LostGrace time.Duration
@@ -117,8 +114,8 @@ func New(o Options, live *ring.Live, logger *slog.Logger, reg prometheus.Registe
 	if o.LostFor <= 0 {
 		o.LostFor = time.Hour
 	}
-	if o.Memory == "" {
-		o.Memory = o.Member.Process
+	if o.Member.Memory == "" {
+		o.Member.Memory = o.Member.Process
 	}
 	g := &Gossip{
 		opts: o, live: live, logger: logger.With("component", "gossip"), state: ring.Joining,
@@ -267,7 +264,7 @@ func (g *Gossip) publish() {
 }
 
 func (m meta) member(id string, state ring.State) ring.Member {
-	return ring.Member{ID: id, Address: m.Address, Zone: m.Zone, State: state, Process: m.Process}
+	return ring.Member{ID: id, Address: m.Address, Zone: m.Zone, State: state, Process: m.Process, Memory: m.Memory}
 }
 
 // lose notes that a member is there no more, in the life that m tells of. The
@@ -323,7 +320,7 @@ func (g *Gossip) NodeMeta(limit int) []byte {
 	defer g.mu.Unlock()
 	m := meta{Address: g.opts.Member.Address, Zone: g.opts.Member.Zone}
 	if m.Address != "" {
-		m.State, m.Process, m.Memory, m.Resending = g.state, g.opts.Member.Process, g.opts.Memory, g.resending
+		m.State, m.Process, m.Memory, m.Resending = g.state, g.opts.Member.Process, g.opts.Member.Memory, g.resending
 	}
 	b, err := json.Marshal(m)
 	if err != nil || len(b) > limit {

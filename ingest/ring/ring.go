@@ -49,6 +49,9 @@ type Member struct {
 	// Process is new at each start of the member, so that a list before a
 	// restart and one after differ in version.
 	Process string `json:"process,omitempty"`
+	// Memory names what the member has received: a process that found the commit
+	// log of the one before has the same. Empty: the process names it.
+	Memory string `json:"memory,omitempty"`
 }
 
 // Snapshot is the list of members at one moment, sorted by id and process: a
@@ -66,7 +69,7 @@ func NewSnapshot(members []Member) Snapshot {
 	})
 	var buf []byte
 	for _, m := range members {
-		for _, s := range []string{m.ID, m.Address, m.Zone, string(m.State), m.Process} {
+		for _, s := range []string{m.ID, m.Address, m.Zone, string(m.State), m.Process, m.Memory} {
 			buf = binary.AppendUvarint(buf, uint64(len(s)))
 			buf = append(buf, s...)
 		}
