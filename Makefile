@@ -55,10 +55,22 @@ fuzz: ## fuzz every decoder for FUZZTIME each
 		for t in $$(grep -oE '^func Fuzz[A-Za-z0-9_]+' $$f | cut -d' ' -f2); do \
 			echo "$$f $$t"; go test -run '^$$' -fuzz "^$$t$$" -fuzztime $(FUZZTIME) ./$$(dirname $$f); done; done
 
+SEED ?=
+STEPS ?= 40
+N ?= 2000
+.PHONY: sim
+sim: ## simulate the write path: SEED= (20 seeds if empty), STEPS=; see docs/simulation.md
+	go test ./e2e/sim -run 'TestSim$$' -count 1 $(if $(SEED),-v) -sim.steps $(STEPS) $(if $(SEED),-sim.seed $(SEED))
+
+.PHONY: sim-long
+sim-long: ## simulate N= seeds of STEPS= steps each
+	go test ./e2e/sim -run 'TestSim$$' -count 1 -timeout 0 -sim.steps $(STEPS) -sim.n $(N)
+
 .PHONY: bench
 bench: tools ## the benchmarks that docs/benchmarks.md shows (half an hour)
 	go test -run '^$$' -bench WritePath -benchtime 1x -count 3 -timeout 30m ./e2e/bench
 	go test -run '^$$' -bench Start -benchtime 5x ./e2e/bench
+	go test -run '^$$' -bench Restart -benchtime 1x -timeout 30m ./e2e/bench
 	go test -run TestMemoryPerSeries -count 1 -v ./sidecar
 	go test -run '^$$' -bench . -benchmem -timeout 30m ./ingest/... ./sidecar/... ./history/... ./gateway/...
 	go test -run TestSizes -count 1 -v ./chunkfmt

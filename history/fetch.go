@@ -185,8 +185,7 @@ func (h *History) load(ctx context.Context, stats *Stats, how fetching, wants []
 		var size int64
 		if err == nil {
 			if v, size, err = w.parse(b); err != nil {
-				h.metrics.corrupt.Inc()
-				h.o.Logger.Error("page can't be read", "object", w.object, "page", w.kind.String(), "offset", w.at.Offset, "size_bytes", w.at.Size, "err", err)
+				h.corrupt(w, err)
 			}
 		}
 		if err != nil {
@@ -196,14 +195,23 @@ func (h *History) load(ctx context.Context, stats *Stats, how fetching, wants []
 		out[p.i] = v
 		return err
 	}
-	var errs []error
 	var absent []pendingPage
 	for _, p := range mine {
-		if b := wants[p.i].bytes; b != nil {
-			errs = append(errs, finish(p, b, nil))
-		} else {
+		w := &wants[p.i]
+		if w.bytes == nil {
 			absent = append(absent, p)
+			continue
 		}
+		v, size, err := w.parse(w.bytes)
+		if err != nil {
+			// What it came with is kept, so these bytes would come again and again,
+			// though only that read may have been bad: it is read by itself.
+			h.corrupt(w, err)
+			absent = append(absent, p)
+			continue
+		}
+		h.pages.Finish(w.key(), p.load, v, size, nil)
+		out[p.i] = v
 	}
 	var g errgroup.Group
 	g.SetLimit(getsPerCall)
@@ -226,13 +234,18 @@ func (h *History) load(ctx context.Context, stats *Stats, how fetching, wants []
 			return errors.Join(errs...)
 		})
 	}
-	if err := errors.Join(append(errs, g.Wait())...); err != nil {
+	if err := g.Wait(); err != nil {
 		if ctx.Err() != nil {
 			return context.Cause(ctx)
 		}
 		return firstError(err)
 	}
 	return nil
+}
+
+func (h *History) corrupt(w *want, err error) {
+	h.metrics.corrupt.Inc()
+	h.o.Logger.Error("page can't be read", "object", w.object, "page", w.kind.String(), "offset", w.at.Offset, "size_bytes", w.at.Size, "err", err)
 }
 
 // firstError picks one of many joined errors, one of an absent object if there

@@ -935,6 +935,34 @@ func TestDamageIsNamed(t *testing.T) {
 	}
 }
 
+// TestDamageIsNotKept damages the read of a small block's directory where it holds
+// the series pages that come with it.
+func TestDamageIsNotKept(t *testing.T) {
+	st := localStores(t)
+	var data []*chunkfmt.Series
+	for i := range 8 {
+		data = append(data, floats(1000, 1000, 2, constant(1), "__name__", "m", "n", fmt.Sprintf("%02d%x", i, historytest.Bytes(30, uint64(i)))))
+	}
+	publish(t, st.open(t, nil), tenantSeries{"a": data})
+	want := selectAll(t, snapshot(t, st.open(t, nil), "a", 0, 1e9), 0, 1e9)
+	damage := true
+	st.setFault(func(op, _ string) historytest.Fault {
+		if op == "GetRange" && damage {
+			damage = false
+			return historytest.Corrupt
+		}
+		return historytest.None
+	})
+	h := st.open(t, nil)
+	for range 2 {
+		got, err := trySelect(t.Context(), snapshot(t, h, "a", 0, 1e9), 0, 1e9)
+		if err != nil {
+			t.Fatal(err) // the page that is damaged can be read by itself
+		}
+		wantSeries(t, got, want)
+	}
+}
+
 func TestAbsentObject(t *testing.T) {
 	st := localStores(t)
 	h := st.open(t, nil)

@@ -89,7 +89,7 @@ func BenchmarkEncode(b *testing.B) {
 	size := 0
 	began := cpu(b)
 	for b.Loop() {
-		blocks, err := encode(g, index.Width, maxBlockBytes, time.Now())
+		blocks, _, err := encode(g, index.Width, maxBlockBytes, time.Now())
 		if err != nil {
 			b.Fatal(err)
 		}

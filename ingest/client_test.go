@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/rand"
 	"errors"
+	"io"
 	"math"
 	"net"
 	"slices"
@@ -36,6 +37,8 @@ type env struct {
 	t       *testing.T
 	reg     *prometheus.Registry
 	conn    *grpc.ClientConn
+	server  *grpc.Server
+	listen  *bufconn.Listener
 	history *history.History
 
 	// decide says what happens to a call of the object or row store; nil: it
@@ -73,23 +76,49 @@ func start(t *testing.T, o Options) *env {
 	if e.Ingester, err = New(o, e.history.Publish, promslog.NewNopLogger(), e.reg); err != nil {
 		t.Fatal(err)
 	}
-	server, l := grpc.NewServer(), bufconn.Listen(1<<20)
-	e.Register(server)
+	if e.log != nil {
+		if err := e.Replay(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		ctx, cancel := context.WithCancel(context.Background())
+		ended := make(chan error, 1)
+		log := e.log
+		go func() { ended <- log.Run(ctx) }() // ends with the cleanup, after the server
+		t.Cleanup(func() {
+			cancel()
+			if err := <-ended; err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	e.serve(t)
+	return e
+}
+
+// serve puts the ingester behind gRPC.
+func (e *env) serve(t *testing.T) {
+	t.Helper()
+	e.server, e.listen = grpc.NewServer(), bufconn.Listen(1<<20)
+	e.Register(e.server)
 	served := make(chan error, 1)
-	go func() { served <- server.Serve(l) }() // ends with the cleanup
+	go func() { served <- e.server.Serve(e.listen) }() // ends with the cleanup
 	t.Cleanup(func() {
-		server.Stop()
+		e.server.Stop()
 		if err := <-served; err != nil {
 			t.Error(err)
 		}
 	})
-	e.conn, err = grpc.NewClient("passthrough:ingester", grpc.WithTransportCredentials(insecure.NewCredentials()),
-		grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) { return l.DialContext(ctx) }))
+	var err error
+	e.conn, err = grpc.NewClient("passthrough:ingester", grpc.WithTransportCredentials(insecure.NewCredentials()), dialer(func() *env { return e }))
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { e.conn.Close() })
-	return e
+}
+
+// dialer reaches the env that is current when it dials.
+func dialer(current func() *env) grpc.DialOption {
+	return grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) { return current().listen.DialContext(ctx) })
 }
 
 // counted is the value of a counter or gauge of the ingester.
@@ -194,10 +223,10 @@ func (e *env) open(h *shippb.Hello) (*client, error) {
 		e.t.Fatal(err)
 	}
 	c := &client{t: e.t, stream: stream, cancel: cancel}
-	if err := stream.Send(&shippb.ToIngester{Message: &shippb.ToIngester_Hello{Hello: h}}); err != nil {
+	if err := stream.Send(&shippb.ToIngester{Message: &shippb.ToIngester_Hello{Hello: h}}); err != nil && !errors.Is(err, io.EOF) {
 		e.t.Fatal(err)
 	}
-	m, err := stream.Recv()
+	m, err := stream.Recv() // for io.EOF it has the reason
 	if err != nil {
 		return nil, err
 	}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"time"
+	"sync/atomic"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/prometheus/model/labels"
@@ -26,6 +27,7 @@ type fetcher struct {
 	resending func(tenant string) bool // sources have ranges to send again
 	process   []byte
 	sources   *sources
+	starting  atomic.Bool              // the commit log has not been replayed
 	requests  *prometheus.CounterVec
 }
 
@@ -38,8 +40,20 @@ func newFetcher(h *head.Head, reg prometheus.Registerer) *fetcher {
 	return f
 }
 
+// begin counts a request, and refuses it while the head isn't what it was before
+// the restart.
+func (f *fetcher) begin(kind string) error {
+	f.requests.WithLabelValues(kind).Inc()
+	if f.starting.Load() {
+		return errStarting
+	}
+	return nil
+}
+
 func (f *fetcher) Select(req *fetchpb.SelectRequest, ss fetchpb.Fetch_SelectServer) error {
-	f.requests.WithLabelValues("select").Inc()
+	if err := f.begin("select"); err != nil {
+		return err
+	}
 	ms, err := fetch.ToMatchers(req.Matchers)
 	if err != nil {
 		return status.Error(codes.InvalidArgument, err.Error())
@@ -77,7 +91,9 @@ func (f *fetcher) Select(req *fetchpb.SelectRequest, ss fetchpb.Fetch_SelectServ
 }
 
 func (f *fetcher) Labels(ctx context.Context, req *fetchpb.LabelsRequest) (*fetchpb.LabelsResponse, error) {
-	f.requests.WithLabelValues("labels").Inc()
+	if err := f.begin("labels"); err != nil {
+		return nil, err
+	}
 	ms, err := fetch.ToMatchers(req.Matchers)
 	if err != nil {
 		return nil, status.Error(codes.InvalidArgument, err.Error())
@@ -92,7 +108,9 @@ func (f *fetcher) Labels(ctx context.Context, req *fetchpb.LabelsRequest) (*fetc
 }
 
 func (f *fetcher) Exemplars(_ context.Context, req *fetchpb.ExemplarsRequest) (*fetchpb.ExemplarsResponse, error) {
-	f.requests.WithLabelValues("exemplars").Inc()
+	if err := f.begin("exemplars"); err != nil {
+		return nil, err
+	}
 	var sets [][]*labels.Matcher
 	for _, s := range req.Matchers {
 		ms, err := fetch.ToMatchers(s.Matchers)
@@ -110,7 +128,9 @@ func (f *fetcher) Exemplars(_ context.Context, req *fetchpb.ExemplarsRequest) (*
 }
 
 func (f *fetcher) Metadata(_ context.Context, req *fetchpb.MetadataRequest) (*fetchpb.MetadataResponse, error) {
-	f.requests.WithLabelValues("metadata").Inc()
+	if err := f.begin("metadata"); err != nil {
+		return nil, err
+	}
 	found, hd := f.head.Metadata(req.Tenant, req.Metric, int(req.Limit))
 	resp := &fetchpb.MetadataResponse{Header: f.header(req.Tenant, hd)}
 	for _, m := range found {
@@ -122,7 +142,9 @@ func (f *fetcher) Metadata(_ context.Context, req *fetchpb.MetadataRequest) (*fe
 }
 
 func (f *fetcher) Stats(_ context.Context, req *fetchpb.StatsRequest) (*fetchpb.StatsResponse, error) {
-	f.requests.WithLabelValues("stats").Inc()
+	if err := f.begin("stats"); err != nil {
+		return nil, err
+	}
 	if req.Tenant == "" {
 		return &fetchpb.StatsResponse{Series: uint64(f.head.Size().Series)}, nil
 	}

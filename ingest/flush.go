@@ -36,8 +36,22 @@ type block struct {
 }
 
 // encode turns a frozen generation into blocks: one for all tenants, unless it
-// would pass maxBytes. window is the width of index rows in ms.
-func encode(g *head.Generation, window int64, maxBytes int64, now time.Time) ([]block, error) {
+// would pass maxBytes. window is the width of index rows in ms. A tenant that can't
+// be encoded is left out, and costs the others nothing but the time to begin anew.
+func encode(g *head.Generation, window int64, maxBytes int64, now time.Time) (out []block, failed map[string]error, _ error) {
+	failed = map[string]error{}
+	for {
+		out, tenant, err := encodeExcept(g, failed, window, maxBytes, now)
+		if err == nil || tenant == "" {
+			return out, failed, err
+		}
+		failed[tenant] = err
+	}
+}
+
+// encodeExcept leaves tenants out. An error that is one tenant's comes with its
+// name.
+func encodeExcept(g *head.Generation, except map[string]error, window int64, maxBytes int64, now time.Time) ([]block, string, error) {
 	var out []block
 	var buf *bytes.Buffer
 	var w *chunkfmt.Writer
@@ -58,6 +72,9 @@ func encode(g *head.Generation, window int64, maxBytes int64, now time.Time) ([]
 		return nil
 	}
 	for _, tenant := range g.Tenants() {
+		if except[tenant] != nil {
+			continue
+		}
 		err := g.Walk(tenant, func(s *chunkfmt.Series) error {
 			if w != nil && w.Size() >= maxBytes {
 				if err := end(); err != nil {
@@ -71,20 +88,20 @@ func encode(g *head.Generation, window int64, maxBytes int64, now time.Time) ([]
 			return w.Add(tenant, s)
 		})
 		if err != nil {
-			return nil, fmt.Errorf("tenant %q: %w", tenant, err)
+			return nil, tenant, fmt.Errorf("tenant %q: %w", tenant, err)
 		}
 	}
 	if err := end(); err != nil {
-		return nil, err
+		return nil, "", err
 	}
-	return out, nil
+	return out, "", nil
 }
 
 // flusher rotates the head and publishes what was in it.
 type flusher struct {
 	head       *head.Head
 	publish    Publish
-	flushed    func(generation uint64) // tells sessions
+	flushed    func(generation uint64, except map[string]error) // it is durable, but for these tenants
 	interval   time.Duration
 	window     int64 // ms
 	visibility time.Duration
@@ -98,6 +115,7 @@ type flusher struct {
 	pending  []*pending // frozen and not published, oldest first
 
 	mu      sync.Mutex
+	err     error       // of the last attempt to publish; nil if it worked
 	waiting []published // until the visibility delay has passed, oldest first
 }
 
@@ -107,7 +125,8 @@ type pending struct {
 	at        time.Time
 	encoded   bool
 	blocks    []block
-	published int // blocks
+	failed    map[string]error // tenants that could not be encoded
+	published int              // blocks
 	byTenant  map[string][]ulid.ULID
 	size      int // bytes published
 }
@@ -121,6 +140,7 @@ type flushMetrics struct {
 	duration         prometheus.Histogram
 	samples, bytes   prometheus.Counter
 	blocks, failures prometheus.Counter
+	unencodable      prometheus.Counter
 }
 
 func newFlushMetrics(reg prometheus.Registerer) *flushMetrics {
@@ -143,7 +163,10 @@ func newFlushMetrics(reg prometheus.Registerer) *flushMetrics {
 			Name: "epimetheus_ingester_flush_failures_total", Help: "Attempts to publish a block that failed; they are repeated.",
 		}),
 	}
-	reg.MustRegister(m.duration, m.samples, m.bytes, m.blocks, m.failures)
+	m.unencodable = prometheus.NewCounter(prometheus.CounterOpts{
+		Name: "epimetheus_ingester_unencodable_tenants_total", Help: "Times that the samples of a tenant could not be made a block: a bug. Its sources send them again.",
+	})
+	reg.MustRegister(m.duration, m.samples, m.bytes, m.blocks, m.failures, m.unencodable)
 	return m
 }
 
@@ -193,9 +216,14 @@ func (f *flusher) flush(ctx context.Context) error {
 func (f *flusher) flushOne(ctx context.Context, p *pending) error {
 	if !p.encoded {
 		var err error
-		if p.blocks, err = encode(p.g, f.window, maxBlockBytes, p.at); err != nil {
-			// A bug: nothing outside could bring a generation into such a state.
+		if p.blocks, p.failed, err = encode(p.g, f.window, maxBlockBytes, p.at); err != nil {
 			return fmt.Errorf("encode: %w", err)
+		}
+		for tenant, err := range p.failed {
+			// A bug: nothing outside could bring a generation into such a state.
+			// The others must not suffer for it, and its sources keep the samples.
+			f.metrics.unencodable.Inc()
+			f.logger.Error("samples of a tenant can't be written, its sources will send them again", "tenant", tenant, "generation", p.g.ID(), "err", err)
 		}
 		p.encoded, p.byTenant = true, map[string][]ulid.ULID{}
 	}
@@ -215,7 +243,7 @@ func (f *flusher) flushOne(ctx context.Context, p *pending) error {
 	f.mu.Lock()
 	f.waiting = append(f.waiting, published{p.g, time.Now()})
 	f.mu.Unlock()
-	f.flushed(p.g.ID())
+	f.flushed(p.g.ID(), p.failed)
 	f.last.Store(time.Now().UnixMilli())
 	f.metrics.duration.Observe(time.Since(p.at).Seconds())
 	f.metrics.samples.Add(float64(p.g.Samples()))
@@ -233,6 +261,9 @@ func (f *flusher) publishOne(ctx context.Context, b *block) error {
 	pause := 200 * time.Millisecond
 	for try := 1; ; try++ {
 		err := f.publish(ctx, b.id, b.data, b.summary)
+		f.mu.Lock()
+		f.err = err
+		f.mu.Unlock()
 		if err == nil {
 			return nil
 		}
@@ -260,6 +291,13 @@ func (f *flusher) publishOne(ctx context.Context, b *block) error {
 		}
 		pause = min(2*pause, 10*time.Second)
 	}
+}
+
+// failing returns why blocks can't be published at present, or nil.
+func (f *flusher) failing() error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.err
 }
 
 // drop lets go of generations that every reader finds in blocks by now.

@@ -13,9 +13,11 @@ import (
 	"golang.org/x/sync/errgroup"
 	"google.golang.org/grpc"
 
+	"github.com/epimetheus-tsdb/epimetheus/ingest/commitlog"
 	"github.com/epimetheus-tsdb/epimetheus/ingest/fetch/fetchpb"
 	"github.com/epimetheus-tsdb/epimetheus/ingest/head"
 	"github.com/epimetheus-tsdb/epimetheus/ingest/ship/shippb"
+	"github.com/epimetheus-tsdb/epimetheus/internal/health"
 )
 
 // Options of an Ingester. Member and RowWidth are required; the rest has
@@ -34,6 +36,11 @@ type Options struct {
 	VisibilityDelay time.Duration
 	FinalFlush      time.Duration // the time for the last flush on the way out; 1 minute by default
 	Limits          Limits
+
+	// CommitLog is the directory of the commit log; empty: there is none.
+	CommitLog string
+	// commitLog is for tests of disks that fail.
+	commitLog commitlog.Options
 }
 
 func (o *Options) setDefaults() {
@@ -71,10 +78,12 @@ func (o *Options) Validate() error {
 }
 
 // Ingester receives, keeps, answers and flushes. Make one with New, Register it
-// with a gRPC server, Run it.
+// with a gRPC server, Replay the commit log if there is one, Run it.
 type Ingester struct {
 	opts    Options
+	health  *health.Board
 	head    *head.Head
+	log     *commitlog.Log // nil: none
 	receive *receiver
 	fetch   *fetcher
 	flush   *flusher
@@ -88,19 +97,30 @@ func New(o Options, publish Publish, logger *slog.Logger, reg prometheus.Registe
 		return nil, err
 	}
 	logger = logger.With("component", "ingester")
-	h := head.New(o.Limits.Series)
-	i := &Ingester{opts: o, head: h, fetch: newFetcher(h, reg), logger: logger}
-	i.receive = &receiver{
-		member: o.Member, head: h, window: 4 << 20, limits: o.Limits, logger: logger,
-		metrics: newReceiveMetrics(reg), sessions: map[sessionID]*session{}, rewinds: map[string]int{}, sources: sources{tenants: map[string][]source{}}, admit: i.admit,
-	}
-	if _, err := rand.Read(i.receive.process[:]); err != nil {
+	i := &Ingester{opts: o, logger: logger, health: &health.Board{}}
+	first, process := uint64(1), [16]byte{}
+	if _, err := rand.Read(process[:]); err != nil {
 		return nil, fmt.Errorf("process id: %w", err)
 	}
+	if o.CommitLog != "" {
+		var err error
+		if i.log, err = commitlog.Open(o.CommitLog, o.commitLog, logger, reg); err != nil {
+			return nil, err
+		}
+		first, process = i.log.First(), i.log.Process()
+	}
+	h := head.NewAt(o.Limits.Series, first)
+	i.head, i.fetch = h, newFetcher(h, reg)
+	i.receive = &receiver{
+		process: process, member: o.Member, head: h, log: i.log, window: 4 << 20, limits: o.Limits, logger: logger,
+		metrics: newReceiveMetrics(reg), sessions: map[sessionID]*session{}, rewinds: map[string]int{}, sources: sources{tenants: map[string][]source{}}, admit: i.admit,
+	}
+	i.receive.starting.Store(i.log != nil)
+	i.fetch.starting.Store(i.log != nil)
 	i.fetch.resending = i.receive.resending
 	i.fetch.process, i.fetch.sources = i.receive.process[:], &i.receive.sources
 	i.flush = &flusher{
-		head: h, publish: publish, flushed: i.receive.flushed, interval: o.FlushInterval, window: o.RowWidth,
+		head: h, publish: publish, flushed: i.durable, interval: o.FlushInterval, window: o.RowWidth,
 		visibility: o.VisibilityDelay, logger: logger, metrics: newFlushMetrics(reg), now: make(chan struct{}, 1),
 	}
 	gauge := func(name, help string, v func(head.Size) float64) {
@@ -109,6 +129,9 @@ func New(o Options, publish Publish, logger *slog.Logger, reg prometheus.Registe
 	gauge("epimetheus_ingester_head_series", "Series of the current generation.", func(s head.Size) float64 { return float64(s.Series) })
 	gauge("epimetheus_ingester_head_samples", "Samples in the head, frozen generations included.", func(s head.Size) float64 { return float64(s.Samples) })
 	gauge("epimetheus_ingester_head_bytes", "Memory of the head, as it counts itself.", func(s head.Size) float64 { return float64(s.Bytes) })
+	reg.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+		Name: "epimetheus_ingester_announced_bytes", Help: "Memory of what sources have announced, about; with that of the head it is bounded by ingester.max_bytes.",
+	}, func() float64 { return float64(i.receive.announced.Load()) }))
 	gauge("epimetheus_ingester_head_generations", "Generations that are readable.", func(s head.Size) float64 { return float64(s.Generations) })
 	gauge("epimetheus_ingester_head_tenants", "Tenants of the current generation.", func(s head.Size) float64 { return float64(s.Tenants) })
 	reg.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{
@@ -123,8 +146,17 @@ func (i *Ingester) Register(s *grpc.Server) {
 	fetchpb.RegisterFetchServer(s, i.fetch)
 }
 
-// Process is the id of this process, as hex.
+// Process is the id of this process on the ring, as hex. A start that found the
+// commit log of the process before goes on as that one: to the others it was away,
+// but has lost nothing that they would have to warn of.
 func (i *Ingester) Process() string { return hex.EncodeToString(i.receive.process[:]) }
+
+// Health says what is degraded.
+func (i *Ingester) Health() *health.Board { return i.health }
+
+// Resending says whether a source has ranges to send again that an ingester lost,
+// or whether it has is not known because its stream is broken.
+func (i *Ingester) Resending() bool { return i.receive.anyResending() }
 
 // Drain makes the ingester refuse new streams: it is leaving.
 func (i *Ingester) Drain() { i.receive.draining.Store(true) }
@@ -132,6 +164,33 @@ func (i *Ingester) Drain() { i.receive.draining.Store(true) }
 // Flush makes all durable that has been received by now.
 func (i *Ingester) Flush(ctx context.Context) error {
 	return i.flush.flush(ctx)
+}
+
+// durable tells sessions that a generation is durable, and lets go of its log. The
+// log knows before they do: what a source was told must hold after a restart. The
+// sessions of tenants that it is not durable for end: their sources send again.
+func (i *Ingester) durable(generation uint64, except map[string]error) {
+	for tenant := range except {
+		i.receive.endSessions(tenant)
+	}
+	if i.log != nil {
+		i.log.Durable(generation)
+	}
+	i.receive.flushed(generation)
+	if i.log != nil {
+		i.log.Remove()
+	}
+}
+
+// LogStatus says in a few words whether what is received is in the commit log.
+func (i *Ingester) LogStatus() string {
+	if i.log == nil {
+		return "off"
+	}
+	if err := i.log.Err(); err != nil {
+		return err.Error()
+	}
+	return "on"
 }
 
 // Size is what the head holds.
@@ -144,6 +203,19 @@ const toldTimeout = 2 * time.Second
 // time that FinalFlush gives; what is not durable then is sent again by its
 // sources.
 func (i *Ingester) Run(ctx context.Context) error {
+	if i.log == nil {
+		return i.run(ctx)
+	}
+	// The log takes what comes until all is flushed and told.
+	lctx, cancel := context.WithCancel(context.WithoutCancel(ctx))
+	logged := make(chan error, 1)
+	go func() { logged <- i.log.Run(lctx) }() // awaited below
+	err := i.run(ctx)
+	cancel()
+	return errors.Join(err, <-logged)
+}
+
+func (i *Ingester) run(ctx context.Context) error {
 	g, gctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return i.flush.run(gctx) })
 	g.Go(func() error {
@@ -157,6 +229,7 @@ func (i *Ingester) Run(ctx context.Context) error {
 			case now := <-tick.C:
 				i.flush.drop(now)
 				i.receive.expire(now)
+				i.note()
 			case now := <-seldom.C:
 				i.receive.sources.expire(now)
 			}
@@ -177,13 +250,27 @@ func (i *Ingester) Run(ctx context.Context) error {
 	return nil
 }
 
+// note says what is degraded.
+func (i *Ingester) note() {
+	h, size := i.health, i.head.Size()
+	err := i.flush.failing()
+	h.Note("flush", err != nil, "blocks can't be written, fresh samples stay in memory and are safe at their sources: %v", err)
+	held := size.Bytes + i.receive.announced.Load()
+	h.Note("full", held >= i.opts.MaxBytes, "the head is full (%d of %d bytes): samples wait at their sources until a flush has worked", held, i.opts.MaxBytes)
+	if i.log != nil {
+		err := i.log.Err()
+		h.Note("log", err != nil, "the commit log is not written until the next flush, a crash would have sources send again: %v", err)
+	}
+	h.Note("again", i.receive.anyResending(), "a source is sending again what an ingester lost, or has been out of reach for less than %s", sessionTTL)
+}
+
 // admit waits while the head is full, and starts a flush where one is due.
 func (i *Ingester) admit(ctx context.Context) error {
 	for {
 		if i.head.Current().Bytes() >= i.opts.FlushBytes {
 			i.flush.trigger()
 		}
-		if i.head.Size().Bytes < i.opts.MaxBytes {
+		if i.head.Size().Bytes+i.receive.announced.Load() < i.opts.MaxBytes {
 			return nil
 		}
 		select {

@@ -2,6 +2,7 @@ package ingest
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"slices"
 	"strings"
@@ -618,7 +619,7 @@ func TestEncodeSplits(t *testing.T) {
 		h.Append(tenant, &refs, &head.Batch{Columns: cols})
 	}
 	g := h.Rotate()
-	blocks, err := encode(g, index.Width, 64<<10, time.Now())
+	blocks, _, err := encode(g, index.Width, 64<<10, time.Now())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -642,7 +643,50 @@ func TestEncodeSplits(t *testing.T) {
 	if samples != 2*2000*20 {
 		t.Errorf("%d samples in blocks", samples)
 	}
-	if blocks, err = encode(h.Rotate(), index.Width, maxBlockBytes, time.Now()); err != nil || len(blocks) != 0 {
+	if blocks, _, err = encode(h.Rotate(), index.Width, maxBlockBytes, time.Now()); err != nil || len(blocks) != 0 {
 		t.Errorf("an empty generation gives %d blocks, %v", len(blocks), err)
+	}
+}
+
+// A tenant whose samples can't be made a block costs the others nothing. (No
+// source gets so far: labels are checked when they are announced.)
+func TestEncodeFails(t *testing.T) {
+	h := head.New(0)
+	for tenant, value := range map[string]string{"a": "x", "bad": "", "c": "x"} {
+		var refs head.Refs
+		refs.Announce(0, labels.FromStrings(model.MetricNameLabel, "m", "empty", value), false)
+		cols := &ship.Columns{}
+		cols.Floats.Ref, cols.Floats.T, cols.Floats.V = []uint32{0}, []int64{1}, []float64{1}
+		h.Append(tenant, &refs, &head.Batch{Columns: cols})
+	}
+	blocks, failed, err := encode(h.Rotate(), index.Width, maxBlockBytes, time.Now())
+	if err != nil || len(failed) != 1 || failed["bad"] == nil {
+		t.Fatalf("failed %v, %v", failed, err)
+	}
+	var got []string
+	for _, x := range blocks[0].summary.Tenants {
+		got = append(got, x.Tenant)
+	}
+	if d := cmp.Diff([]string{"a", "c"}, got); d != "" {
+		t.Error(d)
+	}
+}
+
+// The sessions of a tenant that a flush leaves out end, and no others.
+func TestSessionsEnd(t *testing.T) {
+	e := start(t, Options{})
+	bad, good := e.mustOpen(hello("bad")), e.mustOpen(hello("good"))
+	for _, c := range []*client{bad, good} {
+		c.send(c.batch(1, 0, []string{"x"}, 0, 1000, 1))
+		c.await(1, 0)
+	}
+	if n := e.counted("epimetheus_ingester_announced_bytes"); n < 200 {
+		t.Errorf("%v bytes announced", n)
+	}
+	e.durable(e.head.Rotate().ID(), map[string]error{"bad": errors.New("test")})
+	good.await(1, 1)
+	bad.ends(codes.NotFound)
+	if n := e.counted("epimetheus_ingester_announced_bytes"); n > 200 {
+		t.Errorf("%v bytes announced by a session that has ended", n)
 	}
 }

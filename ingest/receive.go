@@ -7,6 +7,7 @@ import (
 	"io"
 	"log/slog"
 	"math"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -21,6 +22,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	"github.com/epimetheus-tsdb/epimetheus/chunkfmt"
+	"github.com/epimetheus-tsdb/epimetheus/ingest/commitlog"
 	"github.com/epimetheus-tsdb/epimetheus/ingest/head"
 	"github.com/epimetheus-tsdb/epimetheus/ingest/ship"
 	"github.com/epimetheus-tsdb/epimetheus/ingest/ship/shippb"
@@ -36,21 +38,28 @@ const (
 	maxTenant    = 150              // bytes
 )
 
+// errStarting is the answer to streams and requests before the commit log has
+// been replayed.
+var errStarting = status.Error(codes.Unavailable, "the ingester is starting: it replays its commit log")
+
 // receiver keeps the sessions and applies their batches to the head.
 type receiver struct {
 	shippb.UnimplementedShipServer
 
-	process  [16]byte
+	process  [16]byte // that sessions are with
 	member   string
 	head     *head.Head
+	log      *commitlog.Log              // nil: there is none
 	admit    func(context.Context) error // waits while the head is full
 	window   uint64
 	limits   Limits
 	logger   *slog.Logger
 	metrics  *receiveMetrics
 	draining atomic.Bool
+	starting atomic.Bool // the commit log has not been replayed
 
-	durable atomic.Uint64 // generations up to this one
+	durable   atomic.Uint64 // generations up to this one
+	announced atomic.Int64  // bytes that all sessions' refs take, about
 
 	mu       sync.Mutex
 	sessions map[sessionID]*session
@@ -107,6 +116,9 @@ func newReceiveMetrics(reg prometheus.Registerer) *receiveMetrics {
 
 // Stream implements the ship protocol.
 func (r *receiver) Stream(ss shippb.Ship_StreamServer) error {
+	if r.starting.Load() {
+		return errStarting
+	}
 	if r.draining.Load() {
 		return status.Error(codes.Unavailable, "the ingester is leaving: send to the other owners on the ring")
 	}
@@ -144,7 +156,7 @@ func (r *receiver) Stream(ss shippb.Ship_StreamServer) error {
 	s.mu.Lock()
 	welcome := &shippb.Welcome{
 		Version: ship.Version, Process: r.process[:], Ingester: r.member,
-		Received: s.received, Durable: s.durable, WindowBytes: r.window, Resumed: resumed,
+		Received: r.acknowledged(s), Durable: s.durable, WindowBytes: r.window, Resumed: resumed,
 	}
 	s.mu.Unlock()
 	if err := ss.Send(&shippb.ToSidecar{Message: &shippb.ToSidecar_Welcome{Welcome: welcome}}); err != nil {
@@ -186,12 +198,20 @@ func (r *receiver) attach(ctx context.Context, hello *shippb.Hello, st *stream) 
 			}
 			s = &session{id: id, source: [16]byte(hello.Source), changed: make(chan struct{}, 1), stream: st}
 			r.sessions[id] = s
+			r.succeed(s)
 			r.mu.Unlock()
 			return s, false, nil
 		}
 		r.mu.Unlock()
 		s.mu.Lock()
 		old := s.stream
+		if old == nil && continues && hello.Received > s.received {
+			// A crash has cost the end of the commit log. The client has what is
+			// missing no more: it reads it again, for another session.
+			s.mu.Unlock()
+			r.forget(s)
+			continue
+		}
 		if old == nil {
 			s.stream = st
 			s.mu.Unlock()
@@ -204,6 +224,23 @@ func (r *receiver) attach(ctx context.Context, hello *shippb.Hello, st *stream) 
 		case <-ctx.Done():
 			return nil, false, ctx.Err()
 		}
+	}
+}
+
+// succeed takes what a source has said in sessions that it has left behind for
+// outdated: it was started anew, and says again what it has to send again. The
+// caller holds r.mu.
+func (r *receiver) succeed(s *session) {
+	for _, old := range r.sessions {
+		if old == s || old.source != s.source || old.id.tenant != s.id.tenant {
+			continue
+		}
+		old.mu.Lock()
+		if old.stream == nil {
+			r.setRewinds(old, 0)
+			old.succeeded = true
+		}
+		old.mu.Unlock()
 	}
 }
 
@@ -247,18 +284,66 @@ func (r *receiver) resending(tenant string) bool {
 	return r.rewinds[tenant] > 0
 }
 
+// anyResending says whether a source of any tenant has ranges to send again, or
+// has a session but no stream to say so.
+func (r *receiver) anyResending() bool {
+	r.rewindsMu.Lock()
+	n := len(r.rewinds)
+	r.rewindsMu.Unlock()
+	if n > 0 {
+		return true
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for _, s := range r.sessions {
+		s.mu.Lock()
+		silent := s.stream == nil && !s.succeeded && s.durable < s.received
+		s.mu.Unlock()
+		if silent {
+			return true
+		}
+	}
+	return false
+}
+
+// forget drops a session that is of no use to its client.
+func (r *receiver) forget(s *session) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if r.sessions[s.id] == s {
+		r.remove(s)
+	}
+}
+
+// remove takes a session out. The caller holds r.mu and s.mu.
+func (r *receiver) remove(s *session) {
+	r.setRewinds(s, 0)
+	r.announced.Add(-s.refs.Bytes())
+	delete(r.sessions, s.id)
+}
+
 // expire forgets sessions without a stream for too long.
 func (r *receiver) expire(now time.Time) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	for id, s := range r.sessions {
+	for _, s := range r.sessions {
 		s.mu.Lock()
 		if s.stream == nil && now.Sub(s.lastSeen) > sessionTTL {
-			r.setRewinds(s, 0)
-			delete(r.sessions, id)
+			r.remove(s)
 		}
 		s.mu.Unlock()
 	}
+}
+
+// acknowledged is what the source may be told as received. With a commit log
+// that is what a restarted process will know. The caller holds s.mu.
+func (r *receiver) acknowledged(s *session) uint64 {
+	if r.log == nil {
+		return s.received
+	}
+	return min(s.received, max(s.logged.Load(), s.durable))
 }
 
 // flushed tells all sessions that generations up to the one given are durable.
@@ -272,6 +357,23 @@ func (r *receiver) flushed(generation uint64) {
 	r.mu.Unlock()
 	for _, s := range all {
 		s.flushed(generation)
+	}
+}
+
+// endSessions ends a tenant's sessions for good.
+func (r *receiver) endSessions(tenant string) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for _, s := range r.sessions {
+		if s.id.tenant != tenant {
+			continue
+		}
+		s.mu.Lock()
+		if s.stream != nil {
+			s.stream.cancel(status.Error(codes.NotFound, "what the session has received can't be made durable: begin a new one"))
+		}
+		r.remove(s)
+		s.mu.Unlock()
 	}
 }
 
@@ -314,7 +416,7 @@ func (r *receiver) answer(ctx context.Context, ss shippb.Ship_StreamServer, s *s
 		case <-beat.C:
 		}
 		s.mu.Lock()
-		ack := &shippb.Ack{Received: s.received, Durable: s.durable, Refused: s.refused}
+		ack := &shippb.Ack{Received: r.acknowledged(s), Durable: s.durable, Refused: s.refused}
 		s.refused = nil
 		s.mu.Unlock()
 		if err := ss.Send(&shippb.ToSidecar{Message: &shippb.ToSidecar_Ack{Ack: ack}}); err != nil {
@@ -373,6 +475,11 @@ func (r *receiver) receive(ctx context.Context, ss shippb.Ship_StreamServer, s *
 				if err := r.admit(ctx); err != nil {
 					return err
 				}
+				if r.log != nil {
+					if err := r.log.Wait(ctx); err != nil {
+						return err
+					}
+				}
 				if err := r.apply(s, m.Batch, &dec, &cols); err != nil {
 					return err
 				}
@@ -397,12 +504,16 @@ func (r *receiver) apply(s *session, b *shippb.Batch, dec *ship.Decoder, cols *s
 	if b.Seq != s.received+1 {
 		return status.Errorf(codes.InvalidArgument, "batch %d follows batch %d", b.Seq, s.received)
 	}
-	for _, a := range b.Announce {
+	known, announced := s.refs.Len(), s.refs.Bytes()
+	defer func() { r.announced.Add(s.refs.Bytes() - announced) }()
+	var refused []uint32
+	for i, a := range b.Announce {
 		ls, err := r.labels(a.Labels)
 		if int64(a.Ref) >= maxRefs {
 			return status.Errorf(codes.InvalidArgument, "ref %d is beyond the limit of %d series in a session", a.Ref, maxRefs)
 		}
 		if err != nil {
+			refused = append(refused, uint32(i))
 			r.logger.Debug("series refused", "tenant", s.id.tenant, "series", ls.String(), "err", err)
 		}
 		if !s.refs.Announce(a.Ref, ls, err != nil) {
@@ -413,35 +524,32 @@ func (r *receiver) apply(s *session, b *shippb.Batch, dec *ship.Decoder, cols *s
 		return status.Errorf(codes.InvalidArgument, "batch %d: %v", b.Seq, err)
 	}
 	batch := head.Batch{Columns: cols}
-	if err := s.checkRefs(cols); err != nil {
+	if err := checkRefs(&s.refs, cols, b.Withdraw); err != nil {
 		return err
 	}
 	for _, e := range b.Exemplars {
 		if !s.refs.Valid(e.Ref) {
 			return unknownRef(e.Ref)
 		}
-		ls, err := pairs(e.Labels)
-		if err != nil || labelRunes(e.Labels) > exemplar.ExemplarMaxLabelSetLength {
+		x, ok := exemplarOf(e)
+		if !ok {
 			s.refuse(b.Seq, "invalid_exemplar", head.Refusal{Samples: 1, Example: s.refs.Labels(e.Ref)})
 			continue
 		}
-		batch.Exemplars = append(batch.Exemplars, head.Exemplar{Ref: e.Ref, Exemplar: chunkfmt.Exemplar{
-			Labels: ls, Ts: e.T, HasTs: true, Value: math.Float64frombits(e.Value),
-		}})
+		batch.Exemplars = append(batch.Exemplars, x)
 	}
 	for _, m := range b.Metadata {
 		if !s.refs.Valid(m.Ref) {
 			return unknownRef(m.Ref)
 		}
-		batch.Metadata = append(batch.Metadata, head.Metadata{Ref: m.Ref, Family: m.Family, Metadata: metadata.Metadata{
-			Type: model.MetricType(m.Type), Unit: m.Unit, Help: m.Help,
-		}})
+		batch.Metadata = append(batch.Metadata, metadataOf(m))
 	}
 	res := r.head.Append(s.id.tenant, &s.refs, &batch)
+	if r.log != nil {
+		r.write(s, b, known, refused, &res)
+	}
 	for _, ref := range b.Withdraw {
-		if !s.refs.Withdraw(ref) {
-			return unknownRef(ref)
-		}
+		s.refs.Withdraw(ref)
 	}
 	s.applied(b.Seq, res.Generation, r.durable.Load())
 	r.metrics.batches.WithLabelValues("applied").Inc()
@@ -461,15 +569,41 @@ func unknownRef(ref uint32) error {
 	return status.Errorf(codes.InvalidArgument, "ref %d is not announced", ref)
 }
 
-func (s *session) checkRefs(c *ship.Columns) error {
-	for _, refs := range [][]uint32{c.Floats.Ref, c.Histograms.Ref, c.FloatHistograms.Ref} {
+// checkRefs says whether all refs of samples and withdrawals mean something.
+func checkRefs(known *head.Refs, c *ship.Columns, withdraw []uint32) error {
+	for _, refs := range [][]uint32{c.Floats.Ref, c.Histograms.Ref, c.FloatHistograms.Ref, withdraw} {
 		for _, ref := range refs {
-			if !s.refs.Valid(ref) {
+			if !known.Valid(ref) {
 				return unknownRef(ref)
 			}
 		}
 	}
+	if len(withdraw) > 1 {
+		sorted := slices.Sorted(slices.Values(withdraw))
+		for i, ref := range sorted[1:] {
+			if ref == sorted[i] {
+				return unknownRef(ref) // it is withdrawn twice
+			}
+		}
+	}
 	return nil
+}
+
+// exemplarOf is false for one that Prometheus wouldn't take either.
+func exemplarOf(e *shippb.Exemplar) (head.Exemplar, bool) {
+	ls, err := pairs(e.Labels)
+	if err != nil || labelRunes(e.Labels) > exemplar.ExemplarMaxLabelSetLength {
+		return head.Exemplar{}, false
+	}
+	return head.Exemplar{Ref: e.Ref, Exemplar: chunkfmt.Exemplar{
+		Labels: ls, Ts: e.T, HasTs: true, Value: math.Float64frombits(e.Value),
+	}}, true
+}
+
+func metadataOf(m *shippb.Metadata) head.Metadata {
+	return head.Metadata{Ref: m.Ref, Family: m.Family, Metadata: metadata.Metadata{
+		Type: model.MetricType(m.Type), Unit: m.Unit, Help: m.Help,
+	}}
 }
 
 // pairs makes labels of names and values, by turns.

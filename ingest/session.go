@@ -3,6 +3,7 @@ package ingest
 import (
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/epimetheus-tsdb/epimetheus/ingest/head"
@@ -34,6 +35,13 @@ type session struct {
 	lastSeen time.Time // of the end of the last stream
 	lag      time.Duration
 	rewinds  uint32
+	// succeeded: its source has begun another session while it had no stream.
+	succeeded bool
+
+	// For the commit log, if there is one.
+	generation uint64        // that the last batch was applied to; 0: none yet
+	index      uint64        // in the log of that generation; 0: not in it yet
+	logged     atomic.Uint64 // batches up to this one are written, or won't be
 }
 
 // mark says that batches up to seq are in the generation or older ones.
@@ -54,7 +62,7 @@ type stream struct {
 
 // applied notes a batch. The caller holds s.mu.
 func (s *session) applied(seq, generation uint64, durable uint64) {
-	s.received = seq
+	s.received, s.generation = seq, generation
 	if generation <= durable {
 		s.durable = seq
 		return
@@ -78,6 +86,21 @@ func (s *session) flushed(generation uint64) {
 	if n > 0 {
 		s.marks = append(s.marks[:0], s.marks[n:]...)
 		s.wake()
+	}
+}
+
+// written notes that batches up to seq are in the commit log, or won't be. It may
+// be called with and without s.mu held, and out of order where a log ends early.
+func (s *session) written(seq uint64) {
+	for {
+		old := s.logged.Load()
+		if seq <= old {
+			return
+		}
+		if s.logged.CompareAndSwap(old, seq) {
+			s.wake()
+			return
+		}
 	}
 }
 

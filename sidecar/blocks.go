@@ -77,7 +77,10 @@ type seenBlock struct {
 }
 
 // Reasons for fills, beside those of gaps.
-const reasonBackfill = "backfill"
+const (
+	reasonBackfill = "backfill"
+	reasonImported = "imported"
+)
 
 type blocksFile struct {
 	Version int         `json:"version"` // of this format: 1
@@ -200,6 +203,12 @@ func (b *blocks) list(listed []backfill.Block, now time.Time, maxAge time.Durati
 			wanted[id] = f
 		}
 	}
+	frontier := int64(noTime) // up to where the head was compacted
+	for _, x := range listed {
+		if !x.Stale && b.knows(x.Sources) {
+			frontier = max(frontier, x.MaxTime)
+		}
+	}
 	waiting := b.waiting[:0:0]
 	for _, x := range listed {
 		if x.Rewrites != (ulid.ULID{}) && b.known[x.Rewrites] {
@@ -217,6 +226,11 @@ func (b *blocks) list(listed []backfill.Block, now time.Time, maxAge time.Durati
 			if f := wanted[id]; f != nil && reason == "" {
 				reason, mint = f.reason, f.mint
 			}
+		}
+		if reason == "" && x.Level == 1 && !x.OutOfOrder && !x.Stale && x.Rewrites == (ulid.ULID{}) && x.MaxTime <= frontier {
+			// Prometheus writes the head's blocks one behind the other. Somebody
+			// has put this one there, and the WAL has nothing of it.
+			reason = reasonImported
 		}
 		if reason == "" {
 			waiting = append(waiting, seenBlock{sources: x.Sources})

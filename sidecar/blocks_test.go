@@ -133,6 +133,32 @@ func TestBackfill(t *testing.T) {
 			if m := h.metric("epimetheus_sidecar_block_samples_total"); m != n {
 				t.Errorf("%v samples of blocks read that came by the WAL", m-n)
 			}
+
+			// A block that somebody puts there isn't.
+			old := time.Now().Add(-100 * time.Hour).UnixMilli()
+			dir := t.TempDir()
+			bw, err := tsdb.NewBlockWriter(promslog.NewNopLogger(), dir, dbRange)
+			if err != nil {
+				t.Fatal(err)
+			}
+			app := bw.Appender(t.Context())
+			ls := labels.FromStrings("__name__", "imported")
+			if _, err := app.Append(0, ls, old, 7); err != nil {
+				t.Fatal(err)
+			}
+			if err := app.Commit(); err != nil {
+				t.Fatal(err)
+			}
+			id, err := bw.Flush(t.Context())
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := os.Rename(filepath.Join(dir, id.String()), filepath.Join(h.promDir, id.String())); err != nil {
+				t.Fatal(err)
+			}
+			bw.Close()
+			d.all[ls.String()] = map[int64]string{old: fmt.Sprintf("0 %x", math.Float64bits(7))}
+			h.want(d.all, false)
 		})
 	}
 }

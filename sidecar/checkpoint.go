@@ -22,7 +22,10 @@ type checkpoint struct {
 	// Position is the start of the first range that isn't durable. Nil before
 	// the first start has found a WAL.
 	Position *tail.Position `json:"position,omitempty"`
-	// Files says how far each file of the log from Position on was known, to see
+	// Epoch is that of the log which Files tells of: what is read now. Position
+	// may be of one before.
+	Epoch uint32 `json:"epoch"`
+	// Files says how far each file of the log was known, to see
 	// that it is still that file.
 	Files []tail.Known `json:"files,omitempty"`
 	// Labels are the versions of external labels and relabelling, ascending.
@@ -125,7 +128,7 @@ func (s *shipper) saveCheckpoint() error {
 	if err != nil {
 		return err
 	}
-	s.cp.Position, s.cp.Files, s.cp.Labels = &pos, known, s.versions.file()
+	s.cp.Position, s.cp.Epoch, s.cp.Files, s.cp.Labels = &pos, s.tail.Position().Epoch, known, s.versions.file()
 	s.cp.Newest = max(s.cp.Newest, s.newestT)
 	if err := s.cp.save(s.opts.DataDir); err != nil {
 		return err

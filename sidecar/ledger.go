@@ -126,7 +126,7 @@ func (l *Ledger) Live(s SessionID) bool {
 func (l *Ledger) Skip(to tail.Position) { l.next = to }
 
 // Add enters the next range, up to to. It begins where the last one ended, or
-// where Skip said.
+// where Skip said. What parts of a single copy have sent is the ledger's then.
 func (l *Ledger) Add(to tail.Position, split SplitID, parts []Part) {
 	r := &ledgerRange{from: l.next, to: to, split: split}
 	l.next = to
@@ -139,7 +139,7 @@ func (l *Ledger) Add(to tail.Position, split SplitID, parts []Part) {
 		m := len(space) + len(parts[i].Copies)
 		lp := ledgerPart{owners: parts[i].Owners, copies: space[len(space):len(space):m]}
 		space = space[:m]
-		if l.assign(&lp, parts[i:i+1], false); !lp.done() {
+		if l.assign(&lp, parts[i:i+1], false, len(parts[i].Copies) == 1); !lp.done() {
 			r.parts = append(r.parts, lp)
 		}
 	}
@@ -149,12 +149,15 @@ func (l *Ledger) Add(to tail.Position, split SplitID, parts []Part) {
 }
 
 // assign sets what a part waits for: all of groups. lp.copies is empty, with
-// room perhaps.
-func (l *Ledger) assign(lp *ledgerPart, groups []Part, lost bool) {
+// room perhaps. What was sent is taken over if it is own.
+func (l *Ledger) assign(lp *ledgerPart, groups []Part, lost, own bool) {
 	lp.state, lp.work = partSent, 0
 	for g := range groups {
 		for _, c := range groups[g].Copies {
 			lc := ledgerCopy{group: g, lost: c.Lost}
+			if own {
+				lc.sent = c.Sent[:0] // filtered in place
+			}
 			for _, s := range c.Sent {
 				durable, live := l.sessions[s.Session]
 				switch {
@@ -382,7 +385,7 @@ func (l *Ledger) mark(r *ledgerRange, work uint64) {
 func (l *Ledger) Resent(id uint64, parts []Part, lost bool) {
 	l.sweep(func(lp *ledgerPart) {
 		if lp.state == partReading && lp.work == id {
-			l.assign(lp, parts, lost)
+			l.assign(lp, parts, lost, false)
 		}
 	})
 }

@@ -178,6 +178,14 @@ func (s *shipper) onRing(id string) bool {
 	return false
 }
 
+// isLost says whether a member vanished, as the ring has it.
+func (s *shipper) isLost(id string) bool {
+	if s.ring == nil {
+		return false
+	}
+	return slices.ContainsFunc(s.ring.Snapshot().Members, func(m ring.Member) bool { return m.ID == id && m.State == ring.Lost })
+}
+
 // canDetach says whether the tail can go on without an owner: another must be
 // there to take its series.
 func (s *shipper) canDetach(o *owner) bool {

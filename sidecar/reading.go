@@ -87,18 +87,30 @@ func (s *shipper) jumped(ctx context.Context, b *tail.BreakError) {
 		if err := s.dict.fork(b.To, b.Carried); err != nil {
 			s.dictionaryTrouble(err)
 		}
-		s.gcDone = -1
+		s.gcDone, s.gcNext = -1, -1
 	}
 	s.openGap(string(b.Kind))
 }
 
 // collect forgets series that Prometheus has dropped, once it has written a WAL
-// checkpoint without them and nothing before that has to be read again.
+// checkpoint without them and no sample of theirs has to be read again. These may
+// lie behind what that checkpoint stands for, up to the segment that was the last
+// when it was written.
 func (s *shipper) collect(ctx context.Context) {
 	done := s.ledger.Checkpoint()
 	s.dict.forget(done, s.releaseSlot)
 	n, err := s.dir.LastCheckpoint()
-	if err != nil || n <= s.gcDone || done.InCheckpoint || done.Segment <= n || done.Epoch != s.tail.Position().Epoch {
+	if err != nil || n <= s.gcDone || done.InCheckpoint || done.Epoch != s.tail.Position().Epoch {
+		return
+	}
+	if n != s.gcNext {
+		_, last, err := s.dir.Segments()
+		if err != nil {
+			return // the next time
+		}
+		s.gcNext, s.gcFrom = n, last
+	}
+	if done.Segment <= n || done.Segment < s.gcFrom {
 		return
 	}
 	err = tail.CheckpointSeries(ctx, s.dir, n, s.logger, s.tailMetrics, func(series []record.RefSeries) {

@@ -25,7 +25,7 @@ func (s *shipper) report(now time.Time) {
 		st.OpenRanges += n.Open
 		st.QueuedRanges += n.Queued
 	})
-	s.queue.Store(uint32(st.QueuedRanges))
+	s.queue.Store(uint32(s.openRewinds(st.QueuedRanges)))
 	s.declare()
 	if c := s.coverage.Load(); c != nil {
 		st.Copies = int(c.Copies)
@@ -84,5 +84,58 @@ func (s *shipper) report(now time.Time) {
 	m.sessions.Set(float64(len(st.Sessions)))
 	m.inflight.Set(float64(inflight))
 	m.detached.Set(float64(detached))
+	s.note(&st)
 	s.publish(st)
+}
+
+// openRewinds is what ingesters are told of ranges that are sent again, given how
+// many are queued: the last one is open until all that was sent is received, since
+// queries see it only then.
+func (s *shipper) openRewinds(queued int) int {
+	if queued > 0 {
+		s.rewinding, s.resent = true, nil
+		return queued
+	}
+	if !s.rewinding {
+		return 0
+	}
+	if s.resent == nil {
+		s.resent = map[SessionID]uint64{}
+		for _, ss := range s.sessions {
+			if ss != nil {
+				s.resent[ss.id] = ss.last
+			}
+		}
+	}
+	for _, ss := range s.sessions {
+		if ss != nil && ss.received < s.resent[ss.id] {
+			return 1
+		}
+	}
+	s.rewinding, s.resent = false, nil
+	return 0
+}
+
+// lagNoted is from how many bytes of unread WAL on a sidecar is said to be behind.
+const lagNoted = 32 << 20
+
+// note says what is degraded.
+func (s *shipper) note(st *Status) {
+	h := s.health
+	_, ringErr := s.ringWatch.present()
+	h.Note("ring", ringErr != nil, "the ring can't be had from a gateway, the one known last is used: %v", ringErr)
+	h.Note("split", s.split == nil, "there is no active ingester to send to: samples wait in the WAL")
+	labelsErr := s.external.lastError()
+	h.Note("labels", labelsErr != nil, "the external labels of Prometheus can't be had, those known last are used: %v", labelsErr)
+	for id, o := range s.owners {
+		h.Note("owner "+id, o.detached, "ingester %s is slow or out of reach: its series go to others", id)
+	}
+	h.Note("lag", st.LagBytes > lagNoted, "%d bytes of WAL are not read yet", st.LagBytes)
+	h.Note("again", st.QueuedRanges > 0, "%d ranges are being read and sent again because an ingester lost them", st.QueuedRanges)
+	gap := ""
+	if st.Gap != nil {
+		gap = st.Gap.Reason
+	}
+	h.Note("gap", st.Gap != nil, "samples of the WAL may not have been read (%s): they come from Prometheus's blocks, as it writes them", gap)
+	h.Note("dropped", s.files.Stats().Dropped > 0, "WAL that Prometheus deleted was let go beyond keep_wal_bytes: it comes from blocks")
 }

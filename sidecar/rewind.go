@@ -6,6 +6,7 @@ import (
 	"io/fs"
 	"time"
 
+	"github.com/epimetheus-tsdb/epimetheus/internal/bug"
 	"github.com/epimetheus-tsdb/epimetheus/sidecar/tail"
 )
 
@@ -82,6 +83,9 @@ func (s *shipper) readAgain(ctx context.Context) bool {
 	switch {
 	case err == nil:
 		s.rewindFails = 0
+		if bug.Is(bug.ResentIsDone) {
+			parts = nil
+		}
 		s.ledger.Resent(w.ID, parts, false)
 	case ctx.Err() != nil:
 		s.ledger.Return(w.ID)
@@ -112,7 +116,11 @@ func (s *shipper) take(ctx context.Context, l *Ledger, maxBytes int64) (Work, bo
 		}
 		return w, false
 	}
-	s.rewind = &rewindState{split: s.splits[w.Split], parts: map[string]bool{}, seen: map[uint32]lastSample{}}
+	by := s.splits[w.Split]
+	if bug.Is(bug.LatestRing) {
+		by = s.split
+	}
+	s.rewind = &rewindState{split: by, parts: map[string]bool{}, seen: map[uint32]lastSample{}}
 	for _, owners := range w.Owners {
 		s.rewind.parts[owners] = true
 	}

@@ -163,6 +163,10 @@ func (ss *session) take(enc *ship.Encoder) *shippb.Batch {
 	return b
 }
 
+// lostAfter is for how many times DetachAfter a lost ingester is waited for: long
+// enough for one that restarts and has its commit log.
+const lostAfter = 3
+
 // sessionOf returns the session with an owner, and waits if none can be had at
 // once. It returns nil if the owner is, or gets, detached.
 func (s *shipper) sessionOf(ctx context.Context, o *owner) *session {
@@ -404,7 +408,11 @@ func (s *shipper) pump() {
 			}
 		case !s.owns(o):
 			// Not on the ring, or leaving it: it gets nothing new, and what it
-			// has received it may yet make durable.
+			// has received it may yet make durable. One that is lost for others
+			// too, and hasn't come back soon, will not.
+			if !st.Connected && now.Sub(st.LastAnswer) > lostAfter*s.opts.DetachAfter && s.isLost(o.member.ID) {
+				ss.cancel()
+			}
 			if !ss.abandoned && !st.Connected && now.Sub(st.LastAnswer) > s.opts.DetachAfter {
 				ss.abandoned = true
 				s.ledgers(func(l *Ledger) { l.Detach(ss.id, ss.received) })
@@ -490,6 +498,7 @@ func (s *shipper) endIdle() {
 	}
 	for id, o := range s.owners {
 		if o.session == nil && (!s.onRing(id)) {
+			s.health.Note("owner "+id, false, "")
 			delete(s.owners, id)
 		}
 	}

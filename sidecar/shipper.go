@@ -12,6 +12,7 @@ import (
 	"github.com/epimetheus-tsdb/epimetheus/ingest/ring"
 	"github.com/epimetheus-tsdb/epimetheus/ingest/ship"
 	"github.com/epimetheus-tsdb/epimetheus/ingest/ship/shippb"
+	"github.com/epimetheus-tsdb/epimetheus/internal/health"
 	"github.com/epimetheus-tsdb/epimetheus/sidecar/backfill"
 	"github.com/epimetheus-tsdb/epimetheus/sidecar/tail"
 )
@@ -25,6 +26,7 @@ type shipper struct {
 	tailMetrics *tail.Metrics
 	dir         *tail.Dir
 	source      [16]byte
+	health      *health.Board
 	files       *tail.Files
 	blocks      *blocks
 	lister      *backfill.Lister
@@ -81,6 +83,8 @@ type shipper struct {
 	nextFill    time.Time
 	wblDue      bool
 	rewindFails int
+	rewinding   bool                 // see openRewinds
+	resent      map[SessionID]uint64 // … last batches that must be received
 
 	newestT        int64
 	lastCheckpoint time.Time
@@ -88,7 +92,8 @@ type shipper struct {
 	lastStatus     time.Time
 	lastData       time.Time
 	lastIdle       time.Time
-	gcDone         int
+	gcDone         int // the WAL checkpoint without whose series the dictionary is
+	gcNext, gcFrom int // the one to do next, once all before segment gcFrom is durable
 	warned         map[string]bool
 	counts         sampleCounts
 	fatal          error // of our own data directory
@@ -119,7 +124,7 @@ func (s *shipper) run(ctx context.Context) error {
 	s.others = map[extraKey]resolved{}
 	s.version = s.versions.present
 	s.warned = map[string]bool{}
-	s.gcDone = -1
+	s.gcDone, s.gcNext = -1, -1
 	if err := s.start(ctx); err != nil {
 		if ctx.Err() != nil {
 			return nil
@@ -243,7 +248,9 @@ func (s *shipper) tend(ctx context.Context) {
 	}
 	if now.Sub(s.lastCheckpoint) >= s.opts.CheckpointInterval {
 		s.lastCheckpoint = now
-		if err := s.saveCheckpoint(); err != nil {
+		err := s.saveCheckpoint()
+		s.health.Note("checkpoint", err != nil, "the checkpoint can't be written, a restart will send more than necessary again: %v", err)
+		if err != nil {
 			s.metrics.checkpointErr.Inc()
 			s.once("checkpoint").Warn("checkpoint can't be written, trying on", "err", err)
 		}

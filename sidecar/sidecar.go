@@ -18,6 +18,7 @@ import (
 	"github.com/prometheus/prometheus/tsdb/fileutil"
 	"golang.org/x/sync/errgroup"
 
+	"github.com/epimetheus-tsdb/epimetheus/internal/health"
 	"github.com/epimetheus-tsdb/epimetheus/sidecar/backfill"
 	"github.com/epimetheus-tsdb/epimetheus/sidecar/tail"
 )
@@ -29,6 +30,8 @@ type Sidecar struct {
 	lock    fileutil.Releaser
 	shipper *shipper
 	client  *http.Client
+
+	health *health.Board
 
 	mu     sync.Mutex
 	status Status
@@ -145,10 +148,10 @@ func open(opts Options, dir *tail.Dir, logger *slog.Logger, reg prometheus.Regis
 	if err != nil {
 		return nil, err
 	}
-	s := &Sidecar{opts: opts, logger: logger, client: &http.Client{Transport: http.DefaultTransport.(*http.Transport).Clone()}}
+	s := &Sidecar{opts: opts, logger: logger, health: &health.Board{}, client: &http.Client{Transport: http.DefaultTransport.(*http.Transport).Clone()}}
 	sh := &shipper{
 		opts: opts, logger: logger, metrics: m, tailMetrics: tailMetrics, dir: dir, source: cp.source(),
-		files: files, blocks: blocks, lister: backfill.NewLister(dir.Path()),
+		health: s.health, files: files, blocks: blocks, lister: backfill.NewLister(dir.Path()),
 		dict: dict, cp: cp, versions: versions, wake: make(chan struct{}, 1), publish: s.setStatus,
 	}
 	gatewayClient := s.client
@@ -218,6 +221,9 @@ func (s *Sidecar) Status() Status {
 	}
 	return st
 }
+
+// Health says what is degraded.
+func (s *Sidecar) Health() *health.Board { return s.health }
 
 // Ready returns nil if the sidecar does its work: it reads the WAL and can send
 // what it reads. Otherwise the error says what it lacks.

@@ -821,6 +821,39 @@ func TestSeriesGone(t *testing.T) {
 	h.want(w.all, true)
 }
 
+// Samples of a series can outlive its record in the log: until they are durable,
+// the series is not forgotten.
+func TestSeriesGoneBeforeItsSamplesAreDurable(t *testing.T) {
+	h := newHarness(t, 1)
+	w := h.wal()
+	w.series(1, 101)
+	w.scrape(1, 101, 1000)
+	h.run()
+	h.want(w.all, false)
+	h.ingesters[0].flush()
+	for range 2 {
+		w.wl.NextSegment()
+	}
+	w.scrape(1, 101, 2000)
+	h.want(w.all, false)
+	w.wl.NextSegment()
+	if _, err := wlog.Checkpoint(promslog.NewNopLogger(), w.wl, 0, 1, func(r chunks.HeadSeriesRef) bool { return r < 50 }, 3000, false, true); err != nil {
+		t.Fatal(err)
+	}
+	w.wl.Truncate(2)
+	n := h.metric("epimetheus_sidecar_checkpoints_total")
+	eventually(t, "the WAL checkpoint was looked at", func() bool { return h.metric("epimetheus_sidecar_checkpoints_total") >= n+5 })
+	h.ingesters[0].kill()
+	h.ingesters[0].start()
+	h.want(w.all, false)
+	h.ingesters[0].flush()
+	h.want(w.all, true)
+	w.scrape(1, 49, 3000)
+	h.ingesters[0].set(func() { h.ingesters[0].autoFlush = true })
+	h.want(w.all, true)
+	eventually(t, "series are forgotten", func() bool { return h.sidecar.Status().Series == 49 })
+}
+
 // The dictionary is lost or damaged: rebuilt from the WAL.
 func TestDictionaryLost(t *testing.T) {
 	h := newHarness(t, 1)

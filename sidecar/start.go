@@ -35,13 +35,12 @@ func (s *shipper) start(ctx context.Context) error {
 func (s *shipper) startPosition(ctx context.Context) (tail.Position, error) {
 	epoch := s.dict.mark.Epoch
 	if p := s.cp.Position; p != nil {
-		epoch = max(epoch, p.Epoch)
+		epoch = max(epoch, p.Epoch, s.cp.Epoch)
 		s.files.DropFrom(epoch + 1)
-		known := s.cp.Files
 		pos, carried, err := *p, true, error(nil)
-		if len(known) > 0 && known[0].File.Epoch == p.Epoch && s.dict.mark.Epoch == p.Epoch {
-			pos, carried, err = s.files.Verify(*p, known)
-		} else if s.dict.mark.Epoch > p.Epoch {
+		if epoch == p.Epoch {
+			pos, carried, err = s.files.Verify(*p, s.cp.Files)
+		} else {
 			// What came after the checkpoint was another log already: which part
 			// of it is in common isn't remembered.
 			err = tail.ErrDifferent

@@ -20,13 +20,14 @@ func addAll(app *kingpin.Application, commands map[string]command) {
 		}
 		defer st.close()
 		live := &ring.Live{}
-		if err := p.addIngester(st, rf, "all", live, func(m ring.Member) (func(ring.State) error, error) {
+		if err := p.addIngester(st, rf, "all", live, func(m ring.Member, _ func() bool) (func(ring.State) error, error) {
 			// A ring of one needs no gossip.
-			return func(s ring.State) error {
+			set := func(s ring.State) error {
 				m.State = s
 				live.Set(ring.NewSnapshot([]ring.Member{m}))
 				return nil
-			}, nil
+			}
+			return set, set(ring.Joining)
 		}); err != nil {
 			return err
 		}

@@ -73,6 +73,7 @@ type IngesterConfig struct {
 	FlushBytes      size          `yaml:"flush_bytes,omitempty" doc:"Memory of a generation at which it is flushed early."`
 	MaxBytes        size          `yaml:"max_bytes,omitempty" doc:"Memory of the head at which nothing new is taken until a flush has worked; the sources wait."`
 	VisibilityDelay duration      `yaml:"visibility_delay,omitempty" doc:"How long a generation stays readable after its flush: at least twice 'gateway.query_timeout'."`
+	CommitLog       bool          `yaml:"commit_log" doc:"Whether what is received is logged in the data directory, so that a restart need not ask every source again. 'epimetheus ingester' does it only where '--data.dir' is given."`
 	Limits          ingest.Limits `yaml:"limits,omitempty"`
 }
 
@@ -96,6 +97,23 @@ type SidecarConfig struct {
 	RelabelConfigs       []*relabel.Config `yaml:"relabel_configs,omitempty" doc:"Prometheus's relabel configs, applied to each series after the external labels: drop what need not be kept."`
 	Shards               int               `yaml:"shards,omitempty" doc:"Over how many ingesters the tenant's series are spread. 0: all."`
 	ReplicationFactor    int               `yaml:"replication_factor,omitempty" doc:"How many ingesters, in different zones as far as there are, get each series, 1 to 3. With 2 or 3 fresh samples can be queried while an ingester is missing, for as many times the network and the ingesters' memory. The same in all sidecars of a tenant."`
+	Backfill             BackfillConfig    `yaml:"backfill,omitempty"`
+	KeepWALBytes         size              `yaml:"keep_wal_bytes,omitempty" doc:"How much WAL that Prometheus has deleted is kept (hard links, open files) while it isn't durable. It takes room on Prometheus's volume. Beyond it samples come from Prometheus's blocks, hours later."`
+}
+
+// BackfillConfig is for the history in Prometheus's blocks at the first start.
+type BackfillConfig struct {
+	Enabled          bool     `yaml:"enabled" doc:"Whether the history that is in Prometheus's blocks at the first start is sent, newest first."`
+	MaxAge           duration `yaml:"max_age,omitempty" doc:"How old samples may be to be sent. 0: all."`
+	SamplesPerSecond int      `yaml:"samples_per_second,omitempty" doc:"How fast blocks are read at most: at the first start, and where a gap is filled."`
+}
+
+// age is how the sidecar's options want it.
+func (c *BackfillConfig) age() time.Duration {
+	if !c.Enabled {
+		return -1
+	}
+	return time.Duration(c.MaxAge)
 }
 
 // defaults of the file.
@@ -109,6 +127,7 @@ func defaultConfig() Config {
 			FlushBytes:      gib,
 			MaxBytes:        4 * gib,
 			VisibilityDelay: duration(5 * time.Minute),
+			CommitLog:       true,
 			Limits:          ingest.Limits{LabelsPerSeries: 128, LabelNameBytes: 1024, LabelValueBytes: 64 << 10},
 		},
 		Gateway: GatewayConfig{
@@ -117,7 +136,10 @@ func defaultConfig() Config {
 			MaxSamples:    50_000_000,
 			CacheBytes:    512 * mib,
 		},
-		Sidecar: SidecarConfig{Tenant: gateway.DefaultTenant, ReplicationFactor: 1},
+		Sidecar: SidecarConfig{
+			Tenant: gateway.DefaultTenant, ReplicationFactor: 1, KeepWALBytes: 4 * gib,
+			Backfill: BackfillConfig{Enabled: true, SamplesPerSecond: 500_000},
+		},
 	}
 }
 
@@ -213,6 +235,9 @@ func (c *Config) validate() error {
 	}
 	if r := c.Sidecar.ReplicationFactor; r < 1 || r > 3 {
 		bad("sidecar.replication_factor: %d is not 1, 2 or 3", r)
+	}
+	if n := c.Sidecar.Backfill.SamplesPerSecond; n < 1000 {
+		bad("sidecar.backfill.samples_per_second: %d is less than 1000: a day of a small Prometheus would take weeks", n)
 	}
 	if len(problems) == 0 {
 		return nil

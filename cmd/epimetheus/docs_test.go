@@ -137,8 +137,8 @@ func metricsPage(t *testing.T) string {
 	}
 	defer st.close()
 	live := &ring.Live{}
-	if err := p.addIngester(st, &grpcFlags{listen: "127.0.0.1:0"}, "x", live, func(m ring.Member) (func(ring.State) error, error) {
-		return p.addGossip(&gossipFlags{id: "x", listen: "127.0.0.1:0"}, m, live)
+	if err := p.addIngester(st, &grpcFlags{listen: "127.0.0.1:0"}, "x", live, func(m ring.Member, _ func() bool) (func(ring.State) error, error) {
+		return p.addGossip(&gossipFlags{id: "x", listen: "127.0.0.1:0"}, m, live, nil)
 	}); err != nil {
 		t.Fatal(err)
 	}

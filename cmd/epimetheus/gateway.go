@@ -17,6 +17,7 @@ import (
 	"github.com/epimetheus-tsdb/epimetheus/gateway"
 	"github.com/epimetheus-tsdb/epimetheus/gateway/merge"
 	"github.com/epimetheus-tsdb/epimetheus/ingest/ring"
+	"github.com/epimetheus-tsdb/epimetheus/internal/health"
 )
 
 func addGateway(app *kingpin.Application, commands map[string]command) {
@@ -36,7 +37,7 @@ func addGateway(app *kingpin.Application, commands map[string]command) {
 		if err := p.addGateway(st, live); err != nil {
 			return err
 		}
-		if _, err := p.addGossip(gf, ring.Member{}, live); err != nil {
+		if _, err := p.addGossip(gf, ring.Member{}, live, nil); err != nil {
 			return err
 		}
 		return p.run()
@@ -65,10 +66,29 @@ func (p *process) addGateway(st *stores, live *ring.Live) error {
 	if err != nil {
 		return err
 	}
+	p.health = append(p.health, func() []health.Condition { return ringConditions(live.Ring()) })
 	p.mux.Handle("/api/v1/", api)
 	p.mux.HandleFunc("GET /ring", serveRing(live, heads))
 	p.status = append(p.status, section{"Ring", func(r *http.Request) [][]string { return ringTable(r.Context(), live, heads) }})
 	return nil
+}
+
+// ringConditions says what is wrong with the ring; since is when it became what it
+// is.
+func ringConditions(r *ring.Ring) []health.Condition {
+	var out []health.Condition
+	add := func(format string, args ...any) {
+		out = append(out, health.Condition{What: fmt.Sprintf(format, args...), Since: r.Since()})
+	}
+	for _, m := range r.Snapshot().Members {
+		if m.State == ring.Lost {
+			add("ingester %s at %s vanished: answers warn until its sources have sent again what it held", m.ID, m.Address)
+		}
+	}
+	if len(r.Active()) == 0 {
+		add("no ingester is active: there are no fresh samples")
+	}
+	return out
 }
 
 // shownFlags are the flags that clients look at, by Prometheus's names.
@@ -96,8 +116,11 @@ func ringMembers(ctx context.Context, live *ring.Live, heads *merge.Heads) []rin
 	series := heads.Series(ctx)
 	out := []ringMember{}
 	for _, m := range r.Snapshot().Members {
-		one := ringMember{Member: m, Share: shares[m.ID]}
-		if n, ok := series[m.ID]; ok {
+		one := ringMember{Member: m}
+		if m.State == ring.Active {
+			one.Share = shares[m.ID]
+		}
+		if n, ok := series[m.ID]; ok && m.State != ring.Lost {
 			one.Series = &n
 		}
 		out = append(out, one)

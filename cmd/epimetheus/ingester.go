@@ -6,6 +6,7 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"path/filepath"
 	"strconv"
 	"time"
 
@@ -62,8 +63,12 @@ func addIngester(app *kingpin.Application, commands map[string]command) {
 		}
 		defer st.close()
 		live := &ring.Live{}
-		if err := p.addIngester(st, rf, gf.id, live, func(m ring.Member) (func(ring.State) error, error) {
-			return p.addGossip(gf, m, live)
+		if !wf.dataDirSet {
+			// A container's own file system, most likely: gone when it restarts.
+			p.config.Ingester.CommitLog = false
+		}
+		if err := p.addIngester(st, rf, gf.id, live, func(m ring.Member, resending func() bool) (func(ring.State) error, error) {
+			return p.addGossip(gf, m, live, resending)
 		}); err != nil {
 			return err
 		}
@@ -77,12 +82,16 @@ const leaveNotice = 2 * time.Second
 
 // addIngester adds an ingester. join makes its member known, adds what keeps it
 // so, and gives the way to change its state.
-func (p *process) addIngester(st *stores, rf *grpcFlags, id string, live *ring.Live, join func(ring.Member) (func(ring.State) error, error)) error {
+func (p *process) addIngester(st *stores, rf *grpcFlags, id string, live *ring.Live, join func(m ring.Member, resending func() bool) (func(ring.State) error, error)) error {
 	c := p.config.Ingester
+	logDir := ""
+	if c.CommitLog {
+		logDir = filepath.Join(p.flags.dataDir, "commitlog")
+	}
 	ing, err := ingest.New(ingest.Options{
 		Member: id, RowWidth: index.Width,
 		FlushInterval: time.Duration(c.FlushInterval), FlushBytes: int64(c.FlushBytes), MaxBytes: int64(c.MaxBytes),
-		VisibilityDelay: time.Duration(c.VisibilityDelay), Limits: c.Limits,
+		VisibilityDelay: time.Duration(c.VisibilityDelay), Limits: c.Limits, CommitLog: logDir,
 	}, st.history.Publish, p.logger, p.reg)
 	if err != nil {
 		return err
@@ -98,6 +107,11 @@ func (p *process) addIngester(st *stores, rf *grpcFlags, id string, live *ring.L
 	// The ingester is stopped first, while all that it needs still runs.
 	var setState func(ring.State) error
 	p.addRun("ingester", func(ctx context.Context) error {
+		// Until then it is joining: it gets nothing, and queries know of it.
+		if err := ing.Replay(ctx); err != nil {
+			p.logger.Info("stopped before the commit log was replayed; the next start does it", "err", err)
+			return nil
+		}
 		if err := setState(ring.Active); err != nil {
 			return err
 		}
@@ -122,7 +136,7 @@ func (p *process) addIngester(st *stores, rf *grpcFlags, id string, live *ring.L
 	)
 	ing.Register(server)
 	p.addGRPC(server, l)
-	if setState, err = join(ring.Member{ID: id, Address: address, Zone: p.config.Ring.Zone, Process: ing.Process()}); err != nil {
+	if setState, err = join(ring.Member{ID: id, Address: address, Zone: p.config.Ring.Zone, Process: ing.Process()}, ing.Resending); err != nil {
 		return err
 	}
 	p.ready = append(p.ready, check{"ring", func() error {
@@ -133,6 +147,7 @@ func (p *process) addIngester(st *stores, rf *grpcFlags, id string, live *ring.L
 		}
 		return fmt.Errorf("member %s is not active", id)
 	}})
+	p.health = append(p.health, ing.Health().Conditions)
 	p.status = append(p.status, section{"Head", func(*http.Request) [][]string { return headTable(ing) }})
 	return nil
 }
@@ -150,10 +165,10 @@ func (p *process) addGRPC(s *grpc.Server, l net.Listener) {
 	})
 }
 
-// addGossip takes part in the gossip.
-func (p *process) addGossip(f *gossipFlags, m ring.Member, live *ring.Live) (func(ring.State) error, error) {
+// addGossip takes part in the gossip. resending is an ingester's.
+func (p *process) addGossip(f *gossipFlags, m ring.Member, live *ring.Live, resending func() bool) (func(ring.State) error, error) {
 	g, err := gossip.New(gossip.Options{
-		ID: f.id, Bind: f.listen, Advertise: f.advertise, Join: append(f.join, p.config.Ring.Join...), Member: m,
+		ID: f.id, Bind: f.listen, Advertise: f.advertise, Join: append(f.join, p.config.Ring.Join...), Member: m, Resending: resending,
 	}, live, p.logger, p.reg)
 	if err != nil {
 		return nil, err
@@ -172,5 +187,6 @@ func headTable(ing *ingest.Ingester) [][]string {
 		{"samples", n(s.Samples)},
 		{"generations", strconv.Itoa(s.Generations)},
 		{"bytes", n(s.Bytes)},
+		{"commit log", ing.LogStatus()},
 	}
 }

@@ -26,17 +26,20 @@ import (
 	"github.com/prometheus/common/version"
 	"github.com/prometheus/exporter-toolkit/web"
 	"github.com/prometheus/exporter-toolkit/web/kingpinflag"
+
+	"github.com/epimetheus-tsdb/epimetheus/internal/health"
 )
 
 // webFlags are the flags of a role that serves HTTP: all roles.
 type webFlags struct {
-	web     *web.FlagConfig
-	dataDir string
+	web        *web.FlagConfig
+	dataDir    string
+	dataDirSet bool // by the user
 }
 
 func addWebFlags(cmd *kingpin.CmdClause, address string) *webFlags {
 	f := &webFlags{web: kingpinflag.AddFlags(cmd, address)}
-	cmd.Flag("data.dir", "Directory for what the process keeps on disk.").Default("data").StringVar(&f.dataDir)
+	cmd.Flag("data.dir", "Directory for what the process keeps on disk.").Default("data").IsSetByUser(&f.dataDirSet).StringVar(&f.dataDir)
 	return f
 }
 
@@ -52,6 +55,7 @@ type process struct {
 	group   run.Group
 	ready   []check
 	status  []section
+	health  []func() []health.Condition
 	started time.Time
 }
 
@@ -103,6 +107,8 @@ func newProcess(role string, g *global, f *webFlags) (*process, error) {
 	p.mux.HandleFunc("GET /debug/pprof/symbol", pprof.Symbol)
 	p.mux.HandleFunc("GET /debug/pprof/trace", pprof.Trace)
 	p.mux.HandleFunc("GET /{$}", p.serveStatus)
+	p.mux.HandleFunc("GET /health", p.serveHealth)
+	p.mux.HandleFunc("GET /status", p.serveStatusText)
 	p.addSignals()
 	return p, nil
 }

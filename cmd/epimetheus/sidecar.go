@@ -54,7 +54,8 @@ func addSidecar(app *kingpin.Application, commands map[string]command) {
 		s, err := sidecar.New(sidecar.Options{
 			PrometheusDir: c.PrometheusDirectory, DataDir: p.flags.dataDir, Tenant: c.Tenant, Gateways: c.Gateways,
 			PrometheusURL: c.PrometheusURL, PrometheusConfigFile: c.PrometheusConfigFile,
-			RelabelConfigs: c.RelabelConfigs, Shards: c.Shards, Replicas: c.ReplicationFactor,
+			RelabelConfigs: c.RelabelConfigs, Shards: c.Shards, Replicas: c.ReplicationFactor, KeepBytes: int64(c.KeepWALBytes),
+			BackfillAge: c.Backfill.age(), BackfillSamplesPerSecond: int64(c.Backfill.SamplesPerSecond),
 			DialOptions: dialOptions(), Version: "epimetheus " + version.Version,
 		}, p.logger, p.reg)
 		if err != nil {
@@ -62,6 +63,7 @@ func addSidecar(app *kingpin.Application, commands map[string]command) {
 		}
 		p.addRun("sidecar", s.Run, nil)
 		p.ready = append(p.ready, check{"sidecar", s.Ready})
+		p.health = append(p.health, s.Health().Conditions)
 		p.status = append(p.status, section{"Sidecar", sidecarTable(s)})
 		return p.run()
 	}
@@ -85,6 +87,23 @@ func sidecarTable(s *sidecar.Sidecar) func(*http.Request) [][]string {
 			{"ranges to send again", strconv.Itoa(st.QueuedRanges)},
 			{"copies of what isn't durable", fmt.Sprintf("%d of %d", st.Copies, st.Replicas)},
 			{"ring", st.Ring + st.RingError},
+			{"deleted WAL kept", fmt.Sprintf("%d bytes", st.KeptBytes)},
+		}
+		if g := st.Gap; g != nil {
+			rows = append(rows, []string{"gap", fmt.Sprintf("%s, since %s: blocks are read until Prometheus has compacted all up to %s",
+				g.Reason, g.Since.UTC().Format(time.RFC3339), g.Newest.UTC().Format(time.RFC3339))})
+		}
+		var left, read uint64
+		for _, f := range st.Fills {
+			left += f.Samples
+			read += f.Read
+		}
+		if n := len(st.Fills); n > 0 {
+			rows = append(rows, []string{"blocks to send", fmt.Sprintf("%d with %d samples, %d of them read", n, left, read)})
+		}
+		for _, f := range st.Fills {
+			rows = append(rows, []string{"block " + f.Block, fmt.Sprintf("%s to %s, %s: %d of %d samples read",
+				f.MinTime.UTC().Format(time.RFC3339), f.MaxTime.UTC().Format(time.RFC3339), f.Reason, f.Read, f.Samples)})
 		}
 		for _, o := range st.Sessions {
 			rows = append(rows, []string{"session with " + o.Owner, fmt.Sprintf("%s: sent %d, received %d, durable %d, connected %v, detached %v",

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"math"
+	"net/http"
 	"os"
 	"os/signal"
 	"path/filepath"
@@ -57,7 +58,36 @@ func addTool(app *kingpin.Application, commands map[string]command) {
 		return nil
 	}
 
+	addStatus(tool, commands)
 	addAudit(tool, commands)
+}
+
+// maxStatusBytes bounds what a process may answer.
+const maxStatusBytes = 16 << 20
+
+func addStatus(tool *kingpin.CmdClause, commands map[string]command) {
+	cmd := tool.Command("status", "Show how a process is doing: what is degraded, how far a sidecar's backfill is, the ring.")
+	url := cmd.Arg("url", "Of its web endpoint.").Default("http://localhost:9013").String()
+	commands[cmd.FullCommand()] = func(*global) error {
+		ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+		defer stop()
+		ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
+		defer cancel()
+		req, err := http.NewRequestWithContext(ctx, http.MethodGet, strings.TrimSuffix(*url, "/")+"/status", nil)
+		if err != nil {
+			return fmt.Errorf("url %q: %w", *url, err)
+		}
+		resp, err := http.DefaultClient.Do(req)
+		if err != nil {
+			return fmt.Errorf("ask for the status: %w", err)
+		}
+		defer resp.Body.Close()
+		if resp.StatusCode != http.StatusOK {
+			return fmt.Errorf("ask for the status: %s answered %s: is it the web endpoint of an Epimetheus?", *url, resp.Status)
+		}
+		_, err = io.Copy(os.Stdout, io.LimitReader(resp.Body, maxStatusBytes))
+		return err
+	}
 }
 
 func addAudit(tool *kingpin.CmdClause, commands map[string]command) {

@@ -51,7 +51,12 @@ type role struct {
 
 func start(tb testing.TB, binary string, args ...string) *role {
 	tb.Helper()
-	web := testenv.FreeAddr(tb)
+	return startAt(tb, testenv.FreeAddr(tb), binary, args...)
+}
+
+// startAt is start with a web address that is known before.
+func startAt(tb testing.TB, web, binary string, args ...string) *role {
+	tb.Helper()
 	r := &role{url: "http://" + web}
 	began := time.Now()
 	r.Process = testenv.Start(tb, testenv.Command{

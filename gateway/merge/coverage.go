@@ -1,6 +1,8 @@
 package merge
 
 import (
+	"encoding/hex"
+	"slices"
 	"time"
 
 	"github.com/epimetheus-tsdb/epimetheus/ingest/fetch"
@@ -25,20 +27,28 @@ const (
 type heard struct {
 	at       time.Time
 	coverage []fetch.Coverage
+	// gone is, while it is missing, the first time at which no source said any
+	// more that it holds copies: what counts of it was published before. While
+	// one still says so it is now.
+	gone time.Time
 }
 
 // coverage is what is known of one request to all members.
 type coverage struct {
 	members []ring.Member
 	headers map[string]fetch.Header // of those that answered, by member
-	missing map[string]bool         // those that should have
+	asked   map[string]string       // members that answered, by keyOf
+	missing map[string]string       // those that should have
 	newest  map[uint64]fetch.Coverage
 	single  bool // a source sends each series to one ingester only
 }
 
 func newCoverage(members []ring.Member) *coverage {
-	return &coverage{members: members, headers: map[string]fetch.Header{}, missing: map[string]bool{}}
+	return &coverage{members: members, headers: map[string]fetch.Header{}, asked: map[string]string{}, missing: map[string]string{}}
 }
+
+// keyOf tells processes of a member apart.
+func keyOf(m *ring.Member) string { return m.ID + "\x00" + m.Process }
 
 // collect finds what each source said last.
 func (c *coverage) collect() {
@@ -93,8 +103,8 @@ func (c *coverage) covers(what map[string]heard, now time.Time) bool {
 	if !c.replicated() {
 		return false
 	}
-	for id := range c.missing {
-		h, ok := what[id]
+	for key := range c.missing {
+		h, ok := what[key]
 		if !ok || now.Sub(h.at) > rememberFor {
 			return false
 		}
@@ -115,6 +125,18 @@ func (c *coverage) covers(what map[string]heard, now time.Time) bool {
 		}
 	}
 	return true
+}
+
+// holder says whether a source counts on copies in a process of a member.
+func (c *coverage) holder(key string) bool {
+	for _, x := range c.newest {
+		if slices.ContainsFunc(x.Holders, func(o fetch.Holder) bool {
+			return key == keyOf(&ring.Member{ID: o.Member, Process: hex.EncodeToString([]byte(o.Process))})
+		}) {
+			return true
+		}
+	}
+	return false
 }
 
 // holds says whether of all that a source has sent a copy is left.
@@ -155,20 +177,29 @@ func (h *Heads) remember(tenant string, c *coverage, now time.Time) map[string]h
 			all = map[string]heard{}
 			h.heard[tenant] = all
 		}
-		for id, hd := range c.headers {
-			all[id] = heard{now, hd.Coverage}
+		for key, id := range c.asked {
+			all[key] = heard{at: now, coverage: c.headers[id].Coverage}
 		}
 	}
 	out := map[string]heard{}
-	for id := range c.missing {
-		if x, ok := all[id]; ok {
-			out[id] = x
+	for key := range c.missing {
+		x, ok := all[key]
+		if !ok {
+			continue
+		}
+		if x.gone.IsZero() && !c.holder(key) {
+			x.gone = now
+			all[key] = x
+		}
+		if out[key] = x; x.gone.IsZero() {
+			x.gone = now
+			out[key] = x
 		}
 	}
 	if len(all) > 2*len(c.members)+8 {
-		for id := range all {
-			if _, ok := c.headers[id]; !ok && !c.missing[id] {
-				delete(all, id)
+		for key := range all {
+			if c.asked[key] == "" && c.missing[key] == "" {
+				delete(all, key)
 			}
 		}
 	}

@@ -37,7 +37,7 @@ func newWorld(cs ...fetch.Coverage) *world {
 	for _, id := range []string{"a", "b", "c"} {
 		w.members = append(w.members, ring.Member{ID: id, Zone: "zone-" + id, State: ring.Active})
 		w.heads[id] = fetch.Header{Process: []byte("p1"), Coverage: cs}
-		w.before[id] = heard{now.Add(-time.Minute), cs}
+		w.before[id+"\x00"] = heard{at: now.Add(-time.Minute), coverage: cs}
 	}
 	return w
 }
@@ -52,11 +52,11 @@ func (w *world) say(id string, cs ...fetch.Coverage) *world {
 func (w *world) miss(ids ...string) *coverage {
 	c := newCoverage(w.members)
 	for _, id := range ids {
-		c.missing[id] = true
+		c.missing[id+"\x00"] = id
 	}
 	for id, h := range w.heads {
-		if !c.missing[id] {
-			c.headers[id] = h
+		if c.missing[id+"\x00"] == "" {
+			c.headers[id], c.asked[id+"\x00"] = h, id
 		}
 	}
 	c.collect()
@@ -85,23 +85,23 @@ func TestCovers(t *testing.T) {
 	check("a source with one replica", newWorld().say("b", source(1, 0, 2, 2, all...), fetch.Coverage{ReplicationFactor: 1}), false, "a")
 
 	w := newWorld()
-	w.before["a"] = heard{now, []fetch.Coverage{{ReplicationFactor: 1}}}
+	w.before["a\x00"] = heard{at: now, coverage: []fetch.Coverage{{ReplicationFactor: 1}}}
 	check("the missing one had a source with one replica", w, false, "a")
 	w = newWorld()
-	w.before["a"] = heard{now, []fetch.Coverage{source(7, 0, 2, 2, all...)}}
+	w.before["a\x00"] = heard{at: now, coverage: []fetch.Coverage{source(7, 0, 2, 2, all...)}}
 	check("the missing one had a source that nobody else knows", w, false, "a")
 	w = newWorld()
-	delete(w.before, "a")
+	delete(w.before, "a\x00")
 	check("the missing one was never asked", w, false, "a")
-	w.before["a"] = heard{now.Add(-2 * time.Hour), nil}
+	w.before["a\x00"] = heard{at: now.Add(-2 * time.Hour), coverage: nil}
 	check("the missing one was asked long ago", w, false, "a")
-	w.before["a"] = heard{now, nil}
+	w.before["a\x00"] = heard{at: now, coverage: nil}
 	check("the missing one had nothing of the tenant", w, true, "a")
 
 	// A zone with two members goes; the copies are in two zones.
 	w = newWorld(source(1, 0, 2, 2, in("p1", "a", "b", "c", "d")...))
 	w.members = append(w.members, ring.Member{ID: "d", Zone: "zone-a", State: ring.Lost})
-	w.before["d"] = heard{now, nil}
+	w.before["d\x00"] = heard{at: now, coverage: nil}
 	check("two members of one zone", w, true, "a", "d")
 	check("two members of two zones", w, false, "b", "d")
 	// One of the source's owners isn't on the ring any more.
@@ -134,7 +134,7 @@ func TestRemember(t *testing.T) {
 	h := &Heads{heard: map[string]map[string]heard{}}
 	w := newWorld()
 	h.remember("t", w.miss(), now)
-	if got := h.remember("t", w.miss("a"), now); len(got) != 1 || len(got["a"].coverage) != 1 {
+	if got := h.remember("t", w.miss("a"), now); len(got) != 1 || len(got["a\x00"].coverage) != 1 {
 		t.Errorf("of the missing one is remembered: %v", got)
 	}
 	if got := h.remember("other", w.miss("a"), now); len(got) != 0 {

@@ -26,6 +26,13 @@ import (
 // so that the rest can still be answered.
 const headTimeout = 15 * time.Second
 
+// lostTimeout bounds a request to an ingester that others take for lost.
+const lostTimeout = 2 * time.Second
+
+func errLost(m ring.Member) error {
+	return fmt.Errorf("ingester %s vanished: its fresh samples are being sent again, some may be missing", m.ID)
+}
+
 func timeout(ctx context.Context) time.Duration {
 	if end, ok := ctx.Deadline(); ok {
 		return min(headTimeout, time.Until(end)/2)
@@ -132,23 +139,29 @@ func ask[T any](ctx context.Context, h *Heads, tenant string, fn func(context.Co
 	var out []answer[T]
 	c := newCoverage(members)
 	var missing annotations.Annotations
-	resending, silent := false, false
-	miss := func(id string, err error) {
+	resending := false
+	miss := func(m ring.Member, err error) {
 		mu.Lock()
 		defer mu.Unlock()
-		c.missing[id] = true
+		c.missing[keyOf(&m)] = m.ID
 		missing.Add(err)
 	}
 	for _, m := range members {
-		switch m.State {
-		case ring.Left:
-			continue
-		case ring.Lost:
-			miss(m.ID, fmt.Errorf("ingester %s vanished: its fresh samples are being sent again, some may be missing", m.ID))
+		if m.State == ring.Left {
 			continue
 		}
+		limit := timeout(ctx)
+		if m.State == ring.Lost {
+			if slices.ContainsFunc(members, func(x ring.Member) bool { return x.State != ring.Lost && (x.ID == m.ID || x.Address == m.Address) }) {
+				// It is there again as another process, or another is in its place.
+				miss(m, errLost(m))
+				continue
+			}
+			// It may be out of reach for others only.
+			limit = min(limit, lostTimeout)
+		}
 		wg.Go(func() {
-			ctx, cancel := context.WithTimeout(ctx, timeout(ctx))
+			ctx, cancel := context.WithTimeout(ctx, limit)
 			defer cancel()
 			start := time.Now()
 			cl, err := h.client(m.Address, members)
@@ -157,19 +170,20 @@ func ask[T any](ctx context.Context, h *Heads, tenant string, fn func(context.Co
 			if err == nil {
 				v, hd, err = fn(ctx, cl)
 			}
+			if err != nil && m.State == ring.Lost {
+				miss(m, errLost(m))
+				return
+			}
 			h.seconds.Observe(time.Since(start).Seconds())
 			if err != nil {
 				h.failed.Inc()
-				miss(m.ID, fmt.Errorf("ingester %s did not answer, fresh samples may be missing: %w", m.ID, err))
-				mu.Lock()
-				defer mu.Unlock()
-				silent = true
+				miss(m, fmt.Errorf("ingester %s did not answer, fresh samples may be missing: %w", m.ID, err))
 				return
 			}
 			mu.Lock()
 			defer mu.Unlock()
 			resending = resending || hd.Resending
-			c.headers[m.ID] = hd
+			c.headers[m.ID], c.asked[keyOf(&m)] = hd, m.ID
 			out = append(out, answer[T]{m.ID, v, hd})
 		})
 	}
@@ -184,10 +198,11 @@ func ask[T any](ctx context.Context, h *Heads, tenant string, fn func(context.Co
 	if len(c.missing) > 0 {
 		if c.covers(before, now) {
 			h.covered.Inc()
-			if silent {
-				// It can't name the blocks that it has just written; one that
-				// the ring knows as lost wrote none since.
-				since = now
+			// They can't name the blocks that they have just written.
+			for _, x := range before {
+				if x.gone.After(since) {
+					since = x.gone
+				}
 			}
 		} else {
 			warnings.Merge(missing)

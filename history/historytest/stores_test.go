@@ -27,6 +27,12 @@ func TestFiles(t *testing.T) {
 	TestObjects(t, func(t testing.TB) object.Store { return Files(t, prometheus.NewRegistry()) })
 }
 
+func TestMemory(t *testing.T) {
+	t.Parallel()
+	TestObjects(t, func(testing.TB) object.Store { return &MemoryObjects{} })
+	TestIndex(t, func(testing.TB) index.Store { return &MemoryRows{} })
+}
+
 // testS3 runs the contract on one server, each store below a prefix of its own.
 func testS3(t *testing.T, server *testenv.S3Server) {
 	o := S3Options(t, server)

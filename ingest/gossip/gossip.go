@@ -1,9 +1,12 @@
 // Package gossip spreads the members of the ring among ingesters and gateways
 // with hashicorp/memberlist, and keeps a ring.Live up to date with them.
 //
-// What a member says of itself (address, zone, state) travels in memberlist's
-// node metadata. A member that went without saying so is kept as lost for a
-// time, so that readers can warn; one that said left before it went is gone.
+// What a member says of itself (address, zone, state, process) travels in
+// memberlist's node metadata. A member that went without saying left, or came
+// back as another process, is lost: it stays on the ring as such, so that readers
+// can warn, until its sources have sent again what it held. Whether one still does
+// is what ingesters hear from them, and say in their metadata. Who is lost is
+// exchanged among members too, so that one that comes later knows.
 // Gateways take part to know the ingesters; they are not on the ring.
 package gossip
 
@@ -33,8 +36,15 @@ type Options struct {
 	// Member is what goes on the ring: the address of the gRPC server, the
 	// zone, the process.
 	// A gateway leaves Address empty.
-	Member  ring.Member
-	LostFor time.Duration // how long a vanished member is kept as lost
+	Member ring.Member
+	// LostGrace is how long a lost member stays lost at least: sources need some
+	// time to notice, and to say that they are sending again. 1 minute.
+	LostGrace time.Duration
+	// LostFor is how long it stays at most, whatever sources say. 1 hour.
+	LostFor time.Duration
+	// Resending says whether a source has told this ingester that it is sending
+	// again, or hasn't said for a while whether it is. Nil for a gateway.
+	Resending func() bool
 }
 
 // Gossip takes part in the gossip. Make one with New, then Run it.
@@ -44,15 +54,31 @@ type Gossip struct {
 	logger *slog.Logger
 	list   *memberlist.Memberlist
 
-	mu    sync.Mutex
-	state ring.State
-	peers map[string]peer
+	mu        sync.Mutex
+	state     ring.State
+	resending bool
+	peers     map[string]meta      // that are there, by id
+	lost      map[lostID]lost      // members that vanished
+	forgotten map[lostID]time.Time // when, of such that may yet be told of by others
 }
 
-type peer struct {
-	meta meta
-	lost time.Time // when it vanished; zero: it is there
+// lostID is one life of a member.
+type lostID struct{ id, process string }
+
+type lost struct {
+	meta  meta
+	since time.Time
 }
+
+// lostMessage is a lost member as members tell each other: JSON.
+type lostMessage struct {
+	ID    string `json:"id"`
+	Meta  meta   `json:"meta"`
+	Since int64  `json:"since"` // ms since the epoch
+}
+
+// maxLost bounds how many lost members are believed in.
+const maxLost = 10_000
 
 // meta is the node metadata: at most 512 bytes as JSON.
 type meta struct {
@@ -60,6 +86,8 @@ type meta struct {
 	Zone    string     `json:"z,omitempty"`
 	State   ring.State `json:"s,omitempty"`
 	Process string     `json:"p,omitempty"`
+	// Resending: a source is sending again what a lost ingester held.
+	Resending bool `json:"r,omitempty"`
 }
 
 const (
@@ -79,10 +107,16 @@ func New(o Options, live *ring.Live, logger *slog.Logger, reg prometheus.Registe
 	if err != nil {
 		return nil, fmt.Errorf("gossip address %q: the port is not a number", o.Bind)
 	}
-	if o.LostFor <= 0 {
-		o.LostFor = 5 * time.Minute
+	if o.LostGrace <= 0 {
+		o.LostGrace = time.Minute
 	}
-	g := &Gossip{opts: o, live: live, logger: logger.With("component", "gossip"), state: ring.Joining, peers: map[string]peer{}}
+	if o.LostFor <= 0 {
+		o.LostFor = time.Hour
+	}
+	g := &Gossip{
+		opts: o, live: live, logger: logger.With("component", "gossip"), state: ring.Joining,
+		peers: map[string]meta{}, lost: map[lostID]lost{}, forgotten: map[lostID]time.Time{},
+	}
 	c := memberlist.DefaultLANConfig()
 	c.Name = o.ID
 	c.BindAddr, c.BindPort = host, port
@@ -136,6 +170,7 @@ func (g *Gossip) Run(ctx context.Context) error {
 				g.logger.Warn("no other member reached yet, trying on", "join", g.opts.Join, "err", err)
 			}
 		}
+		g.tellResending()
 		g.forgetLost(time.Now())
 		select {
 		case <-ctx.Done():
@@ -160,32 +195,83 @@ func (g *Gossip) SetState(s ring.State) error {
 	return nil
 }
 
+// tellResending spreads whether a source is sending again, where that changed.
+func (g *Gossip) tellResending() {
+	if g.opts.Resending == nil {
+		return
+	}
+	now := g.opts.Resending()
+	g.mu.Lock()
+	changed := g.resending != now
+	g.resending = now
+	g.mu.Unlock()
+	if !changed {
+		return
+	}
+	if err := g.list.UpdateNode(updateWithin); err != nil {
+		g.logger.Warn("whether sources are sending again is not told, trying on", "err", err)
+		g.mu.Lock()
+		g.resending = !now
+		g.mu.Unlock()
+	}
+}
+
+// forgetLost takes lost members off the ring whose sources have sent again what
+// they held.
 func (g *Gossip) forgetLost(now time.Time) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	for id, p := range g.peers {
-		if !p.lost.IsZero() && now.Sub(p.lost) > g.opts.LostFor {
-			g.logger.Info("lost member forgotten", "owner", id)
-			delete(g.peers, id)
+	resending := g.resending
+	for _, m := range g.peers {
+		resending = resending || m.Resending
+	}
+	for id, l := range g.lost {
+		switch age := now.Sub(l.since); {
+		case age > g.opts.LostFor:
+			g.logger.Warn("lost member forgotten, though its sources have not said that they have sent all again", "owner", id.id, "duration", age)
+		case age > g.opts.LostGrace && !resending:
+			g.logger.Info("lost member forgotten: its sources have sent again what it held", "owner", id.id, "duration", age)
+		default:
+			continue
+		}
+		delete(g.lost, id)
+		g.forgotten[id] = now
+	}
+	for id, at := range g.forgotten {
+		if now.Sub(at) > 2*g.opts.LostFor {
+			delete(g.forgotten, id)
 		}
 	}
 	g.publish()
 }
 
-// publish puts the peers onto the ring. The caller holds g.mu.
+// publish puts the members onto the ring. The caller holds g.mu.
 func (g *Gossip) publish() {
 	var ms []ring.Member
-	for id, p := range g.peers {
-		if p.meta.Address == "" {
-			continue
+	for id, m := range g.peers {
+		if m.Address != "" {
+			ms = append(ms, m.member(id, m.State))
 		}
-		m := ring.Member{ID: id, Address: p.meta.Address, Zone: p.meta.Zone, State: p.meta.State, Process: p.meta.Process}
-		if !p.lost.IsZero() {
-			m.State = ring.Lost
-		}
-		ms = append(ms, m)
+	}
+	for id, l := range g.lost {
+		ms = append(ms, l.meta.member(id.id, ring.Lost))
 	}
 	g.live.Set(ring.NewSnapshot(ms))
+}
+
+func (m meta) member(id string, state ring.State) ring.Member {
+	return ring.Member{ID: id, Address: m.Address, Zone: m.Zone, State: state, Process: m.Process}
+}
+
+// lose notes that a member is there no more, in the life that m tells of. The
+// caller holds g.mu.
+func (g *Gossip) lose(id string, m meta, since time.Time) {
+	l := lostID{id, m.Process}
+	if _, known := g.lost[l]; known || m.Address == "" || m.State == ring.Left || len(g.lost) >= maxLost {
+		return
+	}
+	g.lost[l] = lost{m, since}
+	g.logger.Warn("member is lost: its sources send again what it held", "owner", id, "addr", m.Address)
 }
 
 func (g *Gossip) see(n *memberlist.Node) {
@@ -196,7 +282,11 @@ func (g *Gossip) see(n *memberlist.Node) {
 	}
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	g.peers[n.Name] = peer{meta: m}
+	if before, known := g.peers[n.Name]; known && before.Process != m.Process {
+		g.lose(n.Name, before, time.Now()) // it restarted, without its memory
+	}
+	delete(g.lost, lostID{n.Name, m.Process}) // it was out of reach only
+	g.peers[n.Name] = m
 	g.publish()
 }
 
@@ -210,18 +300,13 @@ func (g *Gossip) NotifyUpdate(n *memberlist.Node) { g.see(n) }
 func (g *Gossip) NotifyLeave(n *memberlist.Node) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	p, known := g.peers[n.Name]
+	m, known := g.peers[n.Name]
 	if !known {
 		return
 	}
+	delete(g.peers, n.Name)
 	// One that goes while it is leaving has not flushed all.
-	if p.meta.Address == "" || p.meta.State == ring.Left {
-		delete(g.peers, n.Name)
-	} else {
-		p.lost = time.Now()
-		g.peers[n.Name] = p
-		g.logger.Warn("member vanished", "owner", n.Name, "addr", p.meta.Address)
-	}
+	g.lose(n.Name, m, time.Now())
 	g.publish()
 }
 
@@ -231,7 +316,7 @@ func (g *Gossip) NodeMeta(limit int) []byte {
 	defer g.mu.Unlock()
 	m := meta{Address: g.opts.Member.Address, Zone: g.opts.Member.Zone}
 	if m.Address != "" {
-		m.State, m.Process = g.state, g.opts.Member.Process
+		m.State, m.Process, m.Resending = g.state, g.opts.Member.Process, g.resending
 	}
 	b, err := json.Marshal(m)
 	if err != nil || len(b) > limit {
@@ -247,8 +332,45 @@ func (*Gossip) NotifyMsg([]byte) {}
 // GetBroadcasts implements memberlist.Delegate.
 func (*Gossip) GetBroadcasts(int, int) [][]byte { return nil }
 
-// LocalState implements memberlist.Delegate.
-func (*Gossip) LocalState(bool) []byte { return nil }
+// LocalState implements memberlist.Delegate: who is lost.
+func (g *Gossip) LocalState(bool) []byte {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	out := make([]lostMessage, 0, len(g.lost))
+	for id, l := range g.lost {
+		out = append(out, lostMessage{id.id, l.meta, l.since.UnixMilli()})
+	}
+	b, err := json.Marshal(out)
+	if err != nil {
+		g.logger.Error("lost members can't be told", "err", err)
+	}
+	return b
+}
 
 // MergeRemoteState implements memberlist.Delegate.
-func (*Gossip) MergeRemoteState([]byte, bool) {}
+func (g *Gossip) MergeRemoteState(b []byte, _ bool) {
+	if len(b) == 0 {
+		return
+	}
+	var in []lostMessage
+	if err := json.Unmarshal(b, &in); err != nil {
+		g.logger.Warn("another member's list of lost ones can't be read", "err", err)
+		return
+	}
+	now := time.Now()
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	for _, m := range in {
+		id := lostID{m.ID, m.Meta.Process}
+		since := time.UnixMilli(m.Since)
+		_, forgotten := g.forgotten[id]
+		if there, ok := g.peers[m.ID]; (ok && there.Process == m.Meta.Process) || forgotten || now.Sub(since) > g.opts.LostFor {
+			continue
+		}
+		if since.After(now) {
+			since = now // clocks differ
+		}
+		g.lose(m.ID, m.Meta, since)
+	}
+	g.publish()
+}

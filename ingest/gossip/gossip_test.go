@@ -6,6 +6,7 @@ import (
 	"log/slog"
 	"net"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -126,6 +127,77 @@ func TestMembersComeAndGo(t *testing.T) {
 		t.Fatal(err)
 	}
 	await(t, a, "a=active c=lost d=lost")
+}
+
+// A lost member stays until its sources have sent again what it held; those that
+// come later know of it; one that comes back as it was is lost no more, one that
+// comes back without its memory is there twice.
+func TestLost(t *testing.T) {
+	var resending atomic.Bool
+	resending.Store(true)
+	with := func(id, addr, process string, o Options, join ...string) *node {
+		n := &node{live: &ring.Live{}, addr: addr}
+		if n.addr == "" {
+			l, err := net.Listen("tcp", "127.0.0.1:0")
+			if err != nil {
+				t.Fatal(err)
+			}
+			n.addr = l.Addr().String()
+			l.Close()
+		}
+		o.ID, o.Bind, o.Join = id, n.addr, join
+		o.Member = ring.Member{Address: "addr-of-" + id, Process: process}
+		var err error
+		if n.Gossip, err = New(o, n.live, slog.New(slog.DiscardHandler), prometheus.NewRegistry()); err != nil {
+			t.Fatal(err)
+		}
+		if o.LostFor == 0 { // it will vanish: no Run, which would leave
+			if _, err := n.list.Join(join); err != nil {
+				t.Fatal(err)
+			}
+		} else {
+			ctx, cancel := context.WithCancel(context.Background())
+			var wg sync.WaitGroup
+			wg.Go(func() { _ = n.Run(ctx) })
+			t.Cleanup(func() { cancel(); wg.Wait() })
+		}
+		if err := n.SetState(ring.Active); err != nil {
+			t.Fatal(err)
+		}
+		return n
+	}
+	vanish := func(n *node) {
+		if err := n.list.Shutdown(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	grace := Options{LostGrace: 500 * time.Millisecond, LostFor: time.Hour}
+	first := grace
+	first.Resending = resending.Load
+	a := with("a", "", "1", first)
+	b := with("b", "", "1", Options{}, a.addr)
+	await(t, a, "a=active b=active")
+	vanish(b)
+	await(t, a, "a=active b=lost")
+	c := with("c", "", "1", grace, a.addr)
+	await(t, c, "a=active b=lost c=active")
+
+	// As it was.
+	b2 := with("b", b.addr, "1", Options{}, a.addr)
+	for _, n := range []*node{a, b2, c} {
+		await(t, n, "a=active b=active c=active")
+	}
+	// Without its memory: SetState(Left) is not said, the process is another.
+	vanish(b2)
+	b3 := with("b", b.addr, "2", grace, a.addr)
+	for _, n := range []*node{a, c, b3} {
+		await(t, n, "a=active b=lost b=active c=active")
+	}
+	// Its sources are done.
+	resending.Store(false)
+	for _, n := range []*node{a, c, b3} {
+		await(t, n, "a=active b=active c=active")
+	}
 }
 
 func TestBadAddress(t *testing.T) {

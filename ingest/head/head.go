@@ -26,8 +26,12 @@ type Head struct {
 }
 
 // New makes an empty head. maxSeriesPerTenant of 0 means no limit.
-func New(maxSeriesPerTenant int) *Head {
-	return &Head{maxSeries: maxSeriesPerTenant, generations: []*Generation{newGeneration(1, nil)}}
+func New(maxSeriesPerTenant int) *Head { return NewAt(maxSeriesPerTenant, 1) }
+
+// NewAt is New for a head that goes on counting generations: first is at least 1
+// and below 2³¹.
+func NewAt(maxSeriesPerTenant int, first uint64) *Head {
+	return &Head{maxSeries: maxSeriesPerTenant, generations: []*Generation{newGeneration(first, nil)}}
 }
 
 // Generation is what one flush takes.
@@ -46,7 +50,7 @@ func newGeneration(id uint64, previous *Generation) *Generation {
 	return &Generation{id: id, previous: previous, tenants: map[string]*tenantHead{}}
 }
 
-// ID counts generations from 1.
+// ID counts generations, from 1 or from what NewAt was given.
 func (g *Generation) ID() uint64 { return g.id }
 
 // Samples is how many samples were appended.
@@ -61,9 +65,9 @@ func (g *Generation) tenant(name string) *tenantHead {
 	return g.tenants[name]
 }
 
-func (g *Generation) getOrCreateTenant(name string) *tenantHead {
+func (g *Generation) getOrCreateTenant(name string) (_ *tenantHead, created bool) {
 	if t := g.tenant(name); t != nil {
-		return t
+		return t, false
 	}
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -75,8 +79,9 @@ func (g *Generation) getOrCreateTenant(name string) *tenantHead {
 		}
 		t = newTenantHead(uint32(g.id), previous)
 		g.tenants[name] = t
+		created = true
 	}
-	return t
+	return t, created
 }
 
 // Refs are the series that a session has announced, by its refs. The session
@@ -84,8 +89,15 @@ func (g *Generation) getOrCreateTenant(name string) *tenantHead {
 type Refs struct {
 	// In some generation or in none yet; nil: never announced, or withdrawn.
 	series []*memSeries
+	bytes  int64             // what is announced takes, about
 	it     chunkenc.Iterator // scratch
 }
+
+// Bytes is about how much memory what is announced takes, whether or not samples
+// of it have come.
+func (r *Refs) Bytes() int64 { return r.bytes }
+
+func (s *memSeries) announcedBytes() int64 { return seriesBytes + int64(s.labels.ByteSize()) }
 
 // Len is the number of refs ever announced.
 func (r *Refs) Len() int { return len(r.series) }
@@ -100,9 +112,13 @@ func (r *Refs) Announce(ref uint32, ls labels.Labels, refuse bool) bool {
 	if refuse {
 		s.generation = refusedSeries
 	}
+	r.bytes += s.announcedBytes()
 	if int(ref) == len(r.series) {
 		r.series = append(r.series, s)
 		return true
+	}
+	if old := r.series[ref]; old != nil {
+		r.bytes -= old.announcedBytes()
 	}
 	r.series[ref] = s
 	return true
@@ -113,6 +129,7 @@ func (r *Refs) Withdraw(ref uint32) bool {
 	if !r.Valid(ref) {
 		return false
 	}
+	r.bytes -= r.series[ref].announcedBytes()
 	r.series[ref] = nil
 	return true
 }
@@ -125,11 +142,22 @@ func (r *Refs) Valid(ref uint32) bool {
 // Labels of an announced ref.
 func (r *Refs) Labels(ref uint32) labels.Labels { return r.series[ref].labels }
 
+// Refused says whether a valid ref was announced to be refused.
+func (r *Refs) Refused(ref uint32) bool { return r.series[ref].generation == refusedSeries }
+
+// Share gives Refs of the same series for another goroutine. While several append
+// at once, each to refs of its own, nothing may be announced or withdrawn.
+func (r *Refs) Share() *Refs { return &Refs{series: r.series} }
+
 // Batch is what Append takes. All refs are valid.
 type Batch struct {
 	Columns   *ship.Columns
 	Exemplars []Exemplar
 	Metadata  []Metadata
+	// Replayed says that the batch was taken before: the limit of series, which
+	// depends on the order among sessions, is not applied again. Its floats are
+	// sorted by ref.
+	Replayed bool
 }
 
 // Exemplar of the series ref.
@@ -151,6 +179,11 @@ type Result struct {
 	Generation                 uint64
 	Appended, Late, Duplicates int
 	Refused                    map[Reason]Refusal
+	// Limited are the refs refused for ReasonSeriesLimit, as often as they were.
+	Limited []uint32
+	// NewTenant says that the batch is the first of its tenant in the generation,
+	// to which metadata went over from the one before.
+	NewTenant bool
 }
 
 // Reason why samples were refused, in the form of a metric label's value.
@@ -177,10 +210,21 @@ func (h *Head) Append(tenant string, refs *Refs, b *Batch) Result {
 	h.mu.RLock()
 	defer h.mu.RUnlock()
 	g := h.generations[len(h.generations)-1]
-	a := appender{head: h, g: g, t: g.getOrCreateTenant(tenant), refs: refs, result: Result{Generation: g.id}}
+	t, created := g.getOrCreateTenant(tenant)
+	a := appender{g: g, t: t, refs: refs, maxSeries: h.maxSeries, result: Result{Generation: g.id, NewTenant: created}}
+	if b.Replayed {
+		a.maxSeries = 0
+	}
 	f, hs, fhs := &b.Columns.Floats, &b.Columns.Histograms, &b.Columns.FloatHistograms
-	for i, ref := range f.Ref {
-		a.append(ref, sample{t: f.T[i], st: at(f.ST, i), v: f.V[i]})
+	if b.Replayed && len(f.ST) == 0 {
+		a.runs(f)
+	} else {
+		for i, ref := range f.Ref {
+			if i%ahead == 0 {
+				a.fetch(f.Ref[i:min(i+ahead, len(f.Ref))])
+			}
+			a.append(ref, sample{t: f.T[i], st: at(f.ST, i), v: f.V[i]})
+		}
 	}
 	for i, ref := range hs.Ref {
 		a.append(ref, sample{t: hs.T[i], st: at(hs.ST, i), h: hs.H[i]})
@@ -226,10 +270,10 @@ func at(st []int64, i int) int64 {
 
 // appender is the state of one Append.
 type appender struct {
-	head       *Head
 	g          *Generation
 	t          *tenantHead
 	refs       *Refs
+	maxSeries  int // 0: no limit
 	result     Result
 	grown      int // bytes
 	created    int // series
@@ -237,6 +281,8 @@ type appender struct {
 	mint, maxt int64
 
 	held *sync.Mutex // a lock of series; nil: none
+
+	fetched byte // means nothing: without it the compiler would leave out the reads
 }
 
 // lock takes the lock of a series, unless it is held already.
@@ -252,6 +298,53 @@ func (a *appender) unlock() {
 	if a.held != nil {
 		a.held.Unlock()
 		a.held = nil
+	}
+}
+
+// runs appends floats without start times that are sorted by ref: the first sample
+// of each as append does, and then as many as just go on.
+func (a *appender) runs(f *ship.Floats) {
+	for i := 0; i < len(f.Ref); {
+		ref := f.Ref[i]
+		a.append(ref, sample{t: f.T[i], v: f.V[i]})
+		i++
+		end := i
+		for end < len(f.Ref) && f.Ref[end] == ref {
+			end++
+		}
+		if m := a.refs.series[ref]; i < end && m.generation == a.t.generation && a.held != nil {
+			n, grown := m.inOrder.extend(f.T[i:end], f.V[i:end])
+			a.grown += grown
+			a.result.Appended += n
+			if n > 0 {
+				a.maxt = max(a.maxt, f.T[i+n-1])
+			}
+			i += n
+		}
+	}
+}
+
+// ahead is of how many series the memory is fetched at once.
+const ahead = 16
+
+// fetch reads what appends to refs are about to wait for: where their chunks end.
+// The waits overlap here, where one doesn't depend on the other; in append each
+// comes alone. With many series there is one for nearly every sample.
+func (a *appender) fetch(refs []uint32) {
+	for _, ref := range refs {
+		m := a.refs.series[ref]
+		if m.generation != a.t.generation {
+			continue
+		}
+		if a.held == nil {
+			a.lock(m)
+		}
+		if a.t.lock(m) != a.held {
+			continue
+		}
+		if s := m.inOrder.floats.stream; len(s) > 0 {
+			a.fetched += s[len(s)-1]
+		}
 	}
 }
 
@@ -299,9 +392,10 @@ func (a *appender) series(ref uint32) *memSeries {
 		return nil
 	}
 	a.unlock() // it locks the tenant
-	s, grown := a.t.getOrCreate(known, a.head.maxSeries)
+	s, grown := a.t.getOrCreate(known, a.maxSeries)
 	if s == nil {
 		a.refuse(ReasonSeriesLimit, known.labels)
+		a.result.Limited = append(a.result.Limited, ref)
 		return nil
 	}
 	if grown > 0 {

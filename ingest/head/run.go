@@ -98,6 +98,20 @@ func (r *run) append(s *sample) (int, error) {
 	return r.appendOther(s)
 }
 
+// extend adds floats to the open chunk for as long as they are newer and it has
+// room. It returns how many it took, and by how many bytes the memory has grown.
+func (r *run) extend(ts []int64, vs []float64) (n, grown int) {
+	f := &r.floats
+	if f.n == 0 {
+		return 0, 0
+	}
+	for n < len(ts) && f.n < chunkSamples && ts[n] > f.t {
+		grown += f.append(ts[n], vs[n])
+		n++
+	}
+	return n, grown
+}
+
 // appendOther is append for what doesn't go to floats.
 func (r *run) appendOther(s *sample) (int, error) {
 	grown := 0

@@ -177,26 +177,38 @@ func (t *tenantHead) addExemplar(s *memSeries, e chunkfmt.Exemplar) (grown int, 
 func (t *tenantHead) addMetadata(metric, family string, m metadata.Metadata) (grown int, ok bool) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	if t.metadata == nil {
-		t.metadata = map[string][]metadata.Metadata{}
-	}
 	if family == "" {
 		family = metric
 	}
-	ms, known := t.metadata[family]
-	if !known && len(t.metadata) >= maxMetadataMetrics {
+	if _, known := t.metadata[family]; !known && len(t.metadata) >= maxMetadataMetrics || !t.setFamily(metric, family) {
 		return 0, false
 	}
+	return t.addEntry(family, m)
+}
+
+// setFamily notes the family of a metric. The caller holds t.mu, as with addEntry.
+func (t *tenantHead) setFamily(metric, family string) bool {
 	switch _, known := t.families[metric]; {
 	case family == metric:
 		delete(t.families, metric)
 	case !known && len(t.families) >= 4*maxMetadataMetrics:
-		return 0, false
+		return false
 	default:
 		if t.families == nil {
 			t.families = map[string]string{}
 		}
 		t.families[metric] = family
+	}
+	return true
+}
+
+func (t *tenantHead) addEntry(family string, m metadata.Metadata) (grown int, ok bool) {
+	if t.metadata == nil {
+		t.metadata = map[string][]metadata.Metadata{}
+	}
+	ms, known := t.metadata[family]
+	if !known && len(t.metadata) >= maxMetadataMetrics {
+		return 0, false
 	}
 	size := func(m metadata.Metadata) int { return metadataBytes + len(m.Type) + len(m.Unit) + len(m.Help) }
 	grown = size(m)
@@ -223,4 +235,57 @@ func (t *tenantHead) newestMetadata(metric string) (m metadata.Metadata, family 
 		return ms[len(ms)-1], family
 	}
 	return metadata.Metadata{}, ""
+}
+
+// Family is metadata of a metric family, or the name of the family that Metric
+// belongs to, if that isn't empty.
+type Family struct {
+	Metric, Name string
+	metadata.Metadata
+}
+
+// Families is what a generation that is readable knows of a tenant's metrics,
+// entries of one family ascending in age.
+func (h *Head) Families(generation uint64, tenant string) []Family {
+	gens := h.readable()
+	i := slices.IndexFunc(gens, func(g *Generation) bool { return g.id == generation })
+	if i < 0 {
+		return nil
+	}
+	t := gens[i].tenant(tenant)
+	if t == nil {
+		return nil
+	}
+	t.mu.RLock()
+	defer t.mu.RUnlock()
+	var out []Family
+	for name, ms := range t.metadata {
+		for _, m := range ms {
+			out = append(out, Family{Name: name, Metadata: m})
+		}
+	}
+	for metric, name := range t.families {
+		out = append(out, Family{Metric: metric, Name: name})
+	}
+	return out
+}
+
+// AddFamily enters what Families gave into the current generation.
+func (h *Head) AddFamily(tenant string, f Family) {
+	h.mu.RLock()
+	defer h.mu.RUnlock()
+	g := h.generations[len(h.generations)-1]
+	t, _ := g.getOrCreateTenant(tenant)
+	g.bytes.Add(int64(t.addFamily(f)))
+}
+
+func (t *tenantHead) addFamily(f Family) (grown int) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if f.Metric == "" {
+		grown, _ = t.addEntry(f.Name, f.Metadata)
+		return grown
+	}
+	t.setFamily(f.Metric, f.Name)
+	return 0
 }

@@ -10,6 +10,7 @@
 package ring
 
 import (
+	"cmp"
 	"encoding/binary"
 	"encoding/hex"
 	"slices"
@@ -50,8 +51,9 @@ type Member struct {
 	Process string `json:"process,omitempty"`
 }
 
-// Snapshot is the list of members at one moment, sorted by id. Version is a
-// digest of it: equal versions mean equal lists.
+// Snapshot is the list of members at one moment, sorted by id and process: a
+// member that restarted may be there twice, once as lost. Version is a digest of
+// it: equal versions mean equal lists.
 type Snapshot struct {
 	Version string   `json:"version"`
 	Members []Member `json:"members"`
@@ -59,7 +61,9 @@ type Snapshot struct {
 
 // NewSnapshot sorts members and computes the version. It keeps the slice.
 func NewSnapshot(members []Member) Snapshot {
-	slices.SortFunc(members, func(a, b Member) int { return strings.Compare(a.ID, b.ID) })
+	slices.SortFunc(members, func(a, b Member) int {
+		return cmp.Or(strings.Compare(a.ID, b.ID), strings.Compare(a.Process, b.Process), strings.Compare(string(a.State), string(b.State)))
+	})
 	var buf []byte
 	for _, m := range members {
 		for _, s := range []string{m.ID, m.Address, m.Zone, string(m.State), m.Process} {

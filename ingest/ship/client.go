@@ -280,7 +280,7 @@ func (s *Session) stream(ctx context.Context, client shippb.ShipClient) error {
 	s.mu.Lock()
 	hello := &shippb.Hello{
 		Version: clientVersion, Tenant: s.opts.Tenant, Source: s.opts.Source[:], Session: s.id[:],
-		NextSeq: s.nextSeq, Process: s.process, Client: s.opts.Client,
+		NextSeq: s.nextSeq, Process: s.process, Received: s.received, Client: s.opts.Client,
 	}
 	if s.process == nil {
 		hello.NextSeq = 1 // what is queued has never gone out

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"math"
+	"slices"
 
 	"github.com/klauspost/compress/s2"
 	"github.com/prometheus/prometheus/model/histogram"
@@ -66,6 +67,7 @@ const (
 
 	maxColumnsBytes = 8 << 20
 	maxSamples      = 1 << 20
+	maxHistograms   = 1 << 16 // of one kind: each takes some hundred bytes of memory
 )
 
 // ErrColumns is wrapped by every error of DecodeColumns: the bytes are not
@@ -174,15 +176,15 @@ func (d *Decoder) Decode(b []byte, c *Columns) error {
 		switch kind {
 		case kindFloats:
 			f := &c.Floats
-			f.Ref, f.T, f.ST = r.section(f.Ref, f.T, f.ST)
+			f.Ref, f.T, f.ST = r.section(f.Ref, f.T, f.ST, maxSamples)
 			f.V = r.floats(f.V, len(f.T))
 		case kindHistograms:
 			h := &c.Histograms
-			h.Ref, h.T, h.ST = r.section(h.Ref, h.T, h.ST)
+			h.Ref, h.T, h.ST = r.section(h.Ref, h.T, h.ST, maxHistograms)
 			h.H = histograms(&r, h.H, len(h.T), chunkfmt.DecodeHistogram)
 		case kindFloatHistograms:
 			h := &c.FloatHistograms
-			h.Ref, h.T, h.ST = r.section(h.Ref, h.T, h.ST)
+			h.Ref, h.T, h.ST = r.section(h.Ref, h.T, h.ST, maxHistograms)
 			h.H = histograms(&r, h.H, len(h.T), chunkfmt.DecodeFloatHistogram)
 		}
 	}
@@ -219,7 +221,7 @@ func (r *reader) varint() int64 {
 }
 
 // section reads what the kinds have in common.
-func (r *reader) section(refs []uint32, ts, st []int64) ([]uint32, []int64, []int64) {
+func (r *reader) section(refs []uint32, ts, st []int64, limit uint64) ([]uint32, []int64, []int64) {
 	if len(r.b) == 0 {
 		r.fail("truncated section")
 		return refs, ts, st
@@ -232,34 +234,90 @@ func (r *reader) section(refs []uint32, ts, st []int64) ([]uint32, []int64, []in
 	}
 	u, w := binary.Uvarint(r.b)
 	// A sample takes at least three bytes in the section: ref, time, value.
-	if w <= 0 || u == 0 || u > maxSamples || u > uint64(len(r.b)-w)/3 {
+	if w <= 0 || u == 0 || u > limit || u > uint64(len(r.b)-w)/3 {
 		r.fail("count of samples that the section can't hold")
 		return refs, ts, st
 	}
 	r.b = r.b[w:]
 	n := int(u)
-	ref := int64(0)
-	for range n {
-		d := r.varint()
-		if ref += d; ref < 0 || ref > math.MaxUint32 {
-			r.fail("ref out of range")
-			return refs, ts, st
-		}
-		refs = append(refs, uint32(ref))
-	}
-	t := int64(0)
-	for range n {
-		t += r.varint()
-		ts = append(ts, t)
-	}
+	refs = r.refs(refs, n)
+	ts = r.times(ts, n)
 	if flags&flagStart != 0 {
-		t = 0
-		for range n {
-			t += r.varint()
-			st = append(st, t)
-		}
+		st = r.times(st, n)
 	}
 	return refs, ts, st
+}
+
+// ones are the top bits of eight bytes: where all are 0, eight bytes are as many
+// numbers.
+const ones = 0x8080808080808080
+
+// refs reads n differences. Nearly all take one byte: those go eight at a time.
+func (r *reader) refs(refs []uint32, n int) []uint32 {
+	refs = slices.Grow(refs, n)
+	ref, wrong := int64(0), uint64(0)
+	for end := len(refs) + n; len(refs) < end && r.err == nil; {
+		for len(refs)+8 <= end && len(r.b) >= 8 {
+			u := binary.LittleEndian.Uint64(r.b)
+			if u&ones != 0 {
+				break
+			}
+			r.b = r.b[8:]
+			out := refs[len(refs) : len(refs)+8 : len(refs)+8]
+			for i := range out {
+				d := u & 0x7f
+				u >>= 8
+				ref += int64(d>>1) ^ -int64(d&1)
+				wrong |= uint64(ref)
+				out[i] = uint32(ref)
+			}
+			refs = refs[:len(refs)+8]
+		}
+		// Up to the next number that takes more than a byte, or the end.
+		for i := 0; i < 8 && len(refs) < end; i++ {
+			ref += r.varint()
+			wrong |= uint64(ref)
+			refs = append(refs, uint32(ref))
+		}
+	}
+	if wrong > math.MaxUint32 {
+		r.fail("ref out of range")
+	}
+	return refs
+}
+
+// times reads n differences as refs does. Most are 0: a scrape has one time.
+func (r *reader) times(ts []int64, n int) []int64 {
+	ts = slices.Grow(ts, n)
+	t := int64(0)
+	for end := len(ts) + n; len(ts) < end && r.err == nil; {
+		for len(ts)+8 <= end && len(r.b) >= 8 {
+			u := binary.LittleEndian.Uint64(r.b)
+			if u&ones != 0 {
+				break
+			}
+			r.b = r.b[8:]
+			out := ts[len(ts) : len(ts)+8 : len(ts)+8]
+			if u == 0 {
+				for i := range out {
+					out[i] = t
+				}
+			} else {
+				for i := range out {
+					d := u & 0x7f
+					u >>= 8
+					t += int64(d>>1) ^ -int64(d&1)
+					out[i] = t
+				}
+			}
+			ts = ts[:len(ts)+8]
+		}
+		for i := 0; i < 8 && len(ts) < end; i++ {
+			t += r.varint()
+			ts = append(ts, t)
+		}
+	}
+	return ts
 }
 
 func (r *reader) floats(vs []float64, n int) []float64 {
@@ -270,8 +328,12 @@ func (r *reader) floats(vs []float64, n int) []float64 {
 		r.fail("truncated values")
 		return vs
 	}
-	for i := range n {
-		vs = append(vs, math.Float64frombits(binary.LittleEndian.Uint64(r.b[8*i:])))
+	at := len(vs)
+	vs = slices.Grow(vs, n)[:at+n]
+	out, b := vs[at:], r.b[:8*n]
+	for i := range out {
+		out[i] = math.Float64frombits(binary.LittleEndian.Uint64(b))
+		b = b[8:]
 	}
 	r.b = r.b[8*n:]
 	return vs

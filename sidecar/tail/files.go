@@ -12,6 +12,8 @@ import (
 	"slices"
 
 	"github.com/prometheus/prometheus/tsdb/wlog"
+
+	"github.com/epimetheus-tsdb/epimetheus/internal/bug"
 )
 
 // Files holds on to the files of the log from the sidecar's checkpoint on, so
@@ -358,7 +360,7 @@ func (x *Files) named(k *kept) (sameness, error) {
 	if err != nil {
 		return noFile, fmt.Errorf("stat kept WAL segment: %w", err)
 	}
-	if os.SameFile(info, own) {
+	if os.SameFile(info, own) || bug.Is(bug.SameFile) {
 		return sameFile, nil
 	}
 	return otherFile, nil

@@ -213,6 +213,7 @@ type Hello struct {
 	NextSeq       uint64                 `protobuf:"varint,5,opt,name=next_seq,json=nextSeq,proto3" json:"next_seq,omitempty"` // sequence number of the next batch that is new; 1 for a new session
 	Process       []byte                 `protobuf:"bytes,6,opt,name=process,proto3" json:"process,omitempty"`                 // of the process that the session began with; empty for a new session
 	Client        string                 `protobuf:"bytes,7,opt,name=client,proto3" json:"client,omitempty"`                   // name and version, for logs
+	Received      uint64                 `protobuf:"varint,8,opt,name=received,proto3" json:"received,omitempty"`              // what the client was last told as received in this session
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -296,10 +297,17 @@ func (x *Hello) GetClient() string {
 	return ""
 }
 
+func (x *Hello) GetReceived() uint64 {
+	if x != nil {
+		return x.Received
+	}
+	return 0
+}
+
 type Welcome struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Version       uint32                 `protobuf:"varint,1,opt,name=version,proto3" json:"version,omitempty"`
-	Process       []byte                 `protobuf:"bytes,2,opt,name=process,proto3" json:"process,omitempty"`    // 16 bytes: id of this ingester process, new at each start
+	Process       []byte                 `protobuf:"bytes,2,opt,name=process,proto3" json:"process,omitempty"`    // 16 bytes: id of this ingester process; it outlives a restart that loses nothing
 	Ingester      string                 `protobuf:"bytes,3,opt,name=ingester,proto3" json:"ingester,omitempty"`  // member id on the ring
 	Received      uint64                 `protobuf:"varint,4,opt,name=received,proto3" json:"received,omitempty"` // of the session, if it is continued
 	Durable       uint64                 `protobuf:"varint,5,opt,name=durable,proto3" json:"durable,omitempty"`
@@ -992,7 +1000,7 @@ const file_ship_ship_proto_rawDesc = "" +
 	"\tToSidecar\x127\n" +
 	"\awelcome\x18\x01 \x01(\v2\x1b.epimetheus.ship.v1.WelcomeH\x00R\awelcome\x12+\n" +
 	"\x03ack\x18\x02 \x01(\v2\x17.epimetheus.ship.v1.AckH\x00R\x03ackB\t\n" +
-	"\amessage\"\xb8\x01\n" +
+	"\amessage\"\xd4\x01\n" +
 	"\x05Hello\x12\x18\n" +
 	"\aversion\x18\x01 \x01(\rR\aversion\x12\x16\n" +
 	"\x06tenant\x18\x02 \x01(\tR\x06tenant\x12\x16\n" +
@@ -1000,7 +1008,8 @@ const file_ship_ship_proto_rawDesc = "" +
 	"\asession\x18\x04 \x01(\fR\asession\x12\x19\n" +
 	"\bnext_seq\x18\x05 \x01(\x04R\anextSeq\x12\x18\n" +
 	"\aprocess\x18\x06 \x01(\fR\aprocess\x12\x16\n" +
-	"\x06client\x18\a \x01(\tR\x06client\"\xcc\x01\n" +
+	"\x06client\x18\a \x01(\tR\x06client\x12\x1a\n" +
+	"\breceived\x18\b \x01(\x04R\breceived\"\xcc\x01\n" +
 	"\aWelcome\x12\x18\n" +
 	"\aversion\x18\x01 \x01(\rR\aversion\x12\x18\n" +
 	"\aprocess\x18\x02 \x01(\fR\aprocess\x12\x1a\n" +

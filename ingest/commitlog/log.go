@@ -1,0 +1,635 @@
+package commitlog
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/prometheus/tsdb/fileutil"
+	"golang.org/x/sync/errgroup"
+)
+
+const (
+	version   = 1
+	stateName = "state.json"
+	lockName  = "lock"
+	suffix    = ".log"
+
+	maxQueued = 32 << 20 // bytes
+	syncEvery = time.Second
+)
+
+// File is a log on its way to the disk. Close may be called while the others are.
+type File interface {
+	io.Writer
+	Sync() error
+	Truncate(size int64) error
+	Close() error
+}
+
+// Options of a Log.
+type Options struct {
+	// Create makes a file that isn't there yet; nil: in the file system. It is
+	// for tests of disks that fail.
+	Create func(path string) (File, error)
+}
+
+func create(path string) (File, error) {
+	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+	if err != nil {
+		return nil, err // not in an interface, which would not be nil
+	}
+	return f, nil
+}
+
+// Log is the commit log in a directory. Make one with Open, Replay what is there,
+// Run it. Its methods are safe for concurrent use.
+type Log struct {
+	dir     string
+	create  func(string) (File, error)
+	logger  *slog.Logger
+	metrics *logMetrics
+	lock    fileutil.Releaser
+
+	process [16]byte
+	first   uint64 // generation of what is appended first
+	replay  []uint64
+	indexes atomic.Uint64 // given out
+	entries sync.Pool     // of *Entry
+
+	work chan struct{} // room for one: something is queued
+
+	mu       sync.Mutex
+	durable  uint64           // generations up to this one
+	files    map[uint64]*file // by generation
+	queue    []segment        // not yet written, in the order of Append
+	spare    []segment        // memory for the next queue
+	queued   int64            // bytes, with those that are being written
+	roomy    chan struct{}    // closed when there is room; nil: nobody waits
+	stopped  bool             // nothing is written any more
+	newest   uint64           // generation of the newest file
+	stateDue bool             // state.json is behind durable
+}
+
+// segment is a run of entries for one generation.
+type segment struct {
+	generation uint64
+	buf        []byte
+	done       []func()
+}
+
+// file is the log of one generation. Its fields but the atomic ones are the
+// writer's.
+type file struct {
+	f    File
+	path string
+	size int64 // up to the end of the last record
+
+	ended atomic.Bool // no more is written: an error, or the file goes
+	dirty atomic.Bool // written since the last sync
+	named atomic.Bool // the folder was synced since the file is in it
+}
+
+type logMetrics struct {
+	bytes, ended prometheus.Counter
+	sync         prometheus.Histogram
+	samples      prometheus.Counter
+	sessions     prometheus.Counter
+	duration     prometheus.Gauge
+}
+
+func newLogMetrics(reg prometheus.Registerer) *logMetrics {
+	m := &logMetrics{
+		bytes: prometheus.NewCounter(prometheus.CounterOpts{
+			Name: "epimetheus_ingester_commitlog_written_bytes_total", Help: "Bytes written to the commit log.",
+		}),
+		ended: prometheus.NewCounter(prometheus.CounterOpts{
+			Name: "epimetheus_ingester_commitlog_ended_total",
+			Help: "Generations whose log ended early because it could not be written: until they are flushed, a crash makes sources send again.",
+		}),
+		sync: prometheus.NewHistogram(prometheus.HistogramOpts{
+			Name: "epimetheus_ingester_commitlog_sync_duration_seconds", Help: "Time that syncs of the commit log took.",
+			Buckets: prometheus.ExponentialBuckets(0.001, 4, 8),
+		}),
+		samples: prometheus.NewCounter(prometheus.CounterOpts{
+			Name: "epimetheus_ingester_commitlog_replayed_samples_total", Help: "Samples that came from the commit log at the start.",
+		}),
+		sessions: prometheus.NewCounter(prometheus.CounterOpts{
+			Name: "epimetheus_ingester_commitlog_replayed_sessions_total", Help: "Sessions of sources that the commit log let go on after the start.",
+		}),
+		duration: prometheus.NewGauge(prometheus.GaugeOpts{
+			Name: "epimetheus_ingester_commitlog_replay_duration_seconds", Help: "Time that the replay of the commit log took at the start.",
+		}),
+	}
+	reg.MustRegister(m.bytes, m.ended, m.sync, m.samples, m.sessions, m.duration)
+	return m
+}
+
+// state is state.json.
+type state struct {
+	Version int    `json:"version"`
+	Process string `json:"process"`
+	Durable uint64 `json:"durable"`
+}
+
+// Open locks the directory, which it makes, and reads which log it holds. Close
+// unlocks it.
+func Open(dir string, o Options, logger *slog.Logger, reg prometheus.Registerer) (_ *Log, err error) {
+	l := &Log{
+		dir: dir, create: o.Create, logger: logger.With("component", "commitlog"), work: make(chan struct{}, 1), files: map[uint64]*file{},
+	}
+	if l.create == nil {
+		l.create = create
+	}
+	l.entries.New = func() any { return &Entry{} }
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return nil, fmt.Errorf("commit log: %w", err)
+	}
+	if l.lock, _, err = fileutil.Flock(filepath.Join(dir, lockName)); err != nil {
+		return nil, fmt.Errorf("commit log: %s is in use by another process (%w): give each ingester a data directory of its own", dir, err)
+	}
+	defer func() {
+		if err != nil {
+			_ = l.lock.Release() // there is an error already
+		}
+	}()
+	if err := l.readState(); err != nil {
+		return nil, err
+	}
+	if err := l.list(); err != nil {
+		return nil, err
+	}
+	l.metrics = newLogMetrics(reg)
+	reg.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+		Name: "epimetheus_ingester_commitlog_queued_bytes", Help: "Bytes that wait to be written to the commit log.",
+	}, func() float64 {
+		l.mu.Lock()
+		defer l.mu.Unlock()
+		return float64(l.queued)
+	}), prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+		Name: "epimetheus_ingester_commitlog_open", Help: "1 while what is received is logged, 0 after the log of the generation ended early.",
+	}, func() float64 {
+		if l.Err() != nil {
+			return 0
+		}
+		return 1
+	}))
+	return l, nil
+}
+
+func (l *Log) readState() error {
+	path := filepath.Join(l.dir, stateName)
+	b, err := os.ReadFile(path)
+	if err == nil {
+		var s state
+		err = json.Unmarshal(b, &s)
+		if err == nil && s.Version != version {
+			return fmt.Errorf("commit log: %s is of version %d, this program knows version %d: stop the ingester with the newer program, which empties the log, or remove %s", path, s.Version, version, l.dir)
+		}
+		var id []byte
+		if err == nil {
+			id, err = hex.DecodeString(s.Process)
+		}
+		if err == nil && (len(id) != len(l.process) || s.Durable > maxGeneration) {
+			err = errors.New("impossible values")
+		}
+		if err == nil {
+			l.process, l.durable = [16]byte(id), s.Durable
+			return nil
+		}
+	}
+	if !errors.Is(err, os.ErrNotExist) {
+		l.logger.Warn("state of the commit log can't be read: samples are replayed, sources begin new sessions", "path", path, "err", err)
+	}
+	if _, err := rand.Read(l.process[:]); err != nil {
+		return fmt.Errorf("commit log: process id: %w", err)
+	}
+	if err := l.writeState(0); err != nil {
+		return fmt.Errorf("commit log: %w", err)
+	}
+	return nil
+}
+
+// writeState replaces state.json.
+func (l *Log) writeState(durable uint64) error {
+	b, err := json.Marshal(state{Version: version, Process: hex.EncodeToString(l.process[:]), Durable: durable})
+	if err != nil {
+		return fmt.Errorf("state: %w", err)
+	}
+	path := filepath.Join(l.dir, stateName)
+	f, err := os.Create(path + ".tmp")
+	if err != nil {
+		return fmt.Errorf("state: %w", err)
+	}
+	_, err = f.Write(b)
+	if err == nil {
+		err = f.Sync()
+	}
+	err = errors.Join(err, f.Close())
+	if err == nil {
+		err = fileutil.Replace(path+".tmp", path) // syncs the folder
+	}
+	if err != nil {
+		return fmt.Errorf("state: %w", err)
+	}
+	return nil
+}
+
+// list finds the files to be replayed, and removes those that are durable.
+func (l *Log) list() error {
+	entries, err := os.ReadDir(l.dir)
+	if err != nil {
+		return fmt.Errorf("commit log: %w", err)
+	}
+	l.first = l.durable + 1
+	for _, e := range entries {
+		digits, ok := strings.CutSuffix(e.Name(), suffix)
+		if !ok {
+			continue
+		}
+		g, err := strconv.ParseUint(digits, 10, 64)
+		if err != nil || g == 0 || g >= maxGeneration || e.Name() != name(g) {
+			return fmt.Errorf("commit log: %s is no name of a log: move it elsewhere", filepath.Join(l.dir, e.Name()))
+		}
+		if g <= l.durable {
+			os.Remove(filepath.Join(l.dir, e.Name()))
+			continue
+		}
+		if err := checkVersion(filepath.Join(l.dir, e.Name())); err != nil {
+			return err
+		}
+		l.replay = append(l.replay, g)
+		l.first = max(l.first, g+1)
+	}
+	slices.Sort(l.replay)
+	return nil
+}
+
+func name(generation uint64) string { return fmt.Sprintf("%08d%s", generation, suffix) }
+
+func (l *Log) path(generation uint64) string { return filepath.Join(l.dir, name(generation)) }
+
+// Process names the log, and with it the process in the ship protocol: sessions
+// of another one are not in it.
+func (l *Log) Process() [16]byte { return l.process }
+
+// First is the generation with which the head is to begin.
+func (l *Log) First() uint64 { return l.first }
+
+// Index is a new number for a session in a generation.
+func (l *Log) Index() uint64 { return l.indexes.Add(1) }
+
+// Entry is an empty entry.
+func (l *Log) Entry() *Entry {
+	e := l.entries.Get().(*Entry)
+	e.buf, e.err = e.buf[:0], nil
+	return e
+}
+
+// Wait returns when the queue has room, or ctx ends. Append takes entries all
+// the same, so that nobody waits for the disk with a lock held.
+func (l *Log) Wait(ctx context.Context) error {
+	for {
+		l.mu.Lock()
+		if l.queued < maxQueued || l.stopped {
+			l.mu.Unlock()
+			return nil
+		}
+		if l.roomy == nil {
+			l.roomy = make(chan struct{})
+		}
+		roomy := l.roomy
+		l.mu.Unlock()
+		select {
+		case <-roomy:
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+	}
+}
+
+// Append queues an entry, which it takes over, for the log of a generation. done,
+// if not nil, is called when it is written, or when it is clear that it won't be:
+// from Append or from Run, so it must not wait for locks that callers of Append
+// hold. Entries of a generation are written in the order of the calls.
+func (l *Log) Append(generation uint64, e *Entry, done func()) {
+	queued := l.enqueue(generation, e, done)
+	if cap(e.buf)+cap(e.scratch) < 4<<20 {
+		l.entries.Put(e)
+	}
+	switch {
+	case queued:
+		select {
+		case l.work <- struct{}{}:
+		default:
+		}
+	case done != nil:
+		done()
+	}
+}
+
+func (l *Log) enqueue(generation uint64, e *Entry, done func()) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.stopped || generation <= l.durable {
+		return false
+	}
+	f := l.files[generation]
+	if f == nil {
+		f = &file{path: l.path(generation)}
+		l.files[generation] = f
+		l.newest = max(l.newest, generation)
+	}
+	if e.err != nil {
+		l.end(f, e.err)
+	}
+	if f.ended.Load() {
+		return false
+	}
+	if n := len(l.queue); n == 0 || l.queue[n-1].generation != generation {
+		if n < cap(l.queue) {
+			l.queue = l.queue[:n+1] // its memory is used again
+			s := &l.queue[n]
+			s.generation, s.buf, s.done = generation, s.buf[:0], s.done[:0]
+		} else {
+			l.queue = append(l.queue, segment{generation: generation})
+		}
+	}
+	s := &l.queue[len(l.queue)-1]
+	s.buf = append(s.buf, e.buf...)
+	if done != nil {
+		s.done = append(s.done, done)
+	}
+	l.queued += int64(len(e.buf))
+	return true
+}
+
+// Open says whether entries for a generation are still taken.
+func (l *Log) Open(generation uint64) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	f := l.files[generation]
+	return !l.stopped && generation > l.durable && (f == nil || !f.ended.Load())
+}
+
+// Replayed notes what came of a replay, for metrics.
+func (l *Log) Replayed(samples, sessions int, d time.Duration) {
+	l.metrics.samples.Add(float64(samples))
+	l.metrics.sessions.Add(float64(sessions))
+	l.metrics.duration.Set(d.Seconds())
+}
+
+// Err says why what is received now isn't logged; nil: it is.
+func (l *Log) Err() error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if f := l.files[l.newest]; f != nil && f.ended.Load() {
+		return fmt.Errorf("commit log of generation %d has ended early: until it is flushed, a crash makes sources send again", l.newest)
+	}
+	return nil
+}
+
+// end closes the log of a generation: it stays a prefix of what was received.
+func (l *Log) end(f *file, err error) {
+	if f.ended.Swap(true) {
+		return
+	}
+	l.metrics.ended.Inc()
+	l.logger.Error("commit log can't be written and ends here until the next flush: nothing is lost, but after a crash sources have to send again",
+		"path", f.path, "err", err)
+}
+
+// Run writes and syncs until ctx ends, then what is queued, and closes the log.
+func (l *Log) Run(ctx context.Context) error {
+	g, gctx := errgroup.WithContext(ctx)
+	g.Go(func() error {
+		tick := time.NewTicker(syncEvery)
+		defer tick.Stop()
+		for {
+			select {
+			case <-gctx.Done():
+				return nil
+			case <-tick.C:
+				l.sync()
+			}
+		}
+	})
+	g.Go(func() error {
+		for {
+			select {
+			case <-gctx.Done():
+				return nil
+			case <-l.work:
+				l.writeQueue()
+			}
+		}
+	})
+	err := g.Wait()
+	l.mu.Lock()
+	l.stopped = true
+	l.mu.Unlock()
+	l.writeQueue()
+	l.sync()
+	return errors.Join(err, l.Close())
+}
+
+// Close lets go of the directory where Run isn't called.
+func (l *Log) Close() error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.stopped = true
+	for _, f := range l.files {
+		f.ended.Store(true)
+		if f.f != nil {
+			f.f.Close()
+		}
+	}
+	if err := l.lock.Release(); err != nil {
+		return fmt.Errorf("commit log: unlock: %w", err)
+	}
+	return nil
+}
+
+// writeQueue writes what is queued, a write for each run of entries of one
+// generation.
+func (l *Log) writeQueue() {
+	l.mu.Lock()
+	queue := l.queue
+	l.queue, l.spare = l.spare[:0], nil
+	l.mu.Unlock()
+	written := int64(0)
+	for i := range queue {
+		s := &queue[i]
+		l.write(s)
+		for j, done := range s.done {
+			done()
+			s.done[j] = nil
+		}
+		written += int64(len(s.buf))
+		if cap(s.buf) > 4<<20 {
+			s.buf = nil // a burst's
+		}
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.spare = queue
+	l.queued -= written
+	if l.roomy != nil && l.queued < maxQueued {
+		close(l.roomy)
+		l.roomy = nil
+	}
+}
+
+func (l *Log) write(s *segment) {
+	l.mu.Lock()
+	f := l.files[s.generation]
+	l.mu.Unlock()
+	if f == nil || f.ended.Load() {
+		return // it is durable meanwhile, or there is a hole
+	}
+	if err := l.writeTo(f, s); err != nil {
+		l.end(f, err)
+	}
+}
+
+func (l *Log) writeTo(f *file, s *segment) error {
+	if f.f == nil {
+		opened, err := l.create(f.path)
+		if err != nil {
+			return fmt.Errorf("new log: %w", err)
+		}
+		l.mu.Lock()
+		gone := l.files[s.generation] != f
+		f.f = opened
+		l.mu.Unlock()
+		if gone {
+			opened.Close()
+			os.Remove(f.path)
+			return nil
+		}
+		s.buf = slices.Insert(s.buf, 0, header(l.process, s.generation, time.Now())...)
+		defer func() { s.buf = s.buf[headerSize:] }() // what the queue counts
+	}
+	n, err := f.f.Write(s.buf)
+	if f.ended.Load() {
+		return nil // it was removed meanwhile
+	}
+	if err == nil && n < len(s.buf) {
+		err = io.ErrShortWrite
+	}
+	if err != nil {
+		// Whole records would be a hole less; but this is simple, and a reader
+		// takes what stands there as it takes any torn tail.
+		return errors.Join(fmt.Errorf("write at %d: %w", f.size, err), f.f.Truncate(f.size))
+	}
+	f.size += int64(n)
+	f.dirty.Store(true)
+	l.metrics.bytes.Add(float64(n))
+	return nil
+}
+
+// sync syncs all files written to since the last time.
+func (l *Log) sync() {
+	l.mu.Lock()
+	var dirty []*file
+	for _, f := range l.files {
+		if f.f != nil && !f.ended.Load() && f.dirty.Swap(false) {
+			dirty = append(dirty, f)
+		}
+	}
+	l.mu.Unlock()
+	for _, f := range dirty {
+		began := time.Now()
+		err := f.f.Sync()
+		if err == nil && !f.named.Load() {
+			err = syncDir(l.dir)
+			f.named.Store(err == nil)
+		}
+		l.metrics.sync.Observe(time.Since(began).Seconds())
+		if err != nil {
+			l.end(f, fmt.Errorf("sync: %w", err))
+		}
+	}
+}
+
+func syncDir(dir string) error {
+	d, err := fileutil.OpenDir(dir)
+	if err != nil {
+		return err
+	}
+	defer d.Close()
+	return d.Sync()
+}
+
+// Durable notes that generations up to the one given are durable. After it has
+// returned, sources may be told; Remove removes their logs.
+func (l *Log) Durable(generation uint64) {
+	l.mu.Lock()
+	l.durable = max(l.durable, generation)
+	generation = l.durable
+	stopped := l.stopped
+	l.mu.Unlock()
+	if stopped {
+		return // the directory may be another's
+	}
+	if err := l.writeState(generation); err != nil {
+		// Remove makes room, and tries again.
+		l.logger.Warn("state of the commit log not written: after a crash sources may have to send again", "generation", generation, "err", err)
+		l.mu.Lock()
+		l.stateDue = true
+		l.mu.Unlock()
+	}
+}
+
+// Remove removes the logs of generations that are durable.
+func (l *Log) Remove() {
+	l.mu.Lock()
+	if l.stopped {
+		l.mu.Unlock()
+		return
+	}
+	durable, due := l.durable, l.stateDue
+	l.stateDue = false
+	var gone []*file
+	for g, f := range l.files {
+		if g <= durable {
+			delete(l.files, g)
+			gone = append(gone, f)
+		}
+	}
+	var paths []string
+	for len(l.replay) > 0 && l.replay[0] <= durable {
+		paths = append(paths, l.path(l.replay[0]))
+		l.replay = l.replay[1:]
+	}
+	for _, f := range gone {
+		f.ended.Store(true)
+		if f.f != nil {
+			f.f.Close()
+			paths = append(paths, f.path)
+		}
+	}
+	l.mu.Unlock()
+	for _, p := range paths {
+		if err := os.Remove(p); err != nil && !errors.Is(err, os.ErrNotExist) {
+			l.logger.Warn("commit log that is durable not removed", "path", p, "err", err)
+		}
+	}
+	if due {
+		l.Durable(durable)
+	}
+}
