@@ -43,6 +43,7 @@ type blocks struct {
 	waiting  []seenBlock // listed, until the tail has read all that was there then
 	seen     []seenBlock // … until the checkpoint has passed
 	bad      map[string]bool
+	gaveUp   bool   // an agent's gap, once
 	filled   uint64 // samples, since this start
 	changed  bool
 	progress time.Time // when the file was last written for progress alone
@@ -69,6 +70,8 @@ type fill struct {
 	begun  bool
 	read   bool // to its end; not all may be durable
 	gone   bool // deleted before it was read
+	// retryAt is when it may be opened again, after it couldn't be read.
+	retryAt time.Time
 }
 
 type seenBlock struct {
@@ -174,6 +177,9 @@ func (b *blocks) open(reason string, newest int64, wbl int) {
 	// What was seen may hold samples of the gap.
 	b.waiting, b.seen = nil, nil
 	b.metrics.gaps.Inc()
+	if b.gaveUp {
+		return // of an agent: told
+	}
 	b.logger.Warn("samples of the WAL may not have been read, they will be read from Prometheus's blocks", "reason", reason)
 }
 
@@ -278,6 +284,7 @@ func (b *blocks) settle(present map[ulid.ULID]bool) {
 			if !f.begun {
 				f.block = b.listed[i]
 			}
+			f.gone = false
 			return false
 		}
 		if f.begun && !f.gone {
@@ -372,7 +379,7 @@ func (b *blocks) passed(pos tail.Position) {
 // next returns the fill to read on, nil if there is none.
 func (b *blocks) next() *fill {
 	for _, f := range b.fills {
-		if !f.read && !f.gone && f.block.Dir != "" {
+		if !f.read && !f.gone && f.block.Dir != "" && !time.Now().Before(f.retryAt) {
 			return f
 		}
 	}
@@ -424,7 +431,10 @@ func (b *blocks) giveUp() {
 	if b.gap == nil {
 		return
 	}
-	b.logger.Warn("samples of the WAL were not read and are lost: an agent has no blocks to read them from", "reason", b.gap.Reason)
+	if !b.gaveUp {
+		b.gaveUp = true
+		b.logger.Warn("samples of the WAL were not read and are lost: an agent has no blocks to read them from", "reason", b.gap.Reason)
+	}
 	b.metrics.gapsLost.Inc()
 	b.gap, b.changed = nil, true
 }

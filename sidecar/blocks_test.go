@@ -102,7 +102,23 @@ func TestBackfill(t *testing.T) {
 				t.Fatal("no block")
 			}
 			d.put(time.Minute)
+			// A block that can't be read for a while: somebody is copying it there.
+			index := filepath.Join(d.db.Blocks()[0].Dir(), "index")
+			if err := os.Rename(index, index+".away"); err != nil {
+				t.Fatal(err)
+			}
 			h.run()
+			if age == 0 {
+				eventually(t, "the other blocks are durable", func() bool {
+					for _, f := range h.ingesters {
+						f.flush()
+					}
+					return len(h.sidecar.Status().Fills) == 1
+				})
+			}
+			if err := os.Rename(index+".away", index); err != nil {
+				t.Fatal(err)
+			}
 			if age < 0 {
 				eventually(t, "the tail is sent", func() bool {
 					return h.sidecar.Status().Checkpoint.Segment >= 0 && h.metric("epimetheus_sidecar_shipped_samples_total") > 100

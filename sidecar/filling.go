@@ -142,9 +142,23 @@ func (s *shipper) fillOn(ctx context.Context) bool {
 	if errors.Is(err, io.EOF) {
 		f.read = true
 	} else if err != nil && ctx.Err() == nil {
-		s.blockTrouble(f, err)
+		s.pause(f, err)
 	}
 	return true
+}
+
+// blockRetry is after what time a block that couldn't be read is opened again.
+const blockRetry = 30 * time.Second
+
+// pause lets go of a block that can't be read, for a while: as long as not all of
+// it is durable, nor is a gap closed.
+func (s *shipper) pause(f *fill, err error) {
+	s.blockTrouble(f, err)
+	if f.reader != nil {
+		f.reader.Close()
+		f.reader = nil
+	}
+	f.retryAt = time.Now().Add(blockRetry)
 }
 
 // fillAgain reads a part of a block again that an ingester has lost.
@@ -166,11 +180,13 @@ func (s *shipper) fillAgain(ctx context.Context, f *fill, now time.Time) bool {
 		f.ledger.Return(w.ID)
 		return true
 	case err != nil && !errors.Is(err, io.EOF):
-		s.blockTrouble(f, err)
+		s.pause(f, err)
+		f.ledger.Return(w.ID)
+		return true
 	}
 	f.ledger.Resent(w.ID, parts, false)
 	if err := f.reader.Seek(uint64(f.ledger.next.Offset)); err != nil { //nolint:contextcheck // nothing waits in it
-		s.blockTrouble(f, err)
+		s.pause(f, err)
 	}
 	return true
 }
@@ -184,9 +200,12 @@ func (s *shipper) opened(f *fill) bool {
 	if f.reader != nil {
 		return true
 	}
+	if time.Now().Before(f.retryAt) {
+		return false
+	}
 	r, err := backfill.Open(f.block, f.mint, math.MaxInt64)
 	if err == nil {
-		err = r.Seek(uint64(f.ledger.Checkpoint().Offset))
+		err = r.Seek(uint64(f.ledger.next.Offset))
 		if err != nil {
 			r.Close()
 		}
@@ -198,8 +217,7 @@ func (s *shipper) opened(f *fill) bool {
 	case errors.Is(err, fs.ErrNotExist):
 		f.gone = true // it made way for a larger one, or for good: the next look tells
 	default:
-		s.blockTrouble(f, err)
-		f.read = true // nothing of it can be
+		s.pause(f, err)
 	}
 	return false
 }
