@@ -640,7 +640,7 @@ func TestCrashAnywhere(t *testing.T) {
 	}
 	wg.Wait()
 	<-flushed
-	if resumed < 12*sessions/2 {
+	if resumed < 2*sessions { // of 12: how many depends on where the copies were taken
 		t.Errorf("%d sessions resumed of %d: there was little to test", resumed, 12*sessions)
 	}
 }
