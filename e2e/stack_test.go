@@ -165,8 +165,13 @@ index:
 	if out, err := cmd.CombinedOutput(); err != nil {
 		t.Fatalf("create-table: %v\n%s", err, out)
 	}
-	for i := range 3 {
-		m := s.addIngester(t)
+	// Each joins by the addresses of all: one that restarts finds the others.
+	var start []func()
+	for range 3 {
+		start = append(start, s.prepareIngester(t))
+	}
+	for i, m := range s.ingesters {
+		start[i]()
 		if i == 1 {
 			s.victim = m
 		} else {
@@ -199,6 +204,13 @@ func (s *stack) joinArgs() []string {
 // addIngester starts one more ingester.
 func (s *stack) addIngester(t *testing.T) *member {
 	t.Helper()
+	s.prepareIngester(t)()
+	return s.ingesters[len(s.ingesters)-1]
+}
+
+// prepareIngester makes one that start starts.
+func (s *stack) prepareIngester(t *testing.T) (start func()) {
+	t.Helper()
 	i := len(s.ingesters)
 	id := fmt.Sprintf("ingester-%d", i)
 	pl := place{host: "127.0.0.1"}
@@ -223,9 +235,11 @@ func (s *stack) addIngester(t *testing.T) *member {
 	if len(s.join) < 3 {
 		s.join = append(s.join, gossip)
 	}
-	s.launch(t, m, pl.run, freeAddrOn(t, pl.host), append(args, s.joinArgs()...)...)
 	s.ingesters = append(s.ingesters, m)
-	return m
+	return func() {
+		t.Helper()
+		s.launch(t, m, pl.run, freeAddrOn(t, pl.host), append(args, s.joinArgs()...)...)
+	}
 }
 
 // freeAddrOn is a free address, on an IP address that may be elsewhere.
