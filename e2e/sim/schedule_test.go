@@ -25,6 +25,7 @@ var actions = []action{
 	{"stop sidecar", 1, (*world).stopASidecar},
 	{"network", 6, (*world).disturbNetwork},
 	{"ring endpoint", 1, (*world).disturbRing},
+	{"disk", 3, (*world).disturbDisk},
 	{"stores", 5, (*world).disturbStores},
 	{"segment", 2, (*world).rollSegment},
 	{"truncate", 2, (*world).truncateWAL},
@@ -85,15 +86,19 @@ func (w *world) killNode() string {
 		return ""
 	}
 	n := pick(w.rng, nodes...)
+	with, err := w.crash(n)
+	if err != nil {
+		w.fail(err)
+	}
 	n.vanish(w.detect)
 	d := between(w.rng, 0, 20*time.Second)
 	switch x := w.rng.IntN(6); {
 	case x < 2:
 		w.later(d, n.String()+" is there again", func() { w.start(n.id, n.address) })
-		return fmt.Sprintf("%v is killed and starts again in %v", n, d)
+		return fmt.Sprintf("%v is killed%s and starts again in %v", n, with, d)
 	case x < 4:
 		w.later(d, n.id+" is there again", func() { w.addNodeAs(n.id) })
-		return fmt.Sprintf("%v is killed and starts elsewhere in %v", n, d)
+		return fmt.Sprintf("%v is killed%s and starts elsewhere in %v", n, with, d)
 	case x < 5 || len(nodes) == 1:
 		w.later(d, "another ingester starts", w.addNode)
 		return fmt.Sprintf("%v is killed and gets replaced in %v", n, d)

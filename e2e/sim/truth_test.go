@@ -85,6 +85,17 @@ func (tr *truth) received(n *node, ids []sampleID) {
 	}
 }
 
+// inherit notes that a process has all in memory that the one before said to have.
+func (tr *truth) inherit(n, before *node) {
+	tr.mu.Lock()
+	defer tr.mu.Unlock()
+	for _, s := range tr.samples {
+		if slices.Contains(s.heads, before) {
+			s.heads = append(s.heads, n)
+		}
+	}
+}
+
 // readable says whether a reader must find a sample: it is durable, or in the
 // memory of a process that lives.
 func (s *sample) readable() bool {

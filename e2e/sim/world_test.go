@@ -59,6 +59,11 @@ type world struct {
 	detect       time.Duration // until the loss of a member is noticed
 	lostFor      time.Duration
 
+	disks    *rand.Rand      // for what becomes of disks
+	logShare int             // of four ingesters have a commit log
+	logs     map[string]bool // which do, by id
+	dirs     int             // made, of disks
+
 	tenants  []string
 	sources  []*source
 	nodes    []*node
@@ -100,6 +105,8 @@ func newWorld(dir string, c config) (*world, error) {
 		began: time.Now(), stopScraping: make(chan struct{}), stopQueries: make(chan struct{}),
 	}
 	w.rng = w.random(1)
+	w.disks, w.logs = w.random(5), map[string]bool{}
+	w.logShare = pick(w.disks, 0, 2, 4, 4)
 	r := w.random(2) // for what the world is like
 	w.members.all = map[string]ring.Member{}
 	w.members.delay = pick(r, 0, 0, between(r, 0, 1500*time.Millisecond))
