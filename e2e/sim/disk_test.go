@@ -170,7 +170,8 @@ func (w *world) crash(n *node) (how string, err error) {
 	return " with its log", nil
 }
 
-// disturbDisk makes the disk of a commit log full or slow for a while.
+// disturbDisk makes the disk of a commit log full or slow for a while. Often its
+// process dies of that soon after, or somebody restarts it.
 func (w *world) disturbDisk() string {
 	var with []*node
 	for _, n := range w.alive() {
@@ -182,13 +183,20 @@ func (w *world) disturbDisk() string {
 		return ""
 	}
 	n := pick(w.rng, with...)
+	if w.rng.IntN(2) == 0 {
+		w.later(between(w.rng, time.Second, 10*time.Second), "the one with the disk dies too", func() {
+			if !n.dead.Load() {
+				w.logf("%s", w.kill(n))
+			}
+		})
+	}
 	d, slow := between(w.rng, 100*time.Millisecond, 20*time.Second), between(w.rng, 5*time.Millisecond, time.Second)
-	how := pick(w.rng, "full", "full for one write", "slow")
+	how := pick(w.rng, "full", "full for a moment", "full for a moment", "slow")
 	switch how {
 	case "full":
 		n.disk.set(-1, 0)
-	case "full for one write":
-		n.disk.set(1, 0)
+	case "full for a moment":
+		n.disk.set(between(w.rng, 1, 3), 0)
 		return fmt.Sprintf("disk of %v is %s", n, how)
 	default:
 		n.disk.set(0, slow)

@@ -158,7 +158,8 @@ func (n *node) String() string { return n.id + " at " + n.address }
 
 // session is what a process says of a session, and what was in it.
 type session struct {
-	tenant string
+	tenant   string
+	replayed atomic.Bool // from a commit log, and not heard of yet
 
 	mu                sync.Mutex
 	refs              map[uint32]string // labels
@@ -180,7 +181,9 @@ type batch struct {
 func (s *session) again() *session {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return &session{tenant: s.tenant, refs: maps.Clone(s.refs), batches: slices.Clone(s.batches)}
+	out := &session{tenant: s.tenant, refs: maps.Clone(s.refs), batches: slices.Clone(s.batches)}
+	out.replayed.Store(true)
+	return out
 }
 
 // watch sees all that comes and goes on a stream of the ship protocol.
@@ -229,6 +232,9 @@ func (x *watched) SendMsg(m any) error {
 	var err error
 	if w := msg.GetWelcome(); w != nil {
 		w.WindowBytes = x.n.w.windowBytes
+		if w.Resumed && x.s.replayed.Swap(false) {
+			x.n.w.resumed.Add(1)
+		}
 		if err = x.s.said(x.n, w.Received, w.Durable); err == nil && w.Resumed && w.Received < x.received {
 			err = fmt.Errorf("resumes a session at batch %d, its source has seen that %d was received", w.Received, x.received)
 		}

@@ -85,7 +85,10 @@ func (w *world) killNode() string {
 	if len(nodes) == 0 {
 		return ""
 	}
-	n := pick(w.rng, nodes...)
+	return w.kill(pick(w.rng, nodes...))
+}
+
+func (w *world) kill(n *node) string {
 	with, err := w.crash(n)
 	if err != nil {
 		w.fail(err)
@@ -99,7 +102,7 @@ func (w *world) killNode() string {
 	case x < 4:
 		w.later(d, n.id+" is there again", func() { w.addNodeAs(n.id) })
 		return fmt.Sprintf("%v is killed%s and starts elsewhere in %v", n, with, d)
-	case x < 5 || len(nodes) == 1:
+	case x < 5 || len(w.alive()) == 0:
 		w.later(d, "another ingester starts", w.addNode)
 		return fmt.Sprintf("%v is killed and gets replaced in %v", n, d)
 	default:

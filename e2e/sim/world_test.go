@@ -10,6 +10,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -80,7 +81,8 @@ type world struct {
 	err               error // the first
 	log               []string
 	queries, complete int
-	verified          int // samples looked up when they were called durable; under truth.mu
+	resumed           atomic.Int64 // sessions that went on after a replay
+	verified          int          // samples looked up when they were called durable; under truth.mu
 }
 
 // event is what happens on its own, such as the end of a fault.
@@ -332,6 +334,6 @@ func (w *world) close() {
 
 // summary says what the simulation has seen.
 func (w *world) summary() string {
-	return fmt.Sprintf("%v of virtual time, %d samples, %d looked up as durable, %d queries, %d of them complete",
-		w.took.Round(time.Second), len(w.truth.samples), w.verified, w.queries, w.complete)
+	return fmt.Sprintf("%v of virtual time, %d samples, %d looked up as durable, %d queries, %d of them complete, %d sessions resumed after a replay",
+		w.took.Round(time.Second), len(w.truth.samples), w.verified, w.queries, w.complete, w.resumed.Load())
 }
