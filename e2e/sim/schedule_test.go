@@ -329,7 +329,7 @@ func (w *world) rollSegment() string {
 // truncateWAL truncates a WAL, mostly only what its sidecar has done with.
 func (w *world) truncateWAL() string {
 	s := pick(w.rng, w.sources...)
-	last, how := math.MaxInt, "regardless of its sidecar"
+	last, how, regardless := math.MaxInt, "regardless of its sidecar", true
 	if w.rng.IntN(4) > 0 {
 		if s.sidecar == nil {
 			return ""
@@ -338,9 +338,9 @@ func (w *world) truncateWAL() string {
 		if c.InCheckpoint {
 			return ""
 		}
-		last, how = c.Segment-1, "up to where its sidecar is"
+		last, how, regardless = c.Segment-1, "up to where its sidecar is", false
 	}
-	s.do(func() error { return s.truncate(last) })
+	s.do(func() error { return s.truncate(last, regardless) })
 	return s.id + " truncates its WAL " + how
 }
 
