@@ -28,7 +28,7 @@ type disk struct {
 
 // create is commitlog.Options.Create.
 func (d *disk) create(path string) (commitlog.File, error) {
-	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL|os.O_APPEND, 0o600) // APPEND: for who goes on after Truncate
 	if err != nil {
 		return nil, err
 	}
@@ -184,7 +184,7 @@ func (w *world) disturbDisk() string {
 	}
 	n := pick(w.rng, with...)
 	if w.rng.IntN(2) == 0 {
-		w.later(between(w.rng, time.Second, 10*time.Second), "the one with the disk dies too", func() {
+		w.later(between(w.rng, 2*time.Second, 8*time.Second), "the one with the disk dies too", func() {
 			if !n.dead.Load() {
 				w.logf("%s", w.kill(n))
 			}

@@ -25,7 +25,7 @@ var actions = []action{
 	{"stop sidecar", 1, (*world).stopASidecar},
 	{"network", 6, (*world).disturbNetwork},
 	{"ring endpoint", 1, (*world).disturbRing},
-	{"disk", 3, (*world).disturbDisk},
+	{"disk", 5, (*world).disturbDisk},
 	{"stores", 5, (*world).disturbStores},
 	{"segment", 2, (*world).rollSegment},
 	{"truncate", 2, (*world).truncateWAL},
@@ -95,7 +95,11 @@ func (w *world) kill(n *node) string {
 	}
 	n.vanish(w.detect)
 	d := between(w.rng, 0, 20*time.Second)
-	switch x := w.rng.IntN(6); {
+	x := w.rng.IntN(6)
+	if n.left != "" && w.disks.IntN(4) > 0 { // it is soon there again, where its disk is
+		x, d = 0, between(w.disks, 0, 4*time.Second)
+	}
+	switch {
 	case x < 2:
 		w.later(d, n.String()+" is there again", func() { w.start(n.id, n.address) })
 		return fmt.Sprintf("%v is killed%s and starts again in %v", n, with, d)

@@ -18,8 +18,8 @@ const (
 	ResentIsDone
 	// SameFile takes a file that was written anew for the one that was read.
 	SameFile
-	// HoleInLog goes on with a commit log after a write that failed, and a replay
-	// takes no notice of the batches that are missing.
+	// HoleInLog goes on with a commit log after a write that failed, and neither a
+	// replay nor a session that goes on takes notice of batches that are missing.
 	HoleInLog
 )
 
