@@ -39,8 +39,8 @@ type Options struct {
 
 	// CommitLog is the directory of the commit log; empty: there is none.
 	CommitLog string
-	// commitLog is for tests of disks that fail.
-	commitLog commitlog.Options
+	// CommitLogFiles is for tests of disks that fail.
+	CommitLogFiles commitlog.Options
 }
 
 func (o *Options) setDefaults() {
@@ -105,7 +105,7 @@ func New(o Options, publish Publish, logger *slog.Logger, reg prometheus.Registe
 	first, process := uint64(1), i.process
 	if o.CommitLog != "" {
 		var err error
-		if i.log, err = commitlog.Open(o.CommitLog, o.commitLog, logger, reg); err != nil {
+		if i.log, err = commitlog.Open(o.CommitLog, o.CommitLogFiles, logger, reg); err != nil {
 			return nil, err
 		}
 		first, process = i.log.First(), i.log.Process()

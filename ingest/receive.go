@@ -26,6 +26,7 @@ import (
 	"github.com/epimetheus-tsdb/epimetheus/ingest/head"
 	"github.com/epimetheus-tsdb/epimetheus/ingest/ship"
 	"github.com/epimetheus-tsdb/epimetheus/ingest/ship/shippb"
+	"github.com/epimetheus-tsdb/epimetheus/internal/bug"
 )
 
 // Bounds and times of docs/protocols/ship.md.
@@ -205,7 +206,7 @@ func (r *receiver) attach(ctx context.Context, hello *shippb.Hello, st *stream) 
 		r.mu.Unlock()
 		s.mu.Lock()
 		old := s.stream
-		if old == nil && continues && hello.Received > s.received {
+		if old == nil && continues && hello.Received > s.received && !bug.Is(bug.HoleInLog) {
 			// A crash has cost the end of the commit log. The client has what is
 			// missing no more: it reads it again, for another session.
 			s.mu.Unlock()

@@ -15,6 +15,7 @@ import (
 	"github.com/epimetheus-tsdb/epimetheus/ingest/head"
 	"github.com/epimetheus-tsdb/epimetheus/ingest/ship"
 	"github.com/epimetheus-tsdb/epimetheus/ingest/ship/shippb"
+	"github.com/epimetheus-tsdb/epimetheus/internal/bug"
 )
 
 // write puts a batch that the head has just taken into the commit log. refs from
@@ -482,7 +483,7 @@ func (w *replayWorker) batch(s *replayed, rec *commitlog.Record) bool {
 	if rec.Seq <= s.received {
 		return true // there already
 	}
-	if rec.Seq != s.received+1 {
+	if rec.Seq != s.received+1 && !bug.Is(bug.HoleInLog) {
 		s.broken = true // but its samples are worth having
 	}
 	rest, err := rec.Rest(&w.scratch)

@@ -237,7 +237,7 @@ func TestFullDisk(t *testing.T) {
 	room := &atomic.Int64{}
 	room.Store(1 << 20)
 	o := logged(dir)
-	o.commitLog = limited(room)
+	o.CommitLogFiles = limited(room)
 	e := start(t, o)
 	names := []string{"whole", "torn", "new"}
 	hs, cs := map[string]*shippb.Hello{}, map[string]*client{}

@@ -149,6 +149,7 @@ func bugs() []*bug {
 		{
 			name: "a segment replaced under the reader", first: 3, inside: inside.SameFile,
 		},
+		{name: "a hole in the commit log", first: 4, inside: inside.HoleInLog},
 	}
 }
 

@@ -5,6 +5,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"strings"
 	"sync"
@@ -35,7 +36,12 @@ type node struct {
 	cancel  context.CancelFunc
 	dead    atomic.Bool   // killed, or gone after its last flush
 	ended   chan struct{} // closed when all that it had started has ended
-	leaving bool          // owned by the schedule
+	disk    *disk         // for a commit log; nil: it has none
+
+	// Owned by the schedule.
+	leaving bool
+	left    string // directory of the disk, for the next process of the id; empty: none
+	whole   bool   // all that was received is there
 
 	mu       sync.Mutex
 	sessions map[string]*session // by tenant and id
@@ -69,9 +75,18 @@ func (w *world) startNode(id, address string) error {
 	}
 	o := w.ingester
 	o.Member = id
+	var before *node
+	if w.hasLog(id) {
+		if n.disk, before, err = w.diskFor(id); err != nil {
+			return err
+		}
+		n.left = n.disk.dir
+		o.CommitLog, o.CommitLogFiles.Create = n.disk.dir, n.disk.create
+	}
 	if n.ing, err = ingest.New(o, w.bug.publish(n, h.Publish), w.logger.With("owner", id), prometheus.NewRegistry()); err != nil {
 		return err
 	}
+	n.takeOver(before)
 	n.server = grpc.NewServer(
 		grpc.MaxRecvMsgSize(4<<20),
 		grpc.KeepaliveParams(keepalive.ServerParameters{Time: 20 * time.Second, Timeout: 10 * time.Second}),
@@ -90,6 +105,10 @@ func (w *world) startNode(id, address string) error {
 	})
 	wg.Go(func() {
 		// As in cmd/epimetheus: what could not be flushed is missed.
+		if err := n.ing.Replay(ctx); err != nil {
+			w.fail(fmt.Errorf("%s: replay: %w", n, err))
+		}
+		w.members.state(100*time.Millisecond, id, n.ing.Process(), ring.Active)
 		err := n.ing.Run(ctx)
 		if n.dead.Load() {
 			return
@@ -108,7 +127,6 @@ func (w *world) startNode(id, address string) error {
 	w.nodes = append(w.nodes, n)
 	m := ring.Member{ID: id, Address: "passthrough:///" + address, State: ring.Joining, Process: n.ing.Process()}
 	w.members.change(0, func(all map[string]ring.Member) { all[id] = m })
-	w.members.state(100*time.Millisecond, id, m.Process, ring.Active)
 	return nil
 }
 
@@ -140,7 +158,8 @@ func (n *node) String() string { return n.id + " at " + n.address }
 
 // session is what a process says of a session, and what was in it.
 type session struct {
-	tenant string
+	tenant   string
+	replayed atomic.Bool // from a commit log, and not heard of yet
 
 	mu                sync.Mutex
 	refs              map[uint32]string // labels
@@ -157,6 +176,16 @@ type batch struct {
 	newest  int64
 }
 
+// again is the session as another process knows it by the commit log. What it says
+// of it is looked at anew.
+func (s *session) again() *session {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	out := &session{tenant: s.tenant, refs: maps.Clone(s.refs), batches: slices.Clone(s.batches)}
+	out.replayed.Store(true)
+	return out
+}
+
 // watch sees all that comes and goes on a stream of the ship protocol.
 func (n *node) watch(srv any, ss grpc.ServerStream, info *grpc.StreamServerInfo, handle grpc.StreamHandler) error {
 	if info.FullMethod == shippb.Ship_Stream_FullMethodName {
@@ -167,8 +196,9 @@ func (n *node) watch(srv any, ss grpc.ServerStream, info *grpc.StreamServerInfo,
 
 type watched struct {
 	grpc.ServerStream
-	n *node
-	s *session
+	n        *node
+	s        *session
+	received uint64 // that the sidecar has seen
 }
 
 func (x *watched) RecvMsg(m any) error {
@@ -184,6 +214,7 @@ func (x *watched) RecvMsg(m any) error {
 			x.n.sessions[key] = x.s
 		}
 		x.n.mu.Unlock()
+		x.received = h.Received
 	}
 	if b := msg.GetBatch(); b != nil && x.s != nil {
 		if err := x.s.batch(x.n.w, b); err != nil {
@@ -201,7 +232,12 @@ func (x *watched) SendMsg(m any) error {
 	var err error
 	if w := msg.GetWelcome(); w != nil {
 		w.WindowBytes = x.n.w.windowBytes
-		err = x.s.said(x.n, w.Received, w.Durable)
+		if w.Resumed && x.s.replayed.Swap(false) {
+			x.n.w.resumed.Add(1)
+		}
+		if err = x.s.said(x.n, w.Received, w.Durable); err == nil && w.Resumed && w.Received < x.received {
+			err = fmt.Errorf("resumes a session at batch %d, its source has seen that %d was received", w.Received, x.received)
+		}
 	}
 	if a := msg.GetAck(); a != nil {
 		x.n.w.bug.ack(x.n, x.s, a)

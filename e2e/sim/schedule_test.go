@@ -25,6 +25,7 @@ var actions = []action{
 	{"stop sidecar", 1, (*world).stopASidecar},
 	{"network", 6, (*world).disturbNetwork},
 	{"ring endpoint", 1, (*world).disturbRing},
+	{"disk", 5, (*world).disturbDisk},
 	{"stores", 5, (*world).disturbStores},
 	{"segment", 2, (*world).rollSegment},
 	{"truncate", 2, (*world).truncateWAL},
@@ -84,17 +85,28 @@ func (w *world) killNode() string {
 	if len(nodes) == 0 {
 		return ""
 	}
-	n := pick(w.rng, nodes...)
+	return w.kill(pick(w.rng, nodes...))
+}
+
+func (w *world) kill(n *node) string {
+	with, err := w.crash(n)
+	if err != nil {
+		w.fail(err)
+	}
 	n.vanish(w.detect)
 	d := between(w.rng, 0, 20*time.Second)
-	switch x := w.rng.IntN(6); {
+	x := w.rng.IntN(6)
+	if n.left != "" && w.disks.IntN(4) > 0 { // it is soon there again, where its disk is
+		x, d = 0, between(w.disks, 0, 4*time.Second)
+	}
+	switch {
 	case x < 2:
 		w.later(d, n.String()+" is there again", func() { w.start(n.id, n.address) })
-		return fmt.Sprintf("%v is killed and starts again in %v", n, d)
+		return fmt.Sprintf("%v is killed%s and starts again in %v", n, with, d)
 	case x < 4:
 		w.later(d, n.id+" is there again", func() { w.addNodeAs(n.id) })
-		return fmt.Sprintf("%v is killed and starts elsewhere in %v", n, d)
-	case x < 5 || len(nodes) == 1:
+		return fmt.Sprintf("%v is killed%s and starts elsewhere in %v", n, with, d)
+	case x < 5 || len(w.alive()) == 0:
 		w.later(d, "another ingester starts", w.addNode)
 		return fmt.Sprintf("%v is killed and gets replaced in %v", n, d)
 	default:
@@ -321,7 +333,7 @@ func (w *world) rollSegment() string {
 // truncateWAL truncates a WAL, mostly only what its sidecar has done with.
 func (w *world) truncateWAL() string {
 	s := pick(w.rng, w.sources...)
-	last, how := math.MaxInt, "regardless of its sidecar"
+	last, how, regardless := math.MaxInt, "regardless of its sidecar", true
 	if w.rng.IntN(4) > 0 {
 		if s.sidecar == nil {
 			return ""
@@ -330,9 +342,9 @@ func (w *world) truncateWAL() string {
 		if c.InCheckpoint {
 			return ""
 		}
-		last, how = c.Segment-1, "up to where its sidecar is"
+		last, how, regardless = c.Segment-1, "up to where its sidecar is", false
 	}
-	s.do(func() error { return s.truncate(last) })
+	s.do(func() error { return s.truncate(last, regardless) })
 	return s.id + " truncates its WAL " + how
 }
 

@@ -305,8 +305,8 @@ func (s *source) roll() error {
 }
 
 // truncate does what Prometheus does after a head compaction, up to segment last
-// at most.
-func (s *source) truncate(last int) error {
+// at most; regardless: its sidecar may not have read what goes.
+func (s *source) truncate(last int, regardless bool) error {
 	first, end, err := wlog.Segments(s.wal.Dir())
 	if err != nil {
 		return err
@@ -338,13 +338,20 @@ func (s *source) truncate(last int) error {
 		return err
 	}
 	// A record of a series that came back lies behind last, if it was logged.
-	for ref := range s.refs {
+	dropped := map[seriesID]bool{}
+	for ref, e := range s.refs {
 		if !known[ref] {
 			delete(s.refs, ref)
+			dropped[e.by.id] = true
 		}
 	}
 	s.w.logf("%s: segments %d to %d are truncated, samples from %d on are in the WAL checkpoint", s.id, first, last, mint)
-	s.w.truth.forget(s, func(at place) bool { return at.segment <= last })
+	s.w.truth.forget(s, func(_ seriesID, at place) bool { return at.segment <= last })
+	if regardless {
+		// Its sidecar may not have read what explained them. What the segments that
+		// remain have of them is older than mint: only blocks hold it.
+		s.w.truth.forget(s, func(id seriesID, _ place) bool { return dropped[id] })
+	}
 	return nil
 }
 
@@ -400,7 +407,7 @@ func (s *source) repair() error {
 		return err
 	}
 	lost := func(p place) bool { return p.segment > at.segment || p.segment == at.segment && p.offset >= at.offset }
-	s.w.truth.forget(s, lost)
+	s.w.truth.forget(s, func(_ seriesID, at place) bool { return lost(at) })
 	for ref, p := range s.refs {
 		if lost(p.at) {
 			delete(s.refs, ref)

@@ -85,6 +85,17 @@ func (tr *truth) received(n *node, ids []sampleID) {
 	}
 }
 
+// inherit notes that a process has all in memory that the one before said to have.
+func (tr *truth) inherit(n, before *node) {
+	tr.mu.Lock()
+	defer tr.mu.Unlock()
+	for _, s := range tr.samples {
+		if slices.Contains(s.heads, before) {
+			s.heads = append(s.heads, n)
+		}
+	}
+}
+
 // readable says whether a reader must find a sample: it is durable, or in the
 // memory of a process that lives.
 func (s *sample) readable() bool {
@@ -94,11 +105,11 @@ func (s *sample) readable() bool {
 // forget notes that a source doesn't hold some of its segments any more. What of
 // them a WAL checkpoint has kept counts as gone too: gaps are not filled from
 // there.
-func (tr *truth) forget(src *source, gone func(place) bool) {
+func (tr *truth) forget(src *source, gone func(seriesID, place) bool) {
 	tr.mu.Lock()
 	defer tr.mu.Unlock()
-	for _, s := range tr.samples {
-		if s.source == src && gone(s.at) {
+	for id, s := range tr.samples {
+		if s.source == src && gone(id.series, s.at) {
 			s.gone = true
 		}
 	}

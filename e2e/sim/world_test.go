@@ -10,6 +10,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -59,6 +60,11 @@ type world struct {
 	detect       time.Duration // until the loss of a member is noticed
 	lostFor      time.Duration
 
+	disks    *rand.Rand      // for what becomes of disks
+	logShare int             // of four ingesters have a commit log
+	logs     map[string]bool // which do, by id
+	dirs     int             // made, of disks
+
 	tenants  []string
 	sources  []*source
 	nodes    []*node
@@ -75,7 +81,8 @@ type world struct {
 	err               error // the first
 	log               []string
 	queries, complete int
-	verified          int // samples looked up when they were called durable; under truth.mu
+	resumed           atomic.Int64 // sessions that went on after a replay
+	verified          int          // samples looked up when they were called durable; under truth.mu
 }
 
 // event is what happens on its own, such as the end of a fault.
@@ -100,6 +107,8 @@ func newWorld(dir string, c config) (*world, error) {
 		began: time.Now(), stopScraping: make(chan struct{}), stopQueries: make(chan struct{}),
 	}
 	w.rng = w.random(1)
+	w.disks, w.logs = w.random(5), map[string]bool{}
+	w.logShare = pick(w.disks, 0, 2, 4, 4)
 	r := w.random(2) // for what the world is like
 	w.members.all = map[string]ring.Member{}
 	w.members.delay = pick(r, 0, 0, between(r, 0, 1500*time.Millisecond))
@@ -325,6 +334,6 @@ func (w *world) close() {
 
 // summary says what the simulation has seen.
 func (w *world) summary() string {
-	return fmt.Sprintf("%v of virtual time, %d samples, %d looked up as durable, %d queries, %d of them complete",
-		w.took.Round(time.Second), len(w.truth.samples), w.verified, w.queries, w.complete)
+	return fmt.Sprintf("%v of virtual time, %d samples, %d looked up as durable, %d queries, %d of them complete, %d sessions resumed after a replay",
+		w.took.Round(time.Second), len(w.truth.samples), w.verified, w.queries, w.complete, w.resumed.Load())
 }

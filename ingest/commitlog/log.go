@@ -21,6 +21,8 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/prometheus/tsdb/fileutil"
 	"golang.org/x/sync/errgroup"
+
+	"github.com/epimetheus-tsdb/epimetheus/internal/bug"
 )
 
 const (
@@ -501,7 +503,7 @@ func (l *Log) write(s *segment) {
 	if f == nil || f.ended.Load() {
 		return // it is durable meanwhile, or there is a hole
 	}
-	if err := l.writeTo(f, s); err != nil {
+	if err := l.writeTo(f, s); err != nil && !bug.Is(bug.HoleInLog) {
 		l.end(f, err)
 	}
 }

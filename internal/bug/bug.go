@@ -8,7 +8,7 @@ import "sync/atomic"
 // Bug is a mistake.
 type Bug int32
 
-// Mistakes of a sidecar.
+// Mistakes of a sidecar, then of an ingester.
 const (
 	None Bug = iota
 	// LatestRing chooses the series to be sent again by the ring of now, not by
@@ -18,6 +18,9 @@ const (
 	ResentIsDone
 	// SameFile takes a file that was written anew for the one that was read.
 	SameFile
+	// HoleInLog goes on with a commit log after a write that failed, and neither a
+	// replay nor a session that goes on takes notice of batches that are missing.
+	HoleInLog
 )
 
 var present atomic.Int32 //nolint:gochecknoglobals // so that no other code has to know of it
