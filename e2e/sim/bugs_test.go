@@ -97,7 +97,7 @@ func bugs() []*bug {
 		{
 			// As if an ingester compared positions in the WAL, here times: what lies
 			// before something durable is taken for durable.
-			name: "one number for tail and re-sent batches of a session", first: 1,
+			name: "one number for tail and re-sent batches of a session", first: 9,
 			falsify: func(_ *bug, _ *node, s *session, a *shippb.Ack) {
 				var newest int64
 				for _, x := range s.batches[:a.Durable] {
@@ -143,7 +143,7 @@ func bugs() []*bug {
 			setUp: func(w *world) { w.ingester.VisibilityDelay = 1 },
 		},
 		{
-			name: "heads read after rows", first: 9,
+			name: "heads read after rows", first: 2,
 			setUp: func(w *world) { w.newReader = rowsFirst },
 		},
 		{
