@@ -241,20 +241,10 @@ func (l *Ledger) Durable(s SessionID, seq uint64) {
 		return
 	}
 	l.sessions[s] = seq
-	l.sweep(func(lp *ledgerPart) {
-		if lp.state != partSent {
-			return
-		}
-		changed := false
-		for i := range lp.copies {
-			c := &lp.copies[i]
-			n := len(c.sent)
-			c.sent = slices.DeleteFunc(c.sent, func(x Sent) bool { return x.Session == s && x.Seq <= seq })
-			changed = changed || len(c.sent) < n
-		}
-		if changed {
-			l.settle(lp)
-		}
+	l.change(func(c *ledgerCopy) bool {
+		n := len(c.sent)
+		c.sent = slices.DeleteFunc(c.sent, func(x Sent) bool { return x.Session == s && x.Seq <= seq })
+		return len(c.sent) < n
 	})
 }
 
@@ -277,20 +267,12 @@ func (l *Ledger) Refused(s SessionID, seq uint64) {
 		rs = append(rs, refusal{seq, seq})
 	}
 	l.refusals[s] = rs
-	l.sweep(func(lp *ledgerPart) {
-		if lp.state != partSent {
-			return
+	l.change(func(c *ledgerCopy) bool {
+		if c.refused || !slices.ContainsFunc(c.sent, func(x Sent) bool { return x.Session == s && x.First <= seq && seq <= x.Seq }) {
+			return false
 		}
-		changed := false
-		for i := range lp.copies {
-			c := &lp.copies[i]
-			if !c.refused && slices.ContainsFunc(c.sent, func(x Sent) bool { return x.Session == s && x.First <= seq && seq <= x.Seq }) {
-				c.refused, changed = true, true
-			}
-		}
-		if changed {
-			l.settle(lp)
-		}
+		c.refused = true
+		return true
 	})
 }
 
@@ -309,16 +291,25 @@ func (l *Ledger) End(s SessionID) {
 func (l *Ledger) Detach(s SessionID, received uint64) { l.lose(s, received) }
 
 func (l *Ledger) lose(s SessionID, after uint64) {
+	l.change(func(c *ledgerCopy) bool {
+		if !slices.ContainsFunc(c.sent, func(x Sent) bool { return x.Session == s && x.Seq > after }) {
+			return false
+		}
+		c.sent, c.lost = nil, true
+		return true
+	})
+}
+
+// change applies fn to the copies of all parts that are sent, and settles the
+// parts of which it has changed one.
+func (l *Ledger) change(fn func(*ledgerCopy) bool) {
 	l.sweep(func(lp *ledgerPart) {
 		if lp.state != partSent {
 			return
 		}
 		changed := false
 		for i := range lp.copies {
-			c := &lp.copies[i]
-			if slices.ContainsFunc(c.sent, func(x Sent) bool { return x.Session == s && x.Seq > after }) {
-				c.sent, c.lost, changed = nil, true, true
-			}
+			changed = fn(&lp.copies[i]) || changed
 		}
 		if changed {
 			l.settle(lp)
