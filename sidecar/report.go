@@ -81,6 +81,8 @@ func (s *shipper) report(now time.Time) {
 	kept := s.files.Stats()
 	m.keptFiles.Set(float64(kept.Files))
 	m.keptBytes.Set(float64(kept.Deleted))
+	m.keptDropped.Add(float64(kept.Dropped - s.keptDropped))
+	s.keptDropped = kept.Dropped
 	m.sessions.Set(float64(len(st.Sessions)))
 	m.inflight.Set(float64(inflight))
 	m.detached.Set(float64(detached))

@@ -82,6 +82,7 @@ type shipper struct {
 	nextRewind  time.Time
 	nextFill    time.Time
 	wblDue      bool
+	keptDropped int // files let go, as of the last report
 	rewindFails int
 	rewinding   bool                 // see openRewinds
 	resent      map[SessionID]uint64 // … last batches that must be received
