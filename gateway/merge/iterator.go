@@ -8,7 +8,6 @@ import (
 	"github.com/prometheus/prometheus/tsdb/chunkenc"
 
 	"github.com/epimetheus-tsdb/epimetheus/chunkfmt"
-	"github.com/epimetheus-tsdb/epimetheus/ingest/fetch"
 )
 
 // millis is ms since the epoch. (An alias, so that Seek is chunkenc.Iterator's,
@@ -25,19 +24,11 @@ type iterator struct {
 	begun   bool
 	err     error // there is nothing to walk over then
 
-	decoders []*fetch.Decoder // one for each head; s may lie in their memory
+	buffer Buffer // s may lie in its memory
 }
 
 func (it *iterator) reset(s *chunkfmt.Series, err error) {
-	*it = iterator{s: s, err: err, decoders: it.decoders}
-}
-
-// decoder gives the i-th, which may be used until the iterator is reset.
-func (it *iterator) decoder(i int) *fetch.Decoder {
-	for len(it.decoders) <= i {
-		it.decoders = append(it.decoders, &fetch.Decoder{})
-	}
-	return it.decoders[i]
+	*it = iterator{s: s, err: err, buffer: it.buffer}
 }
 
 func (it *iterator) Next() chunkenc.ValueType {

@@ -207,7 +207,7 @@ type seriesSet struct {
 	old           *history.SeriesSet
 	more          bool // old has a present series
 
-	at *series
+	at *Series
 }
 
 func (s *seriesSet) Next() bool {
@@ -217,7 +217,7 @@ func (s *seriesSet) Next() bool {
 		if !ok {
 			return false
 		}
-		at := &series{labels: ls, mint: s.mint, maxt: s.maxt}
+		at := &Series{labels: ls, mint: s.mint, maxt: s.maxt}
 		for i := range s.heads {
 			if h := s.heads[i]; len(h) > 0 && labels.Equal(h[0].Labels, ls) {
 				if len(h[0].Chunks) > 0 {
@@ -269,22 +269,24 @@ func (s *seriesSet) Warnings() annotations.Annotations {
 	return s.warnings
 }
 
-// series decodes when it is iterated.
-type series struct {
+// Series is what the queriers of a Storage give. It is decoded when it is read.
+type Series struct {
 	labels     labels.Labels
 	mint, maxt int64
 	heads      [][]fetch.Chunk // of each ingester that has it
 	old        *history.Series // nil: none
 }
 
-func (s *series) Labels() labels.Labels { return s.labels }
+// Labels implements storage.Labels.
+func (s *Series) Labels() labels.Labels { return s.labels }
 
-func (s *series) Iterator(it chunkenc.Iterator) chunkenc.Iterator {
+// Iterator implements storage.SampleIterable.
+func (s *Series) Iterator(it chunkenc.Iterator) chunkenc.Iterator {
 	mine, ok := it.(*iterator)
 	if !ok {
 		mine = &iterator{}
 	}
-	cols, err := s.columns(mine)
+	cols, err := s.Columns(&mine.buffer)
 	if err != nil {
 		cols, err = &chunkfmt.Series{}, promql.ErrStorage{Err: err}
 	}
@@ -292,8 +294,23 @@ func (s *series) Iterator(it chunkenc.Iterator) chunkenc.Iterator {
 	return mine
 }
 
-// columns merges what all have. The result may lie in the memory of it.
-func (s *series) columns(it *iterator) (*chunkfmt.Series, error) {
+// Buffer is memory that one goroutine decodes into, again and again.
+type Buffer struct {
+	decoders []*fetch.Decoder // one for each head
+}
+
+// decoder gives the i-th.
+func (b *Buffer) decoder(i int) *fetch.Decoder {
+	for len(b.decoders) <= i {
+		b.decoders = append(b.decoders, &fetch.Decoder{})
+	}
+	return b.decoders[i]
+}
+
+// Columns gives the samples of the series in the time that was selected, merged.
+// They may lie in the memory of buf: they are good until it is used again, and
+// aren't to be changed.
+func (s *Series) Columns(buf *Buffer) (*chunkfmt.Series, error) {
 	var runs []*chunkfmt.Series
 	if s.old != nil {
 		var err error
@@ -302,7 +319,7 @@ func (s *series) columns(it *iterator) (*chunkfmt.Series, error) {
 		}
 	}
 	for i, cs := range s.heads {
-		run, err := it.decoder(i).Decode(cs)
+		run, err := buf.decoder(i).Decode(cs)
 		if err != nil {
 			return nil, err
 		}

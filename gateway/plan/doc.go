@@ -1,0 +1,31 @@
+// Package plan runs what pays of a PromQL query over columns of samples, and
+// gives the rest to Prometheus's engine.
+//
+// An Engine is a promql.QueryEngine around Prometheus's own. After the query has
+// been parsed and preprocessed by that, the planner looks for leaves: a range
+// function over a selector, such as rate(x[5m]), and an aggregation over that or
+// over a plain selector, such as sum by (job) (rate(x[5m])). A leaf is computed
+// by a kernel over whole columns, and the engine gets its result in the leaf's
+// place: last_over_time(S[1ms]), where S is a selector whose series are there
+// already and have a point at each step of the evaluation. What is around the
+// leaves, and what the planner doesn't know, is the engine's.
+//
+// # Agreement
+//
+// A planned query gives what the engine alone gives:
+//
+//   - For each series, kernels do the engine's arithmetic in the engine's order,
+//     or call the engine's own function on a window of points. What is kept from
+//     one window to the next (sum_over_time and avg_over_time of windows that
+//     overlap) is summed with compensation and may differ by 1e-12 of the sum of
+//     absolute values.
+//   - Aggregations add up in the order of the series, as the engine does.
+//   - Histograms that meet in a sum or an average are left to the engine, over
+//     the results for each series.
+//   - Warnings and infos, and the place in the query that they name, are the same.
+//
+// These are no leaves: anything under info(); selectors that are anchored or
+// smoothed; selectors with @ below a subquery or in what isn't evaluated once;
+// functions with parameters that aren't literals; plain selectors outside of an
+// aggregation, where there is nothing to gain.
+package plan

@@ -1,0 +1,211 @@
+package plan
+
+import (
+	"context"
+	"errors"
+	"sync"
+	"time"
+
+	"github.com/prometheus/prometheus/model/labels"
+	"github.com/prometheus/prometheus/promql"
+	"github.com/prometheus/prometheus/promql/parser"
+	"github.com/prometheus/prometheus/storage"
+	"github.com/prometheus/prometheus/util/annotations"
+)
+
+// Engine is a promql.QueryEngine whose storage is that of package merge.
+type Engine struct {
+	inner *promql.Engine
+	opts  promql.EngineOpts
+}
+
+// New wraps an engine, which was made with o.
+func New(inner *promql.Engine, o promql.EngineOpts) *Engine {
+	if o.LookbackDelta == 0 {
+		o.LookbackDelta = 5 * time.Minute // the engine's default
+	}
+	if o.NoStepSubqueryIntervalFn == nil {
+		o.NoStepSubqueryIntervalFn = func(int64) int64 { return time.Minute.Milliseconds() }
+	}
+	return &Engine{inner: inner, opts: o}
+}
+
+// options are what kernels need to know of the engine's options.
+type options struct {
+	startTimestamps    bool
+	delayedNameRemoval bool
+	typeAndUnitLabels  bool
+	maxSamples         int
+}
+
+// NewInstantQuery implements promql.QueryEngine.
+func (e *Engine) NewInstantQuery(ctx context.Context, q storage.Queryable, opts promql.QueryOpts, qs string, ts time.Time) (promql.Query, error) {
+	one := &snapshot{Queryable: q}
+	inner, err := e.inner.NewInstantQuery(ctx, one, opts, qs, ts)
+	if err != nil {
+		return nil, err
+	}
+	return e.plan(inner, one, opts), nil
+}
+
+// NewRangeQuery implements promql.QueryEngine.
+func (e *Engine) NewRangeQuery(ctx context.Context, q storage.Queryable, opts promql.QueryOpts, qs string, start, end time.Time, interval time.Duration) (promql.Query, error) {
+	one := &snapshot{Queryable: q}
+	inner, err := e.inner.NewRangeQuery(ctx, one, opts, qs, start, end, interval)
+	if err != nil {
+		return nil, err
+	}
+	return e.plan(inner, one, opts), nil
+}
+
+func (e *Engine) plan(inner promql.Query, one *snapshot, opts promql.QueryOpts) *query {
+	q := &query{Query: inner, engine: e, one: one, done: make(chan struct{})}
+	stmt, ok := inner.Statement().(*parser.EvalStmt)
+	if !ok {
+		return q
+	}
+	q.stmt = stmt
+	q.opts = options{
+		startTimestamps: e.opts.UseStartTimestamps, delayedNameRemoval: e.opts.EnableDelayedNameRemoval,
+		typeAndUnitLabels: e.opts.EnableTypeAndUnitLabels, maxSamples: e.opts.MaxSamples,
+	}
+	if opts != nil && opts.UseStartTimestamps() != nil {
+		q.opts.startTimestamps = *opts.UseStartTimestamps()
+	}
+	g := Grid{Start: stmt.Start.UnixMilli(), End: stmt.End.UnixMilli(), Step: stmt.Interval.Milliseconds()}
+	if g.Step == 0 {
+		g.Step = 1 // as the engine does for an instant
+	}
+	one.mint, one.maxt = promql.FindMinMaxTime(stmt)
+	p := &planner{lookback: stmt.LookbackDelta.Milliseconds(), noStep: e.opts.NoStepSubqueryIntervalFn}
+	stmt.Expr = p.walk(stmt.Expr, place{grid: g})
+	q.leaves = p.leaves
+	return q
+}
+
+// query computes the leaves before the engine evaluates the rest.
+type query struct {
+	promql.Query
+	engine *Engine
+	stmt   *parser.EvalStmt
+	opts   options
+	one    *snapshot
+	leaves []*Leaf
+
+	mu     sync.Mutex
+	cancel context.CancelFunc
+	done   chan struct{}
+}
+
+// String describes the plan; without leaves all is the engine's.
+func (q *query) Plan() string { return describe(q.stmt.Expr, q.leaves) }
+
+var (
+	errTimeout  = errors.New("timed out")
+	errCanceled = errors.New("canceled")
+)
+
+// Exec implements promql.Query.
+func (q *query) Exec(ctx context.Context) *promql.Result {
+	if len(q.leaves) == 0 {
+		return q.Query.Exec(ctx)
+	}
+	ctx, cancel := context.WithTimeout(ctx, q.engine.opts.Timeout)
+	defer cancel()
+	q.mu.Lock()
+	q.cancel = cancel
+	q.mu.Unlock()
+	if err := q.one.open(); err != nil {
+		return &promql.Result{Err: err}
+	}
+	defer q.one.close()
+	annos, err := q.compute(ctx)
+	if err != nil {
+		return &promql.Result{Err: asError(err), Warnings: annos}
+	}
+	r := q.Query.Exec(ctx)
+	r.Warnings.Merge(annos)
+	return r
+}
+
+// Cancel implements promql.Query.
+func (q *query) Cancel() {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if q.cancel != nil {
+		q.cancel()
+	}
+	q.Query.Cancel()
+}
+
+// compute fills in the results of all leaves.
+func (q *query) compute(ctx context.Context) (annos annotations.Annotations, err error) {
+	sets := make([]storage.SeriesSet, len(q.leaves))
+	for i, l := range q.leaves { // all begin to read
+		sets[i] = q.one.querier.Select(ctx, true, l.hints(), l.Selector.LabelMatchers...)
+	}
+	for i, l := range q.leaves {
+		out, _, ws, err := run(ctx, l, q.opts, sets[i])
+		if errors.Is(err, errGiveUp) && l.split() {
+			out, _, ws, err = run(ctx, l, q.opts, q.one.querier.Select(ctx, true, l.hints(), l.Selector.LabelMatchers...))
+		}
+		if errors.Is(err, errGiveUp) {
+			l.giveUp()
+			continue
+		}
+		annos.Merge(ws)
+		if err != nil {
+			switch ctx.Err() {
+			case context.Canceled:
+				err = errCanceled
+			case context.DeadlineExceeded:
+				err = errTimeout
+			}
+			return annos, err
+		}
+		l.result.Series = make([]storage.Series, len(out))
+		for j := range out {
+			l.result.Series[j] = promql.NewStorageSeries(out[j])
+		}
+	}
+	return annos, nil
+}
+
+// snapshot lets all selectors of a query read from one querier.
+type snapshot struct {
+	storage.Queryable
+	mint, maxt int64
+
+	querier storage.Querier // nil: not open
+}
+
+func (s *snapshot) open() (err error) {
+	s.querier, err = s.Queryable.Querier(s.mint, s.maxt)
+	return err
+}
+
+func (s *snapshot) close() {
+	_ = s.querier.Close() // of a merge.Storage: gives no error
+	s.querier = nil
+}
+
+// Querier implements storage.Queryable.
+func (s *snapshot) Querier(mint, maxt int64) (storage.Querier, error) {
+	if s.querier == nil {
+		return s.Queryable.Querier(mint, maxt) // there are no leaves
+	}
+	return shared{s.querier}, nil
+}
+
+// shared is closed by its owner.
+type shared struct{ storage.Querier }
+
+func (shared) Close() error { return nil }
+
+// Select gives nothing where a leaf's result stands.
+func (s shared) Select(ctx context.Context, sorted bool, h *storage.SelectHints, ms ...*labels.Matcher) storage.SeriesSet {
+	if len(ms) == 1 && ms[0] == matchNothing {
+		return storage.EmptySeriesSet()
+	}
+	return s.Querier.Select(ctx, sorted, h, ms...)
+}

@@ -1,0 +1,363 @@
+package plan
+
+import (
+	"math"
+
+	"github.com/prometheus/prometheus/util/kahansum"
+)
+
+// The kernels below are the engine's functions (promql/functions.go of
+// Prometheus) on columns of floats. k.win has the windows; each kernel gives no
+// point for an empty one.
+
+func (k *kernel) count(_ []int64, _ []float64, out *points) {
+	for i, hi := range k.win.hi {
+		if n := hi - k.win.lo[i]; n > 0 {
+			out.add(i, float64(n))
+		}
+	}
+}
+
+func (k *kernel) present(_ []int64, _ []float64, out *points) {
+	for i, hi := range k.win.hi {
+		if hi > k.win.lo[i] {
+			out.add(i, 1)
+		}
+	}
+}
+
+func (k *kernel) last(_ []int64, v []float64, out *points) {
+	for i, hi := range k.win.hi {
+		if hi > k.win.lo[i] {
+			out.add(i, v[hi-1])
+		}
+	}
+}
+
+func (k *kernel) first(_ []int64, v []float64, out *points) {
+	for i, hi := range k.win.hi {
+		if lo := k.win.lo[i]; hi > lo {
+			out.add(i, v[lo])
+		}
+	}
+}
+
+// mark lists the samples that lie in a window together with the one before, and
+// for which is(the one before, it) holds.
+func (k *kernel) mark(v []float64, is func(prev, cur float64) bool) []int32 {
+	k.marks = k.marks[:0]
+	from := int32(0)
+	for i, hi := range k.win.hi {
+		for j := max(from, k.win.lo[i]+1); j < hi; j++ {
+			if is(v[j-1], v[j]) {
+				k.marks = append(k.marks, j)
+			}
+		}
+		from = max(from, hi)
+	}
+	return k.marks
+}
+
+// markResets is mark for counter resets.
+func (k *kernel) markResets(v []float64) []int32 {
+	k.marks = k.marks[:0]
+	from := int32(0)
+	for i, hi := range k.win.hi {
+		begin := max(from, k.win.lo[i]+1)
+		if begin < hi {
+			prev := v[begin-1]
+			for j, cur := range v[begin:hi] {
+				if cur < prev {
+					k.marks = append(k.marks, begin+int32(j))
+				}
+				prev = cur
+			}
+		}
+		from = max(from, hi)
+	}
+	return k.marks
+}
+
+// changes is changes() and resets().
+func (k *kernel) changes(_ []int64, v []float64, out *points) {
+	var marks []int32
+	if k.leaf.function() == "resets" {
+		marks = k.markResets(v)
+	} else {
+		marks = k.mark(v, func(prev, cur float64) bool {
+			return cur != prev && !(math.IsNaN(cur) && math.IsNaN(prev))
+		})
+	}
+	a, b := 0, 0
+	for i, hi := range k.win.hi {
+		lo := k.win.lo[i]
+		for a < len(marks) && marks[a] <= lo {
+			a++
+		}
+		for b < len(marks) && marks[b] < hi {
+			b++
+		}
+		if hi > lo {
+			out.add(i, float64(max(0, b-a)))
+		}
+	}
+}
+
+// rate is rate(), increase() and delta(): extrapolatedRate.
+func (k *kernel) rate(t []int64, v []float64, out *points) {
+	fn := k.leaf.function()
+	isCounter, isRate := fn != "delta", fn == "rate"
+	var resets []int32
+	if isCounter {
+		resets = k.markResets(v)
+	}
+	g, offset, rng := k.leaf.Grid, k.leaf.offset(), k.leaf.Range
+	perSecond := rangeSeconds(rng)
+	r := 0
+	for i, hi := range k.win.hi {
+		lo := k.win.lo[i]
+		if hi-lo < 2 {
+			continue
+		}
+		firstT, lastT := t[lo], t[hi-1]
+		result := v[hi-1] - v[lo]
+		for r < len(resets) && resets[r] <= lo {
+			r++
+		}
+		for j := r; j < len(resets) && resets[j] < hi; j++ {
+			result += v[resets[j]-1]
+		}
+		end := g.At(i) - offset
+		durationToStart := float64(firstT-(end-rng)) / 1000
+		durationToEnd := float64(end-lastT) / 1000
+		sampledInterval := float64(lastT-firstT) / 1000
+		average := sampledInterval / float64(hi-lo-1)
+		threshold := average * 1.1
+		if durationToStart >= threshold {
+			durationToStart = average / 2
+		}
+		if isCounter {
+			durationToZero := durationToStart
+			if result > 0 && v[lo] >= 0 {
+				durationToZero = sampledInterval * (v[lo] / result)
+			}
+			if durationToZero < durationToStart {
+				durationToStart = durationToZero
+			}
+		}
+		if durationToEnd >= threshold {
+			durationToEnd = average / 2
+		}
+		factor := 1.0
+		if sampledInterval != 0 {
+			factor = (sampledInterval + durationToStart + durationToEnd) / sampledInterval
+		}
+		if isRate {
+			factor /= perSecond
+		}
+		out.add(i, result*factor)
+	}
+}
+
+// instantRate is irate() and idelta(): instantValue.
+func (k *kernel) instantRate(t []int64, v []float64, out *points) {
+	isRate := k.leaf.function() == "irate"
+	for i, hi := range k.win.hi {
+		if hi-k.win.lo[i] < 2 {
+			continue
+		}
+		interval := t[hi-1] - t[hi-2]
+		if interval == 0 {
+			continue
+		}
+		result := v[hi-1]
+		if !isRate || !(v[hi-1] < v[hi-2]) {
+			result = v[hi-1] - v[hi-2]
+		}
+		if isRate {
+			result /= float64(interval) / 1000
+		}
+		out.add(i, result)
+	}
+}
+
+// block is what the samples between two neighbouring edges of windows give.
+type block struct {
+	v, c float64
+}
+
+// overlapping: windows share so much that it pays to put them together from
+// blocks.
+func (k *kernel) overlapping() bool { return k.leaf.Range > 2*k.leaf.Grid.Step }
+
+// cut finds the edges of all windows, ascending, each once.
+func (k *kernel) cut() []int32 {
+	k.edges = k.edges[:0]
+	lo, hi := k.win.lo, k.win.hi
+	for len(lo) > 0 || len(hi) > 0 {
+		var e int32
+		if len(hi) == 0 || len(lo) > 0 && lo[0] <= hi[0] {
+			e, lo = lo[0], lo[1:]
+		} else {
+			e, hi = hi[0], hi[1:]
+		}
+		if n := len(k.edges); n == 0 || k.edges[n-1] != e {
+			k.edges = append(k.edges, e)
+		}
+	}
+	return k.edges
+}
+
+// extreme is max_over_time() and min_over_time(): the first of the greatest, or
+// NaN if there is nothing else.
+func (k *kernel) extreme(_ []int64, v []float64, out *points) {
+	fold := greatest
+	if k.leaf.function() == "min_over_time" {
+		fold = least
+	}
+	if !k.overlapping() {
+		for i, hi := range k.win.hi {
+			if lo := k.win.lo[i]; hi > lo {
+				out.add(i, fold(v[lo], v[lo+1:hi]))
+			}
+		}
+		return
+	}
+	edges := k.cut()
+	k.blocks = k.blocks[:0]
+	for e := 0; e+1 < len(edges); e++ {
+		k.blocks = append(k.blocks, block{v: fold(v[edges[e]], v[edges[e]+1:edges[e+1]])})
+	}
+	isMin := k.leaf.function() == "min_over_time"
+	a, b := 0, 0
+	for i, hi := range k.win.hi {
+		lo := k.win.lo[i]
+		for edges[a] < lo {
+			a++
+		}
+		for edges[b] < hi {
+			b++
+		}
+		if hi <= lo {
+			continue
+		}
+		best := k.blocks[a].v
+		for _, x := range k.blocks[a+1 : b] {
+			if isMin && x.v < best || !isMin && x.v > best || best != best {
+				best = x.v
+			}
+		}
+		out.add(i, best)
+	}
+}
+
+func greatest(best float64, v []float64) float64 {
+	for _, x := range v {
+		if x > best || best != best {
+			best = x
+		}
+	}
+	return best
+}
+
+func least(best float64, v []float64) float64 {
+	for _, x := range v {
+		if x < best || best != best {
+			best = x
+		}
+	}
+	return best
+}
+
+// huge: beyond it a sum may overflow in one order and not in another.
+const huge = 1e300
+
+// sum is sum_over_time() and avg_over_time().
+func (k *kernel) sum(_ []int64, v []float64, out *points) {
+	one := sumOf
+	if k.leaf.function() == "avg_over_time" {
+		one = avgOf
+	}
+	if !k.overlapping() {
+		for i, hi := range k.win.hi {
+			if lo := k.win.lo[i]; hi > lo {
+				out.add(i, one(v[lo:hi]))
+			}
+		}
+		return
+	}
+	edges := k.cut()
+	k.blocks = k.blocks[:0]
+	for e := 0; e+1 < len(edges); e++ {
+		var b block
+		for _, x := range v[edges[e]:edges[e+1]] {
+			b.v, b.c = kahansum.Inc(x, b.v, b.c)
+		}
+		k.blocks = append(k.blocks, b)
+	}
+	avg := k.leaf.function() == "avg_over_time"
+	a, b := 0, 0
+	for i, hi := range k.win.hi {
+		lo := k.win.lo[i]
+		for edges[a] < lo {
+			a++
+		}
+		for edges[b] < hi {
+			b++
+		}
+		if hi <= lo {
+			continue
+		}
+		var s block
+		ok := true
+		for _, x := range k.blocks[a:b] {
+			s.v, s.c = kahansum.Inc(x.v, s.v, s.c)
+			s.c += x.c
+			ok = ok && math.Abs(x.v) < huge && math.Abs(s.v) < huge // not for NaN
+		}
+		switch n := float64(hi - lo); {
+		case !ok:
+			out.add(i, one(v[lo:hi]))
+		case avg:
+			out.add(i, s.v/n+s.c/n)
+		default:
+			out.add(i, s.v+s.c)
+		}
+	}
+}
+
+func sumOf(v []float64) float64 {
+	var sum, c float64
+	for _, x := range v {
+		sum, c = kahansum.Inc(x, sum, c)
+	}
+	if math.IsInf(sum, 0) {
+		return sum
+	}
+	return sum + c
+}
+
+func avgOf(v []float64) float64 {
+	sum, count := v[0], 1.
+	var mean, c float64
+	incremental := false
+	for i, x := range v[1:] {
+		count = float64(i + 2)
+		if !incremental {
+			newSum, newC := kahansum.Inc(x, sum, c)
+			if !math.IsInf(newSum, 0) {
+				sum, c = newSum, newC
+				continue
+			}
+			incremental = true
+			mean = sum / (count - 1)
+			c /= count - 1
+		}
+		q := (count - 1) / count
+		mean, c = kahansum.Inc(x/count, q*mean, q*c)
+	}
+	if incremental {
+		return mean + c
+	}
+	return sum/count + c/count
+}

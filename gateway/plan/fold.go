@@ -1,0 +1,224 @@
+package plan
+
+import (
+	"math"
+	"slices"
+
+	"github.com/prometheus/prometheus/model/labels"
+	"github.com/prometheus/prometheus/promql"
+	"github.com/prometheus/prometheus/promql/parser"
+	"github.com/prometheus/prometheus/schema"
+	"github.com/prometheus/prometheus/util/annotations"
+	"github.com/prometheus/prometheus/util/kahansum"
+)
+
+// fold is an aggregation of the points of many series, which come in the order
+// in which the engine would see them: promql's rangeEvalAgg and aggregation.
+type fold struct {
+	leaf     *Leaf
+	grouping []string // sorted
+	without  bool
+	steps    int
+	index    map[uint64]int // of groups, by hash of their labels
+	groups   []*group       // in the order of their first series
+	builder  *labels.Builder
+	buf      []byte
+}
+
+// group has, for each step, what has been put together so far.
+type group struct {
+	labels labels.Labels
+	n      []uint32  // samples; 0: none yet
+	v      []float64 // floatValue of promql's groupedAggregation
+	c      []float64 // floatKahanC; of SUM and AVG
+	mean   []float64 // floatMean; of STDDEV and STDVAR, of AVG where a sum overflowed
+	inc    []bool    // floatIncrementalMean; nil: nowhere
+}
+
+func newFold(l *Leaf) *fold {
+	f := &fold{
+		leaf: l, without: l.Agg.Without, steps: l.Grid.Len(), index: map[uint64]int{},
+		builder: labels.NewBuilder(labels.EmptyLabels()),
+	}
+	f.grouping = slices.Clone(l.Agg.Grouping)
+	if f.without {
+		f.grouping = append(f.grouping, labels.MetricName, "__type__", "__unit__")
+	}
+	slices.Sort(f.grouping)
+	return f
+}
+
+// group of a series whose labels the function has left.
+func (f *fold) group(ls labels.Labels) *group {
+	var hash uint64
+	switch {
+	case f.without:
+		hash, f.buf = ls.HashWithoutLabels(f.buf, f.grouping...)
+	case len(f.grouping) > 0:
+		hash, f.buf = ls.HashForLabels(f.buf, f.grouping...)
+	}
+	if i, ok := f.index[hash]; ok {
+		return f.groups[i]
+	}
+	g := &group{n: make([]uint32, f.steps)}
+	f.builder.Reset(ls)
+	switch {
+	case f.without:
+		f.builder.Del(f.grouping...)
+		schema.Metadata{}.SetToLabels(f.builder)
+		g.labels = f.builder.Labels()
+	case len(f.grouping) > 0:
+		f.builder.Keep(f.grouping...)
+		g.labels = f.builder.Labels()
+	default:
+		g.labels = labels.EmptyLabels()
+	}
+	switch f.leaf.Agg.Op {
+	case parser.SUM, parser.AVG:
+		g.v, g.c = make([]float64, f.steps), make([]float64, f.steps)
+	case parser.STDDEV, parser.STDVAR:
+		g.v, g.mean = make([]float64, f.steps), make([]float64, f.steps)
+	case parser.MIN, parser.MAX:
+		g.v = make([]float64, f.steps)
+	}
+	f.index[hash] = len(f.groups)
+	f.groups = append(f.groups, g)
+	return g
+}
+
+// add puts in the points of the next series. If there are histograms where they
+// can't be put together here, it gives errGiveUp.
+func (f *fold) add(ls labels.Labels, p *points, annos *annotations.Annotations) error {
+	op := f.leaf.Agg.Op
+	if len(p.h) > 0 {
+		switch op {
+		case parser.SUM, parser.AVG:
+			return errGiveUp
+		case parser.COUNT, parser.GROUP:
+		default:
+			annos.Add(annotations.NewHistogramIgnoredInAggregationInfo(op.String(), f.leaf.Agg.Expr.PositionRange()))
+		}
+	}
+	g := f.group(ls)
+	switch op {
+	case parser.SUM:
+		for i, s := range p.step {
+			x := p.v[i]
+			if g.n[s] == 0 {
+				g.v[s] = x
+			} else {
+				g.v[s], g.c[s] = kahansum.Inc(x, g.v[s], g.c[s])
+			}
+			g.n[s]++
+		}
+	case parser.AVG:
+		for i, s := range p.step {
+			g.n[s]++
+			g.average(int(s), p.v[i])
+		}
+	case parser.MIN:
+		for i, s := range p.step {
+			if x := p.v[i]; g.n[s] == 0 || g.v[s] > x || math.IsNaN(g.v[s]) {
+				g.v[s] = x
+			}
+			g.n[s]++
+		}
+	case parser.MAX:
+		for i, s := range p.step {
+			if x := p.v[i]; g.n[s] == 0 || g.v[s] < x || math.IsNaN(g.v[s]) {
+				g.v[s] = x
+			}
+			g.n[s]++
+		}
+	case parser.COUNT, parser.GROUP:
+		for _, s := range p.step {
+			g.n[s]++
+		}
+		for _, s := range p.hstep {
+			g.n[s]++
+		}
+	case parser.STDDEV, parser.STDVAR:
+		for i, s := range p.step {
+			x := p.v[i]
+			g.n[s]++
+			switch {
+			case g.n[s] > 1:
+				delta := x - g.mean[s]
+				g.mean[s] += delta / float64(g.n[s])
+				g.v[s] += delta * (x - g.mean[s])
+			case math.IsNaN(x), math.IsInf(x, 0):
+				g.mean[s], g.v[s] = x, math.NaN()
+			default:
+				g.mean[s] = x
+			}
+		}
+	}
+	return nil
+}
+
+// average adds to the mean of a step, whose n is up to date.
+func (g *group) average(s int, x float64) {
+	n := float64(g.n[s])
+	if n == 1 {
+		g.v[s] = x
+		return
+	}
+	if g.inc == nil || !g.inc[s] {
+		v, c := kahansum.Inc(x, g.v[s], g.c[s])
+		if !math.IsInf(v, 0) {
+			g.v[s], g.c[s] = v, c
+			return
+		}
+		if g.inc == nil {
+			g.inc, g.mean = make([]bool, len(g.n)), make([]float64, len(g.n))
+		}
+		g.inc[s] = true
+		g.mean[s] = g.v[s] / (n - 1)
+		g.c[s] /= n - 1
+	}
+	q := (n - 1) / n
+	g.mean[s], g.c[s] = kahansum.Inc(x/n, q*g.mean[s], q*g.c[s])
+}
+
+// finish gives the results, in the engine's order.
+func (f *fold) finish(dropName bool) []promql.Series {
+	out := make([]promql.Series, 0, len(f.groups))
+	for _, g := range f.groups {
+		s := promql.Series{Metric: g.labels, DropName: dropName}
+		for i, n := range g.n {
+			if n == 0 {
+				continue
+			}
+			if s.Floats == nil {
+				s.Floats = make([]promql.FPoint, 0, f.steps-i)
+			}
+			s.Floats = append(s.Floats, promql.FPoint{T: f.leaf.Grid.At(i), F: g.value(f.leaf.Agg.Op, i)})
+		}
+		if s.Floats != nil {
+			out = append(out, s)
+		}
+	}
+	return out
+}
+
+func (g *group) value(op parser.ItemType, i int) float64 {
+	n := float64(g.n[i])
+	switch op {
+	case parser.SUM:
+		return g.v[i] + g.c[i]
+	case parser.AVG:
+		if g.inc != nil && g.inc[i] {
+			return g.mean[i] + g.c[i]
+		}
+		return g.v[i]/n + g.c[i]/n
+	case parser.COUNT:
+		return n
+	case parser.GROUP:
+		return 1
+	case parser.STDVAR:
+		return g.v[i] / n
+	case parser.STDDEV:
+		return math.Sqrt(g.v[i] / n)
+	}
+	return g.v[i]
+}

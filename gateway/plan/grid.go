@@ -1,0 +1,42 @@
+package plan
+
+import (
+	"fmt"
+	"time"
+)
+
+// Grid are the times at which an expression is evaluated: Start, Start+Step and
+// so on, up to End, in ms. Step is positive.
+type Grid struct {
+	Start, End, Step int64
+}
+
+// Len is the number of times.
+func (g Grid) Len() int {
+	if g.End < g.Start {
+		return 0
+	}
+	return int((g.End-g.Start)/g.Step) + 1
+}
+
+// At is the i-th time.
+func (g Grid) At(i int) int64 { return g.Start + int64(i)*g.Step }
+
+func (g Grid) String() string {
+	if g.Len() == 1 {
+		return fmt.Sprintf("at %d", g.Start)
+	}
+	return fmt.Sprintf("%d steps of %s from %d", g.Len(), time.Duration(g.Step)*time.Millisecond, g.Start)
+}
+
+// subquery is the grid of a subquery of an expression with grid g: promql's
+// subqueryEvaluationTimes, for one without @.
+func (g Grid) subquery(offset, rng, step int64) Grid {
+	end := g.Start + (g.End-g.Start)/g.Step*g.Step
+	from := g.Start - offset - rng
+	start := step * (from / step)
+	if start <= from {
+		start += step
+	}
+	return Grid{Start: start, End: end - offset, Step: step}
+}

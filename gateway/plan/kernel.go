@@ -1,0 +1,349 @@
+package plan
+
+import (
+	"errors"
+	"fmt"
+	"math"
+	"time"
+
+	"github.com/prometheus/prometheus/model/histogram"
+	"github.com/prometheus/prometheus/model/labels"
+	"github.com/prometheus/prometheus/model/value"
+	"github.com/prometheus/prometheus/promql"
+	"github.com/prometheus/prometheus/promql/parser"
+	"github.com/prometheus/prometheus/tsdb/chunkenc"
+	"github.com/prometheus/prometheus/util/annotations"
+
+	"github.com/epimetheus-tsdb/epimetheus/chunkfmt"
+)
+
+// kernel computes a leaf's function for one series after the other. It is for one
+// goroutine.
+type kernel struct {
+	leaf *Leaf
+	// starts: the function looks at start timestamps.
+	starts bool
+	fast   func(k *kernel, t []int64, v []float64, out *points)
+
+	// What follows is used again for each series.
+	win    spans
+	t      []int64 // without staleness markers
+	v      []float64
+	blocks []block
+	edges  []int32
+	marks  []int32
+	call   *caller
+}
+
+func newKernel(l *Leaf, o options) *kernel {
+	k := &kernel{leaf: l, fast: kernels[l.function()]}
+	switch l.function() {
+	case "rate", "irate", "increase", "resets":
+		k.starts = o.startTimestamps
+	}
+	return k
+}
+
+// kernels over floats alone, without start timestamps. All others are the
+// engine's functions.
+var kernels = map[string]func(k *kernel, t []int64, v []float64, out *points){
+	"rate":              (*kernel).rate,
+	"increase":          (*kernel).rate,
+	"delta":             (*kernel).rate,
+	"irate":             (*kernel).instantRate,
+	"idelta":            (*kernel).instantRate,
+	"count_over_time":   (*kernel).count,
+	"present_over_time": (*kernel).present,
+	"absent_over_time":  (*kernel).present,
+	"last_over_time":    (*kernel).last,
+	"first_over_time":   (*kernel).first,
+	"max_over_time":     (*kernel).extreme,
+	"min_over_time":     (*kernel).extreme,
+	"sum_over_time":     (*kernel).sum,
+	"avg_over_time":     (*kernel).sum,
+	"changes":           (*kernel).changes,
+	"resets":            (*kernel).changes,
+}
+
+// eval computes the points of one series. cols aren't changed or kept.
+func (k *kernel) eval(ls labels.Labels, cols *chunkfmt.Series, out *points, annos *annotations.Annotations) (err error) {
+	out.reset()
+	histograms := len(cols.Histograms.T)+len(cols.FloatHistograms.T) > 0
+	switch {
+	case histograms && k.leaf.Selector.SkipHistogramBuckets:
+		return errGiveUp // the engine's hints of counter resets depend on how it iterates
+	case k.leaf.Call == nil && !histograms:
+		k.instant(cols.Floats.T, cols.Floats.V, out)
+	case k.leaf.Call == nil:
+		k.instantMixed(cols, out)
+	case k.fast != nil && !histograms && (!k.starts || cols.Floats.ST == nil):
+		t, v := k.withoutStale(cols.Floats.T, cols.Floats.V)
+		if len(t) == 0 {
+			return nil
+		}
+		out.samples = k.win.find(t, k.leaf.Grid, k.leaf.offset(), k.leaf.Range)
+		k.fast(k, t, v, out)
+	default:
+		if k.call == nil {
+			k.call = newCaller(k.leaf, k.starts)
+		}
+		return k.call.eval(ls, cols, out, annos)
+	}
+	return nil
+}
+
+// withoutStale gives the columns without staleness markers, which range functions
+// don't see.
+func (k *kernel) withoutStale(t []int64, v []float64) ([]int64, []float64) {
+	first := firstStale(v)
+	if first < 0 {
+		return t, v
+	}
+	k.t, k.v = append(k.t[:0], t[:first]...), append(k.v[:0], v[:first]...)
+	for i := first; i < len(v); i++ {
+		if !value.IsStaleNaN(v[i]) {
+			k.t, k.v = append(k.t, t[i]), append(k.v, v[i])
+		}
+	}
+	return k.t, k.v
+}
+
+// firstStale finds the first staleness marker, -1 if there is none.
+func firstStale(v []float64) int {
+	for i, x := range v {
+		if x != x && value.IsStaleNaN(x) {
+			return i
+		}
+	}
+	return -1
+}
+
+// instant is the evaluation of a plain selector: the newest sample in the
+// window, unless that is a staleness marker.
+func (k *kernel) instant(t []int64, v []float64, out *points) {
+	k.win.find(t, k.leaf.Grid, k.leaf.offset(), k.leaf.Range)
+	for i, hi := range k.win.hi {
+		if hi > k.win.lo[i] && !value.IsStaleNaN(v[hi-1]) {
+			out.add(i, v[hi-1])
+			out.samples++
+		}
+	}
+}
+
+// instantMixed is instant for a series that has histograms.
+func (k *kernel) instantMixed(cols *chunkfmt.Series, out *points) {
+	g, offset, rng := k.leaf.Grid, k.leaf.offset(), k.leaf.Range
+	var f, h, fh spans
+	f.find(cols.Floats.T, g, offset, rng)
+	h.find(cols.Histograms.T, g, offset, rng)
+	fh.find(cols.FloatHistograms.T, g, offset, rng)
+	var was *histogram.FloatHistogram // made of cols.Histograms.H[wasAt]
+	wasAt := int32(-1)
+	for i := range g.Len() {
+		kind, t := chunkenc.ValNone, int64(math.MinInt64)
+		newest := func(s *spans, ts []int64, is chunkenc.ValueType) {
+			if s.hi[i] > s.lo[i] && ts[s.hi[i]-1] > t {
+				kind, t = is, ts[s.hi[i]-1]
+			}
+		}
+		newest(&f, cols.Floats.T, chunkenc.ValFloat)
+		newest(&h, cols.Histograms.T, chunkenc.ValHistogram)
+		newest(&fh, cols.FloatHistograms.T, chunkenc.ValFloatHistogram)
+		switch kind {
+		case chunkenc.ValFloat:
+			if v := cols.Floats.V[f.hi[i]-1]; !value.IsStaleNaN(v) {
+				out.add(i, v)
+				out.samples++
+			}
+			continue
+		case chunkenc.ValHistogram:
+			if at := h.hi[i] - 1; at != wasAt {
+				wasAt, was = at, cols.Histograms.H[at].ToFloat(nil)
+			}
+			if !value.IsStaleNaN(was.Sum) {
+				out.addHistogram(i, was)
+			}
+		case chunkenc.ValFloatHistogram:
+			if x := cols.FloatHistograms.H[fh.hi[i]-1]; !value.IsStaleNaN(x.Sum) {
+				out.addHistogram(i, x)
+			}
+		default:
+			continue
+		}
+		if n := len(out.h); n > 0 && out.hstep[n-1] == int32(i) {
+			out.samples += int64(histogramSize(out.h[n-1]))
+		}
+	}
+}
+
+// histogramSize is what the engine counts a histogram for: promql's HPoint.size.
+func histogramSize(h *histogram.FloatHistogram) int {
+	return (h.Size() + 8) / 16
+}
+
+// caller gives windows of points to the engine's own functions.
+type caller struct {
+	leaf   *Leaf
+	starts bool
+	fn     promql.FunctionCall
+	args   parser.Expressions
+	params []promql.Vector
+
+	floats []promql.FPoint
+	fst    []int64
+	fwin   spans
+	hists  []promql.HPoint
+	hst    []int64
+	htime  []int64
+	hwin   spans
+	one    promql.Matrix
+	enh    promql.EvalNodeHelper
+}
+
+func newCaller(l *Leaf, starts bool) *caller {
+	c := &caller{leaf: l, starts: starts, fn: promql.FunctionCalls[l.function()], args: l.Call.Args, one: make(promql.Matrix, 1)}
+	if l.function() == "absent_over_time" {
+		c.fn = promql.FunctionCalls["present_over_time"] // what is absent is found out at the end
+	}
+	for _, p := range l.params {
+		c.params = append(c.params, promql.Vector{promql.Sample{F: p}})
+	}
+	c.enh.Out = make(promql.Vector, 0, 1)
+	return c
+}
+
+func (c *caller) eval(ls labels.Labels, cols *chunkfmt.Series, out *points, annos *annotations.Annotations) (err error) {
+	defer func() {
+		switch e := recover().(type) {
+		case nil:
+		case error:
+			err = e // functions panic with what is to fail the query
+		default:
+			err = fmt.Errorf("%v", e)
+		}
+	}()
+	c.load(cols)
+	g, offset := c.leaf.Grid, c.leaf.offset()
+	c.fwin.lo, c.fwin.hi = c.fwin.lo[:0], c.fwin.hi[:0]
+	out.samples = c.findFloats(g, offset)
+	c.hwin.find(c.htime, g, offset, c.leaf.Range)
+	c.one[0].Metric = ls
+	c.enh.StartTimestamps = nil
+	var st promql.StartTimestamps
+	for i := range g.Len() {
+		fs := c.floats[c.fwin.lo[i]:c.fwin.hi[i]:c.fwin.hi[i]]
+		hs := c.hists[c.hwin.lo[i]:c.hwin.hi[i]:c.hwin.hi[i]]
+		if len(fs)+len(hs) == 0 {
+			continue
+		}
+		for j := range hs {
+			out.samples += int64(histogramSize(hs[j].H))
+		}
+		c.one[0].Floats, c.one[0].Histograms = fs, hs
+		c.enh.Ts = g.At(i)
+		if c.starts {
+			st.Floats, st.Histograms = nil, nil
+			if c.fst != nil {
+				st.Floats = c.fst[c.fwin.lo[i]:c.fwin.hi[i]:c.fwin.hi[i]]
+			}
+			if c.hst != nil {
+				st.Histograms = c.hst[c.hwin.lo[i]:c.hwin.hi[i]:c.hwin.hi[i]]
+			}
+			c.enh.StartTimestamps = &st
+		}
+		vec, ws := c.fn(c.params, c.one, c.args, &c.enh)
+		annos.Merge(ws)
+		c.enh.Out = vec[:0]
+		if len(vec) == 0 {
+			continue
+		}
+		if h := vec[0].H; h != nil {
+			out.addHistogram(i, h)
+		} else {
+			out.add(i, vec[0].F)
+		}
+	}
+	return nil
+}
+
+func (c *caller) findFloats(g Grid, offset int64) int64 {
+	// The times of points don't lie side by side: promql.FPoint has both.
+	n := g.Len()
+	var samples int64
+	lo, hi := 0, 0
+	for i := range n {
+		end := g.At(i) - offset
+		for lo < len(c.floats) && c.floats[lo].T <= end-c.leaf.Range {
+			lo++
+		}
+		for hi < len(c.floats) && c.floats[hi].T <= end {
+			hi++
+		}
+		c.fwin.lo, c.fwin.hi = append(c.fwin.lo, int32(min(lo, hi))), append(c.fwin.hi, int32(hi))
+		samples += int64(hi - min(lo, hi))
+	}
+	return samples
+}
+
+// load makes points of columns, without staleness markers.
+func (c *caller) load(cols *chunkfmt.Series) {
+	c.floats, c.fst = c.floats[:0], c.fst[:0]
+	for i, v := range cols.Floats.V {
+		if value.IsStaleNaN(v) {
+			continue
+		}
+		c.floats = append(c.floats, promql.FPoint{T: cols.Floats.T[i], F: v})
+		if cols.Floats.ST != nil {
+			c.fst = append(c.fst, cols.Floats.ST[i])
+		}
+	}
+	if cols.Floats.ST == nil {
+		c.fst = nil
+	}
+	clear(c.hists)
+	c.hists, c.htime, c.hst = c.hists[:0], c.htime[:0], c.hst[:0]
+	ints, floats := &cols.Histograms, &cols.FloatHistograms
+	if len(ints.T)+len(floats.T) == 0 {
+		c.hst = nil
+		return
+	}
+	starts := ints.ST != nil || floats.ST != nil
+	add := func(t int64, st []int64, i int, h *histogram.FloatHistogram) {
+		if value.IsStaleNaN(h.Sum) {
+			return
+		}
+		c.hists, c.htime = append(c.hists, promql.HPoint{T: t, H: h}), append(c.htime, t)
+		switch {
+		case st != nil:
+			c.hst = append(c.hst, st[i])
+		case starts:
+			c.hst = append(c.hst, 0)
+		}
+	}
+	for i, j := 0, 0; i < len(ints.T) || j < len(floats.T); {
+		if j == len(floats.T) || i < len(ints.T) && ints.T[i] < floats.T[j] {
+			add(ints.T[i], ints.ST, i, ints.H[i].ToFloat(nil))
+			i++
+		} else {
+			add(floats.T[j], floats.ST, j, floats.H[j].Copy())
+			j++
+		}
+	}
+	if !starts {
+		c.hst = nil
+	}
+}
+
+// asError puts errors of contexts into the engine's classes.
+func asError(err error) error {
+	const where = "expression evaluation"
+	switch {
+	case errors.Is(err, errTimeout):
+		return promql.ErrQueryTimeout(where)
+	case errors.Is(err, errCanceled):
+		return promql.ErrQueryCanceled(where)
+	}
+	return err
+}
+
+func rangeSeconds(ms int64) float64 { return (time.Duration(ms) * time.Millisecond).Seconds() }

@@ -1,0 +1,267 @@
+package plan
+
+import (
+	"fmt"
+	"strings"
+	"time"
+
+	"github.com/prometheus/prometheus/model/labels"
+	"github.com/prometheus/prometheus/promql/parser"
+	"github.com/prometheus/prometheus/storage"
+)
+
+// Leaf is a part of a query that a kernel computes.
+type Leaf struct {
+	// Grid on which the engine will read the result.
+	Grid Grid
+	// Agg is the aggregation on top, nil if there is none.
+	Agg *parser.AggregateExpr
+	// Call is the range function, nil for a plain selector.
+	Call *parser.Call
+	// Selector of the series. Its Offset is set: a window ends that much before
+	// each time of the grid.
+	Selector *parser.VectorSelector
+	// Range of the windows in ms, which are open to the left. That of a plain
+	// selector is the lookback delta.
+	Range int64
+
+	matrix int // which argument of Call is the selector
+	params []float64
+	whole  parser.Expr            // what the leaf stood for at first
+	slot   *parser.ParenExpr      // what stands in the leaf's place
+	result *parser.VectorSelector // in slot; takes the result's series
+}
+
+// mint and maxt are the first and the last time of samples that the leaf may
+// need.
+func (l *Leaf) mint() int64 { return l.Grid.Start - l.offset() - l.Range + 1 }
+func (l *Leaf) maxt() int64 { return l.Grid.At(l.Grid.Len()-1) - l.offset() }
+
+func (l *Leaf) offset() int64 { return l.Selector.Offset.Milliseconds() }
+
+// function is the name of the range function, empty for a plain selector.
+func (l *Leaf) function() string {
+	if l.Call == nil {
+		return ""
+	}
+	return l.Call.Func.Name
+}
+
+// expr is what the leaf stands for in the query.
+func (l *Leaf) expr() parser.Expr {
+	switch {
+	case l.Agg != nil:
+		return l.Agg
+	case l.Call != nil:
+		return l.Call
+	}
+	return l.Selector
+}
+
+func (l *Leaf) String() string {
+	return fmt.Sprintf("%s %s", l.expr(), l.Grid)
+}
+
+// hints for storage, as the engine would give them.
+func (l *Leaf) hints() *storage.SelectHints {
+	h := &storage.SelectHints{Start: l.mint(), End: l.maxt(), Step: l.Grid.Step, Func: l.function()}
+	if l.Call != nil {
+		h.Range = l.Range
+	} else if l.Agg != nil {
+		h.Func = l.Agg.Op.String()
+	}
+	return h
+}
+
+// functions over range vectors that may be leaves.
+var functions = map[string]bool{
+	"absent_over_time": true, "avg_over_time": true, "changes": true, "count_over_time": true, "delta": true, "deriv": true,
+	"double_exponential_smoothing": true, "first_over_time": true, "idelta": true, "increase": true, "irate": true,
+	"last_over_time": true, "mad_over_time": true, "max_over_time": true, "min_over_time": true, "predict_linear": true,
+	"present_over_time": true, "quantile_over_time": true, "rate": true, "resets": true, "stddev_over_time": true,
+	"stdvar_over_time": true, "sum_over_time": true, "ts_of_first_over_time": true, "ts_of_last_over_time": true,
+	"ts_of_max_over_time": true, "ts_of_min_over_time": true,
+}
+
+// aggregations that a kernel computes.
+var aggregations = map[parser.ItemType]bool{
+	parser.SUM: true, parser.AVG: true, parser.MIN: true, parser.MAX: true, parser.COUNT: true, parser.GROUP: true,
+	parser.STDDEV: true, parser.STDVAR: true,
+}
+
+// planner walks through a query.
+type planner struct {
+	lookback int64 // ms
+	noStep   func(rangeMillis int64) int64
+	leaves   []*Leaf
+}
+
+// place is where in a query an expression stands.
+type place struct {
+	grid Grid
+	// once: evaluated at the first time of the grid of what is around.
+	once     bool
+	subquery bool
+}
+
+// matchNothing is the matcher of the selector that stands for a leaf: storage is
+// not asked for it. The selector is known by it.
+var matchNothing = labels.MustNewMatcher(labels.MatchEqual, "__name__", "")
+
+// walk takes the leaves out of e, and gives what is to stand in its place.
+func (p *planner) walk(e parser.Expr, at place) parser.Expr {
+	switch n := e.(type) {
+	case *parser.AggregateExpr:
+		if l := p.aggregate(n, at); l != nil {
+			return p.take(l)
+		}
+		n.Expr = p.walk(n.Expr, at)
+		if n.Param != nil {
+			n.Param = p.walk(n.Param, at)
+		}
+	case *parser.Call:
+		if n.Func.Name == "info" {
+			break
+		}
+		if l := p.call(n, at); l != nil {
+			return p.take(l)
+		}
+		for i := range n.Args {
+			n.Args[i] = p.walk(n.Args[i], at)
+		}
+	case *parser.StepInvariantExpr:
+		at.once, at.grid.End = true, at.grid.Start
+		n.Expr = p.walk(n.Expr, at)
+	case *parser.SubqueryExpr:
+		if n.Timestamp != nil {
+			break
+		}
+		step := n.Step.Milliseconds()
+		if step == 0 {
+			step = p.noStep(n.Range.Milliseconds())
+		}
+		at.grid = at.grid.subquery(n.OriginalOffset.Milliseconds(), n.Range.Milliseconds(), step)
+		at.subquery = true
+		n.Expr = p.walk(n.Expr, at)
+	case *parser.ParenExpr:
+		n.Expr = p.walk(n.Expr, at)
+	case *parser.UnaryExpr:
+		n.Expr = p.walk(n.Expr, at)
+	case *parser.BinaryExpr:
+		n.LHS, n.RHS = p.walk(n.LHS, at), p.walk(n.RHS, at)
+	}
+	return e
+}
+
+// take notes the leaf, and gives what stands for it.
+func (p *planner) take(l *Leaf) parser.Expr {
+	p.leaves = append(p.leaves, l)
+	l.whole = l.expr()
+	pos := l.whole.PositionRange()
+	l.result = &parser.VectorSelector{LabelMatchers: []*labels.Matcher{matchNothing}, PosRange: pos}
+	l.slot = &parser.ParenExpr{PosRange: pos, Expr: &parser.Call{
+		Func:     parser.Functions["last_over_time"],
+		Args:     parser.Expressions{&parser.MatrixSelector{VectorSelector: l.result, Range: time.Millisecond, EndPos: pos.End}},
+		PosRange: pos,
+	}}
+	return l.slot
+}
+
+// giveUp puts back what the leaf stands for.
+func (l *Leaf) giveUp() { l.slot.Expr = l.whole }
+
+// split leaves the aggregation to the engine, and keeps the function. It reports
+// whether there is one left.
+func (l *Leaf) split() bool {
+	if l.Agg == nil || l.Call == nil {
+		return false
+	}
+	agg := *l.Agg
+	agg.Expr = l.slot.Expr
+	l.slot.Expr, l.Agg = &agg, nil
+	return true
+}
+
+func (p *planner) aggregate(n *parser.AggregateExpr, at place) *Leaf {
+	if !aggregations[n.Op] {
+		return nil
+	}
+	switch e := n.Expr.(type) {
+	case *parser.VectorSelector:
+		if l := p.selector(e, at); l != nil {
+			l.Agg, l.Range = n, p.lookback
+			return l
+		}
+	case *parser.Call:
+		if e.Func.Name == "absent_over_time" {
+			return nil
+		}
+		if l := p.call(e, at); l != nil {
+			l.Agg = n
+			return l
+		}
+	}
+	return nil
+}
+
+func (p *planner) call(n *parser.Call, at place) *Leaf {
+	if !functions[n.Func.Name] {
+		return nil
+	}
+	var l *Leaf
+	var params []float64
+	for i, a := range n.Args {
+		switch a := a.(type) {
+		case *parser.MatrixSelector:
+			vs, ok := a.VectorSelector.(*parser.VectorSelector)
+			if !ok || l != nil {
+				return nil
+			}
+			if l = p.selector(vs, at); l == nil {
+				return nil
+			}
+			l.matrix, l.Range = i, a.Range.Milliseconds()
+		case *parser.NumberLiteral:
+			params = append(params, a.Val)
+		default:
+			return nil
+		}
+	}
+	if l == nil || l.Range <= 0 {
+		return nil
+	}
+	l.Call, l.params = n, params
+	return l
+}
+
+// selector begins a leaf.
+func (p *planner) selector(vs *parser.VectorSelector, at place) *Leaf {
+	if vs.Anchored || vs.Smoothed || at.grid.Len() == 0 {
+		return nil
+	}
+	offset := vs.OriginalOffset
+	if vs.Timestamp != nil {
+		if !at.once || at.subquery {
+			return nil
+		}
+		offset += time.Duration(at.grid.Start-*vs.Timestamp) * time.Millisecond
+	}
+	vs.Offset = offset
+	return &Leaf{Grid: at.grid, Selector: vs}
+}
+
+// describe gives the plan as text: the expression that the engine evaluates, with
+// the leaves by number, and the leaves.
+func describe(e parser.Expr, leaves []*Leaf) string {
+	var b strings.Builder
+	for i, l := range leaves {
+		was := l.slot.Expr
+		l.slot.Expr = &parser.VectorSelector{Name: fmt.Sprintf("leaf_%d", i+1)}
+		defer func() { l.slot.Expr = was }()
+	}
+	fmt.Fprintf(&b, "engine: %s\n", e)
+	for i, l := range leaves {
+		fmt.Fprintf(&b, "leaf_%d: %s\n", i+1, l)
+	}
+	return b.String()
+}

@@ -1,0 +1,95 @@
+package plan
+
+import (
+	"slices"
+
+	"github.com/prometheus/prometheus/model/histogram"
+	"github.com/prometheus/prometheus/promql"
+)
+
+// points are the results for one series: floats and histograms, each ascending by
+// the number of the step.
+type points struct {
+	step  []int32
+	v     []float64
+	hstep []int32
+	h     []*histogram.FloatHistogram
+
+	// samples is the number of samples in the windows, as the engine counts them:
+	// a histogram counts as several.
+	samples int64
+}
+
+func (p *points) reset() {
+	*p = points{step: p.step[:0], v: p.v[:0], hstep: p.hstep[:0], h: p.h[:0]}
+}
+
+func (p *points) add(step int, v float64) {
+	p.step = append(p.step, int32(step))
+	p.v = append(p.v, v)
+}
+
+func (p *points) addHistogram(step int, h *histogram.FloatHistogram) {
+	p.hstep = append(p.hstep, int32(step))
+	p.h = append(p.h, h)
+}
+
+func (p *points) empty() bool { return len(p.step)+len(p.hstep) == 0 }
+
+// series gives the points as the engine has them. They don't share memory with p,
+// but for the histograms.
+func (p *points) series(g Grid) promql.Series {
+	var s promql.Series
+	if len(p.step) > 0 {
+		s.Floats = make([]promql.FPoint, len(p.step))
+		for i, k := range p.step {
+			s.Floats[i] = promql.FPoint{T: g.At(int(k)), F: p.v[i]}
+		}
+	}
+	if len(p.hstep) > 0 {
+		s.Histograms = make([]promql.HPoint, len(p.hstep))
+		for i, k := range p.hstep {
+			s.Histograms[i] = promql.HPoint{T: g.At(int(k)), H: p.h[i]}
+		}
+	}
+	return s
+}
+
+// search gives the first index from i on whose time is later than t. Windows move
+// on by about the same number of samples each time, which is the guess.
+func search(ts []int64, i, guess int, t int64) int {
+	if k := i + guess; k < len(ts) && ts[k] > t && (k == 0 || ts[k-1] <= t) {
+		return k
+	}
+	step := 1
+	for i+step <= len(ts) && ts[i+step-1] <= t {
+		i += step
+		step *= 2
+	}
+	n, _ := slices.BinarySearch(ts[i:min(i+step, len(ts))], t+1)
+	return i + n
+}
+
+// spans are the parts of a column that lie in each window: of the i-th those from
+// lo[i] up to, without, hi[i]. Both ascend.
+type spans struct {
+	lo, hi []int32
+}
+
+// find sets the spans for windows of g that are open to the left, and gives how
+// many samples lie in all of them together.
+func (s *spans) find(ts []int64, g Grid, offset, rng int64) (samples int64) {
+	n := g.Len()
+	s.lo, s.hi = slices.Grow(s.lo[:0], n)[:n], slices.Grow(s.hi[:0], n)[:n]
+	lo, hi, dlo, dhi := 0, 0, 0, 0
+	for i := range n {
+		end := g.At(i) - offset
+		a := search(ts, lo, dlo, end-rng)
+		b := search(ts, max(hi, a), dhi-max(0, a-hi), end)
+		dlo, dhi = a-lo, b-hi
+		lo, hi = a, b
+		s.lo[i], s.hi[i] = int32(a), int32(b)
+		samples += int64(b - a)
+	}
+	return samples
+}

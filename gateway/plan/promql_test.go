@@ -1,0 +1,37 @@
+package plan_test
+
+import (
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/prometheus/prometheus/promql"
+	"github.com/prometheus/prometheus/promql/parser"
+	"github.com/prometheus/prometheus/promql/promqltest"
+	"github.com/prometheus/prometheus/storage"
+
+	"github.com/epimetheus-tsdb/epimetheus/gateway/gatewaytest"
+	"github.com/epimetheus-tsdb/epimetheus/gateway/plan"
+)
+
+// suiteOptions are those of promqltest.NewTestEngine.
+var suiteOptions = promql.EngineOpts{
+	MaxSamples: promqltest.DefaultMaxSamplesPerQuery, Timeout: 100 * time.Second,
+	NoStepSubqueryIntervalFn: func(int64) int64 { return time.Minute.Milliseconds() },
+	EnableAtModifier:         true, EnableNegativeOffset: true, EnableDelayedNameRemoval: true, UseStartTimestamps: true,
+	Parser: parser.NewParser(promqltest.TestParserOpts),
+}
+
+// TestPrometheusSuite runs Prometheus's own acceptance tests of the query
+// language through the planner, on heads and blocks.
+func TestPrometheusSuite(t *testing.T) {
+	hints := []string{"testdata/native_histograms.test", "testdata/range_queries.test"} // see package merge
+	storages := 0
+	engine := plan.New(promqltest.NewTestEngineWithOpts(t, suiteOptions), suiteOptions)
+	promqltest.RunBuiltinTestsWithStorage(t, engine, func(t testing.TB) storage.Storage {
+		storages++
+		together := slices.ContainsFunc(hints, func(file string) bool { return strings.HasSuffix(t.Name(), "/"+file) })
+		return gatewaytest.NewShipped(gatewaytest.New(t, gatewaytest.Options{Ingesters: 2}), gatewaytest.Splits[storages%len(gatewaytest.Splits)], together)
+	})
+}
