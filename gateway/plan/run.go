@@ -46,6 +46,12 @@ func run(ctx context.Context, l *Leaf, o options, set storage.SeriesSet) ([]prom
 	fn := l.function()
 	drops := l.Call != nil && fn != "last_over_time" && fn != "first_over_time"
 	delayed := drops && o.delayedNameRemoval
+	// Series that differ in their names alone become one, or an error: the engine
+	// sees to that.
+	var unnamed map[uint64]struct{}
+	if drops && !delayed && f != nil {
+		unnamed = map[uint64]struct{}{}
+	}
 	var out []promql.Series
 	var samples, held int64
 	var present []bool // absent_over_time
@@ -134,6 +140,13 @@ func run(ctx context.Context, l *Leaf, o options, set storage.SeriesSet) ([]prom
 			if f != nil {
 				if drops && !o.delayedNameRemoval {
 					ls = ls.DropReserved(schema.IsMetadataLabel)
+				}
+				if unnamed != nil {
+					hash := ls.Hash()
+					if _, ok := unnamed[hash]; ok {
+						return nil, 0, nil, errGiveUp
+					}
+					unnamed[hash] = struct{}{}
 				}
 				if err := f.add(ls, &s.out, &annos); err != nil {
 					return nil, 0, annos, err

@@ -1,0 +1,387 @@
+package plan_test
+
+import (
+	"context"
+	"flag"
+	"fmt"
+	"math"
+	"math/rand"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/cortexproject/promqlsmith"
+	"github.com/prometheus/prometheus/model/histogram"
+	"github.com/prometheus/prometheus/model/labels"
+	"github.com/prometheus/prometheus/model/value"
+	"github.com/prometheus/prometheus/promql"
+	"github.com/prometheus/prometheus/promql/parser"
+	"github.com/prometheus/prometheus/promql/promqltest"
+	"github.com/prometheus/prometheus/storage"
+	"github.com/prometheus/prometheus/tsdb/tsdbutil"
+
+	"github.com/epimetheus-tsdb/epimetheus/gateway/gatewaytest"
+	"github.com/epimetheus-tsdb/epimetheus/gateway/plan"
+)
+
+var (
+	agreeSeed = flag.Int64("agree.seed", 1, "first seed of TestAgreement")
+	agreeN    = flag.Int("agree.n", 1500, "queries of TestAgreement")
+)
+
+// dataset is four hours of series of all sorts: counters with resets, gauges,
+// NaN, infinities, gaps, staleness markers, start timestamps, histograms, series
+// that change between floats and histograms.
+func dataset(t testing.TB, rnd *rand.Rand, s *gatewaytest.Shipped) []labels.Labels {
+	t.Helper()
+	const interval, n = 15_000, 960
+	app := s.AppenderV2(t.Context())
+	var all []labels.Labels
+	for i, name := range []string{"requests_total", "temperature", "odd", "latency", "latency_bucket", "mixed"} {
+		for k := range 8 {
+			b := labels.NewScratchBuilder(4)
+			b.Add("__name__", name)
+			b.Add("instance", fmt.Sprint("host-", k%4))
+			b.Add("job", fmt.Sprint("job-", k/4))
+			if name == "latency_bucket" {
+				b.Add("le", []string{"0.1", "1", "10", "+Inf"}[k%4])
+			}
+			ls := b.Labels()
+			all = append(all, ls)
+			v, start := float64(rnd.Intn(1000)), int64(1)
+			gap := 0
+			for j := range n {
+				ts := int64(j)*interval + int64(rnd.Intn(7)) // some jitter
+				if k%3 == 0 {
+					ts = int64(j) * interval
+				}
+				if gap > 0 {
+					gap--
+					continue
+				}
+				var h *histogram.Histogram
+				switch {
+				case rnd.Intn(300) == 0:
+					gap = rnd.Intn(60)
+					v2 := math.Float64frombits(value.StaleNaN)
+					if _, err := app.Append(0, ls, 0, ts, v2, nil, nil, storage.AppendV2Options{}); err != nil {
+						t.Fatal(err)
+					}
+					continue
+				case i == 0 || i == 4:
+					if v += float64(rnd.Intn(20)); rnd.Intn(100) == 0 {
+						v, start = float64(rnd.Intn(3)), ts-1
+					}
+				case i == 1:
+					v += rnd.NormFloat64()
+				case i == 2:
+					v = []float64{math.NaN(), math.Inf(1), math.Inf(-1), math.Copysign(0, -1), 0, 1e300, -1e308, rnd.Float64(), 3}[rnd.Intn(9)]
+				case i == 3:
+					h = tsdbutil.GenerateTestHistogram(int64(j%200 + k))
+				case i == 5:
+					if j/40%3 == 0 {
+						h = tsdbutil.GenerateTestHistogram(int64(j))
+					}
+					v = float64(j)
+				}
+				st := int64(0)
+				if k%2 == 1 && h == nil && i == 0 {
+					st = start
+				}
+				if _, err := app.Append(0, ls, st, ts, v, h, nil, storage.AppendV2Options{}); err != nil {
+					t.Fatal(err)
+				}
+			}
+		}
+	}
+	if err := app.Commit(); err != nil {
+		t.Fatal(err)
+	}
+	return all
+}
+
+// TestAgreement runs random queries through the planner and through the engine
+// alone, on the same data. -agree.n says how many, -agree.seed repeats one.
+func TestAgreement(t *testing.T) {
+	c := gatewaytest.New(t, gatewaytest.Options{Ingesters: 2})
+	s := gatewaytest.NewShipped(c, gatewaytest.Splits[0], true)
+	all := dataset(t, rand.New(rand.NewSource(42)), s)
+	type engines struct {
+		name  string
+		plain *promql.Engine
+		plan  *plan.Engine
+	}
+	var es []engines
+	for _, delayed := range []bool{false, true} {
+		for _, starts := range []bool{false, true} {
+			o := suiteOptions
+			o.MaxSamples = 50_000_000 // kernels hold less in memory, so they fail later
+			o.EnableDelayedNameRemoval, o.UseStartTimestamps = delayed, starts
+			e := promqltest.NewTestEngineWithOpts(t, o)
+			es = append(es, engines{fmt.Sprintf("delayed name removal %t, start timestamps %t", delayed, starts), e, plan.New(e, o)})
+		}
+	}
+	leaves, failed, chance := 0, 0, 0
+	for i := range *agreeN {
+		seed := *agreeSeed + int64(i)
+		rnd := rand.New(rand.NewSource(seed))
+		opts := []promqlsmith.Option{
+			promqlsmith.WithEnableOffset(true), promqlsmith.WithEnableAtModifier(true), promqlsmith.WithAtModifierMaxTimestamp(4 * 3600 * 1000),
+			promqlsmith.WithEnableVectorMatching(true), promqlsmith.WithEnableExperimentalPromQLFunctions(true),
+			promqlsmith.WithMaxDepth(1 + rnd.Intn(4)),
+		}
+		ps := promqlsmith.New(rnd, all, opts...)
+		e := es[rnd.Intn(len(es))]
+		instant := rnd.Intn(3) == 0
+		start := time.UnixMilli(int64(rnd.Intn(4*3600)) * 1000)
+		step := time.Duration(1+rnd.Intn(600)) * time.Second
+		end := start.Add(step * time.Duration(rnd.Intn(40)))
+		expr := walk(ps, instant)
+		if seed%4 != 0 { // most of promqlsmith's queries have no leaf
+			expr = leafy(rnd, 2)
+		}
+		run := func(ng promql.QueryEngine) (*promql.Result, string) {
+			ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+			defer cancel()
+			var q promql.Query
+			var err error
+			if instant {
+				q, err = ng.NewInstantQuery(ctx, s, promql.NewPrometheusQueryOpts(false, 0, nil), expr, start)
+			} else {
+				q, err = ng.NewRangeQuery(ctx, s, promql.NewPrometheusQueryOpts(false, 0, nil), expr, start, end, step)
+			}
+			if err != nil {
+				return &promql.Result{Err: err}, ""
+			}
+			defer q.Close()
+			text := ""
+			if p, ok := q.(interface{ Plan() string }); ok {
+				text = p.Plan()
+			}
+			r := q.Exec(ctx)
+			return detach(r), text
+		}
+		want, _ := run(e.plain)
+		got, text := run(e.plan)
+		if again, _ := run(e.plain); !slices.Equal(order(want), order(again)) {
+			sortVector(want) // the engine's own order depends on that of a map
+			sortVector(got)
+		}
+		leaves += strings.Count(text, "\nleaf_")
+		diff := differ(want, got)
+		for try := 0; try < 10 && diff != ""; try++ {
+			// The engine walks over maps, so some of its results depend on chance.
+			again, _ := run(e.plain)
+			if differ(want, again) != "" {
+				chance++
+				diff = ""
+			}
+		}
+		if len(diff) > 2000 {
+			diff = diff[:2000]
+		}
+		if diff != "" {
+			failed++
+			t.Errorf("seed %d (%s, instant %t, start %d, end %d, step %s):\n%s\n%s%s", seed, e.name, instant, start.UnixMilli(), end.UnixMilli(), step, expr, text, diff)
+			if failed > 20 {
+				t.FailNow()
+			}
+		}
+	}
+	t.Logf("%d queries with %d leaves: %d differ; of %d the engine gave two results", *agreeN, leaves, failed, chance)
+	if chance > max(3, *agreeN/50) {
+		t.Errorf("%d results depend on chance: too many to tell", chance)
+	}
+	if *agreeN > 100 && leaves < *agreeN/4 {
+		t.Errorf("only %d leaves: the planner isn't tested", leaves)
+	}
+}
+
+// overTime are functions of ranges.
+var overTime = func() (out []*parser.Function) {
+	for _, f := range parser.Functions {
+		if slices.Contains(f.ArgTypes, parser.ValueTypeMatrix) {
+			out = append(out, f)
+		}
+	}
+	slices.SortFunc(out, func(a, b *parser.Function) int { return strings.Compare(a.Name, b.Name) })
+	return out
+}()
+
+// leafy makes a query with leaves in it.
+func leafy(rnd *rand.Rand, depth int) string {
+	pick := func(of ...string) string { return of[rnd.Intn(len(of))] }
+	switch rnd.Intn(12) {
+	case 0:
+		if depth > 0 {
+			return fmt.Sprintf("(%s) %s (%s)", leafy(rnd, depth-1), pick("+", "-", "/", "> bool", "and", "or", "unless on (instance)"), leafy(rnd, depth-1))
+		}
+	case 1:
+		if depth > 0 {
+			return fmt.Sprintf("%s((%s)[%s:%s]%s)", pick("max_over_time", "rate", "last_over_time", "absent_over_time", "count_over_time"), leafy(rnd, depth-1),
+				pick("10m", "1h", "3m"), pick("", "1m", "17s", "5m"), pick("", " offset 2m", " offset -2m", " @ 7000", " @ end()"))
+		}
+	case 2:
+		return fmt.Sprintf("%s(%s)", pick("abs", "absent", "histogram_count", "histogram_sum", "histogram_avg", "sort", "timestamp", "scalar", "-", "sgn", "histogram_stddev"), leafy(rnd, 0))
+	case 3:
+		return fmt.Sprintf("histogram_quantile(0.9, %s by (%s) (%s(%s[5m])))", pick("sum", "avg"), pick("le", "le, job", "instance"), pick("rate", "increase", "delta", "irate"), pick("latency", "latency_bucket", "mixed"))
+	}
+	sel := pick("requests_total", "temperature", "odd", "latency", "latency_bucket", "mixed", `{__name__=~"requests_total|temperature"}`,
+		`{__name__=~"l.*"}`, `{job="job-1"}`, `{instance=~"host-[12]",__name__!="odd"}`, `requests_total{instance="host-0"}`, `none{job="x",a!="b"}`)
+	at := pick("", "", "", " offset 1m", " offset -3m", " offset 1h", " @ 5000", " @ start()", " @ end() offset 5m")
+	agg := pick("", "sum", "avg", "min", "max", "count", "group", "stddev", "stdvar", "topk", "quantile", "count_values", "limitk")
+	inner := sel + at
+	if agg == "" || rnd.Intn(4) > 0 {
+		f := overTime[rnd.Intn(len(overTime))]
+		var args []string
+		for _, a := range f.ArgTypes {
+			if a == parser.ValueTypeMatrix {
+				args = append(args, sel+pick("[15s]", "[1m]", "[5m]", "[7m]", "[30m]", "[2h]", "[1ms]")+at)
+			} else {
+				args = append(args, pick("0.5", "0.9", "60", "-30", "0.1", "vector(1)"))
+			}
+		}
+		inner = fmt.Sprintf("%s(%s)", f.Name, strings.Join(args, ", "))
+	}
+	param := map[string]string{"topk": "2, ", "quantile": "0.7, ", "limitk": "1, ", "count_values": `"v", `}[agg]
+	if agg == "" {
+		return inner
+	}
+	by := pick("", " by (job)", " by (instance)", " without (instance)", " by (__name__)", " by (le, job)", " without ()")
+	return fmt.Sprintf("%s%s (%s%s)", agg, by, param, inner)
+}
+
+// walk makes a query. It may panic over functions that promqlsmith doesn't know.
+func walk(ps *promqlsmith.PromQLSmith, instant bool) (expr string) {
+	defer func() {
+		if recover() != nil {
+			expr = "vector(1)"
+		}
+	}()
+	if instant {
+		return ps.WalkInstantQuery().Pretty(0)
+	}
+	return ps.WalkRangeQuery().Pretty(0)
+}
+
+// order of the series in a vector. A matrix is sorted.
+func order(r *promql.Result) []string {
+	v, _ := r.Value.(promql.Vector)
+	var out []string
+	for _, s := range v {
+		out = append(out, s.Metric.String())
+	}
+	return out
+}
+
+func sortVector(r *promql.Result) {
+	if v, ok := r.Value.(promql.Vector); ok {
+		slices.SortStableFunc(v, func(a, b promql.Sample) int { return labels.Compare(a.Metric, b.Metric) })
+	}
+}
+
+// detach copies what a closed query takes back.
+func detach(r *promql.Result) *promql.Result {
+	out := &promql.Result{Err: r.Err, Warnings: r.Warnings}
+	switch v := r.Value.(type) {
+	case promql.Matrix:
+		m := slices.Clone(v)
+		for i := range m {
+			m[i].Floats, m[i].Histograms = slices.Clone(m[i].Floats), slices.Clone(m[i].Histograms)
+		}
+		out.Value = m
+	case promql.Vector:
+		out.Value = slices.Clone(v)
+	default:
+		out.Value = r.Value
+	}
+	return out
+}
+
+// differ says in what two results differ, empty if in nothing.
+func differ(want, got *promql.Result) string {
+	if (want.Err == nil) != (got.Err == nil) || want.Err != nil && want.Err.Error() != got.Err.Error() {
+		return fmt.Sprintf("error %v, want %v", got.Err, want.Err)
+	}
+	if want.Err != nil {
+		return ""
+	}
+	a, b := annotated(want), annotated(got)
+	if !slices.Equal(a, b) {
+		return fmt.Sprintf("warnings\n%s\nwant\n%s", strings.Join(b, "\n"), strings.Join(a, "\n"))
+	}
+	switch w := want.Value.(type) {
+	case promql.Matrix:
+		g, ok := got.Value.(promql.Matrix)
+		if !ok || len(g) != len(w) {
+			return fmt.Sprintf("%v\nwant %v", got.Value, w)
+		}
+		for i := range w {
+			if d := differSeries(&w[i], &g[i]); d != "" {
+				return fmt.Sprintf("series %d: %s", i, d)
+			}
+		}
+	case promql.Vector:
+		g, ok := got.Value.(promql.Vector)
+		if !ok || len(g) != len(w) {
+			return fmt.Sprintf("%v\nwant %v", got.Value, w)
+		}
+		for i := range w {
+			if !labels.Equal(w[i].Metric, g[i].Metric) || w[i].T != g[i].T || !same(w[i].F, g[i].F) || !sameHistogram(w[i].H, g[i].H) {
+				return fmt.Sprintf("sample %d: %v, want %v", i, g[i], w[i])
+			}
+		}
+	case promql.Scalar:
+		if g, ok := got.Value.(promql.Scalar); !ok || g.T != w.T || !same(w.V, g.V) {
+			return fmt.Sprintf("%v, want %v", got.Value, w)
+		}
+	default:
+		if got.Value.String() != want.Value.String() {
+			return fmt.Sprintf("%v, want %v", got.Value, want.Value)
+		}
+	}
+	return ""
+}
+
+func differSeries(w, g *promql.Series) string {
+	if !labels.Equal(w.Metric, g.Metric) {
+		return fmt.Sprintf("labels %s, want %s", g.Metric, w.Metric)
+	}
+	if len(w.Floats) != len(g.Floats) || len(w.Histograms) != len(g.Histograms) {
+		return fmt.Sprintf("%s has %d floats and %d histograms, want %d and %d", w.Metric, len(g.Floats), len(g.Histograms), len(w.Floats), len(w.Histograms))
+	}
+	for i := range w.Floats {
+		if w.Floats[i].T != g.Floats[i].T || !same(w.Floats[i].F, g.Floats[i].F) {
+			return fmt.Sprintf("%s: %v, want %v", w.Metric, g.Floats[i], w.Floats[i])
+		}
+	}
+	for i := range w.Histograms {
+		if w.Histograms[i].T != g.Histograms[i].T || !sameHistogram(w.Histograms[i].H, g.Histograms[i].H) {
+			return fmt.Sprintf("%s: %v, want %v", w.Metric, g.Histograms[i], w.Histograms[i])
+		}
+	}
+	return ""
+}
+
+// same but for rounding in sums of windows that overlap.
+func same(a, b float64) bool {
+	if math.IsNaN(a) || math.IsNaN(b) {
+		return math.IsNaN(a) && math.IsNaN(b)
+	}
+	return a == b || math.Abs(a-b) <= 1e-11*max(math.Abs(a), math.Abs(b), 1)
+}
+
+func sameHistogram(a, b *histogram.FloatHistogram) bool {
+	if a == nil || b == nil {
+		return a == b
+	}
+	return a.Equals(b) && a.CounterResetHint == b.CounterResetHint
+}
+
+func annotated(r *promql.Result) []string {
+	ws, infos := r.Warnings.AsStrings("", 0, 0)
+	out := append(ws, infos...)
+	slices.Sort(out)
+	return out
+}
