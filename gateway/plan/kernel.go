@@ -2,7 +2,6 @@ package plan
 
 import (
 	"errors"
-	"fmt"
 	"math"
 	"time"
 
@@ -214,12 +213,10 @@ func newCaller(l *Leaf, starts bool) *caller {
 
 func (c *caller) eval(ls labels.Labels, cols *chunkfmt.Series, out *points, annos *annotations.Annotations) (err error) {
 	defer func() {
-		switch e := recover().(type) {
-		case nil:
-		case error:
-			err = e // functions panic with what is to fail the query
-		default:
-			err = fmt.Errorf("%v", e)
+		// Functions panic with what is to fail the query. Which of two errors a
+		// query fails with is up to the engine: it runs into the same.
+		if recover() != nil {
+			err = errGiveUp
 		}
 	}()
 	c.load(cols)

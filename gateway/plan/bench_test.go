@@ -1,0 +1,239 @@
+package plan_test
+
+import (
+	"bytes"
+	"flag"
+	"fmt"
+	"slices"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/oklog/ulid/v2"
+	"github.com/prometheus/common/promslog"
+	"github.com/prometheus/prometheus/model/histogram"
+	"github.com/prometheus/prometheus/model/labels"
+	"github.com/prometheus/prometheus/promql"
+	"github.com/prometheus/prometheus/promql/parser"
+	"github.com/prometheus/prometheus/storage"
+	"github.com/prometheus/prometheus/tsdb"
+	"github.com/prometheus/prometheus/tsdb/chunkenc"
+	"github.com/prometheus/prometheus/tsdb/chunks"
+
+	"github.com/epimetheus-tsdb/epimetheus/chunkfmt"
+	"github.com/epimetheus-tsdb/epimetheus/gateway"
+	"github.com/epimetheus-tsdb/epimetheus/gateway/gatewaytest"
+	"github.com/epimetheus-tsdb/epimetheus/gateway/plan"
+	"github.com/epimetheus-tsdb/epimetheus/history"
+	"github.com/epimetheus-tsdb/epimetheus/internal/gen"
+)
+
+var benchDays = flag.Int("bench.days", 10, "days of data of BenchmarkDeep")
+
+// BenchmarkDeep runs queries over 1,000 series at 15 s for days, as blocks of a
+// day, through the planner (by=epimetheus), through the engine over the same
+// blocks (by=engine), and through the engine over a Prometheus database with the
+// same samples (by=prometheus). Pages are in memory, results aren't.
+func BenchmarkDeep(b *testing.B) {
+	const day = 24 * time.Hour
+	c := gen.Config{Series: 1000, Targets: 10, Churn: 0.1, Seed: 1, Interval: 15_000, Start: 1_700_006_400_000}
+	span := time.Duration(*benchDays) * day
+	c.End = c.Start + span.Milliseconds()
+	ours := gatewaytest.New(b, gatewaytest.Options{})
+	theirs := loadDeep(b, c, ours.History)
+
+	o := suiteOptions
+	o.MaxSamples, o.EnableDelayedNameRemoval, o.UseStartTimestamps = 50_000_000, false, false
+	o.Parser = parser.NewParser(parser.Options{})
+	engine := promql.NewEngine(o)
+	planned := plan.New(engine, o)
+	secs := int(span.Seconds())
+	rate := "sum by (job) (rate(http_requests_total[5m]))"
+	for _, q := range []struct {
+		name, expr string
+		span, step time.Duration
+	}{
+		{"raw-1series-1h", `node_load1{instance="10.16.0.0:9100"}`, time.Hour, 15 * time.Second},
+		{"rate-by-job-1h", rate, time.Hour, 15 * time.Second},
+		{"inst-count-by-name", `count by (__name__) ({__name__!=""})`, 0, 0},
+		{"regex-name-1h", `avg by (__name__) ({__name__=~"node_memory_.*_bytes"})`, time.Hour, 15 * time.Second},
+		{"raw-1series-all", `node_load1{instance="10.16.0.0:9100"}`, span, time.Hour},
+		{"raw-1series-15s-1d", `node_load1{instance="10.16.0.0:9100"}`, day, 15 * time.Second},
+		{"rate-by-job-1d", rate, day, time.Minute},
+		{"rate-by-job-all-5m", rate, span, time.Hour},
+		{"rate-by-job-all-1h", `sum by (job) (rate(http_requests_total[1h]))`, span, time.Hour},
+		{"p99-by-job-all", `histogram_quantile(0.99, sum by (le, job) (rate(http_request_duration_seconds_bucket[1h])))`, span, time.Hour},
+		{"quantile-7d", `quantile(0.95, rate(node_cpu_seconds_total{mode!="idle"}[5m]))`, min(span, 7*day), 5 * time.Minute},
+		{"topk-1d", `topk(10, rate(container_cpu_usage_seconds_total[5m]))`, day, 5 * time.Minute},
+		{"topk-all", `topk(10, rate(container_cpu_usage_seconds_total[5m]))`, span, time.Hour},
+		{"max-over-1d-all", `max_over_time(node_load1[1d])`, span, day},
+		{"max-over-1d-all-1h", `max_over_time(node_load1[1d])`, span, time.Hour},
+		{"avg-over-1d-all", `avg(avg_over_time(node_memory_MemAvailable_bytes[1d]))`, span, day},
+		{"inst-increase-all", fmt.Sprintf(`sum by (job) (increase(http_requests_total[%ds]))`, secs), 0, 0},
+		{"sum-without-1d", `sum without (instance) (rate(http_request_duration_seconds_bucket[5m]))`, day, 5 * time.Minute},
+		{"inst-count-by-name-1d", `count by (__name__) (last_over_time({__name__!=""}[1d]))`, 0, 0},
+	} {
+		end := time.UnixMilli(c.End)
+		results := map[string]*promql.Result{}
+		for _, by := range []struct {
+			name   string
+			engine promql.QueryEngine
+			data   storage.Queryable
+		}{{"prometheus", engine, theirs}, {"engine", engine, ours.Storage}, {"epimetheus", planned, ours.Storage}} {
+			b.Run("q="+q.name+"/by="+by.name, func(b *testing.B) {
+				b.ReportAllocs()
+				run := func() *promql.Result {
+					var p promql.Query
+					var err error
+					if q.step == 0 {
+						p, err = by.engine.NewInstantQuery(b.Context(), by.data, nil, q.expr, end)
+					} else {
+						p, err = by.engine.NewRangeQuery(b.Context(), by.data, nil, q.expr, end.Add(-q.span), end, q.step)
+					}
+					if err != nil {
+						b.Fatal(err)
+					}
+					defer p.Close()
+					r := p.Exec(b.Context())
+					if r.Err != nil {
+						b.Fatal(r.Err)
+					}
+					return detach(r)
+				}
+				results[by.name] = run() // pages come into memory
+				before := cpu()
+				for b.Loop() {
+					run()
+				}
+				b.ReportMetric(float64(cpu()-before)/1e6/float64(b.N), "cpu-ms/op")
+			})
+		}
+		if want, got := results["prometheus"], results["epimetheus"]; want != nil && got != nil {
+			sortVector(want)
+			sortVector(got)
+			if d := differ(want, got); d != "" {
+				b.Errorf("%s: %s", q.name, d)
+			}
+		}
+	}
+}
+
+// cpu is what the process has used, in ns.
+func cpu() int64 {
+	var u syscall.Rusage
+	if err := syscall.Getrusage(syscall.RUSAGE_SELF, &u); err != nil {
+		return 0
+	}
+	return u.Utime.Nano() + u.Stime.Nano()
+}
+
+// loadDeep writes the data set as blocks of a day.
+func loadDeep(b *testing.B, c gen.Config, h *history.History) *tsdb.DB {
+	b.Helper()
+	dir := b.TempDir()
+	const day = 24 * 3600 * 1000
+	var all []*chunkfmt.Series
+	var iters []*gen.Iter
+	for _, s := range c.AllSeries() {
+		lb := labels.NewScratchBuilder(len(s.Labels))
+		for _, l := range s.Labels {
+			lb.Add(l.Name, l.Value)
+		}
+		lb.Sort()
+		all = append(all, &chunkfmt.Series{Labels: lb.Labels()})
+		iters = append(iters, s.Iter(c))
+	}
+	type next struct {
+		t int64
+		v float64
+	}
+	held := make([]*next, len(all))
+	byName := make([]int, len(all))
+	for i := range byName {
+		byName[i] = i
+	}
+	slices.SortFunc(byName, func(x, y int) int {
+		if n := strings.Compare(all[x].Labels.Get("__name__"), all[y].Labels.Get("__name__")); n != 0 {
+			return n
+		}
+		return labels.Compare(all[x].Labels, all[y].Labels)
+	})
+	for from := c.Start; from < c.End; from += day {
+		for i, s := range all {
+			s.Floats.T, s.Floats.V = s.Floats.T[:0], s.Floats.V[:0]
+			for {
+				n := held[i]
+				if n == nil {
+					t, v, ok := iters[i].Next()
+					if !ok {
+						break
+					}
+					n = &next{t, v}
+				}
+				if held[i] = n; n.t >= from+day {
+					break
+				}
+				held[i] = nil
+				s.Floats.T, s.Floats.V = append(s.Floats.T, n.t), append(s.Floats.V, n.v)
+			}
+		}
+		var buf bytes.Buffer
+		w := chunkfmt.NewWriter(&buf, chunkfmt.WriterOptions{Window: history.Window})
+		var old []storage.Series
+		for _, i := range byName {
+			if len(all[i].Floats.T) == 0 {
+				continue
+			}
+			if err := w.Add(gateway.DefaultTenant, all[i]); err != nil {
+				b.Fatal(err)
+			}
+		}
+		for _, s := range all {
+			if len(s.Floats.T) > 0 {
+				old = append(old, storage.NewListSeries(s.Labels, samplesOf(s)))
+			}
+		}
+		summary, err := w.Close()
+		if err != nil {
+			b.Fatal(err)
+		}
+		if err := h.Publish(b.Context(), ulid.Make(), buf.Bytes(), summary); err != nil {
+			b.Fatal(err)
+		}
+		if _, err := tsdb.CreateBlock(old, dir, 3*day, promslog.NewNopLogger()); err != nil {
+			b.Fatal(err)
+		}
+	}
+	opts := tsdb.DefaultOptions()
+	opts.RetentionDuration = 0
+	db, err := tsdb.Open(dir, promslog.NewNopLogger(), nil, opts, nil)
+	if err != nil {
+		b.Fatal(err)
+	}
+	db.DisableCompactions()
+	b.Cleanup(func() { _ = db.Close() })
+	return db
+}
+
+// floatSample is a chunks.Sample.
+type floatSample struct {
+	t int64
+	v float64
+}
+
+func (s floatSample) T() int64                    { return s.t }
+func (floatSample) ST() int64                     { return 0 }
+func (s floatSample) F() float64                  { return s.v }
+func (floatSample) H() *histogram.Histogram       { return nil }
+func (floatSample) FH() *histogram.FloatHistogram { return nil }
+func (floatSample) Type() chunkenc.ValueType      { return chunkenc.ValFloat }
+func (s floatSample) Copy() chunks.Sample         { return s }
+
+func samplesOf(s *chunkfmt.Series) []chunks.Sample {
+	out := make([]chunks.Sample, len(s.Floats.T))
+	for i, t := range s.Floats.T {
+		out[i] = floatSample{t, s.Floats.V[i]}
+	}
+	return out
+}
