@@ -156,7 +156,7 @@ func trySelect(ctx context.Context, s *Snapshot, mint, maxt int64, ms ...*labels
 	}
 	out := []*chunkfmt.Series{}
 	for set.Next(ctx) {
-		runs, err := set.At().Runs()
+		runs, err := set.At().Runs(&Buffer{})
 		if err != nil {
 			return nil, err
 		}
@@ -1070,7 +1070,7 @@ func TestRuns(t *testing.T) {
 		if set.Next(t.Context()) || set.Err() != nil {
 			t.Fatalf("another series, or %v", set.Err())
 		}
-		out, err := s.Runs() // after the set has ended
+		out, err := s.Runs(&Buffer{}) // after the set has ended
 		if err != nil {
 			t.Fatal(err)
 		}

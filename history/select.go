@@ -172,20 +172,48 @@ func (s *Series) Samples() int {
 	return n
 }
 
+// Buffer is memory that one goroutine decodes series into, again and again.
+type Buffer struct {
+	runs []*runBuffer
+	dec  chunkfmt.Decoder
+}
+
+// runBuffer has room for one run. The columns of the run may become parts of t
+// and v.
+type runBuffer struct {
+	run chunkfmt.Series
+	t   []int64
+	v   []float64
+}
+
+// run gives the i-th run, empty but with room for so many floats.
+func (b *Buffer) run(i, floats int) *chunkfmt.Series {
+	for len(b.runs) <= i {
+		b.runs = append(b.runs, &runBuffer{})
+	}
+	r := b.runs[i]
+	if floats > cap(r.t) { // each chunk's number of samples is bounded by the format
+		r.t, r.v = make([]int64, 0, floats), make([]float64, 0, floats)
+	}
+	r.run = chunkfmt.Series{}
+	if floats > 0 {
+		r.run.Floats = chunkfmt.Floats{T: r.t[:0], V: r.v[:0]}
+	}
+	return &r.run
+}
+
 // Runs decodes the samples in the time that was asked for. What several blocks
 // have one after the other is in one run; runs may overlap and repeat each other,
-// and chunkfmt.Merge makes one of them. Each ascends in time. What is returned is
-// the caller's, but histograms are not to be changed.
-func (s *Series) Runs() ([]*chunkfmt.Series, error) {
+// and chunkfmt.Merge makes one of them. Each ascends in time. What is returned
+// lies in buf, and is good until that is used again; it isn't to be changed.
+func (s *Series) Runs(buf *Buffer) ([]*chunkfmt.Series, error) {
 	plans := s.plan()
 	out := make([]*chunkfmt.Series, 0, len(plans))
-	for _, p := range plans {
-		run := &chunkfmt.Series{Labels: s.Labels}
-		if p.floats > 0 { // each chunk's number of samples is bounded by the format
-			run.Floats.T, run.Floats.V = make([]int64, 0, p.floats), make([]float64, 0, p.floats)
-		}
+	for i, p := range plans {
+		run := buf.run(i, p.floats)
+		run.Labels = s.Labels
 		for _, pt := range p.parts {
-			if err := pt.decode(run, s.mint, s.maxt); err != nil {
+			if err := pt.decode(&buf.dec, run, s.mint, s.maxt); err != nil {
 				return nil, err
 			}
 		}
@@ -230,7 +258,7 @@ func (s *Series) plan() []runPlan {
 
 // decode appends the part's samples in mint to maxt to run, which ends before it
 // starts.
-func (p *part) decode(run *chunkfmt.Series, mint, maxt int64) error {
+func (p *part) decode(dec *chunkfmt.Decoder, run *chunkfmt.Series, mint, maxt int64) error {
 	in := p.block.readable(mint, maxt)
 	whole := !slices.ContainsFunc(p.chunks, func(c chunkfmt.Chunk) bool {
 		return !slices.ContainsFunc(in, func(r chunkfmt.Range) bool { return r.MinT <= c.MinT && c.MaxT <= r.MaxT })
@@ -242,7 +270,7 @@ func (p *part) decode(run *chunkfmt.Series, mint, maxt int64) error {
 		dst = &chunkfmt.Series{}
 	}
 	for i := range p.chunks {
-		if err := p.pages[i].decode(&p.chunks[i], dst); err != nil {
+		if err := p.pages[i].decode(dec, &p.chunks[i], dst); err != nil {
 			return err
 		}
 	}
@@ -304,14 +332,14 @@ func unknownFloatHint(h *histogram.FloatHistogram) *histogram.FloatHistogram {
 }
 
 // decode appends a chunk to run.
-func (h *heldPage) decode(c *chunkfmt.Chunk, run *chunkfmt.Series) error {
+func (h *heldPage) decode(dec *chunkfmt.Decoder, c *chunkfmt.Chunk, run *chunkfmt.Series) error {
 	var err error
 	var t []int64
 	before := 0
 	switch c.Kind {
 	case chunkfmt.KindFloat:
 		before = len(run.Floats.T)
-		err = h.data.Floats(c.Index, &run.Floats)
+		err = dec.Floats(h.data, c.Index, &run.Floats)
 		t = run.Floats.T
 	case chunkfmt.KindHistogram:
 		before = len(run.Histograms.T)

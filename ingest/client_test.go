@@ -180,7 +180,7 @@ func (e *env) inBlocks(tenant string) (map[string][]float64, int) {
 	}
 	out := map[string][]float64{}
 	for set.Next(ctx) {
-		runs, err := set.At().Runs()
+		runs, err := set.At().Runs(&history.Buffer{})
 		if err != nil {
 			e.t.Fatal(err)
 		}

@@ -58,7 +58,7 @@ func read(ctx context.Context, snap *history.Snapshot, tenant string, mint, maxt
 		return nil, err
 	}
 	for set.Next(ctx) {
-		runs, err := set.At().Runs()
+		runs, err := set.At().Runs(&history.Buffer{})
 		if err != nil {
 			return nil, err
 		}

@@ -297,6 +297,7 @@ func (s *Series) Iterator(it chunkenc.Iterator) chunkenc.Iterator {
 // Buffer is memory that one goroutine decodes into, again and again.
 type Buffer struct {
 	decoders []*fetch.Decoder // one for each head
+	old      history.Buffer
 }
 
 // decoder gives the i-th.
@@ -314,7 +315,7 @@ func (s *Series) Columns(buf *Buffer) (*chunkfmt.Series, error) {
 	var runs []*chunkfmt.Series
 	if s.old != nil {
 		var err error
-		if runs, err = s.old.Runs(); err != nil {
+		if runs, err = s.old.Runs(&buf.old); err != nil {
 			return nil, err
 		}
 	}
