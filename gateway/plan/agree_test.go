@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"math"
 	"math/rand"
+	"regexp"
 	"slices"
 	"strings"
 	"testing"
@@ -164,7 +165,7 @@ func TestAgreement(t *testing.T) {
 		}
 		want, _ := run(e.plain)
 		got, text := run(e.plan)
-		if again, _ := run(e.plain); !slices.Equal(order(want), order(again)) {
+		if again, _ := run(e.plain); byMap.MatchString(expr) || !slices.Equal(order(want), order(again)) {
 			sortVector(want) // the engine's own order depends on that of a map
 			sortVector(got)
 		}
@@ -264,6 +265,9 @@ func walk(ps *promqlsmith.PromQLSmith, instant bool) (expr string) {
 	}
 	return ps.WalkRangeQuery().Pretty(0)
 }
+
+// byMap matches what the engine gives in the order of a map.
+var byMap = regexp.MustCompile("histogram_quantile|histogram_fraction|count_values")
 
 // order of the series in a vector. A matrix is sorted.
 func order(r *promql.Result) []string {

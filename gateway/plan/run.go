@@ -24,7 +24,7 @@ var errGiveUp = errors.New("not for a kernel")
 
 // batch is how many series are decoded at the same time: their results wait for
 // their turn to be put together.
-const batch = 64
+const batch = 128
 
 // slot has room for the computation of one series.
 type slot struct {
@@ -102,7 +102,9 @@ func run(ctx context.Context, l *Leaf, o options, set storage.SeriesSet) ([]prom
 			var g errgroup.Group
 			for w := range ws {
 				g.Go(func() error {
-					for i := w; i < n; i += workers {
+					// Neighbours: they share pages, times, and the integers that buckets of
+					// a histogram are based on.
+					for i := w * n / workers; i < (w+1)*n/workers; i++ {
 						if err := one(&ws[w], &slots[i]); err != nil {
 							return err
 						}
