@@ -76,12 +76,15 @@ func (k *kernel) eval(ls labels.Labels, cols *chunkfmt.Series, out *points, anno
 	case k.leaf.Call == nil:
 		k.instantMixed(cols, out)
 	case k.fast != nil && !histograms && (!k.starts || cols.Floats.ST == nil):
-		t, v := k.withoutStale(cols.Floats.T, cols.Floats.V)
-		if len(t) == 0 {
-			return nil
-		}
+		t, v := cols.Floats.T, cols.Floats.V
 		out.samples = k.win.find(t, k.leaf.Grid, k.leaf.offset(), k.leaf.Range)
-		k.fast(k, t, v, out)
+		if k.stale(v) {
+			t, v = k.withoutStale(t, v)
+			out.samples = k.win.find(t, k.leaf.Grid, k.leaf.offset(), k.leaf.Range)
+		}
+		if out.samples > 0 {
+			k.fast(k, t, v, out)
+		}
 	default:
 		if k.call == nil {
 			k.call = newCaller(k.leaf, k.starts)
@@ -91,30 +94,32 @@ func (k *kernel) eval(ls labels.Labels, cols *chunkfmt.Series, out *points, anno
 	return nil
 }
 
+// stale reports whether there is a staleness marker in a window.
+func (k *kernel) stale(v []float64) bool {
+	from := int32(0)
+	for i, hi := range k.win.hi {
+		if begin := max(from, k.win.lo[i]); begin < hi {
+			for _, x := range v[begin:hi] {
+				if x != x && value.IsStaleNaN(x) {
+					return true
+				}
+			}
+			from = hi
+		}
+	}
+	return false
+}
+
 // withoutStale gives the columns without staleness markers, which range functions
 // don't see.
 func (k *kernel) withoutStale(t []int64, v []float64) ([]int64, []float64) {
-	first := firstStale(v)
-	if first < 0 {
-		return t, v
-	}
-	k.t, k.v = append(k.t[:0], t[:first]...), append(k.v[:0], v[:first]...)
-	for i := first; i < len(v); i++ {
-		if !value.IsStaleNaN(v[i]) {
-			k.t, k.v = append(k.t, t[i]), append(k.v, v[i])
+	k.t, k.v = k.t[:0], k.v[:0]
+	for i, x := range v {
+		if !value.IsStaleNaN(x) {
+			k.t, k.v = append(k.t, t[i]), append(k.v, x)
 		}
 	}
 	return k.t, k.v
-}
-
-// firstStale finds the first staleness marker, -1 if there is none.
-func firstStale(v []float64) int {
-	for i, x := range v {
-		if x != x && value.IsStaleNaN(x) {
-			return i
-		}
-	}
-	return -1
 }
 
 // instant is the evaluation of a plain selector: the newest sample in the

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"runtime"
 	"strings"
+	"sync"
 
 	"github.com/prometheus/common/model"
 	"github.com/prometheus/prometheus/model/labels"
@@ -25,6 +26,11 @@ var errGiveUp = errors.New("not for a kernel")
 // batch is how many series are decoded at the same time: their results wait for
 // their turn to be put together.
 const batch = 128
+
+// buffers are those of queries that have ended.
+//
+//nolint:gochecknoglobals // scratch memory
+var buffers = sync.Pool{New: func() any { return new(merge.Buffer) }}
 
 // slot has room for the computation of one series.
 type slot struct {
@@ -62,11 +68,13 @@ func run(ctx context.Context, l *Leaf, o options, set storage.SeriesSet) ([]prom
 	workers := runtime.GOMAXPROCS(0)
 	type worker struct {
 		k   *kernel
-		buf merge.Buffer
+		buf *merge.Buffer
 	}
 	ws := make([]worker, workers)
 	for i := range ws {
-		ws[i].k = newKernel(l, o)
+		buf, _ := buffers.Get().(*merge.Buffer)
+		ws[i] = worker{newKernel(l, o), buf}
+		defer buffers.Put(buf)
 	}
 	slots := make([]slot, batch)
 	for more := true; more; {
@@ -86,7 +94,7 @@ func run(ctx context.Context, l *Leaf, o options, set storage.SeriesSet) ([]prom
 			return nil, 0, annos, err
 		}
 		one := func(w *worker, s *slot) error {
-			cols, err := s.series.Columns(&w.buf)
+			cols, err := s.series.Columns(w.buf)
 			if err != nil {
 				return promql.ErrStorage{Err: err}
 			}
