@@ -76,6 +76,7 @@ func (e *Engine) plan(inner promql.Query, one *snapshot, opts promql.QueryOpts) 
 	if g.Step == 0 {
 		g.Step = 1 // as the engine does for an instant
 	}
+	q.grid = g
 	one.mint, one.maxt = promql.FindMinMaxTime(stmt)
 	p := &planner{lookback: stmt.LookbackDelta.Milliseconds(), noStep: e.opts.NoStepSubqueryIntervalFn}
 	stmt.Expr = p.walk(stmt.Expr, place{grid: g})
@@ -89,6 +90,7 @@ type query struct {
 	engine *Engine
 	stmt   *parser.EvalStmt
 	opts   options
+	grid   Grid
 	one    *snapshot
 	leaves []*Leaf
 
@@ -125,7 +127,35 @@ func (q *query) Exec(ctx context.Context) *promql.Result {
 	}
 	r := q.Query.Exec(ctx)
 	r.Warnings.Merge(annos)
+	q.account()
 	return r
+}
+
+// account makes the query's statistics those of the engine alone: it has counted
+// the points of the leaves' results, not the samples that these were made of. The
+// peak stays that of the engine, which has less in memory; and a leaf in a
+// subquery counts with all that it read at the first step.
+func (q *query) account() {
+	s := q.Query.Stats().Samples
+	for _, l := range q.leaves {
+		c := l.counts
+		s.IncrementSeries(c.series)
+		for i := range c.window {
+			switch {
+			case l.at.subquery:
+				s.IncrementSamplesAtStep(0, c.window[i])
+				s.IncrementSamplesReadAtStep(0, c.read[i])
+			case l.at.once:
+				for step := range q.grid.Len() {
+					s.IncrementSamplesAtStep(step, c.window[i])
+				}
+				s.IncrementSamplesReadAtStep(0, c.read[i])
+			default:
+				s.IncrementSamplesAtStep(i, c.window[i])
+				s.IncrementSamplesReadAtStep(i, c.read[i])
+			}
+		}
+	}
 }
 
 // Cancel implements promql.Query.
@@ -145,12 +175,13 @@ func (q *query) compute(ctx context.Context) (annos annotations.Annotations, err
 		sets[i] = q.one.querier.Select(ctx, true, l.hints(), l.Selector.LabelMatchers...)
 	}
 	for i, l := range q.leaves {
-		out, _, ws, err := run(ctx, l, q.opts, sets[i])
+		out, n, ws, err := run(ctx, l, q.opts, sets[i])
 		if errors.Is(err, errGiveUp) && l.split() {
-			out, _, ws, err = run(ctx, l, q.opts, q.one.querier.Select(ctx, true, l.hints(), l.Selector.LabelMatchers...))
+			out, n, ws, err = run(ctx, l, q.opts, q.one.querier.Select(ctx, true, l.hints(), l.Selector.LabelMatchers...))
 		}
 		if errors.Is(err, errGiveUp) {
 			l.giveUp()
+			l.counts = counts{}
 			continue
 		}
 		annos.Merge(ws)
@@ -163,6 +194,10 @@ func (q *query) compute(ctx context.Context) (annos annotations.Annotations, err
 			}
 			return annos, err
 		}
+		for i := range out {
+			n.without(&out[i], l.Grid)
+		}
+		l.counts = n
 		l.result.Series = make([]storage.Series, len(out))
 		for j := range out {
 			l.result.Series[j] = promql.NewStorageSeries(out[j])

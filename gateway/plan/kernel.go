@@ -23,6 +23,7 @@ type kernel struct {
 	// starts: the function looks at start timestamps.
 	starts bool
 	fast   func(k *kernel, t []int64, v []float64, out *points)
+	counts counts // of all series so far
 
 	// What follows is used again for each series.
 	win    spans
@@ -35,7 +36,7 @@ type kernel struct {
 }
 
 func newKernel(l *Leaf, o options) *kernel {
-	k := &kernel{leaf: l, fast: kernels[l.function()]}
+	k := &kernel{leaf: l, fast: kernels[l.function()], counts: newCounts(l.Grid.Len())}
 	switch l.function() {
 	case "rate", "irate", "increase", "resets":
 		k.starts = o.startTimestamps
@@ -77,19 +78,18 @@ func (k *kernel) eval(ls labels.Labels, cols *chunkfmt.Series, out *points, anno
 		k.instantMixed(cols, out)
 	case k.fast != nil && !histograms && (!k.starts || cols.Floats.ST == nil):
 		t, v := cols.Floats.T, cols.Floats.V
-		out.samples = k.win.find(t, k.leaf.Grid, k.leaf.offset(), k.leaf.Range)
+		k.win.find(t, k.leaf.Grid, k.leaf.offset(), k.leaf.Range)
 		if k.stale(v) {
 			t, v = k.withoutStale(t, v)
-			out.samples = k.win.find(t, k.leaf.Grid, k.leaf.offset(), k.leaf.Range)
+			k.win.find(t, k.leaf.Grid, k.leaf.offset(), k.leaf.Range)
 		}
-		if out.samples > 0 {
-			k.fast(k, t, v, out)
-		}
+		k.counts.floats(&k.win)
+		k.fast(k, t, v, out)
 	default:
 		if k.call == nil {
 			k.call = newCaller(k.leaf, k.starts)
 		}
-		return k.call.eval(ls, cols, out, annos)
+		return k.call.eval(ls, cols, out, annos, &k.counts)
 	}
 	return nil
 }
@@ -129,7 +129,7 @@ func (k *kernel) instant(t []int64, v []float64, out *points) {
 	for i, hi := range k.win.hi {
 		if hi > k.win.lo[i] && !value.IsStaleNaN(v[hi-1]) {
 			out.add(i, v[hi-1])
-			out.samples++
+			k.counts.point(i, 1)
 		}
 	}
 }
@@ -157,7 +157,7 @@ func (k *kernel) instantMixed(cols *chunkfmt.Series, out *points) {
 		case chunkenc.ValFloat:
 			if v := cols.Floats.V[f.hi[i]-1]; !value.IsStaleNaN(v) {
 				out.add(i, v)
-				out.samples++
+				k.counts.point(i, 1)
 			}
 			continue
 		case chunkenc.ValHistogram:
@@ -175,7 +175,7 @@ func (k *kernel) instantMixed(cols *chunkfmt.Series, out *points) {
 			continue
 		}
 		if n := len(out.h); n > 0 && out.hstep[n-1] == int32(i) {
-			out.samples += int64(histogramSize(out.h[n-1]))
+			k.counts.point(i, histogramSize(out.h[n-1]))
 		}
 	}
 }
@@ -216,7 +216,7 @@ func newCaller(l *Leaf, starts bool) *caller {
 	return c
 }
 
-func (c *caller) eval(ls labels.Labels, cols *chunkfmt.Series, out *points, annos *annotations.Annotations) (err error) {
+func (c *caller) eval(ls labels.Labels, cols *chunkfmt.Series, out *points, annos *annotations.Annotations, n *counts) (err error) {
 	defer func() {
 		// Functions panic with what is to fail the query. Which of two errors a
 		// query fails with is up to the engine: it runs into the same.
@@ -227,8 +227,10 @@ func (c *caller) eval(ls labels.Labels, cols *chunkfmt.Series, out *points, anno
 	c.load(cols)
 	g, offset := c.leaf.Grid, c.leaf.offset()
 	c.fwin.lo, c.fwin.hi = c.fwin.lo[:0], c.fwin.hi[:0]
-	out.samples = c.findFloats(g, offset)
+	c.findFloats(g, offset)
 	c.hwin.find(c.htime, g, offset, c.leaf.Range)
+	n.floats(&c.fwin)
+	before := int32(0)
 	c.one[0].Metric = ls
 	c.enh.StartTimestamps = nil
 	var st promql.StartTimestamps
@@ -239,8 +241,13 @@ func (c *caller) eval(ls labels.Labels, cols *chunkfmt.Series, out *points, anno
 			continue
 		}
 		for j := range hs {
-			out.samples += int64(histogramSize(hs[j].H))
+			size := int64(histogramSize(hs[j].H))
+			n.window[i] += size
+			if c.hwin.lo[i]+int32(j) >= before {
+				n.read[i] += size
+			}
 		}
+		before = c.hwin.hi[i]
 		c.one[0].Floats, c.one[0].Histograms = fs, hs
 		c.enh.Ts = g.At(i)
 		if c.starts {
@@ -268,12 +275,10 @@ func (c *caller) eval(ls labels.Labels, cols *chunkfmt.Series, out *points, anno
 	return nil
 }
 
-func (c *caller) findFloats(g Grid, offset int64) int64 {
+func (c *caller) findFloats(g Grid, offset int64) {
 	// The times of points don't lie side by side: promql.FPoint has both.
-	n := g.Len()
-	var samples int64
 	lo, hi := 0, 0
-	for i := range n {
+	for i := range g.Len() {
 		end := g.At(i) - offset
 		for lo < len(c.floats) && c.floats[lo].T <= end-c.leaf.Range {
 			lo++
@@ -282,9 +287,7 @@ func (c *caller) findFloats(g Grid, offset int64) int64 {
 			hi++
 		}
 		c.fwin.lo, c.fwin.hi = append(c.fwin.lo, int32(min(lo, hi))), append(c.fwin.hi, int32(hi))
-		samples += int64(hi - min(lo, hi))
 	}
-	return samples
 }
 
 // load makes points of columns, without staleness markers.

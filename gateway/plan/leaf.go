@@ -25,11 +25,12 @@ type Leaf struct {
 	// selector is the lookback delta.
 	Range int64
 
-	matrix int // which argument of Call is the selector
+	at     place
 	params []float64
 	whole  parser.Expr            // what the leaf stood for at first
 	slot   *parser.ParenExpr      // what stands in the leaf's place
 	result *parser.VectorSelector // in slot; takes the result's series
+	counts counts                 // of samples, once it has been computed
 }
 
 // mint and maxt are the first and the last time of samples that the leaf may
@@ -210,7 +211,7 @@ func (p *planner) call(n *parser.Call, at place) *Leaf {
 	}
 	var l *Leaf
 	var params []float64
-	for i, a := range n.Args {
+	for _, a := range n.Args {
 		switch a := a.(type) {
 		case *parser.MatrixSelector:
 			vs, ok := a.VectorSelector.(*parser.VectorSelector)
@@ -220,7 +221,7 @@ func (p *planner) call(n *parser.Call, at place) *Leaf {
 			if l = p.selector(vs, at); l == nil {
 				return nil
 			}
-			l.matrix, l.Range = i, a.Range.Milliseconds()
+			l.Range = a.Range.Milliseconds()
 		case *parser.NumberLiteral:
 			params = append(params, a.Val)
 		default:
@@ -247,7 +248,7 @@ func (p *planner) selector(vs *parser.VectorSelector, at place) *Leaf {
 		offset += time.Duration(at.grid.Start-*vs.Timestamp) * time.Millisecond
 	}
 	vs.Offset = offset
-	return &Leaf{Grid: at.grid, Selector: vs}
+	return &Leaf{Grid: at.grid, Selector: vs, at: at}
 }
 
 // describe gives the plan as text: the expression that the engine evaluates, with

@@ -14,10 +14,6 @@ type points struct {
 	v     []float64
 	hstep []int32
 	h     []*histogram.FloatHistogram
-
-	// samples is the number of samples in the windows, as the engine counts them:
-	// a histogram counts as several.
-	samples int64
 }
 
 func (p *points) reset() {
@@ -55,6 +51,53 @@ func (p *points) series(g Grid) promql.Series {
 	return s
 }
 
+// counts are the samples that the engine would have read, by step: in the whole
+// window, and of those the ones that weren't in the window before. A histogram
+// counts for several.
+type counts struct {
+	window, read []int64
+	series       int64
+}
+
+func newCounts(steps int) counts {
+	return counts{window: make([]int64, steps), read: make([]int64, steps)}
+}
+
+// floats adds one for each sample in each window.
+func (c *counts) floats(w *spans) {
+	before := int32(0)
+	for i, hi := range w.hi {
+		lo := w.lo[i]
+		c.window[i] += int64(hi - lo)
+		c.read[i] += int64(hi - max(lo, before))
+		before = hi
+	}
+}
+
+// point adds what a point of the result counts for.
+func (c *counts) point(step, n int) {
+	c.window[step] += int64(n)
+	c.read[step] += int64(n)
+}
+
+// without takes off what the engine counts the result for.
+func (c *counts) without(s *promql.Series, g Grid) {
+	for _, p := range s.Floats {
+		c.point(int((p.T-g.Start)/g.Step), -1)
+	}
+	for _, p := range s.Histograms {
+		c.point(int((p.T-g.Start)/g.Step), -histogramSize(p.H))
+	}
+}
+
+func (c *counts) merge(o *counts) {
+	for i := range c.window {
+		c.window[i] += o.window[i]
+		c.read[i] += o.read[i]
+	}
+	c.series += o.series
+}
+
 // search gives the first index from i on whose time is later than t. Windows move
 // on by about the same number of samples each time, which is the guess.
 func search(ts []int64, i, guess int, t int64) int {
@@ -76,9 +119,8 @@ type spans struct {
 	lo, hi []int32
 }
 
-// find sets the spans for windows of g that are open to the left, and gives how
-// many samples lie in all of them together.
-func (s *spans) find(ts []int64, g Grid, offset, rng int64) (samples int64) {
+// find sets the spans for windows of g that are open to the left.
+func (s *spans) find(ts []int64, g Grid, offset, rng int64) {
 	n := g.Len()
 	s.lo, s.hi = slices.Grow(s.lo[:0], n)[:n], slices.Grow(s.hi[:0], n)[:n]
 	lo, hi, dlo, dhi := 0, 0, 0, 0
@@ -89,7 +131,5 @@ func (s *spans) find(ts []int64, g Grid, offset, rng int64) (samples int64) {
 		dlo, dhi = a-lo, b-hi
 		lo, hi = a, b
 		s.lo[i], s.hi[i] = int32(a), int32(b)
-		samples += int64(b - a)
 	}
-	return samples
 }

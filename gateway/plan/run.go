@@ -41,7 +41,7 @@ type slot struct {
 }
 
 // run computes a leaf over the series of a set.
-func run(ctx context.Context, l *Leaf, o options, set storage.SeriesSet) ([]promql.Series, int64, annotations.Annotations, error) {
+func run(ctx context.Context, l *Leaf, o options, set storage.SeriesSet) ([]promql.Series, counts, annotations.Annotations, error) {
 	var annos annotations.Annotations
 	var f *fold
 	if l.Agg != nil {
@@ -59,7 +59,8 @@ func run(ctx context.Context, l *Leaf, o options, set storage.SeriesSet) ([]prom
 		unnamed = map[uint64]struct{}{}
 	}
 	var out []promql.Series
-	var samples, held int64
+	total := newCounts(l.Grid.Len())
+	var held int64
 	var present []bool // absent_over_time
 	if fn == "absent_over_time" {
 		present = make([]bool, l.Grid.Len())
@@ -85,13 +86,13 @@ func run(ctx context.Context, l *Leaf, o options, set storage.SeriesSet) ([]prom
 			}
 			s, ok := set.At().(*merge.Series)
 			if !ok {
-				return nil, 0, nil, fmt.Errorf("series of type %T", set.At())
+				return nil, counts{}, nil, fmt.Errorf("series of type %T", set.At())
 			}
 			slots[n].series, slots[n].labels, slots[n].annos = s, s.Labels(), nil
 			n++
 		}
 		if err := ctx.Err(); err != nil {
-			return nil, 0, annos, err
+			return nil, counts{}, annos, err
 		}
 		one := func(w *worker, s *slot) error {
 			cols, err := s.series.Columns(w.buf)
@@ -103,7 +104,7 @@ func run(ctx context.Context, l *Leaf, o options, set storage.SeriesSet) ([]prom
 		if n < 4 {
 			for i := range n {
 				if err := one(&ws[0], &slots[i]); err != nil {
-					return nil, 0, annos, err
+					return nil, counts{}, annos, err
 				}
 			}
 		} else {
@@ -124,13 +125,13 @@ func run(ctx context.Context, l *Leaf, o options, set storage.SeriesSet) ([]prom
 				})
 			}
 			if err := g.Wait(); err != nil {
-				return nil, 0, annos, err
+				return nil, counts{}, annos, err
 			}
 		}
 		for i := range n {
 			s := &slots[i]
 			annos.Merge(s.annos)
-			samples += s.out.samples
+			total.series++
 			if s.out.empty() {
 				continue
 			}
@@ -154,12 +155,12 @@ func run(ctx context.Context, l *Leaf, o options, set storage.SeriesSet) ([]prom
 				if unnamed != nil {
 					hash := ls.Hash()
 					if _, ok := unnamed[hash]; ok {
-						return nil, 0, nil, errGiveUp
+						return nil, counts{}, nil, errGiveUp
 					}
 					unnamed[hash] = struct{}{}
 				}
 				if err := f.add(ls, &s.out, &annos); err != nil {
-					return nil, 0, annos, err
+					return nil, counts{}, annos, err
 				}
 				continue
 			}
@@ -170,22 +171,25 @@ func run(ctx context.Context, l *Leaf, o options, set storage.SeriesSet) ([]prom
 				held += int64(histogramSize(h.H))
 			}
 			if held > int64(o.maxSamples) {
-				return nil, 0, annos, promql.ErrTooManySamples("query execution")
+				return nil, counts{}, annos, promql.ErrTooManySamples("query execution")
 			}
 			out = append(out, one)
 		}
 	}
 	if err := set.Err(); err != nil {
-		return nil, 0, annos, fmt.Errorf("expanding series: %w", err)
+		return nil, counts{}, annos, fmt.Errorf("expanding series: %w", err)
 	}
 	annos.Merge(set.Warnings())
+	for i := range ws {
+		total.merge(&ws[i].k.counts)
+	}
 	switch {
 	case f != nil:
 		out = f.finish(delayed)
 	case present != nil:
 		out = absent(l, present)
 	}
-	return out, samples, annos, nil
+	return out, total, annos, nil
 }
 
 // warnOfName says that a metric doesn't look like a counter, as the engine does.
