@@ -19,6 +19,8 @@ import (
 type Split func(i, n int) (block, head bool)
 
 // Splits are some that differ.
+//
+//nolint:gochecknoglobals // a constant table
 var Splits = []Split{
 	func(i, n int) (bool, bool) { return i < (n+1)/2, i >= (n+1)/2 },
 	func(i, _ int) (bool, bool) { return i%2 == 0, i%2 == 1 },

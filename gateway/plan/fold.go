@@ -4,6 +4,7 @@ import (
 	"math"
 	"slices"
 
+	"github.com/prometheus/common/model"
 	"github.com/prometheus/prometheus/model/labels"
 	"github.com/prometheus/prometheus/promql"
 	"github.com/prometheus/prometheus/promql/parser"
@@ -42,7 +43,7 @@ func newFold(l *Leaf) *fold {
 	}
 	f.grouping = slices.Clone(l.Agg.Grouping)
 	if f.without {
-		f.grouping = append(f.grouping, labels.MetricName, "__type__", "__unit__")
+		f.grouping = append(f.grouping, model.MetricNameLabel, model.MetricTypeLabel, model.MetricUnitLabel)
 	}
 	slices.Sort(f.grouping)
 	return f

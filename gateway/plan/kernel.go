@@ -46,6 +46,8 @@ func newKernel(l *Leaf, o options) *kernel {
 
 // kernels over floats alone, without start timestamps. All others are the
 // engine's functions.
+//
+//nolint:gochecknoglobals // a constant table
 var kernels = map[string]func(k *kernel, t []int64, v []float64, out *points){
 	"rate":              (*kernel).rate,
 	"increase":          (*kernel).rate,

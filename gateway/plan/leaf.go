@@ -5,6 +5,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/prometheus/common/model"
 	"github.com/prometheus/prometheus/model/labels"
 	"github.com/prometheus/prometheus/promql/parser"
 	"github.com/prometheus/prometheus/storage"
@@ -75,6 +76,8 @@ func (l *Leaf) hints() *storage.SelectHints {
 }
 
 // functions over range vectors that may be leaves.
+//
+//nolint:gochecknoglobals // a constant table
 var functions = map[string]bool{
 	"absent_over_time": true, "avg_over_time": true, "changes": true, "count_over_time": true, "delta": true, "deriv": true,
 	"double_exponential_smoothing": true, "first_over_time": true, "idelta": true, "increase": true, "irate": true,
@@ -85,6 +88,8 @@ var functions = map[string]bool{
 }
 
 // aggregations that a kernel computes.
+//
+//nolint:gochecknoglobals // a constant table
 var aggregations = map[parser.ItemType]bool{
 	parser.SUM: true, parser.AVG: true, parser.MIN: true, parser.MAX: true, parser.COUNT: true, parser.GROUP: true,
 	parser.STDDEV: true, parser.STDVAR: true,
@@ -107,7 +112,9 @@ type place struct {
 
 // matchNothing is the matcher of the selector that stands for a leaf: storage is
 // not asked for it. The selector is known by it.
-var matchNothing = labels.MustNewMatcher(labels.MatchEqual, "__name__", "")
+//
+//nolint:gochecknoglobals // a constant
+var matchNothing = labels.MustNewMatcher(labels.MatchEqual, model.MetricNameLabel, "")
 
 // walk takes the leaves out of e, and gives what is to stand in its place.
 func (p *planner) walk(e parser.Expr, at place) parser.Expr {

@@ -194,13 +194,13 @@ func run(ctx context.Context, l *Leaf, o options, set storage.SeriesSet) ([]prom
 
 // warnOfName says that a metric doesn't look like a counter, as the engine does.
 func warnOfName(l *Leaf, o options, s *slot, annos *annotations.Annotations) {
-	name := s.labels.Get(labels.MetricName)
+	name := s.labels.Get(model.MetricNameLabel)
 	if name == "" || len(s.out.step) == 0 {
 		return
 	}
 	pos := l.Call.Args[0].PositionRange()
 	if o.typeAndUnitLabels {
-		t := s.labels.Get("__type__")
+		t := s.labels.Get(model.MetricTypeLabel)
 		if t != string(model.MetricTypeCounter) && t != string(model.MetricTypeHistogram) {
 			annos.Add(annotations.NewPossibleNonCounterLabelInfo(name, t, pos))
 		}
