@@ -5,6 +5,8 @@ import (
 	"maps"
 	"math"
 	"slices"
+	"strings"
+	"testing"
 	"time"
 
 	"github.com/prometheus/prometheus/model/histogram"
@@ -52,6 +54,20 @@ func NewShipped(c *Cluster, where Split, together bool) *Shipped {
 	return &Shipped{
 		Queryable: c.Storage, ChunkQueryable: c.Storage, c: c, where: where, together: together,
 		blocks: c.Shipper(gateway.DefaultTenant), heads: c.Shipper(gateway.DefaultTenant),
+	}
+}
+
+// Suite gives storages for promqltest.RunBuiltinTestsWithStorage, with two
+// ingesters each, and Splits in turn.
+func Suite() func(testing.TB) storage.Storage {
+	// These files look at counter-reset hints (by the warning about resets in
+	// conflict, too).
+	hints := []string{"testdata/native_histograms.test", "testdata/range_queries.test"}
+	storages := 0
+	return func(t testing.TB) storage.Storage {
+		storages++
+		together := slices.ContainsFunc(hints, func(file string) bool { return strings.HasSuffix(t.Name(), "/"+file) })
+		return NewShipped(New(t, Options{Ingesters: 2}), Splits[storages%len(Splits)], together)
 	}
 }
 

@@ -12,14 +12,11 @@ import (
 
 	"github.com/oklog/ulid/v2"
 	"github.com/prometheus/common/promslog"
-	"github.com/prometheus/prometheus/model/histogram"
 	"github.com/prometheus/prometheus/model/labels"
 	"github.com/prometheus/prometheus/promql"
 	"github.com/prometheus/prometheus/promql/parser"
 	"github.com/prometheus/prometheus/storage"
 	"github.com/prometheus/prometheus/tsdb"
-	"github.com/prometheus/prometheus/tsdb/chunkenc"
-	"github.com/prometheus/prometheus/tsdb/chunks"
 
 	"github.com/epimetheus-tsdb/epimetheus/chunkfmt"
 	"github.com/epimetheus-tsdb/epimetheus/gateway"
@@ -191,7 +188,7 @@ func loadDeep(b *testing.B, c gen.Config, h *history.History) *tsdb.DB {
 		}
 		for _, s := range all {
 			if len(s.Floats.T) > 0 {
-				old = append(old, storage.NewListSeries(s.Labels, samplesOf(s)))
+				old = append(old, promql.NewStorageSeries(promql.Series{Metric: s.Labels, Floats: pointsOf(s)}))
 			}
 		}
 		summary, err := w.Close()
@@ -216,24 +213,10 @@ func loadDeep(b *testing.B, c gen.Config, h *history.History) *tsdb.DB {
 	return db
 }
 
-// floatSample is a chunks.Sample.
-type floatSample struct {
-	t int64
-	v float64
-}
-
-func (s floatSample) T() int64                    { return s.t }
-func (floatSample) ST() int64                     { return 0 }
-func (s floatSample) F() float64                  { return s.v }
-func (floatSample) H() *histogram.Histogram       { return nil }
-func (floatSample) FH() *histogram.FloatHistogram { return nil }
-func (floatSample) Type() chunkenc.ValueType      { return chunkenc.ValFloat }
-func (s floatSample) Copy() chunks.Sample         { return s }
-
-func samplesOf(s *chunkfmt.Series) []chunks.Sample {
-	out := make([]chunks.Sample, len(s.Floats.T))
+func pointsOf(s *chunkfmt.Series) []promql.FPoint {
+	out := make([]promql.FPoint, len(s.Floats.T))
 	for i, t := range s.Floats.T {
-		out[i] = floatSample{t, s.Floats.V[i]}
+		out[i] = promql.FPoint{T: t, F: s.Floats.V[i]}
 	}
 	return out
 }

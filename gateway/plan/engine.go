@@ -59,7 +59,7 @@ func (e *Engine) NewRangeQuery(ctx context.Context, q storage.Queryable, opts pr
 }
 
 func (e *Engine) plan(inner promql.Query, one *snapshot, opts promql.QueryOpts) *query {
-	q := &query{Query: inner, engine: e, one: one, done: make(chan struct{})}
+	q := &query{Query: inner, engine: e, one: one}
 	stmt, ok := inner.Statement().(*parser.EvalStmt)
 	if !ok {
 		return q
@@ -96,16 +96,10 @@ type query struct {
 
 	mu     sync.Mutex
 	cancel context.CancelFunc
-	done   chan struct{}
 }
 
-// String describes the plan; without leaves all is the engine's.
+// Plan describes the plan; without leaves all is the engine's.
 func (q *query) Plan() string { return describe(q.stmt.Expr, q.leaves) }
-
-var (
-	errTimeout  = errors.New("timed out")
-	errCanceled = errors.New("canceled")
-)
 
 // Exec implements promql.Query.
 func (q *query) Exec(ctx context.Context) *promql.Result {
@@ -123,7 +117,7 @@ func (q *query) Exec(ctx context.Context) *promql.Result {
 	defer q.one.close()
 	annos, err := q.compute(ctx)
 	if err != nil {
-		return &promql.Result{Err: asError(err), Warnings: annos}
+		return &promql.Result{Err: err, Warnings: annos}
 	}
 	r := q.Query.Exec(ctx)
 	r.Warnings.Merge(annos)
@@ -142,10 +136,10 @@ func (q *query) account() {
 		s.IncrementSeries(c.series)
 		for i := range c.window {
 			switch {
-			case l.at.subquery:
+			case l.subquery:
 				s.IncrementSamplesAtStep(0, c.window[i])
 				s.IncrementSamplesReadAtStep(0, c.read[i])
-			case l.at.once:
+			case l.once:
 				for step := range q.grid.Len() {
 					s.IncrementSamplesAtStep(step, c.window[i])
 				}
@@ -186,22 +180,21 @@ func (q *query) compute(ctx context.Context) (annos annotations.Annotations, err
 		}
 		annos.Merge(ws)
 		if err != nil {
+			const where = "expression evaluation" // as the engine says
 			switch ctx.Err() {
 			case context.Canceled:
-				err = errCanceled
+				err = promql.ErrQueryCanceled(where)
 			case context.DeadlineExceeded:
-				err = errTimeout
+				err = promql.ErrQueryTimeout(where)
 			}
 			return annos, err
 		}
-		for i := range out {
-			n.without(&out[i], l.Grid)
-		}
-		l.counts = n
 		l.result.Series = make([]storage.Series, len(out))
 		for j := range out {
+			n.without(&out[j], l.Grid)
 			l.result.Series[j] = promql.NewStorageSeries(out[j])
 		}
+		l.counts = n
 	}
 	return annos, nil
 }

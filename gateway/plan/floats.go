@@ -2,6 +2,7 @@ package plan
 
 import (
 	"math"
+	"time"
 
 	"github.com/prometheus/prometheus/util/kahansum"
 )
@@ -42,59 +43,51 @@ func (k *kernel) first(_ []int64, v []float64, out *points) {
 	}
 }
 
-// mark lists the samples that lie in a window together with the one before, and
-// for which is(the one before, it) holds.
-func (k *kernel) mark(v []float64, is func(prev, cur float64) bool) []int32 {
+// markResets lists the samples that lie in a window together with the one before,
+// and are less: counter resets.
+func (k *kernel) markResets(v []float64) []int32 {
 	k.marks = k.marks[:0]
-	from := int32(0)
-	for i, hi := range k.win.hi {
-		for j := max(from, k.win.lo[i]+1); j < hi; j++ {
-			if is(v[j-1], v[j]) {
-				k.marks = append(k.marks, j)
+	for begin, end := range k.win.parts(1) {
+		prev := v[begin-1]
+		for j, cur := range v[begin:end] {
+			if cur < prev {
+				k.marks = append(k.marks, begin+int32(j))
 			}
+			prev = cur
 		}
-		from = max(from, hi)
 	}
 	return k.marks
 }
 
-// markResets is mark for counter resets.
-func (k *kernel) markResets(v []float64) []int32 {
+// markChanges is markResets for samples that differ from the one before.
+func (k *kernel) markChanges(v []float64) []int32 {
 	k.marks = k.marks[:0]
-	from := int32(0)
-	for i, hi := range k.win.hi {
-		begin := max(from, k.win.lo[i]+1)
-		if begin < hi {
-			prev := v[begin-1]
-			for j, cur := range v[begin:hi] {
-				if cur < prev {
-					k.marks = append(k.marks, begin+int32(j))
-				}
-				prev = cur
+	for begin, end := range k.win.parts(1) {
+		prev := v[begin-1]
+		for j, cur := range v[begin:end] {
+			if cur != prev && !(math.IsNaN(cur) && math.IsNaN(prev)) {
+				k.marks = append(k.marks, begin+int32(j))
 			}
+			prev = cur
 		}
-		from = max(from, hi)
 	}
 	return k.marks
 }
 
 // changes is changes() and resets().
 func (k *kernel) changes(_ []int64, v []float64, out *points) {
-	var marks []int32
+	marks := k.markChanges
 	if k.leaf.function() == "resets" {
-		marks = k.markResets(v)
-	} else {
-		marks = k.mark(v, func(prev, cur float64) bool {
-			return cur != prev && !(math.IsNaN(cur) && math.IsNaN(prev))
-		})
+		marks = k.markResets
 	}
+	at := marks(v)
 	a, b := 0, 0
 	for i, hi := range k.win.hi {
 		lo := k.win.lo[i]
-		for a < len(marks) && marks[a] <= lo {
+		for a < len(at) && at[a] <= lo {
 			a++
 		}
-		for b < len(marks) && marks[b] < hi {
+		for b < len(at) && at[b] < hi {
 			b++
 		}
 		if hi > lo {
@@ -112,7 +105,7 @@ func (k *kernel) rate(t []int64, v []float64, out *points) {
 		resets = k.markResets(v)
 	}
 	g, offset, rng := k.leaf.Grid, k.leaf.offset(), k.leaf.Range
-	perSecond := rangeSeconds(rng)
+	perSecond := (time.Duration(rng) * time.Millisecond).Seconds()
 	r := 0
 	for i, hi := range k.win.hi {
 		lo := k.win.lo[i]
@@ -181,7 +174,8 @@ func (k *kernel) instantRate(t []int64, v []float64, out *points) {
 	}
 }
 
-// block is what the samples between two neighbouring edges of windows give.
+// block is the sum of the samples between two neighbouring edges of windows, with
+// its compensation.
 type block struct {
 	v, c float64
 }
@@ -208,6 +202,24 @@ func (k *kernel) cut() []int32 {
 	return k.edges
 }
 
+// overBlocks calls fn for each window that isn't empty, with the blocks that it is
+// made of: those from a up to, without, b. Block a begins at edges[a].
+func (k *kernel) overBlocks(edges []int32, fn func(i, a, b int)) {
+	a, b := 0, 0
+	for i, hi := range k.win.hi {
+		lo := k.win.lo[i]
+		for edges[a] < lo {
+			a++
+		}
+		for edges[b] < hi {
+			b++
+		}
+		if hi > lo {
+			fn(i, a, b)
+		}
+	}
+}
+
 // extreme is max_over_time() and min_over_time(): the first of the greatest, or
 // NaN if there is nothing else.
 func (k *kernel) extreme(_ []int64, v []float64, out *points) {
@@ -224,31 +236,11 @@ func (k *kernel) extreme(_ []int64, v []float64, out *points) {
 		return
 	}
 	edges := k.cut()
-	k.blocks = k.blocks[:0]
+	k.best = k.best[:0]
 	for e := 0; e+1 < len(edges); e++ {
-		k.blocks = append(k.blocks, block{v: fold(v[edges[e]], v[edges[e]+1:edges[e+1]])})
+		k.best = append(k.best, fold(v[edges[e]], v[edges[e]+1:edges[e+1]]))
 	}
-	isMin := k.leaf.function() == "min_over_time"
-	a, b := 0, 0
-	for i, hi := range k.win.hi {
-		lo := k.win.lo[i]
-		for edges[a] < lo {
-			a++
-		}
-		for edges[b] < hi {
-			b++
-		}
-		if hi <= lo {
-			continue
-		}
-		best := k.blocks[a].v
-		for _, x := range k.blocks[a+1 : b] {
-			if isMin && x.v < best || !isMin && x.v > best || best != best {
-				best = x.v
-			}
-		}
-		out.add(i, best)
-	}
+	k.overBlocks(edges, func(i, a, b int) { out.add(i, fold(k.best[a], k.best[a+1:b])) })
 }
 
 func greatest(best float64, v []float64) float64 {
@@ -296,18 +288,7 @@ func (k *kernel) sum(_ []int64, v []float64, out *points) {
 		k.blocks = append(k.blocks, b)
 	}
 	avg := k.leaf.function() == "avg_over_time"
-	a, b := 0, 0
-	for i, hi := range k.win.hi {
-		lo := k.win.lo[i]
-		for edges[a] < lo {
-			a++
-		}
-		for edges[b] < hi {
-			b++
-		}
-		if hi <= lo {
-			continue
-		}
+	k.overBlocks(edges, func(i, a, b int) {
 		var s block
 		ok := true
 		for _, x := range k.blocks[a:b] {
@@ -315,15 +296,16 @@ func (k *kernel) sum(_ []int64, v []float64, out *points) {
 			s.c += x.c
 			ok = ok && math.Abs(x.v) < huge && math.Abs(s.v) < huge // not for NaN
 		}
-		switch n := float64(hi - lo); {
+		in := v[edges[a]:edges[b]]
+		switch n := float64(len(in)); {
 		case !ok:
-			out.add(i, one(v[lo:hi]))
+			out.add(i, one(in))
 		case avg:
 			out.add(i, s.v/n+s.c/n)
 		default:
 			out.add(i, s.v+s.c)
 		}
-	}
+	})
 }
 
 func sumOf(v []float64) float64 {

@@ -1,9 +1,7 @@
 package plan
 
 import (
-	"errors"
 	"math"
-	"time"
 
 	"github.com/prometheus/prometheus/model/histogram"
 	"github.com/prometheus/prometheus/model/labels"
@@ -29,7 +27,8 @@ type kernel struct {
 	win    spans
 	t      []int64 // without staleness markers
 	v      []float64
-	blocks []block
+	blocks []block   // of sums
+	best   []float64 // of blocks: the greatest or the least
 	edges  []int32
 	marks  []int32
 	call   *caller
@@ -98,15 +97,11 @@ func (k *kernel) eval(ls labels.Labels, cols *chunkfmt.Series, out *points, anno
 
 // stale reports whether there is a staleness marker in a window.
 func (k *kernel) stale(v []float64) bool {
-	from := int32(0)
-	for i, hi := range k.win.hi {
-		if begin := max(from, k.win.lo[i]); begin < hi {
-			for _, x := range v[begin:hi] {
-				if x != x && value.IsStaleNaN(x) {
-					return true
-				}
+	for begin, end := range k.win.parts(0) {
+		for _, x := range v[begin:end] {
+			if x != x && value.IsStaleNaN(x) {
+				return true
 			}
-			from = hi
 		}
 	}
 	return false
@@ -196,6 +191,7 @@ type caller struct {
 	params []promql.Vector
 
 	floats []promql.FPoint
+	ftime  []int64 // their times, side by side
 	fst    []int64
 	fwin   spans
 	hists  []promql.HPoint
@@ -228,8 +224,7 @@ func (c *caller) eval(ls labels.Labels, cols *chunkfmt.Series, out *points, anno
 	}()
 	c.load(cols)
 	g, offset := c.leaf.Grid, c.leaf.offset()
-	c.fwin.lo, c.fwin.hi = c.fwin.lo[:0], c.fwin.hi[:0]
-	c.findFloats(g, offset)
+	c.fwin.find(c.ftime, g, offset, c.leaf.Range)
 	c.hwin.find(c.htime, g, offset, c.leaf.Range)
 	n.floats(&c.fwin)
 	before := int32(0)
@@ -277,29 +272,14 @@ func (c *caller) eval(ls labels.Labels, cols *chunkfmt.Series, out *points, anno
 	return nil
 }
 
-func (c *caller) findFloats(g Grid, offset int64) {
-	// The times of points don't lie side by side: promql.FPoint has both.
-	lo, hi := 0, 0
-	for i := range g.Len() {
-		end := g.At(i) - offset
-		for lo < len(c.floats) && c.floats[lo].T <= end-c.leaf.Range {
-			lo++
-		}
-		for hi < len(c.floats) && c.floats[hi].T <= end {
-			hi++
-		}
-		c.fwin.lo, c.fwin.hi = append(c.fwin.lo, int32(min(lo, hi))), append(c.fwin.hi, int32(hi))
-	}
-}
-
 // load makes points of columns, without staleness markers.
 func (c *caller) load(cols *chunkfmt.Series) {
-	c.floats, c.fst = c.floats[:0], c.fst[:0]
+	c.floats, c.ftime, c.fst = c.floats[:0], c.ftime[:0], c.fst[:0]
 	for i, v := range cols.Floats.V {
 		if value.IsStaleNaN(v) {
 			continue
 		}
-		c.floats = append(c.floats, promql.FPoint{T: cols.Floats.T[i], F: v})
+		c.floats, c.ftime = append(c.floats, promql.FPoint{T: cols.Floats.T[i], F: v}), append(c.ftime, cols.Floats.T[i])
 		if cols.Floats.ST != nil {
 			c.fst = append(c.fst, cols.Floats.ST[i])
 		}
@@ -340,17 +320,3 @@ func (c *caller) load(cols *chunkfmt.Series) {
 		c.hst = nil
 	}
 }
-
-// asError puts errors of contexts into the engine's classes.
-func asError(err error) error {
-	const where = "expression evaluation"
-	switch {
-	case errors.Is(err, errTimeout):
-		return promql.ErrQueryTimeout(where)
-	case errors.Is(err, errCanceled):
-		return promql.ErrQueryCanceled(where)
-	}
-	return err
-}
-
-func rangeSeconds(ms int64) float64 { return (time.Duration(ms) * time.Millisecond).Seconds() }

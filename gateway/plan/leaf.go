@@ -26,7 +26,9 @@ type Leaf struct {
 	// selector is the lookback delta.
 	Range int64
 
-	at     place
+	// once, subquery: as in place.
+	once, subquery bool
+
 	params []float64
 	whole  parser.Expr            // what the leaf stood for at first
 	slot   *parser.ParenExpr      // what stands in the leaf's place
@@ -255,7 +257,7 @@ func (p *planner) selector(vs *parser.VectorSelector, at place) *Leaf {
 		offset += time.Duration(at.grid.Start-*vs.Timestamp) * time.Millisecond
 	}
 	vs.Offset = offset
-	return &Leaf{Grid: at.grid, Selector: vs, at: at}
+	return &Leaf{Grid: at.grid, Selector: vs, once: at.once, subquery: at.subquery}
 }
 
 // describe gives the plan as text: the expression that the engine evaluates, with

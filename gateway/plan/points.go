@@ -1,6 +1,7 @@
 package plan
 
 import (
+	"iter"
 	"slices"
 
 	"github.com/prometheus/prometheus/model/histogram"
@@ -117,6 +118,20 @@ func search(ts []int64, i, guess int, t int64) int {
 // lo[i] up to, without, hi[i]. Both ascend.
 type spans struct {
 	lo, hi []int32
+}
+
+// parts gives what lies in windows, each sample once, as from and up to; of each
+// window without its first samples, skip of them.
+func (s *spans) parts(skip int32) iter.Seq2[int32, int32] {
+	return func(yield func(int32, int32) bool) {
+		from := int32(0)
+		for i, hi := range s.hi {
+			if begin := max(from, s.lo[i]+skip); begin < hi && !yield(begin, hi) {
+				return
+			}
+			from = hi
+		}
+	}
 }
 
 // find sets the spans for windows of g that are open to the left.

@@ -1,15 +1,12 @@
 package plan_test
 
 import (
-	"slices"
-	"strings"
 	"testing"
 	"time"
 
 	"github.com/prometheus/prometheus/promql"
 	"github.com/prometheus/prometheus/promql/parser"
 	"github.com/prometheus/prometheus/promql/promqltest"
-	"github.com/prometheus/prometheus/storage"
 
 	"github.com/epimetheus-tsdb/epimetheus/gateway/gatewaytest"
 	"github.com/epimetheus-tsdb/epimetheus/gateway/plan"
@@ -26,12 +23,6 @@ var suiteOptions = promql.EngineOpts{
 // TestPrometheusSuite runs Prometheus's own acceptance tests of the query
 // language through the planner, on heads and blocks.
 func TestPrometheusSuite(t *testing.T) {
-	hints := []string{"testdata/native_histograms.test", "testdata/range_queries.test"} // see package merge
-	storages := 0
 	engine := plan.New(promqltest.NewTestEngineWithOpts(t, suiteOptions), suiteOptions)
-	promqltest.RunBuiltinTestsWithStorage(t, engine, func(t testing.TB) storage.Storage {
-		storages++
-		together := slices.ContainsFunc(hints, func(file string) bool { return strings.HasSuffix(t.Name(), "/"+file) })
-		return gatewaytest.NewShipped(gatewaytest.New(t, gatewaytest.Options{Ingesters: 2}), gatewaytest.Splits[storages%len(gatewaytest.Splits)], together)
-	})
+	promqltest.RunBuiltinTestsWithStorage(t, engine, gatewaytest.Suite())
 }

@@ -40,47 +40,34 @@ type slot struct {
 	annos  annotations.Annotations
 }
 
+// worker computes series, one after the other.
+type worker struct {
+	k   *kernel
+	buf *merge.Buffer
+}
+
+func (w *worker) eval(s *slot) error {
+	cols, err := s.series.Columns(w.buf)
+	if err != nil {
+		return promql.ErrStorage{Err: err}
+	}
+	return w.k.eval(s.labels, cols, &s.out, &s.annos)
+}
+
 // run computes a leaf over the series of a set.
 func run(ctx context.Context, l *Leaf, o options, set storage.SeriesSet) ([]promql.Series, counts, annotations.Annotations, error) {
-	var annos annotations.Annotations
-	var f *fold
-	if l.Agg != nil {
-		f = newFold(l)
-	}
-	// As the engine does it: the function drops the name, or says that it is to be
-	// dropped at the end of the query.
-	fn := l.function()
-	drops := l.Call != nil && fn != "last_over_time" && fn != "first_over_time"
-	delayed := drops && o.delayedNameRemoval
-	// Series that differ in their names alone become one, or an error: the engine
-	// sees to that.
-	var unnamed map[uint64]struct{}
-	if drops && !delayed && f != nil {
-		unnamed = map[uint64]struct{}{}
-	}
-	var out []promql.Series
+	r := newResult(l, o)
 	total := newCounts(l.Grid.Len())
-	var held int64
-	var present []bool // absent_over_time
-	if fn == "absent_over_time" {
-		present = make([]bool, l.Grid.Len())
-	}
-
-	workers := runtime.GOMAXPROCS(0)
-	type worker struct {
-		k   *kernel
-		buf *merge.Buffer
-	}
-	ws := make([]worker, workers)
+	ws := make([]worker, runtime.GOMAXPROCS(0))
 	for i := range ws {
 		buf, _ := buffers.Get().(*merge.Buffer)
 		ws[i] = worker{newKernel(l, o), buf}
 		defer buffers.Put(buf)
 	}
-	slots := make([]slot, batch)
+	slots := make([]slot, 0, batch)
 	for more := true; more; {
-		n := 0
-		for n < batch {
+		slots = slots[:0]
+		for len(slots) < batch {
 			if more = set.Next(); !more {
 				break
 			}
@@ -88,108 +75,146 @@ func run(ctx context.Context, l *Leaf, o options, set storage.SeriesSet) ([]prom
 			if !ok {
 				return nil, counts{}, nil, fmt.Errorf("series of type %T", set.At())
 			}
-			slots[n].series, slots[n].labels, slots[n].annos = s, s.Labels(), nil
-			n++
+			slots = slots[:len(slots)+1]
+			next := &slots[len(slots)-1]
+			next.series, next.labels, next.annos = s, s.Labels(), nil
 		}
 		if err := ctx.Err(); err != nil {
-			return nil, counts{}, annos, err
+			return nil, counts{}, r.annos, err
 		}
-		one := func(w *worker, s *slot) error {
-			cols, err := s.series.Columns(w.buf)
-			if err != nil {
-				return promql.ErrStorage{Err: err}
-			}
-			return w.k.eval(s.labels, cols, &s.out, &s.annos)
+		if err := evaluate(ctx, ws, slots); err != nil {
+			return nil, counts{}, r.annos, err
 		}
-		if n < 4 {
-			for i := range n {
-				if err := one(&ws[0], &slots[i]); err != nil {
-					return nil, counts{}, annos, err
-				}
+		total.series += int64(len(slots))
+		for i := range slots {
+			if err := r.add(&slots[i]); err != nil {
+				return nil, counts{}, r.annos, err
 			}
-		} else {
-			var g errgroup.Group
-			for w := range ws {
-				g.Go(func() error {
-					// Neighbours: they share pages, times, and the integers that buckets of
-					// a histogram are based on.
-					for i := w * n / workers; i < (w+1)*n/workers; i++ {
-						if err := one(&ws[w], &slots[i]); err != nil {
-							return err
-						}
-						if ctx.Err() != nil {
-							return ctx.Err()
-						}
-					}
-					return nil
-				})
-			}
-			if err := g.Wait(); err != nil {
-				return nil, counts{}, annos, err
-			}
-		}
-		for i := range n {
-			s := &slots[i]
-			annos.Merge(s.annos)
-			total.series++
-			if s.out.empty() {
-				continue
-			}
-			if fn == "rate" || fn == "increase" {
-				warnOfName(l, o, s, &annos)
-			}
-			if present != nil {
-				for _, k := range s.out.step {
-					present[k] = true
-				}
-				for _, k := range s.out.hstep {
-					present[k] = true
-				}
-				continue
-			}
-			ls := s.labels
-			if f != nil {
-				if drops && !o.delayedNameRemoval {
-					ls = ls.DropReserved(schema.IsMetadataLabel)
-				}
-				if unnamed != nil {
-					hash := ls.Hash()
-					if _, ok := unnamed[hash]; ok {
-						return nil, counts{}, nil, errGiveUp
-					}
-					unnamed[hash] = struct{}{}
-				}
-				if err := f.add(ls, &s.out, &annos); err != nil {
-					return nil, counts{}, annos, err
-				}
-				continue
-			}
-			one := s.out.series(l.Grid)
-			one.Metric, one.DropName = ls, drops
-			held += int64(len(one.Floats))
-			for _, h := range one.Histograms {
-				held += int64(histogramSize(h.H))
-			}
-			if held > int64(o.maxSamples) {
-				return nil, counts{}, annos, promql.ErrTooManySamples("query execution")
-			}
-			out = append(out, one)
 		}
 	}
 	if err := set.Err(); err != nil {
-		return nil, counts{}, annos, fmt.Errorf("expanding series: %w", err)
+		return nil, counts{}, r.annos, fmt.Errorf("expanding series: %w", err)
 	}
-	annos.Merge(set.Warnings())
+	r.annos.Merge(set.Warnings())
 	for i := range ws {
 		total.merge(&ws[i].k.counts)
 	}
-	switch {
-	case f != nil:
-		out = f.finish(delayed)
-	case present != nil:
-		out = absent(l, present)
+	return r.finish(), total, r.annos, nil
+}
+
+// evaluate computes the slots, shared out among the workers.
+func evaluate(ctx context.Context, ws []worker, slots []slot) error {
+	if len(slots) < 4 {
+		ws = ws[:1]
 	}
-	return out, total, annos, nil
+	var g errgroup.Group
+	for w := range ws {
+		g.Go(func() error {
+			// Neighbours: they share pages, times, and the integers that buckets of
+			// a histogram are based on.
+			for i := w * len(slots) / len(ws); i < (w+1)*len(slots)/len(ws); i++ {
+				if err := ws[w].eval(&slots[i]); err != nil {
+					return err
+				}
+				if ctx.Err() != nil {
+					return ctx.Err()
+				}
+			}
+			return nil
+		})
+	}
+	return g.Wait()
+}
+
+// result is what a leaf gives, put together series by series in their order.
+type result struct {
+	leaf  *Leaf
+	opts  options
+	annos annotations.Annotations
+
+	// The function drops the name, or with delayed name removal says that it is to
+	// be dropped at the end of the query.
+	drops bool
+
+	fold *fold // with an aggregation
+	// unnamed are hashes of the labels without the name, where the fold gets them
+	// so: series that differ in their names alone become one, or an error, and the
+	// engine sees to that.
+	unnamed map[uint64]struct{}
+
+	present []bool // by step; of absent_over_time
+
+	series []promql.Series // without any of these
+	held   int64           // samples in series, as the engine counts them
+}
+
+func newResult(l *Leaf, o options) *result {
+	fn := l.function()
+	r := &result{leaf: l, opts: o, drops: l.Call != nil && fn != "last_over_time" && fn != "first_over_time"}
+	if l.Agg != nil {
+		r.fold = newFold(l)
+		if r.drops && !o.delayedNameRemoval {
+			r.unnamed = map[uint64]struct{}{}
+		}
+	}
+	if fn == "absent_over_time" {
+		r.present = make([]bool, l.Grid.Len())
+	}
+	return r
+}
+
+// add puts in the points of the next series. It gives errGiveUp if the engine has
+// to do it.
+func (r *result) add(s *slot) error {
+	r.annos.Merge(s.annos)
+	if s.out.empty() {
+		return nil
+	}
+	if fn := r.leaf.function(); fn == "rate" || fn == "increase" {
+		warnOfName(r.leaf, r.opts, s, &r.annos)
+	}
+	switch {
+	case r.present != nil:
+		for _, k := range s.out.step {
+			r.present[k] = true
+		}
+		for _, k := range s.out.hstep {
+			r.present[k] = true
+		}
+	case r.fold != nil:
+		ls := s.labels
+		if r.unnamed != nil {
+			ls = ls.DropReserved(schema.IsMetadataLabel)
+			hash := ls.Hash()
+			if _, ok := r.unnamed[hash]; ok {
+				return errGiveUp
+			}
+			r.unnamed[hash] = struct{}{}
+		}
+		return r.fold.add(ls, &s.out, &r.annos)
+	default:
+		one := s.out.series(r.leaf.Grid)
+		one.Metric, one.DropName = s.labels, r.drops
+		r.held += int64(len(one.Floats))
+		for _, h := range one.Histograms {
+			r.held += int64(histogramSize(h.H))
+		}
+		if r.held > int64(r.opts.maxSamples) {
+			return promql.ErrTooManySamples("query execution")
+		}
+		r.series = append(r.series, one)
+	}
+	return nil
+}
+
+func (r *result) finish() []promql.Series {
+	switch {
+	case r.fold != nil:
+		return r.fold.finish(r.drops && r.opts.delayedNameRemoval)
+	case r.present != nil:
+		return absent(r.leaf, r.present)
+	}
+	return r.series
 }
 
 // warnOfName says that a metric doesn't look like a counter, as the engine does.
