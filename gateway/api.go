@@ -35,6 +35,7 @@ import (
 	"github.com/prometheus/prometheus/util/notifications"
 	v1 "github.com/prometheus/prometheus/web/api/v1"
 
+	"github.com/epimetheus-tsdb/epimetheus/gateway/plan"
 	"github.com/epimetheus-tsdb/epimetheus/ingest/fetch"
 	"github.com/epimetheus-tsdb/epimetheus/ingest/fetch/fetchpb"
 	"github.com/epimetheus-tsdb/epimetheus/ingest/ring"
@@ -107,12 +108,13 @@ func New(o Options, s Storage, live *ring.Live, logger *slog.Logger, reg prometh
 	a := &API{opts: o, storage: s, live: live, logger: logger.With("component", "api"), birth: time.Now().UTC()}
 	parse := parser.NewParser(parser.Options{EnableExperimentalFunctions: o.ExperimentalFunctions})
 	registry := features.NewRegistry()
-	engine := promql.NewEngine(promql.EngineOpts{
+	eo := promql.EngineOpts{
 		Logger: a.logger, Reg: reg, MaxSamples: o.MaxSamples, Timeout: o.QueryTimeout, LookbackDelta: o.LookbackDelta,
 		NoStepSubqueryIntervalFn: func(int64) int64 { return time.Minute.Milliseconds() },
 		EnableAtModifier:         true, EnableNegativeOffset: true,
 		EnableDelayedNameRemoval: o.DelayedNameRemoval, Parser: parse, FeatureRegistry: registry,
-	})
+	}
+	engine := plan.New(promql.NewEngine(eo), eo)
 	cfg := config.DefaultConfig
 	cors := regexp.MustCompile("^(?s:.*)$") // Prometheus's default
 	api := v1.NewAPI(

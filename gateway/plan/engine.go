@@ -3,6 +3,7 @@ package plan
 import (
 	"context"
 	"errors"
+	"log/slog"
 	"sync"
 	"time"
 
@@ -24,6 +25,9 @@ func New(inner *promql.Engine, o promql.EngineOpts) *Engine {
 	if o.LookbackDelta == 0 {
 		o.LookbackDelta = 5 * time.Minute // the engine's default
 	}
+	if o.Logger == nil {
+		o.Logger = slog.New(slog.DiscardHandler)
+	}
 	if o.NoStepSubqueryIntervalFn == nil {
 		o.NoStepSubqueryIntervalFn = func(int64) int64 { return time.Minute.Milliseconds() }
 	}
@@ -36,6 +40,7 @@ type options struct {
 	delayedNameRemoval bool
 	typeAndUnitLabels  bool
 	maxSamples         int
+	logger             *slog.Logger
 }
 
 // NewInstantQuery implements promql.QueryEngine.
@@ -68,6 +73,7 @@ func (e *Engine) plan(inner promql.Query, one *snapshot, opts promql.QueryOpts) 
 	q.opts = options{
 		startTimestamps: e.opts.UseStartTimestamps, delayedNameRemoval: e.opts.EnableDelayedNameRemoval,
 		typeAndUnitLabels: e.opts.EnableTypeAndUnitLabels, maxSamples: e.opts.MaxSamples,
+		logger: e.opts.Logger,
 	}
 	if opts != nil && opts.UseStartTimestamps() != nil {
 		q.opts.startTimestamps = *opts.UseStartTimestamps()

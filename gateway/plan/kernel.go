@@ -2,6 +2,7 @@ package plan
 
 import (
 	"math"
+	"runtime"
 
 	"github.com/prometheus/prometheus/model/histogram"
 	"github.com/prometheus/prometheus/model/labels"
@@ -218,7 +219,11 @@ func (c *caller) eval(ls labels.Labels, cols *chunkfmt.Series, out *points, anno
 	defer func() {
 		// Functions panic with what is to fail the query. Which of two errors a
 		// query fails with is up to the engine: it runs into the same.
-		if recover() != nil {
+		switch p := recover().(type) {
+		case nil:
+		case runtime.Error: // a bug
+			panic(p)
+		default:
 			err = errGiveUp
 		}
 	}()

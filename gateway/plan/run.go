@@ -4,7 +4,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"runtime"
+	"runtime/debug"
 	"strings"
 	"sync"
 
@@ -73,7 +75,7 @@ func run(ctx context.Context, l *Leaf, o options, set storage.SeriesSet) ([]prom
 			}
 			s, ok := set.At().(*merge.Series)
 			if !ok {
-				return nil, counts{}, nil, fmt.Errorf("series of type %T", set.At())
+				return nil, counts{}, nil, errGiveUp // not of one tenant
 			}
 			slots = slots[:len(slots)+1]
 			next := &slots[len(slots)-1]
@@ -82,7 +84,7 @@ func run(ctx context.Context, l *Leaf, o options, set storage.SeriesSet) ([]prom
 		if err := ctx.Err(); err != nil {
 			return nil, counts{}, r.annos, err
 		}
-		if err := evaluate(ctx, ws, slots); err != nil {
+		if err := evaluate(ctx, o.logger, ws, slots); err != nil {
 			return nil, counts{}, r.annos, err
 		}
 		total.series += int64(len(slots))
@@ -103,13 +105,20 @@ func run(ctx context.Context, l *Leaf, o options, set storage.SeriesSet) ([]prom
 }
 
 // evaluate computes the slots, shared out among the workers.
-func evaluate(ctx context.Context, ws []worker, slots []slot) error {
+func evaluate(ctx context.Context, logger *slog.Logger, ws []worker, slots []slot) error {
 	if len(slots) < 4 {
 		ws = ws[:1]
 	}
 	var g errgroup.Group
 	for w := range ws {
-		g.Go(func() error {
+		g.Go(func() (err error) {
+			defer func() {
+				// As in the engine, a bug ends a query and not the process.
+				if p := recover(); p != nil {
+					logger.Error("runtime panic during query evaluation", "err", p, "stacktrace", string(debug.Stack()))
+					err = fmt.Errorf("unexpected error: %v", p)
+				}
+			}()
 			// Neighbours: they share pages, times, and the integers that buckets of
 			// a histogram are based on.
 			for i := w * len(slots) / len(ws); i < (w+1)*len(slots)/len(ws); i++ {
