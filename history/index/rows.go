@@ -156,7 +156,7 @@ func checksum(k Key, value []byte) uint32 {
 }
 
 // open checks a value's checksum and version and returns what is between.
-func open(it Item, version byte) (*decoder, error) {
+func open(it Item, version byte) (*decoder, error) { //nolint:unparam // all are at their first version
 	if len(it.Value) < 1+checksumSize {
 		return nil, fmt.Errorf("%w: value of %d bytes", ErrCorrupt, len(it.Value))
 	}
