@@ -3,7 +3,9 @@ package main
 import (
 	"errors"
 	"fmt"
+	"maps"
 	"os"
+	"slices"
 	"strings"
 	"time"
 
@@ -79,12 +81,39 @@ type IngesterConfig struct {
 
 // GatewayConfig is for gateways.
 type GatewayConfig struct {
-	QueryTimeout          duration `yaml:"query_timeout,omitempty" doc:"The longest query."`
-	LookbackDelta         duration `yaml:"lookback_delta,omitempty" doc:"As Prometheus's --query.lookback-delta."`
-	MaxSamples            int      `yaml:"max_samples,omitempty" doc:"As Prometheus's --query.max-samples: in memory for one query."`
-	CacheBytes            size     `yaml:"cache_bytes,omitempty" doc:"Memory for pages of blocks."`
-	DelayedNameRemoval    bool     `yaml:"delayed_name_removal,omitempty" doc:"As Prometheus's feature promql-delayed-name-removal."`
-	ExperimentalFunctions bool     `yaml:"experimental_functions,omitempty" doc:"As Prometheus's feature promql-experimental-functions."`
+	QueryTimeout   duration                       `yaml:"query_timeout,omitempty" doc:"The longest query."`
+	LookbackDelta  duration                       `yaml:"lookback_delta,omitempty" doc:"As Prometheus's --query.lookback-delta."`
+	MaxSamples     int                            `yaml:"max_samples,omitempty" doc:"As Prometheus's --query.max-samples: in memory for one query."`
+	CacheBytes     size                           `yaml:"cache_bytes,omitempty" doc:"Memory for pages of blocks."`
+	EnableFeatures []string                       `yaml:"enable_features,omitempty" doc:"As Prometheus's --enable-feature, of what concerns queries: promql-binop-fill-modifiers, promql-delayed-name-removal, promql-experimental-functions, promql-per-step-stats, promql-unquoted-utf8-names, query-cost, search-api, type-and-unit-labels, use-start-timestamps."`
+	Tenants        map[string]GatewayTenantConfig `yaml:"tenants,omitempty" doc:"By tenant: its own 'lookback_delta' and 'enable_features', as its Prometheus has them. What is absent is as above; 'enable_features: []' is none."`
+}
+
+// GatewayTenantConfig is what a tenant has of its own.
+type GatewayTenantConfig struct {
+	LookbackDelta  duration `yaml:"lookback_delta,omitempty"`
+	EnableFeatures []string `yaml:"enable_features"`
+}
+
+// engine gives the options of the engine for most tenants.
+func (c *GatewayConfig) engine() gateway.EngineOptions {
+	return gateway.EngineOptions{LookbackDelta: time.Duration(c.LookbackDelta), Features: c.EnableFeatures}
+}
+
+// tenants gives the options of the engine for those that have their own.
+func (c *GatewayConfig) tenants() map[string]gateway.EngineOptions {
+	out := map[string]gateway.EngineOptions{}
+	for name, t := range c.Tenants {
+		e := c.engine()
+		if t.LookbackDelta != 0 {
+			e.LookbackDelta = time.Duration(t.LookbackDelta)
+		}
+		if t.EnableFeatures != nil {
+			e.Features = t.EnableFeatures
+		}
+		out[name] = e
+	}
+	return out
 }
 
 // SidecarConfig is for sidecars.
@@ -204,6 +233,14 @@ func (c *Config) validate() error {
 	}
 	if g.LookbackDelta <= 0 {
 		bad("gateway.lookback_delta: %s is not positive", g.LookbackDelta)
+	}
+	if e := (gateway.EngineOptions{Features: g.EnableFeatures}); e.Validate() != nil {
+		bad("gateway.enable_features: %s", e.Validate())
+	}
+	for _, name := range slices.Sorted(maps.Keys(g.Tenants)) {
+		if e := (gateway.EngineOptions{Features: g.Tenants[name].EnableFeatures}); e.Validate() != nil {
+			bad("gateway.tenants.%s.enable_features: %s", name, e.Validate())
+		}
 	}
 	if g.MaxSamples <= 0 {
 		bad("gateway.max_samples: %d is not positive", g.MaxSamples)

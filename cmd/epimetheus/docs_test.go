@@ -74,7 +74,7 @@ all of them at once.
 				t.Errorf("%s has no doc", key)
 			}
 			value := fmt.Sprint(v.Field(i).Interface())
-			if v.Field(i).Kind() == reflect.Slice {
+			if k := v.Field(i).Kind(); k == reflect.Slice || k == reflect.Map {
 				value = ""
 			}
 			fmt.Fprintf(&b, "| `%s` | %s | %s |\n", key, value, quoted.ReplaceAllString(doc, "$1`$2`"))

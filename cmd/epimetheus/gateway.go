@@ -7,6 +7,7 @@ import (
 	"net/http"
 	"runtime"
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/alecthomas/kingpin/v2"
@@ -58,8 +59,8 @@ func (p *process) addGateway(st *stores, live *ring.Live) error {
 	storage := merge.New(heads, st.history, gateway.TenantOf)
 	c := p.config.Gateway
 	api, err := gateway.New(gateway.Options{
-		Tenancy: p.config.Tenancy, QueryTimeout: time.Duration(c.QueryTimeout), LookbackDelta: time.Duration(c.LookbackDelta),
-		MaxSamples: c.MaxSamples, DelayedNameRemoval: c.DelayedNameRemoval, ExperimentalFunctions: c.ExperimentalFunctions,
+		Tenancy: p.config.Tenancy, QueryTimeout: time.Duration(c.QueryTimeout), MaxSamples: c.MaxSamples,
+		Engine: c.engine(), Tenants: c.tenants(),
 		Flags: p.shownFlags(), ListenAddress: (*p.flags.web.WebListenAddresses)[0],
 		Revision: revision(), GoVersion: runtime.Version(), Ready: p.isReady,
 	}, storage, live, p.logger, p.reg, p.reg)
@@ -95,6 +96,7 @@ func ringConditions(r *ring.Ring) []health.Condition {
 func (p *process) shownFlags() map[string]string {
 	c := p.config.Gateway
 	return map[string]string{
+		"enable-feature":       strings.Join(c.EnableFeatures, ","),
 		"query.lookback-delta": c.LookbackDelta.String(),
 		"query.timeout":        c.QueryTimeout.String(),
 		"query.max-samples":    strconv.Itoa(c.MaxSamples),

@@ -1,0 +1,67 @@
+package gateway_test
+
+import (
+	"log/slog"
+	"net/http"
+	"net/http/httptest"
+	"net/url"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/prometheus/model/labels"
+
+	"github.com/epimetheus-tsdb/epimetheus/gateway"
+	"github.com/epimetheus-tsdb/epimetheus/gateway/gatewaytest"
+)
+
+// TestEngineOptions: each tenant's queries mean what they mean at its Prometheus.
+func TestEngineOptions(t *testing.T) {
+	c := gatewaytest.New(t, gatewaytest.Options{})
+	for _, tenant := range []string{"plain", "features", "short"} {
+		s := gatewaytest.Sample{Labels: labels.FromStrings("__name__", "up"), T: start, V: 1}
+		if err := c.Shipper(tenant).Send(t.Context(), s); err != nil {
+			t.Fatal(err)
+		}
+	}
+	api := newAPI(t, c, gateway.Options{
+		Tenancy: gateway.Header,
+		Tenants: map[string]gateway.EngineOptions{
+			"features": {Features: []string{"promql-experimental-functions", "promql-delayed-name-removal", "search-api", "query-cost"}},
+			"short":    {LookbackDelta: 10 * time.Second},
+		},
+	})
+	check := func(tenant, path string, wantCode int, want string) {
+		t.Helper()
+		req := httptest.NewRequestWithContext(t.Context(), http.MethodGet, "/api/v1"+path, nil)
+		req.Header.Set(gateway.TenantHeader, tenant)
+		w := httptest.NewRecorder()
+		api.ServeHTTP(w, req)
+		if body := w.Body.String(); w.Code != wantCode || !strings.Contains(body, want) {
+			t.Errorf("%s, %s: %d %s", tenant, path, w.Code, body)
+		}
+	}
+	query := func(tenant, expr string, wantCode int, want string) {
+		t.Helper()
+		check(tenant, "/query?time=1700000060&query="+url.QueryEscape(expr), wantCode, want)
+	}
+	query("plain", "up", http.StatusOK, `"__name__":"up"`)
+	query("plain", "mad_over_time(up[5m])", http.StatusBadRequest, "is not enabled")
+	query("plain", "label_replace(rate(up[5m]) or up * 1, \"name\", \"$1\", \"__name__\", \"(.*)\")", http.StatusOK, `{"metric":{}`)
+	query("features", "mad_over_time(up[5m])", http.StatusOK, `"0"`)
+	query("features", "label_replace(rate(up[5m]) or up * 1, \"name\", \"$1\", \"__name__\", \"(.*)\")", http.StatusOK, `"name":"up"`)
+	query("short", "up", http.StatusOK, `"result":[]`)
+	query("other", "up", http.StatusOK, `"result":[]`)
+	check("plain", "/search/metric_names?start=1700000000&end=1700000060", http.StatusInternalServerError, "search API disabled")
+	check("plain", "/query_cost?query=up", http.StatusNotFound, "")
+	check("features", "/query_cost?query=up&time=1700000060", http.StatusOK, `"seriesTouched":1`)
+	check("features", "/features", http.StatusOK, `"search":true`)
+	check("plain", "/features", http.StatusOK, `"search":false`)
+
+	_, err := gateway.New(gateway.Options{Tenants: map[string]gateway.EngineOptions{"x": {Features: []string{"y"}}}}, c.Storage, c.Live,
+		slog.New(slog.DiscardHandler), prometheus.NewRegistry(), prometheus.NewRegistry())
+	if want := `tenant x: feature "y" is not one of`; err == nil || !strings.Contains(err.Error(), want) {
+		t.Errorf("error %v, want %s", err, want)
+	}
+}
