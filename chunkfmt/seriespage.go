@@ -339,20 +339,33 @@ func (p *SeriesPage) Select(ms []*labels.Matcher, mint, maxt int64) []Entry {
 		if !ok {
 			continue
 		}
-		e := Entry{Chunks: p.chunks.select1(i, mint, maxt), Exemplars: p.exemplars.select1(i, mint, maxt)}
-		if e.Chunks == nil && e.Exemplars == nil {
-			continue
+		if e, ok := p.Entry(i, mint, maxt, &builder); ok {
+			out = append(out, e)
 		}
-		e.Labels = p.labels(i, &builder)
-		if p.metaOf != nil && p.metaOf[i] > 0 {
-			e.Metadata = p.metas[p.metaOf[i]-1]
-			if p.families != nil {
-				e.Family = p.families[p.metaOf[i]-1]
-			}
-		}
-		out = append(out, e)
 	}
 	return out
+}
+
+// Entry returns what the page says of its i-th series, in order of metric name,
+// then labels, for those that read all of them, one by one. It is false if there
+// is no such series, or if it has nothing in mint to maxt, both included. The
+// builder is scratch memory.
+func (p *SeriesPage) Entry(i int, mint, maxt int64, builder *labels.ScratchBuilder) (Entry, bool) {
+	if i < 0 || i >= p.series {
+		return Entry{}, false
+	}
+	e := Entry{Chunks: p.chunks.select1(i, mint, maxt), Exemplars: p.exemplars.select1(i, mint, maxt)}
+	if e.Chunks == nil && e.Exemplars == nil {
+		return Entry{}, false
+	}
+	e.Labels = p.labels(i, builder)
+	if p.metaOf != nil && p.metaOf[i] > 0 {
+		e.Metadata = p.metas[p.metaOf[i]-1]
+		if p.families != nil {
+			e.Family = p.families[p.metaOf[i]-1]
+		}
+	}
+	return e, true
 }
 
 func (p *SeriesPage) labels(i int, b *labels.ScratchBuilder) labels.Labels {

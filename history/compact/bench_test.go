@@ -1,0 +1,117 @@
+package compact
+
+import (
+	"context"
+	"fmt"
+	"testing"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/prometheus/model/labels"
+
+	"github.com/epimetheus-tsdb/epimetheus/chunkfmt"
+	"github.com/epimetheus-tsdb/epimetheus/history"
+	"github.com/epimetheus-tsdb/epimetheus/history/historytest"
+	"github.com/epimetheus-tsdb/epimetheus/history/index"
+	"github.com/epimetheus-tsdb/epimetheus/internal/gen"
+)
+
+// BenchmarkMerge merges blocks in files into others, on one core: two hours of
+// flushes from one owner and from two replicas, and a day of blocks of two hours;
+// of one tenant, and of many small ones. It counts the samples that are read.
+func BenchmarkMerge(b *testing.B) {
+	for _, bench := range []struct {
+		name                       string
+		tenants, series            int // per tenant
+		blocks, perBlock, replicas int
+	}{
+		{"2h/tenants=1/replicas=1", 1, 20_000, 4, 120, 1},
+		{"2h/tenants=1/replicas=2", 1, 20_000, 4, 120, 2},
+		{"2h/tenants=200/replicas=2", 200, 100, 4, 120, 2},
+		{"1d/tenants=1/replicas=1", 1, 2_000, 12, 480, 1},
+		{"1w/tenants=1/replicas=1", 1, 250, 7, 5760, 1},
+	} {
+		b.Run(bench.name, func(b *testing.B) {
+			objects := historytest.Files(b, prometheus.NewRegistry())
+			var refs []index.BlockRef
+			var in, size int64
+			contents := make([]content, bench.blocks)
+			for i := range contents {
+				contents[i] = content{}
+			}
+			for t := range bench.tenants {
+				const start, interval = int64(1_700_000_000_000), int64(15_000)
+				c := gen.Config{
+					Series: bench.series, Targets: max(1, bench.series/500), Churn: 0.1, Seed: uint64(t), Interval: interval, //nolint:gosec // small
+					Start: start, End: start + interval*int64(bench.blocks*bench.perBlock),
+				}
+				for _, g := range c.AllSeries() {
+					lb := labels.NewScratchBuilder(len(g.Labels))
+					for _, l := range g.Labels {
+						lb.Add(l.Name, l.Value)
+					}
+					lb.Sort()
+					parts := make([]*chunkfmt.Series, bench.blocks)
+					for it := g.Iter(c); ; {
+						at, v, ok := it.Next()
+						if !ok {
+							break
+						}
+						i := min(int((at-start)/interval)/bench.perBlock, bench.blocks-1)
+						if parts[i] == nil {
+							parts[i] = &chunkfmt.Series{Labels: lb.Labels()}
+						}
+						parts[i].Floats.T, parts[i].Floats.V = append(parts[i].Floats.T, at), append(parts[i].Floats.V, v)
+						in += int64(bench.replicas)
+					}
+					for i, s := range parts {
+						if s != nil {
+							contents[i].add(fmt.Sprintf("tenant-%05d", t), s)
+						}
+					}
+				}
+			}
+			for range bench.replicas {
+				for _, c := range contents {
+					ref, _ := put(b, objects, chunkfmt.WriterOptions{}, c)
+					refs = append(refs, ref)
+					size += ref.ObjectSize
+				}
+			}
+			b.SetBytes(size)
+			b.ReportAllocs()
+			for b.Loop() {
+				o := &outputs{
+					objects: objects, dir: b.TempDir(), width: history.Window, level: 1, maxBytes: 512 << 20, ownBytes: 64 << 20,
+					now: time.Now, beat: func(context.Context) error { return nil }, shared: map[int64]*output{}, own: map[int64]*output{},
+					writer: chunkfmt.WriterOptions{Window: history.Window},
+				}
+				m := &merger{}
+				for _, ref := range refs {
+					s, err := openSource(b.Context(), objects, ref, 1<<20)
+					if err != nil {
+						b.Fatal(err)
+					}
+					m.sources = append(m.sources, s)
+				}
+				for _, p := range plan(m.sources, o.width, 32) {
+					if err := m.merge(b.Context(), p.MinT, p.MaxT, o); err != nil {
+						b.Fatal(err)
+					}
+					if err := o.finish(b.Context()); err != nil {
+						b.Fatal(err)
+					}
+				}
+				if m.samples != in {
+					b.Fatalf("%d samples of %d", m.samples, in)
+				}
+				for _, row := range o.done {
+					if err := objects.Delete(b.Context(), row.Object); err != nil {
+						b.Fatal(err)
+					}
+				}
+			}
+			b.ReportMetric(float64(in)*float64(b.N)/b.Elapsed().Seconds()/1e6, "Msamples/s")
+		})
+	}
+}
