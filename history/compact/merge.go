@@ -3,6 +3,7 @@ package compact
 import (
 	"cmp"
 	"context"
+	"math"
 	"slices"
 
 	"github.com/prometheus/prometheus/model/labels"
@@ -190,6 +191,9 @@ func (m *merger) read(ctx context.Context) (*chunkfmt.Series, error) {
 			*f = chunkfmt.Floats{}
 		}
 		m.samples += int64(len(f.T) + len(r.s.Histograms.T) + len(r.s.FloatHistograms.T))
+		if n := len(m.out); n > 0 && holds(m.out[0], &r.s) {
+			continue // a replica's, most likely
+		}
 		m.out = append(m.out, &r.s)
 	}
 	rest := &chunkfmt.Series{Labels: m.equal[0].entry.Labels}
@@ -205,6 +209,29 @@ func (m *merger) read(ctx context.Context) (*chunkfmt.Series, error) {
 	out := chunkfmt.Merge(m.out...)
 	out.Labels, out.Metadata, out.Family = rest.Labels, newest.entry.Metadata, newest.entry.Family
 	return out, nil
+}
+
+// holds says whether all samples of b are in a, where that is quickly seen. Merge
+// would find it out as well, but not without new memory.
+func holds(a, b *chunkfmt.Series) bool {
+	if len(b.Histograms.T)+len(b.FloatHistograms.T) > 0 || a.Floats.ST != nil || b.Floats.ST != nil {
+		return false
+	}
+	f, g := &a.Floats, &b.Floats
+	n := len(g.T)
+	if n == 0 {
+		return true
+	}
+	i, ok := slices.BinarySearch(f.T, g.T[0])
+	if !ok || len(f.T)-i < n || !slices.Equal(f.T[i:i+n], g.T) || len(a.Histograms.T)+len(a.FloatHistograms.T) > 0 {
+		return false
+	}
+	for j, v := range f.V[i : i+n] {
+		if math.Float64bits(v) != math.Float64bits(g.V[j]) {
+			return false
+		}
+	}
+	return true
 }
 
 func (m *merger) less(i, j int) bool {

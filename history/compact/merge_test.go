@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"math"
 	"math/rand/v2"
+	"os"
 	"slices"
 	"testing"
 	"time"
@@ -52,7 +53,7 @@ func (c content) add(tenant string, s *chunkfmt.Series) {
 	c[tenant][key] = s
 }
 
-func put(t testing.TB, objects object.Store, o chunkfmt.WriterOptions, c content) (index.BlockRef, *chunkfmt.Summary) {
+func put(t testing.TB, objects object.Store, o chunkfmt.WriterOptions, c content) index.BlockRef {
 	t.Helper()
 	o.Window = history.Window
 	var buf bytes.Buffer
@@ -84,7 +85,7 @@ func put(t testing.TB, objects object.Store, o chunkfmt.WriterOptions, c content
 	if err := objects.Put(t.Context(), history.ObjectKey(id), bytes.NewReader(buf.Bytes()), sum.Size); err != nil {
 		t.Fatal(err)
 	}
-	return index.BlockRef{Block: id, Object: history.ObjectKey(id), ObjectSize: sum.Size}, sum
+	return index.BlockRef{Block: id, Object: history.ObjectKey(id), ObjectSize: sum.Size}
 }
 
 // collect is a sink that keeps all.
@@ -212,7 +213,7 @@ func TestMergeRandom(t *testing.T) {
 						want.add(tenant, s)
 					}
 				}
-				b, _ := put(t, objects, chunkfmt.WriterOptions{PageBytes: 100 + r.IntN(4000), PageSeries: 1 + r.IntN(20), ChunkSamples: 1 + r.IntN(50)}, c)
+				b := put(t, objects, chunkfmt.WriterOptions{PageBytes: 100 + r.IntN(4000), PageSeries: 1 + r.IntN(20), ChunkSamples: 1 + r.IntN(50)}, c)
 				blocks = append(blocks, b)
 			}
 			width := []int64{2 * hour, day, history.Window}[r.IntN(3)]
@@ -237,6 +238,12 @@ func TestMergeRandom(t *testing.T) {
 				if err := o.finish(t.Context()); err != nil {
 					t.Fatal(err)
 				}
+			}
+			if err := o.abandon(); err != nil {
+				t.Fatal(err)
+			}
+			if files, err := os.ReadDir(o.dir); err != nil || len(files) > 0 {
+				t.Errorf("%d files are left: %v", len(files), err)
 			}
 			got := content{}
 			for _, row := range o.done {
@@ -268,8 +275,8 @@ func TestMergeRandom(t *testing.T) {
 func TestMergeCorrupt(t *testing.T) {
 	r := rand.New(rand.NewPCG(1, 1))
 	objects := &historytest.MemoryObjects{}
-	good, _ := put(t, objects, chunkfmt.WriterOptions{}, someContent(r, 4, 10, 0, hour))
-	bad, _ := put(t, objects, chunkfmt.WriterOptions{PageBytes: 500, PageSeries: 4}, someContent(r, 4, 30, 0, hour))
+	good := put(t, objects, chunkfmt.WriterOptions{}, someContent(r, 4, 10, 0, hour))
+	bad := put(t, objects, chunkfmt.WriterOptions{PageBytes: 500, PageSeries: 4}, someContent(r, 4, 30, 0, hour))
 	data, err := objects.GetRange(t.Context(), bad.Object, 0, bad.ObjectSize)
 	if err != nil {
 		t.Fatal(err)

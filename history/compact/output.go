@@ -22,7 +22,8 @@ import (
 	"github.com/epimetheus-tsdb/epimetheus/history/object"
 )
 
-// window is a number of a window (a, b] of a width in ms, aligned to the epoch.
+// windowOf numbers the window (a, b] of a width in ms, aligned to the epoch, that
+// t lies in.
 func windowOf(t, width int64) int64 {
 	w := t / width
 	if t%width <= 0 {

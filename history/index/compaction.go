@@ -10,7 +10,7 @@ import (
 	"github.com/oklog/ulid/v2"
 )
 
-// The versions of values that this program writes.
+// Versions of values.
 const (
 	compactedVersion = 1
 	asideVersion     = 1
@@ -22,8 +22,8 @@ const (
 const (
 	compactedHash = "w/compacted"
 	asideHash     = "w/aside"
-	jobHash       = "c/jobs"
-	dayHash       = "c/day"
+	jobHash       = "compaction/jobs"
+	dayHash       = "compaction/day"
 )
 
 // BlockRef says where a block is.
