@@ -75,13 +75,18 @@ func (h *History) withdraw(ctx context.Context, work index.WorkRow, rows []index
 	return h.o.Index.DeleteWork(ctx, work)
 }
 
-// flushRows are the rows of a block: one for each tenant and window.
+// flushRows are the rows of a block that was flushed.
 func flushRows(block ulid.ULID, summary *chunkfmt.Summary) (index.WorkRow, []index.BlockRow) {
 	work := index.NewWorkRow(block)
 	work.Object, work.ObjectSize = ObjectKey(block), summary.Size
+	return work, Rows(work.Ref(), 0, summary.Tenants)
+}
+
+// Rows are the block rows that a block of these tenants has: one for each tenant
+// and window. They follow from the block alone.
+func Rows(block index.BlockRef, level index.Level, tenants []chunkfmt.TenantSummary) []index.BlockRow {
 	var rows []index.BlockRow
-	for _, t := range summary.Tenants {
-		work.Tenants = append(work.Tenants, t.Tenant)
+	for _, t := range tenants {
 		windows := t.Windows
 		if len(windows) == 0 {
 			windows = []chunkfmt.Range{t.Range}
@@ -89,13 +94,13 @@ func flushRows(block ulid.ULID, summary *chunkfmt.Summary) (index.WorkRow, []ind
 		for _, w := range windows {
 			for _, r := range split(w) {
 				rows = append(rows, index.BlockRow{
-					Tenant: t.Tenant, Block: block, MinT: r.MinT, MaxT: r.MaxT, Object: work.Object, ObjectSize: summary.Size,
-					Directory: t.Directory, Series: t.Series, Samples: t.Samples,
+					Tenant: t.Tenant, Block: block.Block, MinT: r.MinT, MaxT: r.MaxT, Object: block.Object, ObjectSize: block.ObjectSize,
+					Directory: t.Directory, Level: level, Series: t.Series, Samples: t.Samples,
 				})
 			}
 		}
 	}
-	return work, rows
+	return rows
 }
 
 // split cuts a range that is wider than a row may be, which a writer without

@@ -253,9 +253,14 @@ func blocks(rows []index.BlockRow) []Block {
 	return out
 }
 
+// maxLooks is how often a read looks at the rows anew because an object was
+// absent. More than once is rare.
+const maxLooks = 8
+
 // attempt runs read over the snapshot's blocks that overlap mint to maxt. If an
 // object turns out to be absent, it looks at the rows once more: if they have
-// changed it runs read again, over what is visible now.
+// changed, or if the block is condemned, so that its row is but a remainder, it
+// runs read again, over what is visible now.
 func (s *Snapshot) attempt(ctx context.Context, mint, maxt int64, read func(blocks []*Block) error) error {
 	mint, maxt = max(mint, s.MinT), min(maxt, s.MaxT)
 	overlapping := func(all []Block) []*Block {
@@ -268,21 +273,33 @@ func (s *Snapshot) attempt(ctx context.Context, mint, maxt int64, read func(bloc
 		return out
 	}
 	err := read(overlapping(s.Blocks))
-	if !errors.Is(err, object.ErrNotExist) {
-		return err
+	condemned := map[ulid.ULID]bool{}
+	for look := 0; look < maxLooks && errors.Is(err, object.ErrNotExist); look++ {
+		var gone *PageError
+		if !errors.As(err, &gone) {
+			return err
+		}
+		rows, loadErr := s.h.loadRows(ctx, s.Stats, rowSetKey{s.Tenant, s.MinT, s.MaxT}, "missing_object", nil)
+		if loadErr != nil {
+			return errors.Join(err, loadErr)
+		}
+		for i := range rows.rows {
+			r := &rows.rows[i]
+			if r.Object != gone.Object || condemned[r.Block] {
+				continue
+			}
+			state, guardErr := s.h.o.Index.GuardState(ctx, r.Block)
+			if guardErr != nil {
+				return errors.Join(err, guardErr)
+			}
+			if state != index.Condemned {
+				s.h.metrics.missing.Inc()
+				return err
+			}
+			condemned[r.Block] = true
+		}
+		rest := slices.DeleteFunc(rows.rows, func(r index.BlockRow) bool { return condemned[r.Block] })
+		err = read(overlapping(blocks(visible(rest, s.MinT, s.MaxT))))
 	}
-	var gone *PageError
-	if !errors.As(err, &gone) {
-		return err
-	}
-	rows, loadErr := s.h.loadRows(ctx, s.Stats, rowSetKey{s.Tenant, s.MinT, s.MaxT}, "missing_object", nil)
-	if loadErr != nil {
-		return errors.Join(err, loadErr)
-	}
-	again := blocks(visible(rows.rows, s.MinT, s.MaxT))
-	if slices.ContainsFunc(again, func(b Block) bool { return b.Object == gone.Object }) {
-		s.h.metrics.missing.Inc()
-		return err
-	}
-	return read(overlapping(again))
+	return err
 }

@@ -124,7 +124,7 @@ func (x *Index) DeleteWork(ctx context.Context, w WorkRow) error {
 }
 
 // Guard decides that a block is published or condemned, unless that is decided
-// already, and returns what holds from now on for ever.
+// already, and returns what holds.
 func (x *Index) Guard(ctx context.Context, block ulid.ULID, s GuardState) (GuardState, error) {
 	it := encodeGuard(block, s)
 	current, err := x.store.PutIf(ctx, it, nil)

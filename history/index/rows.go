@@ -84,7 +84,7 @@ type WorkRow struct {
 	Object     string
 	ObjectSize int64 // bytes
 	Level      Level
-	Tenants    []string // ascending
+	Tenants    []string // ascending; may be empty, for the block knows its tenants
 }
 
 // NewWorkRow gives the row its day and shard, which follow from the block's id.
@@ -93,13 +93,15 @@ func NewWorkRow(block ulid.ULID) WorkRow {
 	return WorkRow{Block: block, Day: int64(block.Time() / dayMs), Shard: int(block[15]) % WorkShards} //nolint:gosec // 48 bits
 }
 
-// GuardState is what has been decided about a block, once and for all.
+// GuardState is what has been decided about a block: at first that it is published
+// or condemned, and of a published one, when it has been replaced, that it is
+// condemned. That is for good.
 type GuardState uint8
 
 // States of a guard row.
 const (
 	Published GuardState = 1 // its writer has written all its rows
-	Condemned GuardState = 2 // a sweeper found it without rows and deletes it
+	Condemned GuardState = 2 // it has no rows, or is to have none, and is being deleted
 )
 
 func (s GuardState) String() string {
