@@ -44,6 +44,7 @@ type Options struct {
 	ListenAddress       string
 	Revision, GoVersion string // of this program, shown by status/buildinfo
 	Ready               func() error
+	Choices             Choices // of replicas; without it claims are answered with 501
 }
 
 func (o *Options) setDefaults() {
@@ -105,8 +106,9 @@ func New(o Options, s Storage, live *ring.Live, logger *slog.Logger, reg prometh
 		a.tenants[tenant] = of(e)
 	}
 	ours := map[string]http.HandlerFunc{
-		"/status/tsdb": a.wrap(a.tsdbStatus),
-		"/ring":        a.ring,
+		"GET /status/tsdb": a.wrap(a.tsdbStatus),
+		"GET /ring":        a.ring,
+		"POST /ha/claim":   a.claim,
 	}
 	a.handler = http.StripPrefix("/api/v1", http.HandlerFunc(func(w http.ResponseWriter, req *http.Request) {
 		tenant, err := o.Tenancy.tenant(req)
@@ -119,7 +121,7 @@ func New(o Options, s Storage, live *ring.Live, logger *slog.Logger, reg prometh
 			ctx = context.WithValue(ctx, metadataKey{}, metadataRequest{metric: req.FormValue("metric")})
 		}
 		req = req.WithContext(ctx)
-		if h := ours[req.URL.Path]; h != nil && req.Method == http.MethodGet {
+		if h := ours[req.Method+" "+req.URL.Path]; h != nil {
 			h(w, req)
 			return
 		}

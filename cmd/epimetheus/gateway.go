@@ -17,6 +17,7 @@ import (
 
 	"github.com/epimetheus-tsdb/epimetheus/gateway"
 	"github.com/epimetheus-tsdb/epimetheus/gateway/merge"
+	"github.com/epimetheus-tsdb/epimetheus/history/choice"
 	"github.com/epimetheus-tsdb/epimetheus/ingest/ring"
 	"github.com/epimetheus-tsdb/epimetheus/internal/health"
 )
@@ -63,6 +64,7 @@ func (p *process) addGateway(st *stores, live *ring.Live) error {
 		Engine: c.engine(), Tenants: c.tenants(),
 		Flags: p.shownFlags(), ListenAddress: (*p.flags.web.WebListenAddresses)[0],
 		Revision: revision(), GoVersion: runtime.Version(), Ready: p.isReady,
+		Choices: choice.New(st.index),
 	}, storage, live, p.logger, p.reg, p.reg)
 	if err != nil {
 		return err

@@ -15,6 +15,7 @@ import (
 // stores are where blocks and rows are.
 type stores struct {
 	history *history.History
+	index   *index.Index
 	closers []func() error
 }
 
@@ -94,8 +95,9 @@ func (p *process) openStores(shared bool) (_ *stores, err error) {
 		s.closers = append(s.closers, bolt.Close)
 		rows = bolt
 	}
+	s.index = index.New(rows)
 	s.history, err = history.New(history.Options{
-		Objects: objects, Index: index.New(rows), VisibilityDelay: time.Duration(c.Ingester.VisibilityDelay),
+		Objects: objects, Index: s.index, VisibilityDelay: time.Duration(c.Ingester.VisibilityDelay),
 		PageCacheBytes: int64(c.Gateway.CacheBytes), Logger: p.logger, Registerer: p.reg,
 	})
 	return s, err

@@ -24,6 +24,20 @@ import (
 // Interval is a time for which a replica is chosen.
 type Interval = index.Choice
 
+// Request claims an interval, or asks what of it is decided. As JSON it is what
+// docs/protocols/ha.md says.
+type Request struct {
+	Group   string `json:"group"`
+	Replica string `json:"replica,omitempty"` // empty: nothing is claimed
+	From    int64  `json:"from"`              // ms since the epoch
+	Until   int64  `json:"until"`             // ms, exclusive
+}
+
+// Answer says what is decided of the days that an interval touches.
+type Answer struct {
+	Intervals []Interval `json:"intervals"` // ascending and disjoint
+}
+
 // Bounds of a request.
 const (
 	MaxReplica = 256      // bytes of a replica's name

@@ -21,8 +21,9 @@ const MaxChoices = 16384
 
 // Choice is an interval of time for which a replica is chosen.
 type Choice struct {
-	From, Until int64 // ms since the epoch; Until is exclusive
-	Replica     string
+	From    int64  `json:"from"`  // ms since the epoch
+	Until   int64  `json:"until"` // ms, exclusive
+	Replica string `json:"replica"`
 }
 
 // ChoiceRow says which of the replicas of a group is chosen when, within a day.

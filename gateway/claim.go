@@ -1,0 +1,63 @@
+package gateway
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/http"
+	"time"
+
+	"github.com/epimetheus-tsdb/epimetheus/history/choice"
+	"github.com/epimetheus-tsdb/epimetheus/ingest/ship"
+)
+
+// Choices are claims of replicas: package history/choice.
+type Choices interface {
+	Claim(ctx context.Context, tenant, group, replica string, from, until int64) ([]choice.Interval, error)
+	Decided(ctx context.Context, tenant, group string, from, until int64) ([]choice.Interval, error)
+}
+
+const (
+	maxClaimBytes = choice.MaxGroup + 16<<10
+	claimTimeout  = 10 * time.Second
+)
+
+// claim is POST ha/claim, as docs/protocols/ha.md says.
+func (a *API) claim(w http.ResponseWriter, r *http.Request) {
+	if a.opts.Choices == nil {
+		respondError(w, http.StatusNotImplemented, "unavailable", errors.New("this gateway takes no claims of replicas"))
+		return
+	}
+	var q choice.Request
+	if err := json.NewDecoder(http.MaxBytesReader(w, r.Body, maxClaimBytes)).Decode(&q); err != nil {
+		respondError(w, http.StatusBadRequest, "bad_data", fmt.Errorf("claim of a replica: %w", err))
+		return
+	}
+	tenant := TenantOf(r.Context())
+	ctx, cancel := context.WithTimeout(r.Context(), claimTimeout)
+	defer cancel()
+	var is []choice.Interval
+	var err error
+	switch ahead := time.UnixMilli(q.Until).Sub(time.Now()); {
+	case q.Replica == "":
+		is, err = a.opts.Choices.Decided(ctx, tenant, q.Group, q.From, q.Until)
+	case ahead > ship.MaxFuture:
+		// Claimed by a clock that is wrong, that time would be lost to all others.
+		err = fmt.Errorf("%w: it reaches %s ahead of this gateway's clock, the limit is %s: see that the clocks of the sidecar and the gateway are right",
+			choice.ErrInvalid, ahead.Truncate(time.Second), ship.MaxFuture)
+	default:
+		is, err = a.opts.Choices.Claim(ctx, tenant, q.Group, q.Replica, q.From, q.Until)
+	}
+	switch {
+	case err == nil:
+		respond(w, choice.Answer{Intervals: is}, nil)
+	case errors.Is(err, choice.ErrInvalid):
+		respondError(w, http.StatusBadRequest, "bad_data", err)
+	default:
+		if r.Context().Err() == nil {
+			a.logger.Warn("claim of a replica failed", "tenant", tenant, "err", err)
+		}
+		respondError(w, http.StatusServiceUnavailable, "unavailable", err)
+	}
+}
