@@ -39,7 +39,7 @@ func (a *API) claim(w http.ResponseWriter, r *http.Request) {
 	defer cancel()
 	var is []choice.Interval
 	var err error
-	switch ahead := time.UnixMilli(q.Until).Sub(time.Now()); {
+	switch ahead := time.Until(time.UnixMilli(q.Until)); {
 	case q.Replica == "":
 		is, err = a.opts.Choices.Decided(ctx, tenant, q.Group, q.From, q.Until)
 	case ahead > ship.MaxFuture:

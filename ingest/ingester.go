@@ -113,7 +113,7 @@ func New(o Options, publish Publish, logger *slog.Logger, reg prometheus.Registe
 	h := head.NewAt(o.Limits.Series, first)
 	i.head, i.fetch = h, newFetcher(h, reg)
 	i.receive = &receiver{
-		process: process, member: o.Member, head: h, log: i.log, window: 4 << 20, limits: o.Limits, logger: logger,
+		process: process, member: o.Member, head: h, log: i.log, window: 4 << 20, limits: o.Limits, logger: logger, now: time.Now,
 		metrics: newReceiveMetrics(reg), sessions: map[sessionID]*session{}, rewinds: map[string]int{}, sources: sources{tenants: map[string][]source{}}, admit: i.admit,
 	}
 	i.receive.starting.Store(i.log != nil)

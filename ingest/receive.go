@@ -56,6 +56,7 @@ type receiver struct {
 	limits   Limits
 	logger   *slog.Logger
 	metrics  *receiveMetrics
+	now      func() time.Time // what samples of the future are measured by
 	draining atomic.Bool
 	starting atomic.Bool // the commit log has not been replayed
 
@@ -528,6 +529,8 @@ func (r *receiver) apply(s *session, b *shippb.Batch, dec *ship.Decoder, cols *s
 	if err := checkRefs(&s.refs, cols, b.Withdraw); err != nil {
 		return err
 	}
+	encoded := len(b.Columns)
+	b, future := refuseFuture(b, cols, &s.refs, r.now())
 	for _, e := range b.Exemplars {
 		if !s.refs.Valid(e.Ref) {
 			return unknownRef(e.Ref)
@@ -554,10 +557,16 @@ func (r *receiver) apply(s *session, b *shippb.Batch, dec *ship.Decoder, cols *s
 	}
 	s.applied(b.Seq, res.Generation, r.durable.Load())
 	r.metrics.batches.WithLabelValues("applied").Inc()
-	r.metrics.bytes.Add(float64(len(b.Columns)))
+	r.metrics.bytes.Add(float64(encoded))
 	r.metrics.samples.WithLabelValues("in_order").Add(float64(res.Appended))
 	r.metrics.samples.WithLabelValues("late").Add(float64(res.Late))
 	r.metrics.samples.WithLabelValues("duplicate").Add(float64(res.Duplicates))
+	if future.Samples > 0 {
+		if res.Refused == nil {
+			res.Refused = map[head.Reason]head.Refusal{}
+		}
+		res.Refused[reasonFuture] = future
+	}
 	for reason, f := range res.Refused {
 		s.refuse(b.Seq, reason, f)
 		r.metrics.refused.WithLabelValues(string(reason)).Add(float64(f.Samples))
