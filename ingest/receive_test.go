@@ -37,7 +37,7 @@ func TestWaitForRoomIsNoSilence(t *testing.T) {
 	e := start(t, Options{})
 	synctest.Test(t, func(t *testing.T) {
 		r := &receiver{
-			head: e.head, metrics: e.receive.metrics,
+			head: e.head, metrics: e.receive.metrics, now: time.Now,
 			admit: func(context.Context) error { time.Sleep(2 * silenceLimit); return nil },
 		}
 		ctx, cancel := context.WithCancel(t.Context())
