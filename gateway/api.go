@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/common/route"
 	"github.com/prometheus/prometheus/storage"
 	"github.com/prometheus/prometheus/util/annotations"
 	"github.com/prometheus/prometheus/util/httputil"
@@ -34,10 +35,12 @@ type Storage interface {
 
 // Options of the API.
 type Options struct {
-	Tenancy      Tenancy
-	QueryTimeout time.Duration // 2 minutes by default
-	MaxSamples   int           // in memory for one query; 50 million by default
-	Engine       EngineOptions
+	Tenancy Tenancy
+	// TenantFederation lets a request name several tenants: a|b.
+	TenantFederation bool
+	QueryTimeout     time.Duration // 2 minutes by default
+	MaxSamples       int           // in memory for one query; 50 million by default
+	Engine           EngineOptions
 	// Tenants are those whose engine has other options than Engine, by name.
 	Tenants             map[string]EngineOptions
 	Flags               map[string]string // shown by status/flags
@@ -69,20 +72,21 @@ func (o *Options) setDefaults() {
 // API is the HTTP API.
 type API struct {
 	opts    Options
-	storage Storage
+	storage tenants
 	live    *ring.Live
 	logger  *slog.Logger
 	birth   time.Time
-	variant *variant            // of tenants that have no options of their own
-	tenants map[string]*variant // of the others
+	variant *variant                    // of tenants that have no options of their own
+	tenants map[string]*variant         // of the others
+	ours    map[string]http.HandlerFunc // in place of Prometheus's, by method and path below /api/v1
 	handler http.Handler
 }
 
-// New makes the API. It answers below /api/v1/.
+// New makes the API. It answers below /api/v1/, and /federate.
 func New(o Options, s Storage, live *ring.Live, logger *slog.Logger, reg prometheus.Registerer, gatherer prometheus.Gatherer) (*API, error) {
 	o.setDefaults()
 	a := &API{
-		opts: o, storage: s, live: live, logger: logger.With("component", "api"), birth: time.Now().UTC(),
+		opts: o, storage: tenants{s}, live: live, logger: logger.With("component", "api"), birth: time.Now().UTC(),
 		tenants: map[string]*variant{},
 	}
 	if err := o.Engine.Validate(); err != nil {
@@ -105,44 +109,66 @@ func New(o Options, s Storage, live *ring.Live, logger *slog.Logger, reg prometh
 		e.setDefaults()
 		a.tenants[tenant] = of(e)
 	}
-	ours := map[string]http.HandlerFunc{
+	a.ours = map[string]http.HandlerFunc{
 		"GET /status/tsdb": a.wrap(a.tsdbStatus),
 		"GET /ring":        a.ring,
 		"POST /ha/claim":   a.claim,
 	}
-	a.handler = http.StripPrefix("/api/v1", http.HandlerFunc(func(w http.ResponseWriter, req *http.Request) {
-		tenant, err := o.Tenancy.tenant(req)
-		if err != nil {
-			respondError(w, http.StatusUnauthorized, "bad_data", err)
-			return
-		}
-		ctx := WithTenant(req.Context(), tenant)
-		if req.URL.Path == "/metadata" {
-			ctx = context.WithValue(ctx, metadataKey{}, metadataRequest{metric: req.FormValue("metric")})
-		}
-		req = req.WithContext(ctx)
-		if h := ours[req.Method+" "+req.URL.Path]; h != nil {
-			h(w, req)
-			return
-		}
-		v := a.variantOf(tenant)
-		if req.URL.Path == "/search/metric_names" {
-			// Prometheus keeps metadata from one such request to the next, which may
-			// be of another tenant.
-			v.fresh().ServeHTTP(w, req)
-			return
-		}
-		v.handler.ServeHTTP(w, req)
-	}))
+	root := route.New()
+	root.Get("/federate", a.whenReady(httputil.CompressionHandler{Handler: http.HandlerFunc(a.federate)}.ServeHTTP))
+	mux := http.NewServeMux()
+	mux.Handle("/api/v1/", http.StripPrefix("/api/v1", http.HandlerFunc(a.serveV1)))
+	mux.Handle("/", root)
+	a.handler = mux
 	return a, nil
 }
 
-// variantOf gives the API as a tenant has it.
-func (a *API) variantOf(tenant string) *variant {
-	if v := a.tenants[tenant]; v != nil {
-		return v
+// ServeHTTP serves /federate and paths that begin with /api/v1/.
+func (a *API) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	names, err := a.opts.Tenancy.tenants(r, a.opts.TenantFederation)
+	if err != nil {
+		respondError(w, http.StatusUnauthorized, "bad_data", err)
+		return
 	}
-	return a.variant
+	a.handler.ServeHTTP(w, r.WithContext(withTenants(r.Context(), names)))
+}
+
+// serveV1 serves paths below /api/v1.
+func (a *API) serveV1(w http.ResponseWriter, r *http.Request) {
+	if h := a.ours[r.Method+" "+r.URL.Path]; h != nil {
+		h(w, r)
+		return
+	}
+	v := a.variantOf(tenantsOf(r.Context()))
+	switch r.URL.Path {
+	case "/metadata":
+		r = r.WithContext(context.WithValue(r.Context(), metadataKey{}, metadataRequest{metric: r.FormValue("metric")}))
+	case "/search/metric_names":
+		r = r.WithContext(context.WithValue(r.Context(), metadataKey{}, metadataRequest{}))
+		// Prometheus keeps metadata from one such request to the next, which may be
+		// of another tenant.
+		v.fresh().ServeHTTP(w, r)
+		return
+	}
+	v.handler.ServeHTTP(w, r)
+}
+
+// variantOf gives the API as tenants have it. Where several have different ones,
+// it is that of tenants with no options of their own.
+func (a *API) variantOf(tenants []string) *variant {
+	of := func(tenant string) *variant {
+		if v := a.tenants[tenant]; v != nil {
+			return v
+		}
+		return a.variant
+	}
+	v := of(tenants[0])
+	for _, t := range tenants[1:] {
+		if of(t) != v {
+			return a.variant
+		}
+	}
+	return v
 }
 
 // wrap is what Prometheus puts around most endpoints.
@@ -152,9 +178,6 @@ func (a *API) wrap(h http.HandlerFunc) http.HandlerFunc {
 		h(w, r)
 	})}.ServeHTTP)
 }
-
-// ServeHTTP serves paths that begin with /api/v1/.
-func (a *API) ServeHTTP(w http.ResponseWriter, r *http.Request) { a.handler.ServeHTTP(w, r) }
 
 // whenReady answers 503 until the gateway can serve, as Prometheus does.
 func (a *API) whenReady(h http.HandlerFunc) http.HandlerFunc {

@@ -101,9 +101,9 @@ func dataset() []gatewaytest.Sample {
 }
 
 // toPrometheus starts a Prometheus that has the samples.
-func toPrometheus(t *testing.T, ss []gatewaytest.Sample) *testenv.PrometheusServer {
+func toPrometheus(t *testing.T, ss []gatewaytest.Sample, features ...string) *testenv.PrometheusServer {
 	t.Helper()
-	p := testenv.Prometheus(t, "", "global: {}\n", "--web.enable-remote-write-receiver", "--enable-feature=exemplar-storage")
+	p := testenv.Prometheus(t, "", "global: {}\n", "--web.enable-remote-write-receiver", "--enable-feature="+strings.Join(append(features, "exemplar-storage"), ","))
 	var req prompb.WriteRequest
 	for _, s := range ss {
 		ts := prompb.TimeSeries{Labels: prompb.FromLabels(s.Labels, nil)}
@@ -152,8 +152,14 @@ func newAPI(t *testing.T, c *gatewaytest.Cluster, o gateway.Options) *gateway.AP
 	return api
 }
 
-// toGateway gives an API over the samples, the older half of them in blocks.
+// toGateway gives an API over the samples.
 func toGateway(t *testing.T, ss []gatewaytest.Sample) *gateway.API {
+	t.Helper()
+	return newAPI(t, gatewayOf(t, ss), gateway.Options{Engine: gateway.EngineOptions{Features: []string{"search-api"}}})
+}
+
+// gatewayOf has the samples, the older half of them in blocks.
+func gatewayOf(t *testing.T, ss []gatewaytest.Sample) *gatewaytest.Cluster {
 	t.Helper()
 	c := gatewaytest.New(t, gatewaytest.Options{Ingesters: 3})
 	send := c.Shipper(gateway.DefaultTenant)
@@ -166,7 +172,7 @@ func toGateway(t *testing.T, ss []gatewaytest.Sample) *gateway.API {
 	if err := send.Send(t.Context(), ss[len(ss)/2:]...); err != nil {
 		t.Fatal(err)
 	}
-	return newAPI(t, c, gateway.Options{})
+	return c
 }
 
 // request is one for both sides.
@@ -395,10 +401,32 @@ func requests() []request {
 	differs("/status/buildinfo", "the revision is ours")
 	differs("/status/runtimeinfo", "it tells of another process")
 	differs("/status/walreplay", "a gateway has no WAL")
+	differs("/status/self_metrics", "the metrics are others")
+	get("/status/self_metrics", "metric_name_pattern=(")
+	get("/status/self_metrics", "metric_name_pattern=nothing")
 	differs("/features", "features of the scraping and storing parts are absent")
 	differs("/openapi.yaml", "its address is in it")
-	for _, path := range []string{"/nothing", "/", "/query/x", "/search/metric_names"} {
+	for _, path := range []string{"/nothing", "/", "/query/x", "/search/x", "/query_cost", "/write"} {
 		get(path, "")
+	}
+	for _, path := range []string{"/otlp/v1/metrics", "/read"} {
+		out = append(out, request{method: http.MethodPost, path: path})
+	}
+	for _, p := range []string{
+		"", "search[]=up", "search[]=HTTP&case_sensitive=false", "search[]=lat&search[]=od&include_score=true", "search[]=htp&fuzz_threshold=50&include_score=true",
+		"search[]=upp&fuzz_alg=jarowinkler&fuzz_threshold=60&include_score=true", "search[]=e&sort_by=score", "sort_by=alpha&sort_dir=dsc", "sort_by=alpha",
+		"limit=2", "limit=2&batch_size=1", "batch_size=3", "search[]=nothing", "match[]=up", "match[]=up&match[]=odd_values", "match[]=nothing",
+		"match[]={", "fuzz_threshold=101", "fuzz_alg=x", "case_sensitive=x", "include_score=x", "include_metadata=true", "include_metadata=x", "sort_by=x", "sort_dir=asc",
+		"sort_by=score", "limit=0", "limit=x", "limit=20000", "batch_size=0", "start=x", "end=x", "start=5&end=1", "search[]=", "search[]=" + q("é"),
+		strings.Repeat("search[]=a&", 33),
+	} {
+		if !strings.Contains(p, "start=") && !strings.Contains(p, "end=") {
+			p += all
+		}
+		both("/search/metric_names", strings.TrimPrefix(p, "&"))
+		both("/search/label_names", strings.TrimPrefix(p, "&"))
+		both("/search/label_values", strings.TrimPrefix(p, "&"))
+		both("/search/label_values", "label=instance&"+strings.TrimPrefix(p, "&"))
 	}
 	for _, method := range []string{http.MethodDelete, http.MethodPut, http.MethodHead, http.MethodPatch} {
 		for _, path := range []string{"/query", "/labels", "/label/job/values", "/status/tsdb", "/metadata"} {
@@ -425,42 +453,86 @@ func requests() []request {
 	return out
 }
 
+// elsewhere says of endpoints that are not in requests where they are compared,
+// or why they aren't.
+func elsewhere() map[string]string {
+	return map[string]string{
+		"/read":               "TestRemoteReadLikePrometheus",
+		"/write":              "the Prometheus of the test takes remote writes, a gateway doesn't",
+		"/notifications/live": "TestNotificationsLive: a gateway has none to tell",
+		"/query_cost":         "TestQueryCost",
+		"/query_range_cost":   "TestQueryCost",
+	}
+}
+
+// client doesn't ask for compression by itself.
+func client(t *testing.T) *http.Client {
+	t.Helper()
+	c := &http.Client{Transport: &http.Transport{DisableCompression: true}}
+	t.Cleanup(c.CloseIdleConnections)
+	return c
+}
+
+// serve gives the URL of the API.
+func serve(t *testing.T, api *gateway.API) string {
+	t.Helper()
+	server := httptest.NewServer(api)
+	t.Cleanup(server.Close)
+	return server.URL
+}
+
+// do sends a request and reads the whole answer.
+func do(t *testing.T, c *http.Client, req *http.Request) (*http.Response, []byte) {
+	t.Helper()
+	resp, err := c.Do(req)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	body, err := io.ReadAll(resp.Body)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return resp, body
+}
+
 // TestLikePrometheus drives the same requests at a real Prometheus and at the
-// gateway, over the same samples.
+// gateway, over the same samples: some for each endpoint that this Prometheus
+// says it has.
 func TestLikePrometheus(t *testing.T) {
 	ss := dataset()
-	p := toPrometheus(t, ss)
-	api := toGateway(t, ss)
-	mux := http.NewServeMux()
-	mux.Handle("/api/v1/", api)
-	server := httptest.NewServer(mux)
-	defer server.Close()
-	client := &http.Client{Transport: &http.Transport{DisableCompression: true}}
-	defer client.CloseIdleConnections()
+	p := toPrometheus(t, ss, "search-api")
+	base := serve(t, toGateway(t, ss))
+	c := client(t)
 	ask := func(base string, r request) answer {
 		t.Helper()
 		req, err := r.make(t.Context(), base)
 		if err != nil {
 			t.Fatal(err)
 		}
-		resp, err := client.Do(req)
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer resp.Body.Close()
-		body, err := io.ReadAll(resp.Body)
-		if err != nil {
-			t.Fatal(err)
-		}
+		resp, body := do(t, c, req)
 		return toAnswer(t, resp.StatusCode, resp.Header, body).ordered()
 	}
+	seen := map[string]bool{}
 	for _, r := range requests() {
-		want, got := ask(p.URL, r), ask(server.URL, r)
+		want, got := ask(p.URL, r), ask(base, r)
 		if r.differs != "" {
 			want.Body, got.Body = "", ""
 		}
 		if diff := gocmp.Diff(want, got); diff != "" {
 			t.Errorf("%s: Prometheus -, gateway +\n%s", r, diff)
+		}
+		seen[r.path] = true
+	}
+	t.Logf("%d requests", len(requests()))
+	seen["/label/{name}/values"] = seen["/label/job/values"]
+	paths := regexp.MustCompile(`(?m)^ +(/\S*):$`).FindAllStringSubmatch(ask(p.URL, request{path: "/openapi.yaml"}).Body, -1)
+	if len(paths) < 20 {
+		t.Fatalf("openapi.yaml has %d paths", len(paths))
+	}
+	for _, m := range paths {
+		if path := m[1]; !seen[path] && elsewhere()[path] == "" {
+			t.Errorf("%s is an endpoint that is not compared", path)
 		}
 	}
 }

@@ -34,6 +34,10 @@ func (a *API) claim(w http.ResponseWriter, r *http.Request) {
 		respondError(w, http.StatusBadRequest, "bad_data", fmt.Errorf("claim of a replica: %w", err))
 		return
 	}
+	if n := len(tenantsOf(r.Context())); n > 1 {
+		respondError(w, http.StatusBadRequest, "bad_data", fmt.Errorf("claim of a replica for %d tenants: name one in %s", n, TenantHeader))
+		return
+	}
 	tenant := TenantOf(r.Context())
 	ctx, cancel := context.WithTimeout(r.Context(), claimTimeout)
 	defer cancel()

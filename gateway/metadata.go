@@ -35,7 +35,7 @@ func (a *API) targets(ctx context.Context) v1.TargetRetriever {
 	if !ok {
 		return noScraping{}
 	}
-	all, _, err := a.storage.Metadata(ctx, TenantOf(ctx), req.metric)
+	all, _, err := a.storage.metadata(ctx, req.metric)
 	if err != nil {
 		a.logger.Warn("metadata not read", "tenant", TenantOf(ctx), "err", err)
 		return noScraping{}

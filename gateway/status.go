@@ -52,7 +52,7 @@ func (a *API) tsdbStatus(w http.ResponseWriter, r *http.Request) {
 	}
 	// Ask for more than wanted: the greatest overall need not be among the
 	// greatest of each.
-	all, warnings, err := a.storage.Stats(r.Context(), TenantOf(r.Context()), 10*limit)
+	all, warnings, err := a.storage.stats(r.Context(), 10*limit)
 	if err != nil {
 		respondError(w, http.StatusInternalServerError, "internal", err)
 		return

@@ -4,6 +4,8 @@ import (
 	"context"
 	"fmt"
 	"net/http"
+	"slices"
+	"strings"
 	"unicode/utf8"
 )
 
@@ -16,17 +18,27 @@ const DefaultTenant = "default"
 // maxTenantBytes bounds the name of a tenant.
 const maxTenantBytes = 150
 
+// maxTenants bounds how many tenants one request can be about.
+const maxTenants = 100
+
 type tenantKey struct{}
 
 // WithTenant gives a context for requests of a tenant.
 func WithTenant(ctx context.Context, tenant string) context.Context {
-	return context.WithValue(ctx, tenantKey{}, tenant)
+	return withTenants(ctx, []string{tenant})
 }
 
-// TenantOf is the tenant that WithTenant put into the context, or "".
-func TenantOf(ctx context.Context) string {
-	t, _ := ctx.Value(tenantKey{}).(string)
-	return t
+// TenantOf is the tenant that WithTenant put into the context, or "". No storage
+// has anything of the name that it gives where there are several tenants.
+func TenantOf(ctx context.Context) string { return strings.Join(tenantsOf(ctx), "|") }
+
+func withTenants(ctx context.Context, tenants []string) context.Context {
+	return context.WithValue(ctx, tenantKey{}, tenants)
+}
+
+func tenantsOf(ctx context.Context) []string {
+	ts, _ := ctx.Value(tenantKey{}).([]string)
+	return ts
 }
 
 // Tenancy says where the tenant of a request comes from.
@@ -38,19 +50,34 @@ const (
 	Header Tenancy = "header" // from TenantHeader, set by an authenticating proxy
 )
 
-// tenant of a request; an error is the client's.
-func (t Tenancy) tenant(r *http.Request) (string, error) {
+// tenants of a request, sorted, each once: one, or with federation those that the
+// header has between bars. An error is the client's.
+func (t Tenancy) tenants(r *http.Request, federation bool) ([]string, error) {
 	if t != Header {
-		return DefaultTenant, nil
+		return []string{DefaultTenant}, nil
 	}
-	switch name := r.Header.Get(TenantHeader); {
-	case name == "":
-		return "", fmt.Errorf("no tenant: set the header %s", TenantHeader)
-	case len(name) > maxTenantBytes:
-		return "", fmt.Errorf("the header %s has %d bytes, the limit is %d", TenantHeader, len(name), maxTenantBytes)
-	case !utf8.ValidString(name):
-		return "", fmt.Errorf("the header %s is not valid UTF-8", TenantHeader)
-	default:
-		return name, nil
+	header := r.Header.Get(TenantHeader)
+	if header == "" {
+		return nil, fmt.Errorf("no tenant: set the header %s", TenantHeader)
 	}
+	names := []string{header}
+	if federation {
+		names = strings.Split(header, "|")
+		slices.Sort(names)
+		names = slices.Compact(names)
+	}
+	if len(names) > maxTenants {
+		return nil, fmt.Errorf("the header %s has %d tenants, the limit is %d", TenantHeader, len(names), maxTenants)
+	}
+	for _, name := range names {
+		switch {
+		case name == "":
+			return nil, fmt.Errorf("the header %s has an empty tenant beside a bar", TenantHeader)
+		case len(name) > maxTenantBytes:
+			return nil, fmt.Errorf("the header %s has a tenant of %d bytes, the limit is %d", TenantHeader, len(name), maxTenantBytes)
+		case !utf8.ValidString(name):
+			return nil, fmt.Errorf("the header %s is not valid UTF-8", TenantHeader)
+		}
+	}
+	return names, nil
 }

@@ -81,12 +81,13 @@ type IngesterConfig struct {
 
 // GatewayConfig is for gateways.
 type GatewayConfig struct {
-	QueryTimeout   duration                       `yaml:"query_timeout,omitempty" doc:"The longest query."`
-	LookbackDelta  duration                       `yaml:"lookback_delta,omitempty" doc:"As Prometheus's --query.lookback-delta."`
-	MaxSamples     int                            `yaml:"max_samples,omitempty" doc:"As Prometheus's --query.max-samples: in memory for one query."`
-	CacheBytes     size                           `yaml:"cache_bytes,omitempty" doc:"Memory for pages of blocks."`
-	EnableFeatures []string                       `yaml:"enable_features,omitempty" doc:"As Prometheus's --enable-feature, of what concerns queries: promql-binop-fill-modifiers, promql-delayed-name-removal, promql-experimental-functions, promql-per-step-stats, promql-unquoted-utf8-names, query-cost, search-api, type-and-unit-labels, use-start-timestamps."`
-	Tenants        map[string]GatewayTenantConfig `yaml:"tenants,omitempty" doc:"By tenant: its own 'lookback_delta' and 'enable_features', as its Prometheus has them. What is absent is as above; 'enable_features: []' is none."`
+	QueryTimeout     duration                       `yaml:"query_timeout,omitempty" doc:"The longest query."`
+	LookbackDelta    duration                       `yaml:"lookback_delta,omitempty" doc:"As Prometheus's --query.lookback-delta."`
+	MaxSamples       int                            `yaml:"max_samples,omitempty" doc:"As Prometheus's --query.max-samples: in memory for one query."`
+	CacheBytes       size                           `yaml:"cache_bytes,omitempty" doc:"Memory for pages of blocks."`
+	EnableFeatures   []string                       `yaml:"enable_features,omitempty" doc:"As Prometheus's --enable-feature, of what concerns queries: promql-binop-fill-modifiers, promql-delayed-name-removal, promql-experimental-functions, promql-per-step-stats, promql-unquoted-utf8-names, query-cost, search-api, type-and-unit-labels, use-start-timestamps."`
+	TenantFederation bool                           `yaml:"tenant_federation,omitempty" doc:"Whether a request may be about several tenants, as 'X-Scope-OrgID: a|b'. Series then have the label '__tenant_id__'. The proxy that authenticates must check each of them. Off, a bar is a part of a tenant's name."`
+	Tenants          map[string]GatewayTenantConfig `yaml:"tenants,omitempty" doc:"By tenant: its own 'lookback_delta' and 'enable_features', as its Prometheus has them. What is absent is as above; 'enable_features: []' is none."`
 }
 
 // GatewayTenantConfig is what a tenant has of its own.

@@ -61,7 +61,7 @@ func (p *process) addGateway(st *stores, live *ring.Live) error {
 	c := p.config.Gateway
 	api, err := gateway.New(gateway.Options{
 		Tenancy: p.config.Tenancy, QueryTimeout: time.Duration(c.QueryTimeout), MaxSamples: c.MaxSamples,
-		Engine: c.engine(), Tenants: c.tenants(),
+		Engine: c.engine(), Tenants: c.tenants(), TenantFederation: c.TenantFederation,
 		Flags: p.shownFlags(), ListenAddress: (*p.flags.web.WebListenAddresses)[0],
 		Revision: revision(), GoVersion: runtime.Version(), Ready: p.isReady,
 		Choices: choice.New(st.index),
@@ -71,6 +71,7 @@ func (p *process) addGateway(st *stores, live *ring.Live) error {
 	}
 	p.health = append(p.health, func() []health.Condition { return ringConditions(live.Ring()) })
 	p.mux.Handle("/api/v1/", api)
+	p.mux.Handle("/federate", api)
 	p.mux.HandleFunc("GET /ring", serveRing(live, heads))
 	p.status = append(p.status, section{"Ring", func(r *http.Request) [][]string { return ringTable(r.Context(), live, heads) }})
 	return nil
