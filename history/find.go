@@ -125,6 +125,28 @@ func (s *Snapshot) find(ctx context.Context, bs []*Block, ms []*labels.Matcher, 
 	return out, nil
 }
 
+// Estimate says about how many samples a Select would read, from directories
+// alone: at least as many as there are, but that the samples of a page are taken to
+// be spread evenly over its time.
+func (s *Snapshot) Estimate(ctx context.Context, ms []*labels.Matcher, mint, maxt int64) (samples int64, err error) {
+	err = s.attempt(ctx, mint, maxt, func(bs []*Block) error {
+		samples = 0
+		dirs, err := s.directories(ctx, bs)
+		if err != nil {
+			return err
+		}
+		for i, b := range bs {
+			lo, hi := b.clip(max(mint, s.MinT), min(maxt, s.MaxT))
+			for _, r := range dirs[i].Pages(ms, lo, hi) {
+				part := float64(min(hi, r.Times.MaxT)-max(lo, r.Times.MinT)+1) / float64(r.Times.MaxT-r.Times.MinT+1)
+				samples += int64(part * float64(r.Samples))
+			}
+		}
+		return nil
+	})
+	return samples, err
+}
+
 // clip cuts a range to what is to be read from the block at all.
 func (b *Block) clip(mint, maxt int64) (lo, hi int64) {
 	return max(mint, b.Ranges[0].MinT), min(maxt, b.Ranges[len(b.Ranges)-1].MaxT)

@@ -19,8 +19,9 @@ import (
 	"github.com/epimetheus-tsdb/epimetheus/ingest/fetch"
 )
 
-// querier is one query: all its selectors read one snapshot of history.
-type querier struct {
+// Querier is one query: all its selectors read one snapshot of history. It is a
+// storage.Querier.
+type Querier struct {
 	s          *Storage
 	mint, maxt int64
 
@@ -34,7 +35,7 @@ type querier struct {
 // snapshot is taken once, after the first heads have answered. Heads that are
 // asked later in the query need no newer one: a generation that they don't show
 // any more was published a visibility delay before, which is longer than a query.
-func (q *querier) snapshot(ctx context.Context, must []ulid.ULID, since time.Time) (*history.Snapshot, error) {
+func (q *Querier) snapshot(ctx context.Context, must []ulid.ULID, since time.Time) (*history.Snapshot, error) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	if q.snap == nil {
@@ -48,7 +49,7 @@ func (q *querier) snapshot(ctx context.Context, must []ulid.ULID, since time.Tim
 }
 
 // Close ends what Select has started.
-func (q *querier) Close() error {
+func (q *Querier) Close() error {
 	q.mu.Lock()
 	q.closed = true
 	for _, c := range q.cancels {
@@ -63,7 +64,7 @@ var errClosed = errors.New("querier is closed")
 
 // Select starts to read at once; the set waits for it. The selectors of a query
 // are so read at the same time.
-func (q *querier) Select(ctx context.Context, _ bool, hints *storage.SelectHints, ms ...*labels.Matcher) storage.SeriesSet {
+func (q *Querier) Select(ctx context.Context, _ bool, hints *storage.SelectHints, ms ...*labels.Matcher) storage.SeriesSet {
 	ctx, cancel := context.WithCancel(ctx)
 	q.mu.Lock()
 	defer q.mu.Unlock()
@@ -72,66 +73,31 @@ func (q *querier) Select(ctx context.Context, _ bool, hints *storage.SelectHints
 		return storage.ErrSeriesSet(errClosed)
 	}
 	q.cancels = append(q.cancels, cancel)
-	// Matchers may be used by their owner as soon as we return.
-	ms = slices.Clone(ms)
+	sel := newSelection(ctx, q, hints, ms)
 	set := &seriesSet{ctx: ctx, ready: make(chan struct{})}
-	mint, maxt := q.mint, q.maxt
-	var h storage.SelectHints
-	if hints != nil {
-		h = *hints
-		mint, maxt = max(mint, h.Start), min(maxt, h.End)
-	}
 	q.selects.Go(func() {
-		defer close(set.ready)
-		set.err = class(ctx, q.load(ctx, set, &h, mint, maxt, ms))
+		sel.open(ctx)
+		sel.read(ctx, set, sel.mint, sel.maxt)
 	})
 	return set
 }
 
-func (q *querier) load(ctx context.Context, set *seriesSet, h *storage.SelectHints, mint, maxt int64, ms []*labels.Matcher) error {
-	set.mint, set.maxt, set.shard, set.shards, set.left = mint, maxt, h.ShardIndex, h.ShardCount, h.Limit
-	if h.Limit <= 0 {
-		set.left = -1
+// Selection asks the heads at once; the series are read when Set is called. The
+// selection is good until the Querier is closed.
+func (q *Querier) Selection(ctx context.Context, hints *storage.SelectHints, ms ...*labels.Matcher) *Selection {
+	ctx, cancel := context.WithCancel(ctx)
+	sel := newSelection(ctx, q, hints, ms)
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if q.closed {
+		cancel()
+		sel.err = errClosed
+		close(sel.ready)
+		return sel
 	}
-	if mint > maxt {
-		return nil
-	}
-	labelsOnly := h.Func == "series" // of the series API
-	as, since, warnings, err := ask(ctx, q.s.heads, q.s.tenantOf(ctx), func(ctx context.Context, c *fetch.Client) ([]fetch.Series, fetch.Header, error) {
-		return c.Select(ctx, fetch.Query{Tenant: q.s.tenantOf(ctx), MinT: mint, MaxT: maxt, Matchers: ms}, labelsOnly)
-	})
-	if err != nil {
-		return err
-	}
-	set.warnings = warnings
-	snap, err := q.snapshot(ctx, blocks(as), since)
-	if err != nil {
-		return err
-	}
-	for _, a := range as {
-		if len(a.value) > 0 {
-			set.heads = append(set.heads, a.value)
-		}
-	}
-	if labelsOnly {
-		lss, err := snap.Series(ctx, ms, mint, maxt)
-		if err != nil {
-			return err
-		}
-		var old []fetch.Series
-		for _, ls := range lss {
-			old = append(old, fetch.Series{Labels: ls})
-		}
-		if len(old) > 0 {
-			set.heads = append(set.heads, old)
-		}
-		return nil
-	}
-	if set.old, err = snap.Select(ctx, ms, mint, maxt); err != nil {
-		return err
-	}
-	set.more = set.old.Next(ctx)
-	return set.old.Err()
+	q.cancels = append(q.cancels, cancel)
+	q.selects.Go(func() { sel.open(ctx) })
+	return sel
 }
 
 // class puts an error into one of the classes for which Prometheus's API has
@@ -150,20 +116,20 @@ func class(ctx context.Context, err error) error {
 }
 
 // LabelValues implements storage.LabelQuerier.
-func (q *querier) LabelValues(ctx context.Context, name string, hints *storage.LabelHints, ms ...*labels.Matcher) ([]string, annotations.Annotations, error) {
+func (q *Querier) LabelValues(ctx context.Context, name string, hints *storage.LabelHints, ms ...*labels.Matcher) ([]string, annotations.Annotations, error) {
 	return q.labels(ctx, name, hints, ms, func(s *history.Snapshot) ([]string, error) {
 		return s.LabelValues(ctx, name, ms, q.mint, q.maxt)
 	})
 }
 
 // LabelNames implements storage.LabelQuerier.
-func (q *querier) LabelNames(ctx context.Context, hints *storage.LabelHints, ms ...*labels.Matcher) ([]string, annotations.Annotations, error) {
+func (q *Querier) LabelNames(ctx context.Context, hints *storage.LabelHints, ms ...*labels.Matcher) ([]string, annotations.Annotations, error) {
 	return q.labels(ctx, "", hints, ms, func(s *history.Snapshot) ([]string, error) {
 		return s.LabelNames(ctx, ms, q.mint, q.maxt)
 	})
 }
 
-func (q *querier) labels(ctx context.Context, name string, hints *storage.LabelHints, ms []*labels.Matcher, old func(*history.Snapshot) ([]string, error)) ([]string, annotations.Annotations, error) {
+func (q *Querier) labels(ctx context.Context, name string, hints *storage.LabelHints, ms []*labels.Matcher, old func(*history.Snapshot) ([]string, error)) ([]string, annotations.Annotations, error) {
 	fq := fetch.Query{Tenant: q.s.tenantOf(ctx), MinT: q.mint, MaxT: q.maxt, Matchers: ms}
 	if hints != nil {
 		fq.Limit = hints.Limit
@@ -210,6 +176,17 @@ type seriesSet struct {
 	at *Series
 }
 
+// readHistory begins to read blocks.
+func (s *seriesSet) readHistory(ctx context.Context, snap *history.Snapshot, ms []*labels.Matcher) {
+	old, err := snap.Select(ctx, ms, s.mint, s.maxt)
+	if err == nil {
+		s.old = old
+		s.more = old.Next(ctx)
+		err = old.Err()
+	}
+	s.err = class(ctx, err)
+}
+
 func (s *seriesSet) Next() bool {
 	<-s.ready
 	for s.err == nil && s.left != 0 {
@@ -218,11 +195,13 @@ func (s *seriesSet) Next() bool {
 			return false
 		}
 		at := &Series{labels: ls, mint: s.mint, maxt: s.maxt}
+		elsewhere := false // it has samples, at other times
 		for i := range s.heads {
 			if h := s.heads[i]; len(h) > 0 && labels.Equal(h[0].Labels, ls) {
-				if len(h[0].Chunks) > 0 {
+				if slices.ContainsFunc(h[0].Chunks, func(c fetch.Chunk) bool { return c.MinT <= s.maxt && s.mint <= c.MaxT }) {
 					at.heads = append(at.heads, h[0].Chunks)
 				}
+				elsewhere = elsewhere || len(h[0].Chunks) > 0
 				s.heads[i] = h[1:]
 			}
 		}
@@ -231,6 +210,9 @@ func (s *seriesSet) Next() bool {
 			if s.more = s.old.Next(s.ctx); !s.more {
 				s.err = class(s.ctx, s.old.Err())
 			}
+		}
+		if elsewhere && len(at.heads) == 0 && at.old == nil {
+			continue
 		}
 		if s.shards > 0 && labels.StableHash(ls)%s.shards != s.shard {
 			continue

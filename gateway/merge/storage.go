@@ -31,21 +31,21 @@ func New(heads *Heads, h *history.History, tenantOf func(context.Context) string
 	return &Storage{heads, h, tenantOf}
 }
 
-// Querier implements storage.Queryable.
+// Querier implements storage.Queryable; what it gives is a *Querier.
 func (s *Storage) Querier(mint, maxt int64) (storage.Querier, error) {
-	return &querier{s: s, mint: mint, maxt: maxt}, nil
+	return &Querier{s: s, mint: mint, maxt: maxt}, nil
 }
 
 // ChunkQuerier implements storage.ChunkQueryable. Chunks are encoded anew, as
 // Prometheus encodes them by default.
 func (s *Storage) ChunkQuerier(mint, maxt int64) (storage.ChunkQuerier, error) {
-	return &chunkQuerier{querier: &querier{s: s, mint: mint, maxt: maxt}}, nil
+	return &chunkQuerier{Querier: &Querier{s: s, mint: mint, maxt: maxt}}, nil
 }
 
-type chunkQuerier struct{ *querier }
+type chunkQuerier struct{ *Querier }
 
 func (q *chunkQuerier) Select(ctx context.Context, sorted bool, hints *storage.SelectHints, ms ...*labels.Matcher) storage.ChunkSeriesSet {
-	return storage.NewSeriesSetToChunkSet(q.querier.Select(ctx, sorted, hints, ms...))
+	return storage.NewSeriesSetToChunkSet(q.Querier.Select(ctx, sorted, hints, ms...))
 }
 
 // ExemplarQuerier implements storage.ExemplarQueryable.

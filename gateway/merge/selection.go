@@ -1,0 +1,150 @@
+package merge
+
+import (
+	"context"
+	"slices"
+
+	"github.com/prometheus/prometheus/model/labels"
+	"github.com/prometheus/prometheus/storage"
+	"github.com/prometheus/prometheus/util/annotations"
+
+	"github.com/epimetheus-tsdb/epimetheus/history"
+	"github.com/epimetheus-tsdb/epimetheus/ingest/fetch"
+)
+
+// Selection is what a selector reads: the answers of the heads, and the blocks of
+// history. Parts of its time can be read one by one, here or elsewhere.
+type Selection struct {
+	q          *Querier
+	ctx        context.Context //nolint:containedctx // of the query, for what is read later
+	matchers   []*labels.Matcher
+	hints      storage.SelectHints
+	mint, maxt int64 // inclusive, ms
+
+	ready    chan struct{} // closed when the fields below are set
+	err      error
+	warnings annotations.Annotations
+	heads    [][]fetch.Series // of each ingester, ascending in labels
+	snap     *history.Snapshot
+}
+
+func newSelection(ctx context.Context, q *Querier, hints *storage.SelectHints, ms []*labels.Matcher) *Selection {
+	// Matchers may be used by their owner as soon as the caller returns.
+	s := &Selection{q: q, ctx: ctx, matchers: slices.Clone(ms), mint: q.mint, maxt: q.maxt, ready: make(chan struct{})}
+	if hints != nil {
+		s.hints = *hints
+		s.mint, s.maxt = max(s.mint, hints.Start), min(s.maxt, hints.End)
+	}
+	return s
+}
+
+// labelsOnly: it is the series API that asks.
+func (s *Selection) labelsOnly() bool { return s.hints.Func == "series" }
+
+// open asks the heads, and then lists the blocks.
+func (s *Selection) open(ctx context.Context) {
+	defer close(s.ready)
+	if s.mint > s.maxt {
+		return
+	}
+	tenant := s.q.s.tenantOf(ctx)
+	as, since, warnings, err := ask(ctx, s.q.s.heads, tenant, func(ctx context.Context, c *fetch.Client) ([]fetch.Series, fetch.Header, error) {
+		return c.Select(ctx, fetch.Query{Tenant: tenant, MinT: s.mint, MaxT: s.maxt, Matchers: s.matchers}, s.labelsOnly())
+	})
+	if err != nil {
+		s.err = class(ctx, err)
+		return
+	}
+	s.warnings = warnings
+	for _, a := range as {
+		if len(a.value) > 0 {
+			s.heads = append(s.heads, a.value)
+		}
+	}
+	snap, err := s.q.snapshot(ctx, blocks(as), since)
+	s.snap, s.err = snap, class(ctx, err)
+}
+
+// Wait waits until the heads have answered and the blocks are listed, and gives
+// why they can't be.
+func (s *Selection) Wait() error {
+	<-s.ready
+	return s.err
+}
+
+// Warnings of the heads. Wait first.
+func (s *Selection) Warnings() annotations.Annotations { return s.warnings }
+
+// Snapshot is the list of blocks that the query reads; nil if its time is empty.
+// Wait first.
+func (s *Selection) Snapshot() *history.Snapshot { return s.snap }
+
+// Matchers of the selector; not to be changed.
+func (s *Selection) Matchers() []*labels.Matcher { return s.matchers }
+
+// HeadTimes calls fn with the time of each chunk that a head has for the selector,
+// inclusive, in ms, in no order. Wait first.
+func (s *Selection) HeadTimes(fn func(mint, maxt int64)) {
+	for _, h := range s.heads {
+		for i := range h {
+			for _, c := range h[i].Chunks {
+				fn(c.MinT, c.MaxT)
+			}
+		}
+	}
+}
+
+// Set gives the series that have samples in mint to maxt, inclusive, in ms. It
+// begins to read at once.
+func (s *Selection) Set(mint, maxt int64) storage.SeriesSet {
+	set := &seriesSet{ctx: s.ctx, ready: make(chan struct{})}
+	s.q.mu.Lock()
+	defer s.q.mu.Unlock()
+	if s.q.closed {
+		return storage.ErrSeriesSet(errClosed)
+	}
+	s.q.selects.Go(func() {
+		<-s.ready
+		s.read(s.ctx, set, max(mint, s.mint), min(maxt, s.maxt))
+	})
+	return set
+}
+
+// read fills in a set.
+func (s *Selection) read(ctx context.Context, set *seriesSet, mint, maxt int64) {
+	defer close(set.ready)
+	set.mint, set.maxt, set.shard, set.shards, set.left = mint, maxt, s.hints.ShardIndex, s.hints.ShardCount, s.hints.Limit
+	if s.hints.Limit <= 0 {
+		set.left = -1
+	}
+	set.warnings = s.warnings
+	if set.err = s.err; s.err != nil || mint > maxt {
+		return
+	}
+	set.heads = slices.Clone(s.heads)
+	if s.labelsOnly() {
+		lss, err := s.snap.Series(ctx, s.matchers, mint, maxt)
+		if err != nil {
+			set.err = class(ctx, err)
+			return
+		}
+		var old []fetch.Series
+		for _, ls := range lss {
+			old = append(old, fetch.Series{Labels: ls})
+		}
+		if len(old) > 0 {
+			set.heads = append(set.heads, old)
+		}
+		return
+	}
+	set.readHistory(ctx, s.snap, s.matchers)
+}
+
+// Historical gives series of history alone, from a snapshot, with samples in mint
+// to maxt, inclusive, in ms. It begins to read before it returns.
+func Historical(ctx context.Context, snap *history.Snapshot, mint, maxt int64, ms []*labels.Matcher) storage.SeriesSet {
+	set := &seriesSet{ctx: ctx, ready: make(chan struct{}), mint: mint, maxt: maxt, left: -1}
+	close(set.ready)
+	set.readHistory(ctx, snap, ms)
+	return set
+}
