@@ -14,6 +14,8 @@ import (
 	"github.com/prometheus/prometheus/util/annotations"
 	"github.com/prometheus/prometheus/util/httputil"
 
+	"github.com/epimetheus-tsdb/epimetheus/gateway/plan"
+	"github.com/epimetheus-tsdb/epimetheus/history"
 	"github.com/epimetheus-tsdb/epimetheus/ingest/fetch"
 	"github.com/epimetheus-tsdb/epimetheus/ingest/fetch/fetchpb"
 	"github.com/epimetheus-tsdb/epimetheus/ingest/ring"
@@ -42,7 +44,9 @@ type Options struct {
 	MaxSamples       int           // in memory for one query; 50 million by default
 	Engine           EngineOptions
 	// Tenants are those whose engine has other options than Engine, by name.
-	Tenants             map[string]EngineOptions
+	Tenants map[string]EngineOptions
+	// Spread says where queries are computed; its TenantOf is set by New.
+	Spread              plan.Spread
 	Flags               map[string]string // shown by status/flags
 	ListenAddress       string
 	Revision, GoVersion string // of this program, shown by status/buildinfo
@@ -64,6 +68,7 @@ func (o *Options) setDefaults() {
 	if o.Flags == nil {
 		o.Flags = map[string]string{}
 	}
+	o.Spread.TenantOf = TenantOf
 	if o.Ready == nil {
 		o.Ready = func() error { return nil }
 	}
@@ -177,6 +182,15 @@ func (a *API) wrap(h http.HandlerFunc) http.HandlerFunc {
 		httputil.SetCORS(w, corsOrigin(), r)
 		h(w, r)
 	})}.ServeHTTP)
+}
+
+// Work computes a part of another gateway's query: plan.Engine.Work.
+func (a *API) Work(ctx context.Context, h *history.History, t *plan.Task) ([]byte, error) {
+	e, ok := a.variantOf([]string{t.Tenant}).engine.(*plan.Engine)
+	if !ok {
+		return nil, plan.ErrUnlike
+	}
+	return e.Work(WithTenant(ctx, t.Tenant), h, t)
 }
 
 // whenReady answers 503 until the gateway can serve, as Prometheus does.

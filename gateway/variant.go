@@ -78,6 +78,7 @@ func (o *EngineOptions) key() string {
 type variant struct {
 	options EngineOptions
 	parser  parser.Parser
+	engine  promql.QueryEngine
 	handler http.Handler // paths are those below /api/v1
 	// fresh makes the handler anew, with nothing kept from other requests.
 	fresh func() http.Handler
@@ -100,7 +101,7 @@ func newEngine(o *Options, e *EngineOptions, parse parser.Parser, registry featu
 	if eo.EnableQueryCost {
 		return engine // its limits count what it reads itself
 	}
-	return plan.New(engine, eo)
+	return plan.New(engine, eo, o.Spread)
 }
 
 // newVariant makes a variant. Its metrics have its options as the label engine.
@@ -148,7 +149,7 @@ func (a *API) newVariant(e EngineOptions, reg prometheus.Registerer, gatherer pr
 		api.Register(r)
 		return r
 	}
-	return &variant{options: e, parser: parse, handler: make1(reg), fresh: func() http.Handler { return make1(nil) }}
+	return &variant{options: e, parser: parse, engine: engine, handler: make1(reg), fresh: func() http.Handler { return make1(nil) }}
 }
 
 // maxSearchLimit is Prometheus's default of --web.search.max-limit.

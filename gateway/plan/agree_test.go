@@ -4,16 +4,19 @@ import (
 	"context"
 	"flag"
 	"fmt"
+	"log/slog"
 	"maps"
 	"math"
 	"math/rand"
 	"regexp"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
 	"github.com/cortexproject/promqlsmith"
+	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/prometheus/model/histogram"
 	"github.com/prometheus/prometheus/model/labels"
 	"github.com/prometheus/prometheus/model/value"
@@ -23,8 +26,12 @@ import (
 	"github.com/prometheus/prometheus/storage"
 	"github.com/prometheus/prometheus/tsdb/tsdbutil"
 
+	"github.com/epimetheus-tsdb/epimetheus/gateway"
 	"github.com/epimetheus-tsdb/epimetheus/gateway/gatewaytest"
+	"github.com/epimetheus-tsdb/epimetheus/gateway/merge"
 	"github.com/epimetheus-tsdb/epimetheus/gateway/plan"
+	"github.com/epimetheus-tsdb/epimetheus/history"
+	"github.com/epimetheus-tsdb/epimetheus/ingest/ring"
 )
 
 var (
@@ -103,6 +110,44 @@ func dataset(t testing.TB, rnd *rand.Rand, s *gatewaytest.Shipped) []labels.Labe
 	return all
 }
 
+func tenantOf(context.Context) string { return gateway.DefaultTenant }
+
+// workers computes parts of leaves as other gateways would.
+type workers struct {
+	engine *plan.Engine
+	h      *history.History
+	runs   *atomic.Int64
+}
+
+func (w *workers) Here(key plan.Key) bool { return key[0]%3 == 0 }
+
+func (w *workers) Run(ctx context.Context, key plan.Key, t *plan.Task) ([]byte, error) {
+	if key[0]%8 == 1 {
+		return nil, plan.ErrHere // it has gone
+	}
+	b, err := w.engine.Work(ctx, w.h, t)
+	if t.To-t.From < 10 && len(b) > 100 { // there is something in it
+		w.runs.Add(1)
+	}
+	return b, err
+}
+
+// parted is an engine that computes small parts, here and at workers, and keeps
+// the results.
+func parted(t *testing.T, c *gatewaytest.Cluster, e *promql.Engine, o promql.EngineOpts, runs *atomic.Int64) *plan.Engine {
+	t.Helper()
+	spread := func() plan.Spread {
+		r, err := plan.NewResults(4<<20, prometheus.NewRegistry())
+		if err != nil {
+			t.Fatal(err)
+		}
+		return plan.Tight(plan.Spread{TenantOf: tenantOf, Results: r})
+	}
+	s := spread()
+	s.Workers = &workers{plan.New(e, o, spread()), c.History, runs}
+	return plan.New(e, o, s)
+}
+
 // TestAgreement runs random queries through the planner and through the engine
 // alone, on the same data. -agree.n says how many, -agree.seed repeats one.
 func TestAgreement(t *testing.T) {
@@ -113,15 +158,25 @@ func TestAgreement(t *testing.T) {
 		name  string
 		plain *promql.Engine
 		plan  *plan.Engine
+		data  storage.Queryable
+		parts bool
 	}
+	// What was flushed is in heads for a while. This is as if it were gone.
+	none := merge.NewHeads(&ring.Live{}, slog.New(slog.DiscardHandler), prometheus.NewRegistry())
+	defer none.Close()
+	old := merge.New(none, c.History, tenantOf)
 	var es []engines
+	var atWorkers atomic.Int64
 	for _, delayed := range []bool{false, true} {
 		for _, starts := range []bool{false, true} {
 			o := suiteOptions
 			o.MaxSamples, o.EnablePerStepStats = 50_000_000, true // kernels hold less in memory, so they fail later
 			o.EnableDelayedNameRemoval, o.UseStartTimestamps = delayed, starts
 			e := promqltest.NewTestEngineWithOpts(t, o)
-			es = append(es, engines{fmt.Sprintf("delayed name removal %t, start timestamps %t", delayed, starts), e, plan.New(e, o)})
+			name := fmt.Sprintf("delayed name removal %t, start timestamps %t", delayed, starts)
+			es = append(es, engines{name, e, plan.New(e, o, plan.Spread{}), s, false},
+				engines{name + ", parts", e, parted(t, c, e, o, &atWorkers), s, true},
+				engines{name + ", parts of history", e, parted(t, c, e, o, &atWorkers), old, true})
 		}
 	}
 	leaves, failed, chance := 0, 0, 0
@@ -153,9 +208,9 @@ func TestAgreement(t *testing.T) {
 			var q promql.Query
 			var err error
 			if instant {
-				q, err = ng.NewInstantQuery(ctx, s, promql.NewPrometheusQueryOpts(true, 0, nil), expr, start)
+				q, err = ng.NewInstantQuery(ctx, e.data, promql.NewPrometheusQueryOpts(true, 0, nil), expr, start)
 			} else {
-				q, err = ng.NewRangeQuery(ctx, s, promql.NewPrometheusQueryOpts(true, 0, nil), expr, start, end, step)
+				q, err = ng.NewRangeQuery(ctx, e.data, promql.NewPrometheusQueryOpts(true, 0, nil), expr, start, end, step)
 			}
 			if err != nil {
 				return &promql.Result{Err: err}, ""
@@ -177,6 +232,10 @@ func TestAgreement(t *testing.T) {
 		want, _ := run(e.plain)
 		wantRead := read
 		got, text := run(e.plan)
+		if e.parts { // the same series in several parts are known to be so only where they are computed
+			delete(read, "series")
+			delete(wantRead, "series")
+		}
 		if got.Err == nil && want.Err == nil && !strings.Contains(expr, ":") && !maps.Equal(read, wantRead) {
 			t.Errorf("seed %d: %s\n%sread %v, want %v", seed, expr, text, read, wantRead)
 		}
@@ -205,9 +264,12 @@ func TestAgreement(t *testing.T) {
 			}
 		}
 	}
-	t.Logf("%d queries with %d leaves: %d differ; of %d the engine gave two results", *agreeN, leaves, failed, chance)
+	t.Logf("%d queries with %d leaves, %d parts at workers: %d differ; of %d the engine gave two results", *agreeN, leaves, atWorkers.Load(), failed, chance)
 	if chance > max(3, *agreeN/50) {
 		t.Errorf("%d results depend on chance: too many to tell", chance)
+	}
+	if *agreeN > 100 && atWorkers.Load() < int64(*agreeN)/10 {
+		t.Errorf("only %d parts were computed at workers: they aren't tested", atWorkers.Load())
 	}
 	if *agreeN > 100 && leaves < *agreeN/4 {
 		t.Errorf("only %d leaves: the planner isn't tested", leaves)

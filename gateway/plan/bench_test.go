@@ -44,7 +44,7 @@ func BenchmarkDeep(b *testing.B) {
 	o.MaxSamples, o.EnableDelayedNameRemoval, o.UseStartTimestamps = 50_000_000, false, false
 	o.Parser = parser.NewParser(parser.Options{})
 	engine := promql.NewEngine(o)
-	planned := plan.New(engine, o)
+	planned := plan.New(engine, o, plan.Spread{})
 	secs := int(span.Seconds())
 	rate := "sum by (job) (rate(http_requests_total[5m]))"
 	for _, q := range []struct {

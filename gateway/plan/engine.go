@@ -12,16 +12,22 @@ import (
 	"github.com/prometheus/prometheus/promql/parser"
 	"github.com/prometheus/prometheus/storage"
 	"github.com/prometheus/prometheus/util/annotations"
+
+	"github.com/epimetheus-tsdb/epimetheus/gateway/merge"
 )
 
 // Engine is a promql.QueryEngine whose storage is that of package merge.
 type Engine struct {
-	inner *promql.Engine
-	opts  promql.EngineOpts
+	inner  *promql.Engine
+	opts   promql.EngineOpts
+	spread Spread
 }
 
 // New wraps an engine, which was made with o.
-func New(inner *promql.Engine, o promql.EngineOpts) *Engine {
+func New(inner *promql.Engine, o promql.EngineOpts, s Spread) *Engine {
+	if s.parting.samples == 0 {
+		s.parting = usual
+	}
 	if o.LookbackDelta == 0 {
 		o.LookbackDelta = 5 * time.Minute // the engine's default
 	}
@@ -31,7 +37,7 @@ func New(inner *promql.Engine, o promql.EngineOpts) *Engine {
 	if o.NoStepSubqueryIntervalFn == nil {
 		o.NoStepSubqueryIntervalFn = func(int64) int64 { return time.Minute.Milliseconds() }
 	}
-	return &Engine{inner: inner, opts: o}
+	return &Engine{inner: inner, opts: o, spread: s}
 }
 
 // options are what kernels need to know of the engine's options.
@@ -40,6 +46,7 @@ type options struct {
 	delayedNameRemoval bool
 	typeAndUnitLabels  bool
 	maxSamples         int
+	parting            parting
 	logger             *slog.Logger
 }
 
@@ -63,6 +70,7 @@ func (e *Engine) NewRangeQuery(ctx context.Context, q storage.Queryable, opts pr
 	return e.plan(inner, one, opts), nil
 }
 
+// plan takes the leaves out of a query.
 func (e *Engine) plan(inner promql.Query, one *snapshot, opts promql.QueryOpts) *query {
 	q := &query{Query: inner, engine: e, one: one}
 	stmt, ok := inner.Statement().(*parser.EvalStmt)
@@ -73,7 +81,7 @@ func (e *Engine) plan(inner promql.Query, one *snapshot, opts promql.QueryOpts) 
 	q.opts = options{
 		startTimestamps: e.opts.UseStartTimestamps, delayedNameRemoval: e.opts.EnableDelayedNameRemoval,
 		typeAndUnitLabels: e.opts.EnableTypeAndUnitLabels, maxSamples: e.opts.MaxSamples,
-		logger: e.opts.Logger,
+		parting: e.spread.parting, logger: e.opts.Logger,
 	}
 	if opts != nil && opts.UseStartTimestamps() != nil {
 		q.opts.startTimestamps = *opts.UseStartTimestamps()
@@ -170,21 +178,29 @@ func (q *query) Cancel() {
 
 // compute fills in the results of all leaves.
 func (q *query) compute(ctx context.Context) (annos annotations.Annotations, err error) {
-	sets := make([]storage.SeriesSet, len(q.leaves))
+	querier, ok := q.one.querier.(*merge.Querier)
+	if !ok { // of several tenants
+		for _, l := range q.leaves {
+			l.giveUp()
+		}
+		return nil, nil
+	}
+	sels := make([]*merge.Selection, len(q.leaves))
 	for i, l := range q.leaves { // all begin to read
-		sets[i] = q.one.querier.Select(ctx, true, l.hints(), l.Selector.LabelMatchers...)
+		sels[i] = querier.Selection(ctx, l.hints(), l.Selector.LabelMatchers...)
 	}
 	for i, l := range q.leaves {
-		out, n, ws, err := run(ctx, l, q.opts, sets[i])
+		p, err := q.leaf(ctx, i, sels[i])
 		if errors.Is(err, errGiveUp) && l.split() {
-			out, n, ws, err = run(ctx, l, q.opts, q.one.querier.Select(ctx, true, l.hints(), l.Selector.LabelMatchers...))
+			p, err = q.leaf(ctx, i, sels[i])
 		}
 		if errors.Is(err, errGiveUp) {
 			l.giveUp()
-			l.counts = counts{}
 			continue
 		}
-		annos.Merge(ws)
+		if p != nil {
+			annos.Merge(p.annos)
+		}
 		if err != nil {
 			const where = "expression evaluation" // as the engine says
 			switch ctx.Err() {
@@ -195,12 +211,13 @@ func (q *query) compute(ctx context.Context) (annos annotations.Annotations, err
 			}
 			return annos, err
 		}
-		l.result.Series = make([]storage.Series, len(out))
-		for j := range out {
-			n.without(&out[j], l.Grid)
-			l.result.Series[j] = promql.NewStorageSeries(out[j])
+		p.counts.begin()
+		l.result.Series = make([]storage.Series, len(p.series))
+		for j := range p.series {
+			p.counts.without(&p.series[j].Series, l.Grid)
+			l.result.Series[j] = promql.NewStorageSeries(p.series[j].Series)
 		}
-		l.counts = n
+		l.counts = p.counts
 	}
 	return annos, nil
 }

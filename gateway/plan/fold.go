@@ -29,11 +29,12 @@ type fold struct {
 // group has, for each step, what has been put together so far.
 type group struct {
 	labels labels.Labels
-	n      []uint32  // samples; 0: none yet
-	v      []float64 // floatValue of promql's groupedAggregation
-	c      []float64 // floatKahanC; of SUM and AVG
-	mean   []float64 // floatMean; of STDDEV and STDVAR, of AVG where a sum overflowed
-	inc    []bool    // floatIncrementalMean; nil: nowhere
+	first  labels.Labels // of its first series
+	n      []uint32      // samples; 0: none yet
+	v      []float64     // floatValue of promql's groupedAggregation
+	c      []float64     // floatKahanC; of SUM and AVG
+	mean   []float64     // floatMean; of STDDEV and STDVAR, of AVG where a sum overflowed
+	inc    []bool        // floatIncrementalMean; nil: nowhere
 }
 
 func newFold(l *Leaf) *fold {
@@ -49,8 +50,8 @@ func newFold(l *Leaf) *fold {
 	return f
 }
 
-// group of a series whose labels the function has left.
-func (f *fold) group(ls labels.Labels) *group {
+// group of a series, of which the function has left the labels ls.
+func (f *fold) group(series, ls labels.Labels) *group {
 	var hash uint64
 	switch {
 	case f.without:
@@ -61,7 +62,7 @@ func (f *fold) group(ls labels.Labels) *group {
 	if i, ok := f.index[hash]; ok {
 		return f.groups[i]
 	}
-	g := &group{n: make([]uint32, f.steps)}
+	g := &group{first: series, n: make([]uint32, f.steps)}
 	f.builder.Reset(ls)
 	switch {
 	case f.without:
@@ -89,7 +90,7 @@ func (f *fold) group(ls labels.Labels) *group {
 
 // add puts in the points of the next series. If there are histograms where they
 // can't be put together here, it gives errGiveUp.
-func (f *fold) add(ls labels.Labels, p *points, annos *annotations.Annotations) error {
+func (f *fold) add(series, ls labels.Labels, p *points, annos *annotations.Annotations) error {
 	op := f.leaf.Agg.Op
 	if len(p.h) > 0 {
 		switch op {
@@ -100,7 +101,7 @@ func (f *fold) add(ls labels.Labels, p *points, annos *annotations.Annotations) 
 			annos.Add(annotations.NewHistogramIgnoredInAggregationInfo(op.String(), f.leaf.Agg.Expr.PositionRange()))
 		}
 	}
-	g := f.group(ls)
+	g := f.group(series, ls)
 	switch op {
 	case parser.SUM:
 		for i, s := range p.step {
@@ -182,8 +183,8 @@ func (g *group) average(s int, x float64) {
 }
 
 // finish gives the results, in the engine's order.
-func (f *fold) finish(dropName bool) []promql.Series {
-	out := make([]promql.Series, 0, len(f.groups))
+func (f *fold) finish(dropName bool) []partialSeries {
+	out := make([]partialSeries, 0, len(f.groups))
 	for _, g := range f.groups {
 		s := promql.Series{Metric: g.labels, DropName: dropName}
 		for i, n := range g.n {
@@ -196,7 +197,7 @@ func (f *fold) finish(dropName bool) []promql.Series {
 			s.Floats = append(s.Floats, promql.FPoint{T: f.leaf.Grid.At(i), F: g.value(f.leaf.Agg.Op, i)})
 		}
 		if s.Floats != nil {
-			out = append(out, s)
+			out = append(out, partialSeries{s, g.first})
 		}
 	}
 	return out

@@ -1,6 +1,7 @@
 package plan
 
 import (
+	"encoding/binary"
 	"fmt"
 	"time"
 )
@@ -39,4 +40,19 @@ func (g Grid) subquery(offset, rng, step int64) Grid {
 		start += step
 	}
 	return Grid{Start: start, End: end - offset, Step: step}
+}
+
+// gridBytes is how long a grid is that goes before a result in memory.
+const gridBytes = 24
+
+func appendGrid(b []byte, g Grid) []byte {
+	for _, x := range []int64{g.Start, g.End, g.Step} {
+		b = binary.LittleEndian.AppendUint64(b, uint64(x)) //nolint:gosec // bits
+	}
+	return b
+}
+
+func gridOf(b []byte) Grid {
+	at := func(i int) int64 { return int64(binary.LittleEndian.Uint64(b[i:])) } //nolint:gosec // bits
+	return Grid{Start: at(0), End: at(8), Step: at(16)}
 }

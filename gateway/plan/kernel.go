@@ -85,7 +85,7 @@ func (k *kernel) eval(ls labels.Labels, cols *chunkfmt.Series, out *points, anno
 			t, v = k.withoutStale(t, v)
 			k.win.find(t, k.leaf.Grid, k.leaf.offset(), k.leaf.Range)
 		}
-		k.counts.floats(&k.win)
+		k.counts.floats(&k.win, t, k.leaf)
 		k.fast(k, t, v, out)
 	default:
 		if k.call == nil {
@@ -231,8 +231,8 @@ func (c *caller) eval(ls labels.Labels, cols *chunkfmt.Series, out *points, anno
 	g, offset := c.leaf.Grid, c.leaf.offset()
 	c.fwin.find(c.ftime, g, offset, c.leaf.Range)
 	c.hwin.find(c.htime, g, offset, c.leaf.Range)
-	n.floats(&c.fwin)
-	before := int32(0)
+	n.floats(&c.fwin, c.ftime, c.leaf)
+	before := c.leaf.before(c.htime)
 	c.one[0].Metric = ls
 	c.enh.StartTimestamps = nil
 	var st promql.StartTimestamps

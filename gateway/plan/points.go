@@ -53,7 +53,8 @@ func (p *points) series(g Grid) promql.Series {
 }
 
 // counts are the samples that the engine would have read, by step: in the whole
-// window, and of those the ones that weren't in the window before. A histogram
+// window, and of those the ones that weren't in the window before, even for the
+// first step. A histogram
 // counts for several.
 type counts struct {
 	window, read []int64
@@ -64,9 +65,9 @@ func newCounts(steps int) counts {
 	return counts{window: make([]int64, steps), read: make([]int64, steps)}
 }
 
-// floats adds one for each sample in each window.
-func (c *counts) floats(w *spans) {
-	before := int32(0)
+// floats adds one for each sample in each window; ts are the times of the samples.
+func (c *counts) floats(w *spans, ts []int64, l *Leaf) {
+	before := l.before(ts)
 	for i, hi := range w.hi {
 		lo := w.lo[i]
 		c.window[i] += int64(hi - lo)
@@ -75,11 +76,20 @@ func (c *counts) floats(w *spans) {
 	}
 }
 
+// before is how many samples were in the window of the step before the first, or
+// earlier.
+func (l *Leaf) before(ts []int64) int32 {
+	return int32(search(ts, 0, 0, l.Grid.At(-1)-l.offset()))
+}
+
 // point adds what a point of the result counts for.
 func (c *counts) point(step, n int) {
 	c.window[step] += int64(n)
 	c.read[step] += int64(n)
 }
+
+// begin makes the first step the query's first: all in its window is read.
+func (c *counts) begin() { c.read[0] = c.window[0] }
 
 // without takes off what the engine counts the result for.
 func (c *counts) without(s *promql.Series, g Grid) {

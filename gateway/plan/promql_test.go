@@ -23,6 +23,6 @@ var suiteOptions = promql.EngineOpts{
 // TestPrometheusSuite runs Prometheus's own acceptance tests of the query
 // language through the planner, on heads and blocks.
 func TestPrometheusSuite(t *testing.T) {
-	engine := plan.New(promqltest.NewTestEngineWithOpts(t, suiteOptions), suiteOptions)
+	engine := plan.New(promqltest.NewTestEngineWithOpts(t, suiteOptions), suiteOptions, plan.Spread{})
 	promqltest.RunBuiltinTestsWithStorage(t, engine, gatewaytest.Suite())
 }

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"runtime"
 	"runtime/debug"
 	"strings"
 	"sync"
@@ -56,11 +55,11 @@ func (w *worker) eval(s *slot) error {
 	return w.k.eval(s.labels, cols, &s.out, &s.annos)
 }
 
-// run computes a leaf over the series of a set.
-func run(ctx context.Context, l *Leaf, o options, set storage.SeriesSet) ([]promql.Series, counts, annotations.Annotations, error) {
+// run computes a leaf over the series of a set, several at a time.
+func run(ctx context.Context, l *Leaf, o options, set storage.SeriesSet, atOnce int) (*partial, error) {
 	r := newResult(l, o)
 	total := newCounts(l.Grid.Len())
-	ws := make([]worker, runtime.GOMAXPROCS(0))
+	ws := make([]worker, atOnce)
 	for i := range ws {
 		buf, _ := buffers.Get().(*merge.Buffer)
 		ws[i] = worker{newKernel(l, o), buf}
@@ -75,33 +74,33 @@ func run(ctx context.Context, l *Leaf, o options, set storage.SeriesSet) ([]prom
 			}
 			s, ok := set.At().(*merge.Series)
 			if !ok {
-				return nil, counts{}, nil, errGiveUp // not of one tenant
+				return nil, errGiveUp // not of one tenant
 			}
 			slots = slots[:len(slots)+1]
 			next := &slots[len(slots)-1]
 			next.series, next.labels, next.annos = s, s.Labels(), nil
 		}
 		if err := ctx.Err(); err != nil {
-			return nil, counts{}, r.annos, err
+			return &partial{annos: r.annos}, err
 		}
 		if err := evaluate(ctx, o.logger, ws, slots); err != nil {
-			return nil, counts{}, r.annos, err
+			return &partial{annos: r.annos}, err
 		}
 		total.series += int64(len(slots))
 		for i := range slots {
 			if err := r.add(&slots[i]); err != nil {
-				return nil, counts{}, r.annos, err
+				return &partial{annos: r.annos}, err
 			}
 		}
 	}
 	if err := set.Err(); err != nil {
-		return nil, counts{}, r.annos, fmt.Errorf("expanding series: %w", err)
+		return &partial{annos: r.annos}, fmt.Errorf("expanding series: %w", err)
 	}
 	r.annos.Merge(set.Warnings())
 	for i := range ws {
 		total.merge(&ws[i].k.counts)
 	}
-	return r.finish(), total, r.annos, nil
+	return &partial{series: r.finish(), counts: total, annos: r.annos}, nil
 }
 
 // evaluate computes the slots, shared out among the workers.
@@ -153,7 +152,7 @@ type result struct {
 
 	present []bool // by step; of absent_over_time
 
-	series []promql.Series // without any of these
+	series []partialSeries // without any of these
 	held   int64           // samples in series, as the engine counts them
 }
 
@@ -200,7 +199,7 @@ func (r *result) add(s *slot) error {
 			}
 			r.unnamed[hash] = struct{}{}
 		}
-		return r.fold.add(ls, &s.out, &r.annos)
+		return r.fold.add(s.labels, ls, &s.out, &r.annos)
 	default:
 		one := s.out.series(r.leaf.Grid)
 		one.Metric, one.DropName = s.labels, r.drops
@@ -211,12 +210,12 @@ func (r *result) add(s *slot) error {
 		if r.held > int64(r.opts.maxSamples) {
 			return promql.ErrTooManySamples("query execution")
 		}
-		r.series = append(r.series, one)
+		r.series = append(r.series, partialSeries{one, s.labels})
 	}
 	return nil
 }
 
-func (r *result) finish() []promql.Series {
+func (r *result) finish() []partialSeries {
 	switch {
 	case r.fold != nil:
 		return r.fold.finish(r.drops && r.opts.delayedNameRemoval)
@@ -249,7 +248,7 @@ func warnOfName(l *Leaf, o options, s *slot, annos *annotations.Annotations) {
 }
 
 // absent gives 1 where no series was present.
-func absent(l *Leaf, present []bool) []promql.Series {
+func absent(l *Leaf, present []bool) []partialSeries {
 	s := promql.Series{Metric: absentLabels(l.Selector), DropName: true}
 	for i, p := range present {
 		if !p {
@@ -259,7 +258,7 @@ func absent(l *Leaf, present []bool) []promql.Series {
 	if s.Floats == nil {
 		return nil
 	}
-	return []promql.Series{s}
+	return []partialSeries{{Series: s}}
 }
 
 // absentLabels is promql's createLabelsForAbsentFunction.

@@ -23,6 +23,6 @@ func TestPanicEndsQuery(t *testing.T) {
 // Series of a storage that has no columns are the engine's.
 func TestForeignSeries(t *testing.T) {
 	s := storage.NewListSeries(labels.FromStrings("a", "b"), nil)
-	_, _, _, err := run(t.Context(), &Leaf{Grid: Grid{Step: 1}, Selector: &parser.VectorSelector{}}, options{}, storage.TestSeriesSet(s))
+	_, err := run(t.Context(), &Leaf{Grid: Grid{Step: 1}, Selector: &parser.VectorSelector{}}, options{}, storage.TestSeriesSet(s), 1)
 	require.ErrorIs(t, err, errGiveUp)
 }

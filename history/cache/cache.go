@@ -78,6 +78,21 @@ func (c *Cache[K, V]) Get(key K) (value V, load *Load[V], mine bool) {
 	return value, l, true
 }
 
+// Peek returns a value if it is there. It is for values that callers can do
+// without: nobody waits for one.
+func (c *Cache[K, V]) Peek(key K) (value V, ok bool) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	e, ok := c.entries[key]
+	if !ok {
+		c.misses++
+		return value, false
+	}
+	c.hits++
+	c.recent.MoveToFront(e)
+	return e.Value.(*entry[K, V]).value, true
+}
+
 // Finish gives the value, of about so many bytes, to all that wait for it and
 // keeps it. With an error nothing is kept.
 func (c *Cache[K, V]) Finish(key K, l *Load[V], value V, bytes int64, err error) {

@@ -1,0 +1,210 @@
+package plan
+
+import (
+	"crypto/sha256"
+	"encoding/binary"
+	"fmt"
+	"slices"
+
+	"github.com/prometheus/common/model"
+	"github.com/prometheus/prometheus/model/labels"
+	"github.com/prometheus/prometheus/promql"
+	"github.com/prometheus/prometheus/util/annotations"
+
+	"github.com/epimetheus-tsdb/epimetheus/chunkfmt"
+	"github.com/epimetheus-tsdb/epimetheus/history"
+)
+
+// parting says how large parts of leaves are.
+type parting struct {
+	samples int64   // that a part reads, about: enough for what goes with a part to be little beside it
+	spans   []int64 // times that parts may have, ms; few, so that the same parts come back when a query of another time comes
+	// A part has so many times the range of windows, which reach into the part
+	// before, and so many steps, at least.
+	ranges, steps int64
+}
+
+//nolint:gochecknoglobals // a constant
+var usual = parting{
+	samples: 1 << 20, spans: []int64{3 * hour / 2, 6 * hour, 24 * hour, 4 * 24 * hour, 16 * 24 * hour, 64 * 24 * hour},
+	ranges: 8, steps: 4,
+}
+
+const hour = int64(3600 * 1000) // ms
+
+// part is a piece of a leaf in time: the steps from, up to, without, to of its
+// grid. But for the first and the last, a part begins at the first step that isn't
+// before a multiple of its span, and ends before the next multiple.
+type part struct {
+	from, to int
+	number   int64 // which multiple of the span
+}
+
+// cut gives the parts of a leaf that reads about so many samples; one if it isn't
+// to be parted.
+func (l *Leaf) cut(samples int64, o options) (span int64, parts []part) {
+	n := l.Grid.Len()
+	whole := []part{{to: n}}
+	if n < 2 || samples < 2*o.parting.samples || !l.separable(o) {
+		return 0, whole
+	}
+	want := float64(l.maxt()-l.mint()) / float64(samples) * float64(o.parting.samples)
+	for _, s := range o.parting.spans {
+		if float64(s) >= want && s >= o.parting.ranges*l.Range && s >= o.parting.steps*l.Grid.Step {
+			span = s
+			break
+		}
+	}
+	if span == 0 {
+		return 0, whole
+	}
+	for i := 0; i < n; {
+		k := floorDiv(l.Grid.At(i), span)
+		next := min(n, int(floorDiv((k+1)*span-1-l.Grid.Start, l.Grid.Step))+1)
+		parts = append(parts, part{from: i, to: next, number: k})
+		i = next
+	}
+	return span, parts
+}
+
+func floorDiv(a, b int64) int64 {
+	q := a / b
+	if a%b < 0 {
+		q--
+	}
+	return q
+}
+
+// separable: no part has to know of series in others. Series that differ in their
+// names alone become one series, or an error, once the names are dropped.
+func (l *Leaf) separable(o options) bool {
+	if l.Agg == nil || l.Call == nil || o.delayedNameRemoval {
+		return true
+	}
+	return slices.ContainsFunc(l.Selector.LabelMatchers, func(m *labels.Matcher) bool {
+		return m.Type == labels.MatchEqual && m.Name == model.MetricNameLabel
+	})
+}
+
+// only is the leaf of the steps of a part alone.
+func (l *Leaf) only(from, to int) *Leaf {
+	out := *l
+	out.Grid = Grid{Start: l.Grid.At(from), End: l.Grid.At(to - 1), Step: l.Grid.Step}
+	return &out
+}
+
+// key names what a part of a leaf gives, over the blocks that it reads, whatever
+// the query that it is in and however many of the part's steps that has. Nothing
+// else goes into it: the times of the query don't.
+func (l *Leaf) key(tenant string, span, number int64, o options, blocks []history.Block) Key {
+	h := sha256.New()
+	fmt.Fprintf(h, "%d\n%q\n%s\n%d %d %d %d %d\n%t %t %t %t %d\n", partialVersion, tenant, l.expr(),
+		l.offset(), l.Range, l.Grid.Step, l.Grid.Start-l.Grid.Start/l.Grid.Step*l.Grid.Step, number,
+		l.Selector.SkipHistogramBuckets, o.startTimestamps, o.delayedNameRemoval, o.typeAndUnitLabels, span)
+	mint, maxt := l.reads(span, number)
+	var b []byte
+	for i := range blocks {
+		if !slices.ContainsFunc(blocks[i].Ranges, func(r chunkfmt.Range) bool { return r.Overlaps(mint, maxt) }) {
+			continue
+		}
+		b = append(b[:0], blocks[i].ID[:]...)
+		for _, r := range blocks[i].Ranges {
+			b = binary.BigEndian.AppendUint64(b, uint64(r.MinT)) //nolint:gosec // bits
+			b = binary.BigEndian.AppendUint64(b, uint64(r.MaxT)) //nolint:gosec // bits
+		}
+		h.Write(b)
+	}
+	return Key(h.Sum(nil))
+}
+
+// reads is the time of the samples that a whole part may need, inclusive.
+func (l *Leaf) reads(span, number int64) (mint, maxt int64) {
+	return number*span - l.offset() - l.Range + 1, (number+1)*span - 1 - l.offset()
+}
+
+// numbers calls fn with the parts that a sample, or samples of mint to maxt, may
+// matter to.
+func (l *Leaf) numbers(span, mint, maxt int64) (first, last int64) {
+	return floorDiv(mint+l.offset(), span), floorDiv(maxt+l.offset()+l.Range-1, span)
+}
+
+// partial is what a leaf, or a part of it, gives.
+type partial struct {
+	series []partialSeries
+	// counts by step. As read counts what is in a step's window and not in that
+	// of the step before, for the first step too.
+	counts counts
+	annos  annotations.Annotations
+}
+
+type partialSeries struct {
+	promql.Series
+	// order are the labels of the first series that went into it: the engine has
+	// results in the order of those.
+	order labels.Labels
+}
+
+// slice is what the steps from, up to, without, to of a leaf's result are, without
+// annotations. The points are shared.
+func (p *partial) slice(g Grid, from, to int) *partial {
+	mint, maxt := g.At(from), g.At(to-1)
+	out := &partial{counts: counts{window: p.counts.window[from:to], read: p.counts.read[from:to], series: p.counts.series}}
+	for i := range p.series {
+		s := p.series[i]
+		s.Floats = within(s.Floats, func(f promql.FPoint) int64 { return f.T }, mint, maxt)
+		s.Histograms = within(s.Histograms, func(h promql.HPoint) int64 { return h.T }, mint, maxt)
+		if len(s.Floats)+len(s.Histograms) > 0 {
+			out.series = append(out.series, s)
+		}
+	}
+	return out
+}
+
+func within[P any](ps []P, at func(P) int64, mint, maxt int64) []P {
+	search := func(t int64) int {
+		i, _ := slices.BinarySearchFunc(ps, t, func(p P, t int64) int {
+			if at(p) < t {
+				return -1
+			}
+			return 1
+		})
+		return i
+	}
+	return ps[search(mint):search(maxt+1)]
+}
+
+// join puts the results of a leaf's parts, in order of time, together.
+func join(ps []*partial) *partial {
+	if len(ps) == 1 {
+		return ps[0]
+	}
+	out := &partial{}
+	at := map[uint64][]int{} // by hash of the labels
+	for _, p := range ps {
+		out.counts.window = append(out.counts.window, p.counts.window...)
+		out.counts.read = append(out.counts.read, p.counts.read...)
+		out.counts.series = max(out.counts.series, p.counts.series)
+		out.annos.Merge(p.annos)
+	series:
+		for i := range p.series {
+			s := &p.series[i]
+			hash := s.Metric.Hash()
+			for _, j := range at[hash] {
+				if o := &out.series[j]; labels.Equal(o.Metric, s.Metric) {
+					o.Floats, o.Histograms = append(o.Floats, s.Floats...), append(o.Histograms, s.Histograms...)
+					if labels.Compare(s.order, o.order) < 0 {
+						o.order = s.order
+					}
+					continue series
+				}
+			}
+			at[hash] = append(at[hash], len(out.series))
+			out.series = append(out.series, *s)
+			// The next part is appended to memory of our own.
+			last := &out.series[len(out.series)-1]
+			last.Floats, last.Histograms = slices.Clip(last.Floats), slices.Clip(last.Histograms)
+		}
+	}
+	slices.SortFunc(out.series, func(a, b partialSeries) int { return labels.Compare(a.order, b.order) })
+	return out
+}

@@ -1,0 +1,355 @@
+package plan
+
+import (
+	"context"
+	"crypto/sha256"
+	"errors"
+	"runtime"
+	"sync"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/prometheus/promql"
+	"golang.org/x/sync/errgroup"
+
+	"github.com/epimetheus-tsdb/epimetheus/gateway/merge"
+	"github.com/epimetheus-tsdb/epimetheus/history"
+	"github.com/epimetheus-tsdb/epimetheus/history/cache"
+)
+
+// Spread says where parts of leaves are computed and kept.
+type Spread struct {
+	// TenantOf says whose data a query is about.
+	TenantOf func(context.Context) string
+	// Results keeps what parts give; nil: nothing is kept.
+	Results *Results
+	// Workers compute parts; nil: all is computed here.
+	Workers Workers
+
+	parting parting
+}
+
+// Results keeps what parts of leaves give, by what that depends on: nothing in it
+// ever becomes wrong, but what isn't asked for any more goes.
+type Results struct{ cache *cache.Cache[Key, []byte] }
+
+// Key names what a part of a leaf gives.
+type Key [sha256.Size]byte
+
+// NewResults makes a cache of so many bytes.
+func NewResults(maxBytes int64, reg prometheus.Registerer) (*Results, error) {
+	r := &Results{cache.New[Key, []byte](maxBytes)}
+	return r, r.cache.Register(reg, "results")
+}
+
+// Workers compute parts of leaves at other gateways.
+type Workers interface {
+	// Here says whether the caller is the gateway that the key falls to.
+	Here(key Key) bool
+	// Run computes the part at the gateway that the key falls to, or at another if
+	// that fails. ErrHere: the caller is to compute it.
+	Run(ctx context.Context, key Key, t *Task) ([]byte, error)
+}
+
+// ErrHere is what Workers give for a part that the caller computes itself.
+var ErrHere = errors.New("to be computed here")
+
+// ErrGiveUp is what a worker gives for a leaf whose data the engine has to see.
+var ErrGiveUp = errGiveUp
+
+// ErrUnlike is what a worker gives for a task that it would understand in another
+// way: its engine has other options, or it is of another version.
+var ErrUnlike = errors.New("worker differs in version or options")
+
+// Version of tasks and of what they give. Gateways of different versions compute
+// their parts themselves.
+const Version = 1
+
+// Task is a part of a leaf for another gateway. It has the whole query: a leaf's
+// own text would change the meaning of start() and end(), and the places in
+// annotations.
+type Task struct {
+	Tenant     string
+	Query      string
+	Start, End int64 // ms
+	Step       int64 // ms; 0: an instant query
+	Lookback   int64 // ms
+
+	// Of the engine.
+	StartTimestamps, DelayedNameRemoval, TypeAndUnitLabels bool
+	MaxSamples                                             int
+
+	Leaf  int  // which, counted from 0
+	Split bool // the leaf without its aggregation
+
+	Span, Number int64 // of the part; span in ms
+	From, To     int   // steps, To excluded
+
+	// Blocks that the query reads and the part may need.
+	Blocks []history.Block
+}
+
+// leaf gives the result of the i-th leaf.
+func (q *query) leaf(ctx context.Context, i int, sel *merge.Selection) (*partial, error) {
+	l := q.leaves[i]
+	all := runtime.GOMAXPROCS(0)
+	here := func(ctx context.Context, from, to int) (*partial, error) {
+		only := l.only(from, to)
+		return run(ctx, only, q.opts, sel.Set(only.mint(), only.maxt()), all)
+	}
+	n := l.Grid.Len()
+	sp := &q.engine.spread
+	if err := sel.Wait(); err != nil || sel.Snapshot() == nil || n < 2 || sp.Results == nil && sp.Workers == nil {
+		return here(ctx, 0, n)
+	}
+	samples, err := sel.Snapshot().Estimate(ctx, sel.Matchers(), l.mint(), l.maxt())
+	if err != nil {
+		return nil, promql.ErrStorage{Err: err}
+	}
+	span, parts := l.cut(samples, q.opts)
+	if len(parts) < 2 {
+		return here(ctx, 0, n)
+	}
+	// What heads have may change: those parts are neither kept nor computed elsewhere.
+	fresh := make([]bool, len(parts))
+	sel.HeadTimes(func(mint, maxt int64) {
+		first, last := l.numbers(span, mint, maxt)
+		for k := max(first, parts[0].number); k <= min(last, parts[len(parts)-1].number); k++ {
+			fresh[k-parts[0].number] = true
+		}
+	})
+	w := &work{
+		q: q, l: l, leaf: i, sel: sel, span: span, parts: parts, fresh: fresh,
+		out: make([]*partial, len(parts)), here: here,
+	}
+	p, err := w.run(ctx)
+	if p != nil {
+		p.annos.Merge(sel.Warnings())
+	}
+	return p, err
+}
+
+// work is the computation of a leaf that is parted.
+type work struct {
+	q     *query
+	l     *Leaf
+	leaf  int
+	sel   *merge.Selection
+	span  int64
+	parts []part
+	fresh []bool // heads have samples for it
+	here  func(ctx context.Context, from, to int) (*partial, error)
+
+	keys []Key
+	mu   sync.Mutex
+	out  []*partial
+}
+
+// partsAtOnce bounds the parts of a leaf that are asked for at the same time.
+const partsAtOnce = 64
+
+func (w *work) run(ctx context.Context) (*partial, error) {
+	sp := &w.q.engine.spread
+	tenant := sp.TenantOf(ctx)
+	w.keys = make([]Key, len(w.parts))
+	var mine []int // to be computed here, which is one more at the same time
+	g, gctx := errgroup.WithContext(ctx)
+	g.SetLimit(partsAtOnce + 1)
+	for i, p := range w.parts {
+		if w.fresh[i] {
+			mine = append(mine, i)
+			continue
+		}
+		w.keys[i] = w.l.key(tenant, w.span, p.number, w.q.opts, w.sel.Snapshot().Blocks)
+		w.out[i] = w.kept(i)
+		switch {
+		case w.out[i] != nil:
+		case sp.Workers == nil || sp.Workers.Here(w.keys[i]):
+			mine = append(mine, i)
+		default:
+			g.Go(func() error { return w.elsewhere(gctx, tenant, i) })
+		}
+	}
+	// Here meanwhile. An error ends what is elsewhere.
+	g.Go(func() error { return w.compute(gctx, mine) })
+	if err := g.Wait(); err != nil {
+		return nil, err
+	}
+	mine = mine[:0] // those that nobody else has computed
+	for i := range w.out {
+		if w.out[i] == nil {
+			mine = append(mine, i)
+		}
+	}
+	if err := w.compute(ctx, mine); err != nil {
+		return nil, err
+	}
+	return join(w.out), nil
+}
+
+// kept gives the result of a part from memory, nil if it isn't there.
+func (w *work) kept(i int) *partial {
+	r := w.q.engine.spread.Results
+	if r == nil {
+		return nil
+	}
+	p := w.parts[i]
+	only := w.l.only(p.from, p.to)
+	out, _ := r.get(w.keys[i], only.Grid)
+	return out
+}
+
+// elsewhere lets a worker compute a part. It leaves it out if none can.
+func (w *work) elsewhere(ctx context.Context, tenant string, i int) error {
+	p := w.parts[i]
+	q := w.q
+	t := &Task{
+		Tenant: tenant, Query: q.String(), Start: q.stmt.Start.UnixMilli(), End: q.stmt.End.UnixMilli(),
+		Step: q.stmt.Interval.Milliseconds(), Lookback: q.stmt.LookbackDelta.Milliseconds(),
+		StartTimestamps: q.opts.startTimestamps, DelayedNameRemoval: q.opts.delayedNameRemoval,
+		TypeAndUnitLabels: q.opts.typeAndUnitLabels, MaxSamples: q.opts.maxSamples,
+		Leaf: w.leaf, Split: w.l.Agg == nil && w.l.whole != w.l.expr(),
+		Span: w.span, Number: p.number, From: p.from, To: p.to,
+	}
+	mint, maxt := w.l.reads(w.span, p.number)
+	for _, b := range w.sel.Snapshot().Blocks {
+		if b.Ranges[0].MinT <= maxt && mint <= b.Ranges[len(b.Ranges)-1].MaxT {
+			t.Blocks = append(t.Blocks, b)
+		}
+	}
+	b, err := q.engine.spread.Workers.Run(ctx, w.keys[i], t)
+	switch {
+	case errors.Is(err, ErrHere), errors.Is(err, ErrUnlike):
+		return nil
+	case err != nil:
+		return err
+	}
+	out, err := unmarshal(b, w.l.only(p.from, p.to).Grid)
+	if err != nil {
+		q.opts.logger.Warn("result of a worker can't be read, computed again", "err", err)
+		return nil
+	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.out[i] = out
+	return nil
+}
+
+// compute computes parts here, neighbours in one go, and keeps what may be kept.
+func (w *work) compute(ctx context.Context, is []int) error {
+	for len(is) > 0 {
+		n := 1
+		for n < len(is) && is[n] == is[n-1]+1 {
+			n++
+		}
+		from, to := w.parts[is[0]].from, w.parts[is[n-1]].to
+		all, err := w.here(ctx, from, to)
+		if err != nil {
+			return err
+		}
+		g := w.l.only(from, to).Grid
+		for _, i := range is[:n] {
+			p := w.parts[i]
+			w.out[i] = all.slice(g, p.from-from, p.to-from)
+			// Which part annotations are of isn't known.
+			if r := w.q.engine.spread.Results; r != nil && !w.fresh[i] && len(all.annos) == 0 {
+				if err := r.put(w.keys[i], w.l.only(p.from, p.to).Grid, w.out[i]); err != nil {
+					return err
+				}
+			}
+		}
+		w.out[is[0]].annos = all.annos
+		is = is[n:]
+	}
+	return nil
+}
+
+// get gives the steps of a grid of what is kept. It is absent if only other steps
+// are.
+func (r *Results) get(key Key, g Grid) (*partial, bool) {
+	b, ok := r.cache.Peek(key)
+	if !ok {
+		return nil, false
+	}
+	was := gridOf(b)
+	if was.Start > g.Start || was.End < g.End {
+		return nil, false
+	}
+	p, err := unmarshal(b[gridBytes:], was)
+	if err != nil {
+		return nil, false // memory is broken, or this program: compute it
+	}
+	from := int((g.Start - was.Start) / g.Step)
+	if n := g.Len(); n < was.Len() {
+		p = p.slice(was, from, from+n)
+	}
+	return p, true
+}
+
+// put keeps a part's result, unless there are as many steps of it already.
+func (r *Results) put(key Key, g Grid, p *partial) error {
+	if b, ok := r.cache.Peek(key); ok {
+		if was := gridOf(b); was.Len() >= g.Len() {
+			return nil
+		}
+	}
+	b, err := p.marshal(g)
+	if err != nil {
+		return err
+	}
+	b = append(appendGrid(make([]byte, 0, gridBytes+len(b)), g), b...)
+	r.cache.Put(key, b, int64(len(b)))
+	return nil
+}
+
+// Work computes a task of another gateway's. h are the blocks. It gives ErrUnlike,
+// ErrGiveUp, or an error of the query.
+func (e *Engine) Work(ctx context.Context, h *history.History, t *Task) ([]byte, error) {
+	opts := promql.NewPrometheusQueryOpts(false, time.Duration(t.Lookback)*time.Millisecond, &t.StartTimestamps)
+	start, end := time.UnixMilli(t.Start), time.UnixMilli(t.End)
+	var planned promql.Query
+	var err error
+	if t.Step == 0 {
+		planned, err = e.NewInstantQuery(ctx, nil, opts, t.Query, start)
+	} else {
+		planned, err = e.NewRangeQuery(ctx, nil, opts, t.Query, start, end, time.Duration(t.Step)*time.Millisecond)
+	}
+	if err != nil {
+		return nil, err
+	}
+	q, ok := planned.(*query)
+	if !ok || t.Leaf < 0 || t.Leaf >= len(q.leaves) {
+		return nil, ErrUnlike
+	}
+	if q.opts.startTimestamps != t.StartTimestamps || q.opts.delayedNameRemoval != t.DelayedNameRemoval ||
+		q.opts.typeAndUnitLabels != t.TypeAndUnitLabels {
+		return nil, ErrUnlike
+	}
+	l := q.leaves[t.Leaf]
+	if t.Split && !l.split() || t.From < 0 || t.From >= t.To || t.To > l.Grid.Len() {
+		return nil, ErrUnlike
+	}
+	q.opts.maxSamples = min(q.opts.maxSamples, t.MaxSamples)
+	only := l.only(t.From, t.To)
+	var key Key
+	if r := e.spread.Results; r != nil {
+		key = l.key(t.Tenant, t.Span, t.Number, q.opts, t.Blocks)
+		if p, ok := r.get(key, only.Grid); ok {
+			return p.marshal(only.Grid)
+		}
+	}
+	ctx, cancel := context.WithTimeout(ctx, e.opts.Timeout)
+	defer cancel()
+	snap := h.Open(t.Tenant, only.mint(), only.maxt(), t.Blocks)
+	p, err := run(ctx, only, q.opts, merge.Historical(ctx, snap, only.mint(), only.maxt(), l.Selector.LabelMatchers), 1)
+	if err != nil {
+		return nil, err
+	}
+	if r := e.spread.Results; r != nil && len(p.annos) == 0 {
+		if err := r.put(key, only.Grid, p); err != nil {
+			return nil, err
+		}
+	}
+	p.annos = tell(p.annos, t.Query)
+	return p.marshal(only.Grid)
+}

@@ -1,0 +1,296 @@
+package plan
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"hash/crc32"
+	"math"
+	"slices"
+
+	"github.com/prometheus/prometheus/model/histogram"
+	"github.com/prometheus/prometheus/model/labels"
+	"github.com/prometheus/prometheus/prompb"
+	"github.com/prometheus/prometheus/promql"
+	"github.com/prometheus/prometheus/util/annotations"
+)
+
+// The form of a partial in caches and between gateways: docs/protocols/work.md.
+// Version 1. A reader that doesn't know a version computes the part itself.
+const partialVersion = 1
+
+// errCorrupt: not what was written.
+var errCorrupt = errors.New("corrupt result of a part")
+
+//nolint:gochecknoglobals // a constant table
+var castagnoli = crc32.MakeTable(crc32.Castagnoli)
+
+// marshal writes a result on a grid.
+func (p *partial) marshal(g Grid) ([]byte, error) {
+	b := []byte{partialVersion}
+	b = binary.AppendUvarint(b, uint64(len(p.counts.window)))
+	for i := range p.counts.window {
+		b = binary.AppendVarint(b, p.counts.window[i])
+		b = binary.AppendVarint(b, p.counts.read[i])
+	}
+	b = binary.AppendVarint(b, p.counts.series)
+	text := func(s string) { b = append(binary.AppendUvarint(b, uint64(len(s))), s...) }
+	b = binary.AppendUvarint(b, uint64(len(p.annos)))
+	for _, err := range p.annos {
+		a, ok := err.(*told)
+		if !ok {
+			return nil, fmt.Errorf("annotation of type %T can't be sent", err)
+		}
+		flag := byte(0)
+		if a.info {
+			flag = 1
+		}
+		b = append(b, flag)
+		text(a.text)
+		text(a.located)
+	}
+	set := func(ls labels.Labels) {
+		b = binary.AppendUvarint(b, uint64(ls.Len()))
+		ls.Range(func(l labels.Label) {
+			text(l.Name)
+			text(l.Value)
+		})
+	}
+	b = binary.AppendUvarint(b, uint64(len(p.series)))
+	for i := range p.series {
+		s := &p.series[i]
+		flag := byte(0)
+		if s.DropName {
+			flag |= 1
+		}
+		same := labels.Equal(s.order, s.Metric)
+		if same {
+			flag |= 2
+		}
+		b = append(b, flag)
+		set(s.Metric)
+		if !same {
+			set(s.order)
+		}
+		b = binary.AppendUvarint(b, uint64(len(s.Floats)))
+		before := int64(0)
+		for _, f := range s.Floats {
+			k := (f.T - g.Start) / g.Step
+			b = binary.AppendVarint(b, k-before)
+			before = k
+		}
+		for _, f := range s.Floats {
+			b = binary.LittleEndian.AppendUint64(b, math.Float64bits(f.F))
+		}
+		b = binary.AppendUvarint(b, uint64(len(s.Histograms)))
+		for _, h := range s.Histograms {
+			ph := prompb.FromFloatHistogram(h.T, h.H)
+			hb, err := ph.Marshal()
+			if err != nil {
+				return nil, err
+			}
+			b = append(binary.AppendUvarint(b, uint64(len(hb))), hb...)
+		}
+	}
+	return binary.LittleEndian.AppendUint32(b, crc32.Checksum(b, castagnoli)), nil
+}
+
+// unmarshal reads what marshal has written for a grid. It keeps nothing of b.
+func unmarshal(b []byte, g Grid) (_ *partial, err error) {
+	if len(b) < 5 || b[0] != partialVersion {
+		return nil, fmt.Errorf("%w: version or length", errCorrupt)
+	}
+	body := b[:len(b)-4]
+	if crc32.Checksum(body, castagnoli) != binary.LittleEndian.Uint32(b[len(body):]) {
+		return nil, fmt.Errorf("%w: checksum", errCorrupt)
+	}
+	r := reader{b: body[1:]}
+	steps := g.Len()
+	p := &partial{counts: newCounts(steps)}
+	if n := r.length(2); n != steps {
+		return nil, fmt.Errorf("%w: %d steps, want %d", errCorrupt, n, steps)
+	}
+	for i := range steps {
+		p.counts.window[i], p.counts.read[i] = r.varint(), r.varint()
+	}
+	p.counts.series = r.varint()
+	for range r.length(3) {
+		a := &told{info: r.byte() == 1}
+		a.text, a.located = r.text(), r.text()
+		p.annos.Add(a)
+	}
+	n := r.length(4)
+	p.series = make([]partialSeries, 0, n)
+	var builder labels.ScratchBuilder
+	set := func() labels.Labels {
+		builder.Reset()
+		for range r.length(2) {
+			name := r.text()
+			builder.Add(name, r.text())
+		}
+		builder.Sort()
+		return builder.Labels()
+	}
+	for range n {
+		var s partialSeries
+		flag := r.byte()
+		s.DropName = flag&1 != 0
+		s.Metric = set()
+		if s.order = s.Metric; flag&2 == 0 {
+			s.order = set()
+		}
+		if n := r.length(9); n > 0 {
+			s.Floats = make([]promql.FPoint, n)
+			k := int64(0)
+			for i := range s.Floats {
+				k += r.varint()
+				if k < 0 || k >= int64(steps) {
+					return nil, fmt.Errorf("%w: step %d of %d", errCorrupt, k, steps)
+				}
+				s.Floats[i].T = g.At(int(k))
+			}
+			for i := range s.Floats {
+				s.Floats[i].F = math.Float64frombits(r.uint64())
+			}
+		}
+		if n := r.length(1); n > 0 {
+			s.Histograms = make([]promql.HPoint, n)
+			for i := range s.Histograms {
+				var ph prompb.Histogram
+				if err := ph.Unmarshal(r.bytes()); err != nil {
+					return nil, fmt.Errorf("%w: %w", errCorrupt, err)
+				}
+				h := ph.ToFloatHistogram()
+				if !ph.IsFloatHistogram() || !spanned(h.PositiveSpans, len(h.PositiveBuckets)) || !spanned(h.NegativeSpans, len(h.NegativeBuckets)) {
+					return nil, fmt.Errorf("%w: histogram", errCorrupt)
+				}
+				s.Histograms[i] = promql.HPoint{T: ph.Timestamp, H: h}
+			}
+		}
+		if r.bad {
+			break
+		}
+		p.series = append(p.series, s)
+	}
+	if r.bad || len(r.b) > 0 {
+		return nil, fmt.Errorf("%w: length", errCorrupt)
+	}
+	return p, nil
+}
+
+// spanned reports whether spans are of so many buckets: a result may be negative
+// where a stored histogram may not, but whoever walks through the spans expects
+// this.
+func spanned(spans []histogram.Span, buckets int) bool {
+	n := uint64(0)
+	for _, s := range spans {
+		n += uint64(s.Length)
+	}
+	return n == uint64(buckets) //nolint:gosec // a length
+}
+
+// reader takes values off the front of bytes. After something that isn't there it
+// is bad and gives zeros.
+type reader struct {
+	b   []byte
+	bad bool
+}
+
+func (r *reader) fail() {
+	r.b, r.bad = nil, true
+}
+
+func (r *reader) byte() byte {
+	if len(r.b) == 0 {
+		r.fail()
+		return 0
+	}
+	x := r.b[0]
+	r.b = r.b[1:]
+	return x
+}
+
+func (r *reader) varint() int64 {
+	x, n := binary.Varint(r.b)
+	if n <= 0 {
+		r.fail()
+		return 0
+	}
+	r.b = r.b[n:]
+	return x
+}
+
+// length of a list whose elements take so many bytes at least.
+func (r *reader) length(least int) int {
+	x, n := binary.Uvarint(r.b)
+	if n <= 0 || x > uint64(len(r.b)/least) {
+		r.fail()
+		return 0
+	}
+	r.b = r.b[n:]
+	return int(x) //nolint:gosec // bounded
+}
+
+func (r *reader) uint64() uint64 {
+	if len(r.b) < 8 {
+		r.fail()
+		return 0
+	}
+	x := binary.LittleEndian.Uint64(r.b)
+	r.b = r.b[8:]
+	return x
+}
+
+func (r *reader) bytes() []byte {
+	n := r.length(1)
+	x := r.b[:n]
+	r.b = r.b[n:]
+	return x
+}
+
+func (r *reader) text() string { return string(r.bytes()) }
+
+// told is an annotation of a part that was computed elsewhere, or of one that may
+// be: its text, and the text with the place in the query.
+type told struct {
+	text, located string
+	info          bool
+	at            bool // the place is asked for
+}
+
+// Error implements error.
+func (a *told) Error() string {
+	if a.at {
+		return a.located
+	}
+	return a.text
+}
+
+// Unwrap gives the class.
+func (a *told) Unwrap() error {
+	if a.info {
+		return annotations.PromQLInfo
+	}
+	return annotations.PromQLWarning
+}
+
+// SetQuery is called before annotations are shown; with an empty query, without
+// places.
+func (a *told) SetQuery(query string) { a.at = query != "" }
+
+// Merge is called with an annotation of the same text.
+func (a *told) Merge(error) error { return a }
+
+// tell makes all annotations such that can be sent.
+func tell(as annotations.Annotations, query string) annotations.Annotations {
+	var out annotations.Annotations
+	for text, err := range as {
+		info := errors.Is(err, annotations.PromQLInfo)
+		// AsStrings tells it the query; there is one.
+		ws, is := annotations.Annotations{text: err}.AsStrings(query, 0, 0)
+		if all := slices.Concat(ws, is); len(all) == 1 {
+			out.Add(&told{text: text, located: all[0], info: info})
+		}
+	}
+	return out
+}

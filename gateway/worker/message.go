@@ -1,0 +1,63 @@
+package worker
+
+import (
+	"fmt"
+
+	"github.com/oklog/ulid/v2"
+
+	"github.com/epimetheus-tsdb/epimetheus/chunkfmt"
+	"github.com/epimetheus-tsdb/epimetheus/gateway/plan"
+	"github.com/epimetheus-tsdb/epimetheus/gateway/worker/workpb"
+	"github.com/epimetheus-tsdb/epimetheus/history"
+	"github.com/epimetheus-tsdb/epimetheus/history/index"
+)
+
+//nolint:gosec // numbers of leaves and steps, levels
+func request(t *plan.Task) *workpb.RunRequest {
+	r := &workpb.RunRequest{
+		Version: plan.Version, Tenant: t.Tenant, Query: t.Query, Start: t.Start, End: t.End, Step: t.Step, Lookback: t.Lookback,
+		StartTimestamps: t.StartTimestamps, DelayedNameRemoval: t.DelayedNameRemoval, TypeAndUnitLabels: t.TypeAndUnitLabels,
+		MaxSamples: int64(t.MaxSamples), Leaf: uint32(t.Leaf), Split: t.Split, Span: t.Span, Number: t.Number,
+		From: uint32(t.From), To: uint32(t.To), Blocks: make([]*workpb.Block, len(t.Blocks)),
+	}
+	for i := range t.Blocks {
+		b := &t.Blocks[i]
+		out := &workpb.Block{
+			Id: b.ID[:], Object: b.Object, ObjectSize: b.ObjectSize, DirectoryOffset: b.Directory.Offset, DirectorySize: b.Directory.Size,
+			Level: uint32(b.Level), Series: b.Series, Samples: b.Samples,
+		}
+		for _, x := range b.Ranges {
+			out.Ranges = append(out.Ranges, x.MinT, x.MaxT)
+		}
+		r.Blocks[i] = out
+	}
+	return r
+}
+
+// task reads a request. What it says of objects is checked when they are read.
+func task(r *workpb.RunRequest) (*plan.Task, error) {
+	t := &plan.Task{
+		Tenant: r.GetTenant(), Query: r.GetQuery(), Start: r.GetStart(), End: r.GetEnd(), Step: r.GetStep(), Lookback: r.GetLookback(),
+		StartTimestamps: r.GetStartTimestamps(), DelayedNameRemoval: r.GetDelayedNameRemoval(), TypeAndUnitLabels: r.GetTypeAndUnitLabels(),
+		MaxSamples: int(r.GetMaxSamples()), Leaf: int(r.GetLeaf()), Split: r.GetSplit(), Span: r.GetSpan(), Number: r.GetNumber(),
+		From: int(r.GetFrom()), To: int(r.GetTo()), Blocks: make([]history.Block, len(r.GetBlocks())),
+	}
+	if t.Step < 0 || t.Lookback < 0 || t.Span <= 0 {
+		return nil, fmt.Errorf("step %d, lookback %d, span %d: none may be negative, and the span not 0", t.Step, t.Lookback, t.Span)
+	}
+	for i, b := range r.GetBlocks() {
+		out := &t.Blocks[i]
+		if len(b.GetId()) != len(out.ID) || len(b.GetRanges()) == 0 || len(b.GetRanges())%2 != 0 {
+			return nil, fmt.Errorf("block %d: id of %d bytes, want 16; %d times, want an even number", i, len(b.GetId()), len(b.GetRanges()))
+		}
+		*out = history.Block{
+			ID: ulid.ULID(b.GetId()), Object: b.GetObject(), ObjectSize: b.GetObjectSize(),
+			Directory: chunkfmt.Location{Offset: b.GetDirectoryOffset(), Size: b.GetDirectorySize()},
+			Level:     index.Level(b.GetLevel()), Series: b.GetSeries(), Samples: b.GetSamples(), //nolint:gosec // shown only
+		}
+		for j := 0; j < len(b.GetRanges()); j += 2 {
+			out.Ranges = append(out.Ranges, chunkfmt.Range{MinT: b.GetRanges()[j], MaxT: b.GetRanges()[j+1]})
+		}
+	}
+	return t, nil
+}

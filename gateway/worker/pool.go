@@ -1,0 +1,238 @@
+package worker
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"log/slog"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/cespare/xxhash/v2"
+	"github.com/prometheus/client_golang/prometheus"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	"github.com/epimetheus-tsdb/epimetheus/gateway/plan"
+	"github.com/epimetheus-tsdb/epimetheus/gateway/worker/workpb"
+)
+
+// maxResult bounds the result of a part, in bytes.
+const maxResult = 64 << 20
+
+// Peer is a gateway.
+type Peer struct {
+	ID      string
+	Address string // host:port of its gRPC server
+}
+
+// Pool implements plan.Workers. Close it after use.
+type Pool struct {
+	self  string
+	peers func() []Peer
+	dial  []grpc.DialOption
+
+	logger   *slog.Logger
+	requests *prometheus.CounterVec
+	hedges   prometheus.Counter
+	seconds  prometheus.Histogram
+
+	mu    sync.Mutex
+	conns map[string]*grpc.ClientConn // by address; nil once closed
+	usual time.Duration               // that a part takes: a moving average
+}
+
+// NewPool makes a pool for the gateway self. peers gives all gateways that are
+// there, with or without self.
+func NewPool(self string, peers func() []Peer, logger *slog.Logger, reg prometheus.Registerer, dial ...grpc.DialOption) *Pool {
+	p := &Pool{
+		self: self, peers: peers, conns: map[string]*grpc.ClientConn{}, logger: logger,
+		dial: append(dial, grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxResult+1<<10))),
+		requests: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "epimetheus_gateway_worker_requests_total",
+			Help: "Parts of queries that other gateways were asked for, by outcome: ok, declined (the engine has to see the data, or versions differ), failed.",
+		}, []string{"outcome"}),
+		hedges: prometheus.NewCounter(prometheus.CounterOpts{
+			Name: "epimetheus_gateway_worker_hedges_total", Help: "Parts of queries that a second gateway was asked for since the first was slow.",
+		}),
+		seconds: prometheus.NewHistogram(prometheus.HistogramOpts{
+			Name: "epimetheus_gateway_worker_request_duration_seconds", Help: "Time that other gateways took for a part of a query.",
+			Buckets: prometheus.ExponentialBuckets(0.001, 4, 9),
+		}),
+	}
+	reg.MustRegister(p.requests, p.hedges, p.seconds)
+	return p
+}
+
+// Close closes the connections.
+func (p *Pool) Close() error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	var errs []error
+	for _, c := range p.conns {
+		errs = append(errs, c.Close())
+	}
+	p.conns = nil
+	return errors.Join(errs...)
+}
+
+// inLine gives the gateways in the order in which a part falls to them.
+func (p *Pool) inLine(key plan.Key) []Peer {
+	type ranked struct {
+		Peer
+		rank uint64
+	}
+	var all []ranked
+	for _, peer := range append(p.peers(), Peer{ID: p.self}) {
+		if slices.ContainsFunc(all, func(r ranked) bool { return r.ID == peer.ID }) {
+			continue
+		}
+		d := xxhash.New()
+		_, _ = d.Write(key[:])          // gives no error
+		_, _ = d.Write([]byte(peer.ID)) // gives no error
+		all = append(all, ranked{peer, d.Sum64()})
+	}
+	slices.SortFunc(all, func(a, b ranked) int { return cmp.Or(cmp.Compare(b.rank, a.rank), cmp.Compare(a.ID, b.ID)) })
+	out := make([]Peer, len(all))
+	for i, r := range all {
+		out[i] = r.Peer
+	}
+	return out
+}
+
+// Here implements plan.Workers.
+func (p *Pool) Here(key plan.Key) bool { return p.inLine(key)[0].ID == p.self }
+
+// tries is how many other gateways are asked for a part.
+const tries = 2
+
+// hedgeFloor is the least time after which a second gateway is asked.
+const hedgeFloor = 100 * time.Millisecond
+
+// Run implements plan.Workers.
+func (p *Pool) Run(ctx context.Context, key plan.Key, t *plan.Task) ([]byte, error) {
+	line := p.inLine(key)
+	if at := slices.IndexFunc(line, func(x Peer) bool { return x.ID == p.self }); at < tries {
+		line = line[:at] // after those it is the caller's
+	} else {
+		line = line[:tries]
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel() // the slower one
+	type answer struct {
+		b   []byte
+		err error
+	}
+	answers := make(chan answer, len(line))
+	req := request(t)
+	asked, failed := 0, 0
+	ask := func() {
+		peer := line[asked]
+		asked++
+		go func() { // ends with its answer, which ends with ctx
+			b, err := p.one(ctx, peer, req)
+			answers <- answer{b, err}
+		}()
+	}
+	for len(line) > 0 {
+		if asked == failed {
+			if asked == len(line) {
+				break
+			}
+			ask()
+		}
+		slow := time.NewTimer(p.slow())
+		select {
+		case <-ctx.Done():
+			slow.Stop()
+			return nil, context.Cause(ctx)
+		case <-slow.C:
+			p.hedges.Inc()
+			if asked == len(line) {
+				return nil, plan.ErrHere
+			}
+			ask()
+		case a := <-answers:
+			slow.Stop()
+			switch {
+			case a.err == nil, errors.Is(a.err, plan.ErrGiveUp), errors.Is(a.err, plan.ErrUnlike):
+				return a.b, a.err
+			}
+			failed++
+		}
+	}
+	if ctx.Err() != nil {
+		return nil, context.Cause(ctx)
+	}
+	return nil, plan.ErrHere
+}
+
+// slow is how long a part may take before another gateway is asked too.
+func (p *Pool) slow() time.Duration {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return max(hedgeFloor, 5*p.usual)
+}
+
+// one asks one gateway.
+func (p *Pool) one(ctx context.Context, peer Peer, req *workpb.RunRequest) ([]byte, error) {
+	c, err := p.conn(peer.Address)
+	if err != nil {
+		return nil, err
+	}
+	start := time.Now()
+	r, err := workpb.NewWorkClient(c).Run(ctx, req)
+	took := time.Since(start)
+	switch status.Code(err) {
+	case codes.OK:
+		p.requests.WithLabelValues("ok").Inc()
+		p.seconds.Observe(took.Seconds())
+		p.mu.Lock()
+		p.usual += (took - p.usual) / 16
+		p.mu.Unlock()
+		return r.GetResult(), nil
+	case codes.FailedPrecondition:
+		p.requests.WithLabelValues("declined").Inc()
+		return nil, plan.ErrGiveUp
+	case codes.Unimplemented:
+		p.requests.WithLabelValues("declined").Inc()
+		return nil, plan.ErrUnlike
+	case codes.Canceled:
+		return nil, err
+	}
+	p.requests.WithLabelValues("failed").Inc()
+	p.logger.Warn("another gateway failed to compute a part of a query, it is computed elsewhere", "gateway", peer.ID, "addr", peer.Address, "err", err)
+	return nil, err
+}
+
+var errClosed = errors.New("connections to gateways are closed")
+
+// conn gives the connection to an address, and closes those to gateways that are
+// no longer there.
+func (p *Pool) conn(address string) (*grpc.ClientConn, error) {
+	peers := p.peers()
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.conns == nil {
+		return nil, errClosed
+	}
+	for a, c := range p.conns {
+		if a != address && !slices.ContainsFunc(peers, func(x Peer) bool { return x.Address == a }) {
+			if err := c.Close(); err != nil {
+				p.logger.Warn("connection not closed", "addr", a, "err", err)
+			}
+			delete(p.conns, a)
+		}
+	}
+	c := p.conns[address]
+	if c == nil {
+		var err error
+		if c, err = grpc.NewClient(address, p.dial...); err != nil {
+			return nil, err
+		}
+		p.conns[address] = c
+	}
+	return c, nil
+}

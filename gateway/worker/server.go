@@ -1,0 +1,87 @@
+package worker
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"runtime"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	"github.com/epimetheus-tsdb/epimetheus/gateway/plan"
+	"github.com/epimetheus-tsdb/epimetheus/gateway/worker/workpb"
+)
+
+// Server computes parts of other gateways' queries.
+type Server struct {
+	workpb.UnimplementedWorkServer
+	run    func(context.Context, *plan.Task) ([]byte, error)
+	turns  *turns
+	logger *slog.Logger
+	parts  *prometheus.CounterVec
+}
+
+// NewServer makes a server; run computes a part.
+func NewServer(run func(context.Context, *plan.Task) ([]byte, error), logger *slog.Logger, reg prometheus.Registerer) *Server {
+	s := &Server{
+		run: run, turns: newTurns(runtime.GOMAXPROCS(0), maxWaiting), logger: logger,
+		parts: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "epimetheus_gateway_worker_parts_total",
+			Help: "Parts of other gateways' queries, by outcome: ok, declined, refused (too many were waiting), failed.",
+		}, []string{"outcome"}),
+	}
+	reg.MustRegister(s.parts, prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+		Name: "epimetheus_gateway_worker_waiting_parts", Help: "Parts of other gateways' queries that wait for their turn.",
+	}, func() float64 { return float64(s.turns.waiting()) }))
+	return s
+}
+
+// maxWaiting bounds the parts of one tenant that wait: more than a few queries'.
+const maxWaiting = 1000
+
+// Register adds the service to a gRPC server.
+func (s *Server) Register(g *grpc.Server) { workpb.RegisterWorkServer(g, s) }
+
+// Run implements workpb.WorkServer.
+func (s *Server) Run(ctx context.Context, r *workpb.RunRequest) (*workpb.RunResponse, error) {
+	fail := func(outcome string, code codes.Code, err error) (*workpb.RunResponse, error) {
+		s.parts.WithLabelValues(outcome).Inc()
+		return nil, status.Error(code, err.Error())
+	}
+	if r.GetVersion() != plan.Version {
+		return fail("declined", codes.Unimplemented, plan.ErrUnlike)
+	}
+	t, err := task(r)
+	if err != nil {
+		return fail("failed", codes.InvalidArgument, err)
+	}
+	done, err := s.turns.wait(ctx, t.Tenant)
+	switch {
+	case errors.Is(err, errBusy):
+		return fail("refused", codes.ResourceExhausted, err)
+	case err != nil:
+		return fail("failed", codes.Canceled, err)
+	}
+	defer done()
+	b, err := s.run(ctx, t)
+	switch {
+	case errors.Is(err, plan.ErrGiveUp):
+		return fail("declined", codes.FailedPrecondition, err)
+	case errors.Is(err, plan.ErrUnlike):
+		return fail("declined", codes.Unimplemented, err)
+	case ctx.Err() != nil:
+		return fail("failed", codes.Canceled, context.Cause(ctx))
+	case err != nil:
+		s.logger.Warn("part of a query failed", "tenant", t.Tenant, "query", t.Query, "err", err)
+		return fail("failed", codes.Internal, err)
+	case len(b) > maxResult:
+		return fail("refused", codes.ResourceExhausted, errTooLarge)
+	}
+	s.parts.WithLabelValues("ok").Inc()
+	return &workpb.RunResponse{Result: b}, nil
+}
+
+var errTooLarge = errors.New("the result of a part is larger than 64 MiB")
