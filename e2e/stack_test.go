@@ -188,6 +188,7 @@ index:
 		s.gateways = append(s.gateways, s.start(t, testenv.FreeAddr(t), append([]string{
 			"gateway", "--config.file=" + s.config,
 			"--data.dir=" + filepath.Join(s.dir, id), "--gossip.member-id=" + id, "--gossip.listen-address=" + freeAddrOn(t, host),
+			"--grpc.listen-address=" + freeAddrOn(t, host),
 		}, s.joinArgs()...)...))
 	}
 	return s

@@ -100,6 +100,23 @@ func (q *querier) tenant(name string) (storage.Querier, error) {
 	return one, err
 }
 
+// Selection is what the planner asks for. It is nil if there are several tenants:
+// their queries are the engine's.
+func (q *querier) Selection(ctx context.Context, hints *storage.SelectHints, ms ...*labels.Matcher) *merge.Selection {
+	all := tenantsOf(ctx)
+	if len(all) != 1 {
+		return nil
+	}
+	one, err := q.tenant(all[0])
+	if err != nil {
+		return nil // the engine runs into it
+	}
+	if m, ok := one.(*merge.Querier); ok {
+		return m.Selection(ctx, hints, ms...)
+	}
+	return nil
+}
+
 // Close implements storage.LabelQuerier.
 func (q *querier) Close() error {
 	q.mu.Lock()

@@ -9,7 +9,7 @@ import (
 
 func addAll(app *kingpin.Application, commands map[string]command) {
 	cmd := app.Command("all", "An ingester and a gateway in one process, on a data directory.")
-	wf, rf := addWebFlags(cmd, ":9009"), addGRPCFlags(cmd)
+	wf, rf := addWebFlags(cmd, ":9009"), addGRPCFlags(cmd, ":9010", "sidecars and gateways")
 	commands[cmd.FullCommand()] = func(g *global) error {
 		p, err := newProcess("all", g, wf)
 		if err != nil {
@@ -32,7 +32,7 @@ func addAll(app *kingpin.Application, commands map[string]command) {
 		}); err != nil {
 			return err
 		}
-		if err := p.addGateway(st, live); err != nil {
+		if _, err := p.addGateway(st, live, nil); err != nil {
 			return err
 		}
 		return p.run()

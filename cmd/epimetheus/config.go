@@ -85,6 +85,7 @@ type GatewayConfig struct {
 	LookbackDelta    duration                       `yaml:"lookback_delta,omitempty" doc:"As Prometheus's --query.lookback-delta."`
 	MaxSamples       int                            `yaml:"max_samples,omitempty" doc:"As Prometheus's --query.max-samples: in memory for one query."`
 	CacheBytes       size                           `yaml:"cache_bytes,omitempty" doc:"Memory for pages of blocks."`
+	ResultBytes      size                           `yaml:"result_cache_bytes,omitempty" doc:"Memory for results of parts of long queries."`
 	EnableFeatures   []string                       `yaml:"enable_features,omitempty" doc:"As Prometheus's --enable-feature, of what concerns queries: promql-binop-fill-modifiers, promql-delayed-name-removal, promql-experimental-functions, promql-per-step-stats, promql-unquoted-utf8-names, query-cost, search-api, type-and-unit-labels, use-start-timestamps."`
 	TenantFederation bool                           `yaml:"tenant_federation,omitempty" doc:"Whether a request may be about several tenants, as 'X-Scope-OrgID: a|b'. Series then have the label '__tenant_id__'. The proxy that authenticates must check each of them. Off, a bar is a part of a tenant's name."`
 	Tenants          map[string]GatewayTenantConfig `yaml:"tenants,omitempty" doc:"By tenant: its own 'lookback_delta' and 'enable_features', as its Prometheus has them. What is absent is as above; 'enable_features: []' is none."`
@@ -165,6 +166,7 @@ func defaultConfig() Config {
 			LookbackDelta: duration(5 * time.Minute),
 			MaxSamples:    50_000_000,
 			CacheBytes:    512 * mib,
+			ResultBytes:   128 * mib,
 		},
 		Sidecar: SidecarConfig{
 			Tenant: gateway.DefaultTenant, KeepWALBytes: 4 * gib, ReplicationFactor: 1,
@@ -248,6 +250,9 @@ func (c *Config) validate() error {
 	}
 	if g.CacheBytes < 0 {
 		bad("gateway.cache_bytes: %s is negative", g.CacheBytes)
+	}
+	if g.ResultBytes < 0 {
+		bad("gateway.result_cache_bytes: %s is negative", g.ResultBytes)
 	}
 	if i.VisibilityDelay < 2*g.QueryTimeout {
 		bad("ingester.visibility_delay: %s is less than twice gateway.query_timeout (%s): a running query could miss samples", i.VisibilityDelay, g.QueryTimeout)

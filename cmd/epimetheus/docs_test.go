@@ -17,7 +17,9 @@ import (
 	"github.com/prometheus/common/promslog"
 	"github.com/prometheus/exporter-toolkit/web"
 
+	"github.com/epimetheus-tsdb/epimetheus/gateway/worker"
 	"github.com/epimetheus-tsdb/epimetheus/ingest"
+	"github.com/epimetheus-tsdb/epimetheus/ingest/gossip"
 	"github.com/epimetheus-tsdb/epimetheus/ingest/ring"
 	"github.com/epimetheus-tsdb/epimetheus/sidecar"
 )
@@ -139,13 +141,19 @@ func metricsPage(t *testing.T) string {
 	defer st.close()
 	live := &ring.Live{}
 	if err := p.addIngester(st, &grpcFlags{listen: "127.0.0.1:0"}, "x", live, func(m ring.Member, _ *ingest.Ingester) (func(ring.State) error, error) {
-		return p.addGossip(&gossipFlags{id: "x", listen: "127.0.0.1:0"}, m, live, nil)
+		members, err := p.addGossip(&gossipFlags{id: "x", listen: "127.0.0.1:0"}, live, gossip.Options{Member: m})
+		if err != nil {
+			return nil, err
+		}
+		return members.SetState, nil
 	}); err != nil {
 		t.Fatal(err)
 	}
-	if err := p.addGateway(st, live); err != nil {
+	if _, err := p.addGateway(st, live, nil); err != nil {
 		t.Fatal(err)
 	}
+	st.closers = append(st.closers, worker.NewPool("x", nil, p.logger, p.reg).Close)
+	worker.NewServer(nil, p.logger, p.reg)
 	s := newP("sidecar")
 	if _, err := sidecar.New(sidecar.Options{
 		PrometheusDir: t.TempDir(), DataDir: s.flags.dataDir, Gateways: []string{"http://127.0.0.1:1"},

@@ -17,14 +17,17 @@ import (
 
 	"github.com/epimetheus-tsdb/epimetheus/gateway"
 	"github.com/epimetheus-tsdb/epimetheus/gateway/merge"
+	"github.com/epimetheus-tsdb/epimetheus/gateway/plan"
+	"github.com/epimetheus-tsdb/epimetheus/gateway/worker"
 	"github.com/epimetheus-tsdb/epimetheus/history/choice"
+	"github.com/epimetheus-tsdb/epimetheus/ingest/gossip"
 	"github.com/epimetheus-tsdb/epimetheus/ingest/ring"
 	"github.com/epimetheus-tsdb/epimetheus/internal/health"
 )
 
 func addGateway(app *kingpin.Application, commands map[string]command) {
 	cmd := app.Command("gateway", "Answer the Prometheus HTTP API over ingesters and history.")
-	wf, gf := addWebFlags(cmd, ":9009"), addGossipFlags(cmd)
+	wf, rf, gf := addWebFlags(cmd, ":9009"), addGRPCFlags(cmd, ":9014", "other gateways"), addGossipFlags(cmd)
 	commands[cmd.FullCommand()] = func(g *global) error {
 		p, err := newProcess("gateway", g, wf)
 		if err != nil {
@@ -36,12 +39,34 @@ func addGateway(app *kingpin.Application, commands map[string]command) {
 		}
 		defer st.close()
 		live := &ring.Live{}
-		if err := p.addGateway(st, live); err != nil {
+		// Gateways are each other's workers.
+		l, err := listen("grpc.listen-address", rf.listen)
+		if err != nil {
 			return err
 		}
-		if _, err := p.addGossip(gf, ring.Member{}, live, nil); err != nil {
+		address, err := reachable(rf.advertise, l.Addr())
+		if err != nil {
+			return fmt.Errorf("--grpc.advertise-address: %w", err)
+		}
+		members, err := p.addGossip(gf, live, gossip.Options{Worker: address})
+		if err != nil {
 			return err
 		}
+		pool := worker.NewPool(gf.id, func() []worker.Peer {
+			var out []worker.Peer
+			for id, address := range members.Workers() {
+				out = append(out, worker.Peer{ID: id, Address: address})
+			}
+			return out
+		}, p.logger, p.reg, dialOptions()...)
+		st.closers = append(st.closers, pool.Close)
+		api, err := p.addGateway(st, live, pool)
+		if err != nil {
+			return err
+		}
+		server := newGRPCServer()
+		worker.NewServer(func(ctx context.Context, t *plan.Task) ([]byte, error) { return api.Work(ctx, st.history, t) }, p.logger, p.reg).Register(server)
+		p.addGRPC(server, l)
 		return p.run()
 	}
 }
@@ -54,27 +79,33 @@ func dialOptions() []grpc.DialOption {
 	}
 }
 
-func (p *process) addGateway(st *stores, live *ring.Live) error {
+// addGateway adds the API. workers is nil where there are no other gateways.
+func (p *process) addGateway(st *stores, live *ring.Live, workers plan.Workers) (*gateway.API, error) {
 	heads := merge.NewHeads(live, p.logger, p.reg, dialOptions()...)
 	st.closers = append(st.closers, heads.Close)
 	storage := merge.New(heads, st.history, gateway.TenantOf)
 	c := p.config.Gateway
+	results, err := plan.NewResults(int64(c.ResultBytes), p.reg)
+	if err != nil {
+		return nil, err
+	}
 	api, err := gateway.New(gateway.Options{
 		Tenancy: p.config.Tenancy, QueryTimeout: time.Duration(c.QueryTimeout), MaxSamples: c.MaxSamples,
 		Engine: c.engine(), Tenants: c.tenants(), TenantFederation: c.TenantFederation,
-		Flags: p.shownFlags(), ListenAddress: (*p.flags.web.WebListenAddresses)[0],
+		Spread: plan.Spread{Results: results, Workers: workers},
+		Flags:  p.shownFlags(), ListenAddress: (*p.flags.web.WebListenAddresses)[0],
 		Revision: revision(), GoVersion: runtime.Version(), Ready: p.isReady,
 		Choices: choice.New(st.index),
 	}, storage, live, p.logger, p.reg, p.reg)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	p.health = append(p.health, func() []health.Condition { return ringConditions(live.Ring()) })
 	p.mux.Handle("/api/v1/", api)
 	p.mux.Handle("/federate", api)
 	p.mux.HandleFunc("GET /ring", serveRing(live, heads))
 	p.status = append(p.status, section{"Ring", func(r *http.Request) [][]string { return ringTable(r.Context(), live, heads) }})
-	return nil
+	return api, nil
 }
 
 // ringConditions says what is wrong with the ring; since is when it became what it

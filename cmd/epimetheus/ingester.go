@@ -23,10 +23,11 @@ import (
 // grpcFlags are of roles that serve gRPC.
 type grpcFlags struct{ listen, advertise string }
 
-func addGRPCFlags(cmd *kingpin.CmdClause) *grpcFlags {
+// addGRPCFlags adds the flags; who are those that call.
+func addGRPCFlags(cmd *kingpin.CmdClause, listen, who string) *grpcFlags {
 	f := &grpcFlags{}
-	cmd.Flag("grpc.listen-address", "Address for sidecars and gateways.").Default(":9010").StringVar(&f.listen)
-	cmd.Flag("grpc.advertise-address", "Address by which sidecars and gateways reach this process, where it is another: host:port.").StringVar(&f.advertise)
+	cmd.Flag("grpc.listen-address", "Address for "+who+".").Default(listen).StringVar(&f.listen)
+	cmd.Flag("grpc.advertise-address", "Address by which "+who+" reach this process, where it is another: host:port.").StringVar(&f.advertise)
 	return f
 }
 
@@ -51,7 +52,7 @@ func addGossipFlags(cmd *kingpin.CmdClause) *gossipFlags {
 
 func addIngester(app *kingpin.Application, commands map[string]command) {
 	cmd := app.Command("ingester", "Receive samples, keep them, flush them into blocks.")
-	wf, rf, gf := addWebFlags(cmd, ":9012"), addGRPCFlags(cmd), addGossipFlags(cmd)
+	wf, rf, gf := addWebFlags(cmd, ":9012"), addGRPCFlags(cmd, ":9010", "sidecars and gateways"), addGossipFlags(cmd)
 	commands[cmd.FullCommand()] = func(g *global) error {
 		p, err := newProcess("ingester", g, wf)
 		if err != nil {
@@ -68,7 +69,11 @@ func addIngester(app *kingpin.Application, commands map[string]command) {
 			p.config.Ingester.CommitLog = false
 		}
 		if err := p.addIngester(st, rf, gf.id, live, func(m ring.Member, ing *ingest.Ingester) (func(ring.State) error, error) {
-			return p.addGossip(gf, m, live, ing)
+			g, err := p.addGossip(gf, live, gossip.Options{Member: m, Resending: ing.Resending})
+			if err != nil {
+				return nil, err
+			}
+			return g.SetState, nil
 		}); err != nil {
 			return err
 		}
@@ -129,11 +134,7 @@ func (p *process) addIngester(st *stores, rf *grpcFlags, id string, live *ring.L
 		}
 		time.Sleep(leaveNotice)
 	})
-	server := grpc.NewServer(
-		grpc.MaxRecvMsgSize(4<<20),
-		grpc.KeepaliveParams(keepalive.ServerParameters{Time: 20 * time.Second, Timeout: 10 * time.Second}),
-		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 5 * time.Second, PermitWithoutStream: true}),
-	)
+	server := newGRPCServer()
 	ing.Register(server)
 	p.addGRPC(server, l)
 	if setState, err = join(ring.Member{ID: id, Address: address, Zone: p.config.Ring.Zone, Process: ing.Process(), Memory: ing.Memory()}, ing); err != nil {
@@ -152,6 +153,14 @@ func (p *process) addIngester(st *stores, rf *grpcFlags, id string, live *ring.L
 	return nil
 }
 
+func newGRPCServer() *grpc.Server {
+	return grpc.NewServer(
+		grpc.MaxRecvMsgSize(4<<20),
+		grpc.KeepaliveParams(keepalive.ServerParameters{Time: 20 * time.Second, Timeout: 10 * time.Second}),
+		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 5 * time.Second, PermitWithoutStream: true}),
+	)
+}
+
 // addGRPC serves until it is stopped.
 func (p *process) addGRPC(s *grpc.Server, l net.Listener) {
 	p.group.Add(func() error {
@@ -165,18 +174,15 @@ func (p *process) addGRPC(s *grpc.Server, l net.Listener) {
 	})
 }
 
-// addGossip takes part in the gossip. ing is nil for a gateway.
-func (p *process) addGossip(f *gossipFlags, m ring.Member, live *ring.Live, ing *ingest.Ingester) (func(ring.State) error, error) {
-	o := gossip.Options{ID: f.id, Bind: f.listen, Advertise: f.advertise, Join: append(f.join, p.config.Ring.Join...), Member: m}
-	if ing != nil {
-		o.Resending = ing.Resending
-	}
+// addGossip takes part in the gossip.
+func (p *process) addGossip(f *gossipFlags, live *ring.Live, o gossip.Options) (*gossip.Gossip, error) {
+	o.ID, o.Bind, o.Advertise, o.Join = f.id, f.listen, f.advertise, append(f.join, p.config.Ring.Join...)
 	g, err := gossip.New(o, live, p.logger, p.reg)
 	if err != nil {
 		return nil, err
 	}
 	p.addRun("gossip", g.Run, nil)
-	return g.SetState, nil
+	return g, nil
 }
 
 func headTable(ing *ingest.Ingester) [][]string {

@@ -8,6 +8,7 @@ import (
 	"maps"
 	"math"
 	"math/rand"
+	"net"
 	"regexp"
 	"slices"
 	"strings"
@@ -25,12 +26,14 @@ import (
 	"github.com/prometheus/prometheus/promql/promqltest"
 	"github.com/prometheus/prometheus/storage"
 	"github.com/prometheus/prometheus/tsdb/tsdbutil"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials/insecure"
 
 	"github.com/epimetheus-tsdb/epimetheus/gateway"
 	"github.com/epimetheus-tsdb/epimetheus/gateway/gatewaytest"
 	"github.com/epimetheus-tsdb/epimetheus/gateway/merge"
 	"github.com/epimetheus-tsdb/epimetheus/gateway/plan"
-	"github.com/epimetheus-tsdb/epimetheus/history"
+	"github.com/epimetheus-tsdb/epimetheus/gateway/worker"
 	"github.com/epimetheus-tsdb/epimetheus/ingest/ring"
 )
 
@@ -112,30 +115,11 @@ func dataset(t testing.TB, rnd *rand.Rand, s *gatewaytest.Shipped) []labels.Labe
 
 func tenantOf(context.Context) string { return gateway.DefaultTenant }
 
-// workers computes parts of leaves as other gateways would.
-type workers struct {
-	engine *plan.Engine
-	h      *history.History
-	runs   *atomic.Int64
-}
-
-func (w *workers) Here(key plan.Key) bool { return key[0]%3 == 0 }
-
-func (w *workers) Run(ctx context.Context, key plan.Key, t *plan.Task) ([]byte, error) {
-	if key[0]%8 == 1 {
-		return nil, plan.ErrHere // it has gone
-	}
-	b, err := w.engine.Work(ctx, w.h, t)
-	if t.To-t.From < 10 && len(b) > 100 { // there is something in it
-		w.runs.Add(1)
-	}
-	return b, err
-}
-
-// parted is an engine that computes small parts, here and at workers, and keeps
-// the results.
+// parted is an engine that computes small parts, here and at two other gateways,
+// and keeps the results. runs counts the parts with results from there.
 func parted(t *testing.T, c *gatewaytest.Cluster, e *promql.Engine, o promql.EngineOpts, runs *atomic.Int64) *plan.Engine {
 	t.Helper()
+	logger := slog.New(slog.DiscardHandler)
 	spread := func() plan.Spread {
 		r, err := plan.NewResults(4<<20, prometheus.NewRegistry())
 		if err != nil {
@@ -143,8 +127,36 @@ func parted(t *testing.T, c *gatewaytest.Cluster, e *promql.Engine, o promql.Eng
 		}
 		return plan.Tight(plan.Spread{TenantOf: tenantOf, Results: r})
 	}
+	var peers []worker.Peer
+	for i := range 2 {
+		engine := plan.New(e, o, spread())
+		l, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			t.Fatal(err)
+		}
+		g := grpc.NewServer()
+		worker.NewServer(func(ctx context.Context, task *plan.Task) ([]byte, error) {
+			b, err := engine.Work(ctx, c.History, task)
+			if len(b) > 100 { // there is something in it
+				runs.Add(1)
+			}
+			return b, err
+		}, logger, prometheus.NewRegistry()).Register(g)
+		done := make(chan struct{})
+		go func() {
+			defer close(done)
+			_ = g.Serve(l) // ends with Stop
+		}()
+		t.Cleanup(func() {
+			g.Stop()
+			<-done
+		})
+		peers = append(peers, worker.Peer{ID: fmt.Sprint("gateway-", i), Address: l.Addr().String()})
+	}
+	pool := worker.NewPool("here", func() []worker.Peer { return peers }, logger, prometheus.NewRegistry(), grpc.WithTransportCredentials(insecure.NewCredentials()))
+	t.Cleanup(func() { _ = pool.Close() }) // of connections
 	s := spread()
-	s.Workers = &workers{plan.New(e, o, spread()), c.History, runs}
+	s.Workers = pool
 	return plan.New(e, o, s)
 }
 

@@ -176,20 +176,26 @@ func (q *query) Cancel() {
 	q.Query.Cancel()
 }
 
+// selector is a querier that the planner can read: a merge.Querier, or what has one
+// below. The others, such as one of several tenants, are the engine's: they give
+// nil.
+type selector interface {
+	Selection(ctx context.Context, hints *storage.SelectHints, ms ...*labels.Matcher) *merge.Selection
+}
+
 // compute fills in the results of all leaves.
 func (q *query) compute(ctx context.Context) (annos annotations.Annotations, err error) {
-	querier, ok := q.one.querier.(*merge.Querier)
-	if !ok { // of several tenants
-		for _, l := range q.leaves {
-			l.giveUp()
-		}
-		return nil, nil
-	}
 	sels := make([]*merge.Selection, len(q.leaves))
 	for i, l := range q.leaves { // all begin to read
-		sels[i] = querier.Selection(ctx, l.hints(), l.Selector.LabelMatchers...)
+		if s, ok := q.one.querier.(selector); ok {
+			sels[i] = s.Selection(ctx, l.hints(), l.Selector.LabelMatchers...)
+		}
 	}
 	for i, l := range q.leaves {
+		if sels[i] == nil {
+			l.giveUp()
+			continue
+		}
 		p, err := q.leaf(ctx, i, sels[i])
 		if errors.Is(err, errGiveUp) && l.split() {
 			p, err = q.leaf(ctx, i, sels[i])

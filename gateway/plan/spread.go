@@ -31,15 +31,30 @@ type Spread struct {
 
 // Results keeps what parts of leaves give, by what that depends on: nothing in it
 // ever becomes wrong, but what isn't asked for any more goes.
-type Results struct{ cache *cache.Cache[Key, []byte] }
+type Results struct {
+	cache *cache.Cache[Key, []byte]
+	parts *prometheus.CounterVec
+}
 
 // Key names what a part of a leaf gives.
 type Key [sha256.Size]byte
 
 // NewResults makes a cache of so many bytes.
 func NewResults(maxBytes int64, reg prometheus.Registerer) (*Results, error) {
-	r := &Results{cache.New[Key, []byte](maxBytes)}
-	return r, r.cache.Register(reg, "results")
+	r := &Results{
+		cache: cache.New[Key, []byte](maxBytes),
+		parts: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "epimetheus_gateway_query_parts_total",
+			Help: "Parts of long queries, by where the result came from: kept (here before), here, worker (another gateway).",
+		}, []string{"from"}),
+	}
+	return r, errors.Join(r.cache.Register(reg, "results"), reg.Register(r.parts))
+}
+
+func (r *Results) count(from string, n int) {
+	if r != nil {
+		r.parts.WithLabelValues(from).Add(float64(n))
+	}
 }
 
 // Workers compute parts of leaves at other gateways.
@@ -195,7 +210,10 @@ func (w *work) kept(i int) *partial {
 	}
 	p := w.parts[i]
 	only := w.l.only(p.from, p.to)
-	out, _ := r.get(w.keys[i], only.Grid)
+	out, ok := r.get(w.keys[i], only.Grid)
+	if ok {
+		r.count("kept", 1)
+	}
 	return out
 }
 
@@ -229,6 +247,7 @@ func (w *work) elsewhere(ctx context.Context, tenant string, i int) error {
 		q.opts.logger.Warn("result of a worker can't be read, computed again", "err", err)
 		return nil
 	}
+	q.engine.spread.Results.count("worker", 1)
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.out[i] = out
@@ -247,6 +266,7 @@ func (w *work) compute(ctx context.Context, is []int) error {
 		if err != nil {
 			return err
 		}
+		w.q.engine.spread.Results.count("here", n)
 		g := w.l.only(from, to).Grid
 		for _, i := range is[:n] {
 			p := w.parts[i]

@@ -22,7 +22,6 @@ const partialVersion = 1
 // errCorrupt: not what was written.
 var errCorrupt = errors.New("corrupt result of a part")
 
-//nolint:gochecknoglobals // a constant table
 var castagnoli = crc32.MakeTable(crc32.Castagnoli)
 
 // marshal writes a result on a grid.
@@ -37,8 +36,8 @@ func (p *partial) marshal(g Grid) ([]byte, error) {
 	text := func(s string) { b = append(binary.AppendUvarint(b, uint64(len(s))), s...) }
 	b = binary.AppendUvarint(b, uint64(len(p.annos)))
 	for _, err := range p.annos {
-		a, ok := err.(*told)
-		if !ok {
+		var a *told
+		if !errors.As(err, &a) {
 			return nil, fmt.Errorf("annotation of type %T can't be sent", err)
 		}
 		flag := byte(0)

@@ -108,8 +108,13 @@ func (p *Pool) Here(key plan.Key) bool { return p.inLine(key)[0].ID == p.self }
 // tries is how many other gateways are asked for a part.
 const tries = 2
 
-// hedgeFloor is the least time after which a second gateway is asked.
-const hedgeFloor = 100 * time.Millisecond
+// A part that takes so long at the least, and several times of what parts usually
+// take, is asked for again; after several times of that the caller computes it.
+const (
+	hedgeFloor = 500 * time.Millisecond
+	hedgeTimes = 5
+	hereTimes  = 4
+)
 
 // Run implements plan.Workers.
 func (p *Pool) Run(ctx context.Context, key plan.Key, t *plan.Task) ([]byte, error) {
@@ -127,7 +132,7 @@ func (p *Pool) Run(ctx context.Context, key plan.Key, t *plan.Task) ([]byte, err
 	}
 	answers := make(chan answer, len(line))
 	req := request(t)
-	asked, failed := 0, 0
+	asked, failed, waited := 0, 0, 0
 	ask := func() {
 		peer := line[asked]
 		asked++
@@ -149,11 +154,12 @@ func (p *Pool) Run(ctx context.Context, key plan.Key, t *plan.Task) ([]byte, err
 			slow.Stop()
 			return nil, context.Cause(ctx)
 		case <-slow.C:
-			p.hedges.Inc()
-			if asked == len(line) {
+			if waited++; asked < len(line) {
+				p.hedges.Inc()
+				ask()
+			} else if waited > hereTimes {
 				return nil, plan.ErrHere
 			}
-			ask()
 		case a := <-answers:
 			slow.Stop()
 			switch {
@@ -173,7 +179,7 @@ func (p *Pool) Run(ctx context.Context, key plan.Key, t *plan.Task) ([]byte, err
 func (p *Pool) slow() time.Duration {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	return max(hedgeFloor, 5*p.usual)
+	return max(hedgeFloor, hedgeTimes*p.usual)
 }
 
 // one asks one gateway.

@@ -37,6 +37,8 @@ type Options struct {
 	// zone, the process, its memory.
 	// A gateway leaves Address empty.
 	Member ring.Member
+	// Worker is the address of a gateway's gRPC server, for other gateways.
+	Worker string
 	// LostGrace is how long a lost member stays lost at least: sources need some
 	// time to notice, and to say that they are sending again. 1 minute.
 	LostGrace time.Duration
@@ -89,6 +91,8 @@ type meta struct {
 	Memory  string     `json:"m,omitempty"`
 	// Resending: a source is sending again what a lost ingester held.
 	Resending bool `json:"r,omitempty"`
+	// Worker is the address at which a gateway computes parts of others' queries.
+	Worker string `json:"w,omitempty"`
 }
 
 const (
@@ -278,6 +282,20 @@ func (g *Gossip) lose(id string, m meta, since time.Time) {
 	g.logger.Warn("member is lost: its sources send again what it held", "owner", id, "addr", m.Address)
 }
 
+// Workers are the addresses at which gateways that are there compute parts of each
+// other's queries, by id.
+func (g *Gossip) Workers() map[string]string {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	out := map[string]string{}
+	for id, m := range g.peers {
+		if m.Worker != "" {
+			out[id] = m.Worker
+		}
+	}
+	return out
+}
+
 func (g *Gossip) see(n *memberlist.Node) {
 	var m meta
 	if err := json.Unmarshal(n.Meta, &m); err != nil {
@@ -318,7 +336,7 @@ func (g *Gossip) NotifyLeave(n *memberlist.Node) {
 func (g *Gossip) NodeMeta(limit int) []byte {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	m := meta{Address: g.opts.Member.Address, Zone: g.opts.Member.Zone}
+	m := meta{Address: g.opts.Member.Address, Zone: g.opts.Member.Zone, Worker: g.opts.Worker}
 	if m.Address != "" {
 		m.State, m.Process, m.Memory, m.Resending = g.state, g.opts.Member.Process, g.opts.Member.Memory, g.resending
 	}

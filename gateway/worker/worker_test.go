@@ -1,0 +1,263 @@
+package worker_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/oklog/ulid/v2"
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/stretchr/testify/require"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials/insecure"
+
+	"github.com/epimetheus-tsdb/epimetheus/chunkfmt"
+	"github.com/epimetheus-tsdb/epimetheus/gateway/plan"
+	"github.com/epimetheus-tsdb/epimetheus/gateway/worker"
+	"github.com/epimetheus-tsdb/epimetheus/history"
+)
+
+// serve starts gateways that compute parts by run, which is told which they are.
+func serve(t *testing.T, n int, run func(ctx context.Context, i int, task *plan.Task) ([]byte, error)) (peers []worker.Peer, servers []*grpc.Server) {
+	t.Helper()
+	for i := range n {
+		l, err := net.Listen("tcp", "127.0.0.1:0")
+		require.NoError(t, err)
+		g := grpc.NewServer()
+		worker.NewServer(func(ctx context.Context, task *plan.Task) ([]byte, error) { return run(ctx, i, task) },
+			slog.New(slog.DiscardHandler), prometheus.NewRegistry()).Register(g)
+		done := make(chan struct{})
+		go func() {
+			defer close(done)
+			_ = g.Serve(l) // ends with Stop
+		}()
+		t.Cleanup(func() {
+			g.Stop()
+			<-done
+		})
+		peers = append(peers, worker.Peer{ID: fmt.Sprint("gateway-", i), Address: l.Addr().String()})
+		servers = append(servers, g)
+	}
+	return peers, servers
+}
+
+func pool(t *testing.T, self string, peers []worker.Peer) *worker.Pool {
+	t.Helper()
+	p := worker.NewPool(self, func() []worker.Peer { return peers }, slog.New(slog.DiscardHandler), prometheus.NewRegistry(),
+		grpc.WithTransportCredentials(insecure.NewCredentials()))
+	t.Cleanup(func() { require.NoError(t, p.Close()) })
+	return p
+}
+
+func task() *plan.Task {
+	return &plan.Task{
+		Tenant: "t", Query: "rate(x[5m])", Start: -5, End: 10_000, Step: 10, Lookback: 300_000, StartTimestamps: true, TypeAndUnitLabels: true,
+		MaxSamples: 7, Leaf: 1, Split: true, Span: 3_600_000, Number: -1, From: 3, To: 9,
+		Blocks: []history.Block{{
+			ID: ulid.MustNew(1, nil), Object: "blocks/x", ObjectSize: 12, Directory: chunkfmt.Location{Offset: 3, Size: 4},
+			Level: 2, Series: 5, Samples: 6, Ranges: []chunkfmt.Range{{MinT: -7, MaxT: 8}, {MinT: 10, MaxT: 12}},
+		}},
+	}
+}
+
+func key(i int) plan.Key { return plan.Key{byte(i), byte(i >> 8)} }
+
+// A part goes to the gateway that its key names, whoever asks, with all of it.
+func TestPartsGoToOneGateway(t *testing.T) {
+	var mu sync.Mutex
+	at := map[plan.Key]int{}
+	var now plan.Key
+	peers, _ := serve(t, 3, func(_ context.Context, i int, got *plan.Task) ([]byte, error) {
+		require.Equal(t, task(), got)
+		mu.Lock()
+		defer mu.Unlock()
+		if was, ok := at[now]; ok {
+			require.Equal(t, was, i)
+		}
+		at[now] = i
+		return []byte{byte(i)}, nil
+	})
+	a, b := pool(t, "gateway-0", peers), pool(t, "gateway-1", peers)
+	here := [3]int{}
+	for i := range 100 {
+		mu.Lock()
+		now = key(i)
+		mu.Unlock()
+		for j, p := range []*worker.Pool{a, b} {
+			if p.Here(now) {
+				here[j]++
+				continue
+			}
+			out, err := p.Run(t.Context(), now, task())
+			require.NoError(t, err)
+			require.Len(t, out, 1)
+		}
+		require.False(t, a.Here(now) && b.Here(now))
+	}
+	require.Greater(t, here[0], 10)
+	require.Greater(t, here[1], 10)
+}
+
+// A gateway that is gone costs a try, and the caller computes what nobody else does.
+func TestGatewaysDie(t *testing.T) {
+	var runs [3]atomic.Int64
+	peers, servers := serve(t, 3, func(_ context.Context, i int, _ *plan.Task) ([]byte, error) {
+		runs[i].Add(1)
+		return []byte("x"), nil
+	})
+	p := pool(t, "gateway-0", peers)
+	servers[1].Stop()
+	here := 0
+	for i := range 60 {
+		if p.Here(key(i)) {
+			continue
+		}
+		out, err := p.Run(t.Context(), key(i), task())
+		if errors.Is(err, plan.ErrHere) {
+			here++
+			continue
+		}
+		require.NoError(t, err)
+		require.Equal(t, "x", string(out))
+	}
+	require.Positive(t, here) // where gateway-1 is first and gateway-0 next
+	require.Greater(t, runs[2].Load(), int64(15))
+	servers[2].Stop()
+	for i := range 20 {
+		if !p.Here(key(i)) {
+			_, err := p.Run(t.Context(), key(i), task())
+			require.ErrorIs(t, err, plan.ErrHere)
+		}
+	}
+}
+
+// What the engine has to see, and what a worker would understand in another way, is
+// told and not tried elsewhere. Other failures are.
+func TestOutcomes(t *testing.T) {
+	var fails atomic.Pointer[error]
+	var runs atomic.Int64
+	peers, _ := serve(t, 3, func(context.Context, int, *plan.Task) ([]byte, error) {
+		runs.Add(1)
+		return nil, *fails.Load()
+	})
+	p := pool(t, "somebody else", peers)
+	for _, c := range []struct {
+		fails, want error
+		runs        int64
+	}{
+		{plan.ErrGiveUp, plan.ErrGiveUp, 1},
+		{plan.ErrUnlike, plan.ErrUnlike, 1},
+		{errors.New("disk on fire"), plan.ErrHere, 2},
+	} {
+		fails.Store(&c.fails)
+		k := key(0)
+		for i := 1; p.Here(k); i++ {
+			k = key(i)
+		}
+		runs.Store(0)
+		_, err := p.Run(t.Context(), k, task())
+		require.ErrorIs(t, err, c.want)
+		require.LessOrEqual(t, runs.Load(), c.runs)
+	}
+}
+
+// A slow gateway is overtaken by the next, and told to stop.
+func TestHedge(t *testing.T) {
+	var hung, stopped atomic.Int64
+	peers, _ := serve(t, 2, func(ctx context.Context, i int, _ *plan.Task) ([]byte, error) {
+		if i == 0 {
+			hung.Add(1)
+			<-ctx.Done()
+			stopped.Add(1)
+			return nil, context.Cause(ctx)
+		}
+		return []byte("fast"), nil
+	})
+	p := pool(t, "caller", peers)
+	for i := 0; hung.Load() == 0; i++ {
+		if p.Here(key(i)) {
+			continue
+		}
+		out, err := p.Run(t.Context(), key(i), task())
+		if !errors.Is(err, plan.ErrHere) {
+			require.NoError(t, err)
+			require.Equal(t, "fast", string(out))
+		}
+	}
+	require.Eventually(t, func() bool { return stopped.Load() == hung.Load() }, 5*time.Second, time.Millisecond)
+}
+
+// A query that is cancelled ends at the worker too.
+func TestCancel(t *testing.T) {
+	var started, ended atomic.Int64
+	peers, _ := serve(t, 2, func(ctx context.Context, _ int, _ *plan.Task) ([]byte, error) {
+		started.Add(1)
+		<-ctx.Done()
+		ended.Add(1)
+		return nil, context.Cause(ctx)
+	})
+	p := pool(t, "caller", peers)
+	ctx, cancel := context.WithCancel(t.Context())
+	k := key(0)
+	for i := 1; p.Here(k); i++ {
+		k = key(i)
+	}
+	done := make(chan error)
+	go func() {
+		_, err := p.Run(ctx, k, task())
+		done <- err
+	}()
+	require.Eventually(t, func() bool { return started.Load() > 0 }, 5*time.Second, time.Millisecond)
+	cancel()
+	require.ErrorIs(t, <-done, context.Canceled)
+	require.Eventually(t, func() bool { return ended.Load() == started.Load() }, time.Second, time.Millisecond)
+}
+
+// A tenant with many parts doesn't hold up one with few, and doesn't get more in
+// line than it may.
+func TestTenantsTakeTurns(t *testing.T) {
+	go1 := make(chan struct{})
+	var mu sync.Mutex
+	var order []string
+	peers, _ := serve(t, 1, func(_ context.Context, _ int, x *plan.Task) ([]byte, error) {
+		<-go1
+		mu.Lock()
+		defer mu.Unlock()
+		order = append(order, x.Tenant)
+		return []byte("x"), nil
+	})
+	p := pool(t, "caller", peers)
+	k := key(0)
+	for i := 1; p.Here(k); i++ {
+		k = key(i)
+	}
+	ask := func(tenant string, n int, g *sync.WaitGroup) {
+		for range n {
+			g.Go(func() {
+				x := task()
+				x.Tenant = tenant
+				_, _ = p.Run(t.Context(), k, x) // computed by the caller after a while
+			})
+		}
+		time.Sleep(300 * time.Millisecond) // all are in line
+	}
+	var g sync.WaitGroup
+	ask("many", 100, &g)
+	ask("few", 3, &g)
+	close(go1)
+	g.Wait()
+	last := 0
+	for i, tenant := range order {
+		if tenant == "few" {
+			last = i
+		}
+	}
+	require.NotZero(t, last)
+	require.Less(t, last, 30, "of %d: %v", len(order), order)
+}
