@@ -222,7 +222,7 @@ func (r *reader) varint() int64 {
 // length of a list whose elements take so many bytes at least.
 func (r *reader) length(least int) int {
 	x, n := binary.Uvarint(r.b)
-	if n <= 0 || x > uint64(len(r.b)/least) {
+	if n <= 0 || x > uint64((len(r.b)-n)/least) {
 		r.fail()
 		return 0
 	}
