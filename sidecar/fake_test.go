@@ -21,6 +21,9 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
+	"github.com/epimetheus-tsdb/epimetheus/history/choice"
+	"github.com/epimetheus-tsdb/epimetheus/history/historytest"
+	"github.com/epimetheus-tsdb/epimetheus/history/index"
 	"github.com/epimetheus-tsdb/epimetheus/ingest/ring"
 	"github.com/epimetheus-tsdb/epimetheus/ingest/ship"
 	"github.com/epimetheus-tsdb/epimetheus/ingest/ship/shippb"
@@ -327,9 +330,12 @@ func (f *fakeIngester) batch(s *fakeSession, b *shippb.Batch, dec *ship.Decoder)
 	return nil
 }
 
-// fakeGateway answers the ring.
+// fakeGateway answers the ring, and claims.
 type fakeGateway struct {
 	*httptest.Server
+	choices *choice.Choices
+	noClaim bool // claims are not answered
+	claims  int
 	mu      sync.Mutex
 	members []ring.Member
 	changed chan struct{}
@@ -339,9 +345,13 @@ type fakeGateway struct {
 }
 
 func newFakeGateway(t testing.TB, ingesters ...*fakeIngester) *fakeGateway {
-	g := &fakeGateway{changed: make(chan struct{})}
+	g := &fakeGateway{changed: make(chan struct{}), choices: choice.New(index.New(&historytest.MemoryRows{}))}
 	g.set(ingesters...)
 	g.Server = httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Path == "/api/v1/ha/claim" {
+			g.claim(w, r)
+			return
+		}
 		g.mu.Lock()
 		g.asked++
 		g.tenant = r.Header.Get("X-Scope-OrgID")
@@ -367,6 +377,36 @@ func newFakeGateway(t testing.TB, ingesters ...*fakeIngester) *fakeGateway {
 	}))
 	t.Cleanup(g.Close)
 	return g
+}
+
+func (g *fakeGateway) claim(w http.ResponseWriter, r *http.Request) {
+	g.mu.Lock()
+	down := g.noClaim
+	g.mu.Unlock()
+	if down {
+		http.Error(w, "down", http.StatusServiceUnavailable)
+		return
+	}
+	var q choice.Request
+	if err := json.NewDecoder(r.Body).Decode(&q); err != nil {
+		http.Error(w, err.Error(), http.StatusBadRequest)
+		return
+	}
+	var is []choice.Interval
+	var err error
+	if tenant := r.Header.Get("X-Scope-OrgID"); q.Replica == "" {
+		is, err = g.choices.Decided(r.Context(), tenant, q.Group, q.From, q.Until)
+	} else {
+		g.mu.Lock()
+		g.claims++
+		g.mu.Unlock()
+		is, err = g.choices.Claim(r.Context(), tenant, q.Group, q.Replica, q.From, q.Until)
+	}
+	if err != nil {
+		http.Error(w, err.Error(), http.StatusBadRequest)
+		return
+	}
+	json.NewEncoder(w).Encode(map[string]any{"status": "success", "data": choice.Answer{Intervals: is}})
 }
 
 func (g *fakeGateway) set(ingesters ...*fakeIngester) {

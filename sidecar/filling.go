@@ -39,6 +39,7 @@ func (s *shipper) openGap(reason string) {
 // that it becomes are waited for anyway.
 func (s *shipper) sendWBL(ctx context.Context) {
 	s.wblDue = false
+	s.choosing.clockNow()
 	at := s.tail.Position()
 	s.cut(ctx, at)
 	err := backfill.ReadWBL(ctx, s.dir, s.logger, tail.NewMetrics(nil), func(b *tail.Batch) error {
@@ -121,12 +122,12 @@ func (s *shipper) fillOn(ctx context.Context) bool {
 		return false
 	}
 	for _, f := range s.blocks.fills {
-		if f.ledger.queued > 0 && s.opened(f) { //nolint:contextcheck // nothing waits in it
+		if f.ledger.queued > 0 && !s.undecidedBlock(f) && s.opened(f) { //nolint:contextcheck // nothing waits in it
 			return s.fillAgain(ctx, f, now)
 		}
 	}
 	f := s.blocks.next()
-	if f == nil || !s.opened(f) { //nolint:contextcheck // nothing waits in it
+	if f == nil || s.undecidedBlock(f) || !s.opened(f) { //nolint:contextcheck // nothing waits in it
 		return false
 	}
 	s.cut(ctx, s.tail.Position())
@@ -280,6 +281,10 @@ func (s *shipper) sendBlockSeries(ctx context.Context, x *backfill.Series, parts
 	to := func(t int64) (*session, uint32) {
 		if p == nil || !p.v.holds(t) {
 			p, parts = s.blockSeriesAt(x.Labels, t, parts)
+		}
+		if p.v.replica != "" && !s.ourTime(p.v, t) {
+			c.other++
+			return nil, 0
 		}
 		return s.routeBlock(ctx, p)
 	}

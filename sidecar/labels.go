@@ -47,9 +47,11 @@ type labelVersion struct {
 	until    int64 // ms, exclusive; the since of the next
 	external labels.Labels
 	relabel  []*relabel.Config
+	replica  string // name among the replicas of which one is chosen; empty: nothing is chosen
 	tenant   string
 
 	builder *labels.Builder
+	claims  *claims // of the group, once they were asked for
 }
 
 func (v *labelVersion) holds(t int64) bool { return t >= v.since && t < v.until }
@@ -58,6 +60,7 @@ func (v *labelVersion) holds(t int64) bool { return t >= v.since && t < v.until 
 type labelVersionFile struct {
 	Since    *int64            `json:"since,omitempty"` // ms; absent: from the beginning
 	External labels.Labels     `json:"external_labels"`
+	Replica  string            `json:"replica,omitempty"`
 	Relabel  []*relabel.Config `json:"relabel_configs,omitempty"`
 }
 
@@ -113,14 +116,15 @@ type labelVersions struct {
 	tenant  string
 	list    []*labelVersion // ascending in since
 	present *labelVersion   // the last of list; nil if none is known yet
+	chosen  bool            // some have a replica
 }
 
 // add makes a version hold from a time on, in ms, unless it is the present one.
 // The first holds for all time before too. It returns true if it was taken.
-func (vs *labelVersions) add(since int64, external labels.Labels, rc []*relabel.Config) bool {
+func (vs *labelVersions) add(since int64, external labels.Labels, replica string, rc []*relabel.Config) bool {
 	id := uint16(1)
 	if p := vs.present; p != nil {
-		if labels.Equal(p.external, external) && sameRelabel(p.relabel, rc) {
+		if p.replica == replica && labels.Equal(p.external, external) && sameRelabel(p.relabel, rc) {
 			return false
 		}
 		if id = p.id + 1; id == math.MaxUint16 {
@@ -134,10 +138,11 @@ func (vs *labelVersions) add(since int64, external labels.Labels, rc []*relabel.
 		since = noTime
 	}
 	vs.present = &labelVersion{
-		id: id, since: since, until: math.MaxInt64, external: external, relabel: rc,
+		id: id, since: since, until: math.MaxInt64, external: external, relabel: rc, replica: replica,
 		tenant: vs.tenant, builder: labels.NewBuilder(labels.EmptyLabels()),
 	}
 	vs.list = append(vs.list, vs.present)
+	vs.chosen = vs.chosen || replica != ""
 	if n := len(vs.list) - maxLabelVersions; n > 0 {
 		vs.list = vs.list[n:]
 		vs.list[0].since = noTime
@@ -158,7 +163,7 @@ func (vs *labelVersions) at(t int64) *labelVersion {
 func (vs *labelVersions) file() []labelVersionFile {
 	var out []labelVersionFile
 	for _, v := range vs.list {
-		f := labelVersionFile{External: v.external, Relabel: v.relabel}
+		f := labelVersionFile{External: v.external, Replica: v.replica, Relabel: v.relabel}
 		if v.since != noTime {
 			f.Since = &v.since
 		}
@@ -180,7 +185,7 @@ func loadLabelVersions(tenant string, file []labelVersionFile) (*labelVersions, 
 		if v.Since != nil {
 			since = *v.Since
 		}
-		vs.add(since, v.External, v.Relabel)
+		vs.add(since, v.External, v.Replica, v.Relabel)
 	}
 	return vs, nil
 }
@@ -198,8 +203,14 @@ func sameRelabel(a, b []*relabel.Config) bool {
 // takeLabels makes changed external labels or relabelling hold from the time on
 // at which Prometheus took them, but for what was sent under those before.
 func (s *shipper) takeLabels(ctx context.Context, ls labels.Labels, loaded time.Time) {
+	ls, replica, err := splitReplica(ls, s.opts.ReplicaLabel)
+	if s.choosing.lack = ""; err != nil {
+		s.choosing.lack = err.Error()
+		s.once("replica").Warn("external labels are not used", "err", err)
+		return // those before hold on
+	}
 	p := s.versions.present
-	if p != nil && labels.Equal(p.external, ls) && sameRelabel(p.relabel, s.opts.RelabelConfigs) {
+	if p != nil && p.replica == replica && labels.Equal(p.external, ls) && sameRelabel(p.relabel, s.opts.RelabelConfigs) {
 		return
 	}
 	now := time.Now()
@@ -214,9 +225,9 @@ func (s *shipper) takeLabels(ctx context.Context, ls labels.Labels, loaded time.
 	if s.split != nil {
 		s.cut(ctx, s.tail.Position())
 	}
-	if s.versions.add(since, ls, s.opts.RelabelConfigs) {
+	if s.versions.add(since, ls, replica, s.opts.RelabelConfigs) {
 		s.metrics.labelChanges.Inc()
-		s.logger.Info("external labels", "external_labels", ls.String(), "relabel_configs", len(s.opts.RelabelConfigs),
+		s.logger.Info("external labels", "external_labels", ls.String(), "replica", replica, "relabel_configs", len(s.opts.RelabelConfigs),
 			"since", time.UnixMilli(max(since, 0)).UTC())
 	}
 	s.version = s.versions.present

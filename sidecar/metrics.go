@@ -45,6 +45,10 @@ type metrics struct {
 	labelErrors    prometheus.Counter
 	metadataErrors prometheus.Counter
 	labelChanges   prometheus.Counter
+	claims         *prometheus.CounterVec
+	claimErrors    prometheus.Counter
+	chosen         prometheus.Gauge
+	heldBack       prometheus.Gauge
 	readErrors     prometheus.Counter
 	checkpoints    prometheus.Counter
 	checkpointErr  prometheus.Counter
@@ -74,7 +78,7 @@ func newMetrics(reg prometheus.Registerer) *metrics {
 		resent:       counter("resent_samples_total", "Samples that were read and sent again because an ingester was lost."),
 		dropped: f.NewCounterVec(prometheus.CounterOpts{
 			Name: "epimetheus_sidecar_dropped_samples_total",
-			Help: "Samples in the WAL that were not sent, by reason: of a series without a name or with invalid or too long labels, of a series that relabelling drops, of a ref that no series record explained, with the timestamp of the sample before, or from an agent's WAL checkpoint, whose samples are placeholders.",
+			Help: "Samples in the WAL that were not sent, by reason: of a series without a name or with invalid or too long labels, of a series that relabelling drops, of a ref that no series record explained, with the timestamp of the sample before, of a time for which another replica is chosen, or from an agent's WAL checkpoint, whose samples are placeholders.",
 		}, []string{"reason"}),
 		refused: f.NewCounterVec(prometheus.CounterOpts{
 			Name: "epimetheus_sidecar_refused_samples_total",
@@ -111,10 +115,17 @@ func newMetrics(reg prometheus.Registerer) *metrics {
 		labelErrors:    counter("external_label_errors_total", "Failed attempts to get the external labels of Prometheus."),
 		metadataErrors: counter("metadata_errors_total", "Failed attempts to get metadata of metrics from Prometheus."),
 		labelChanges:   counter("external_label_changes_total", "Changes of external labels or relabelling that took effect."),
-		readErrors:     counter("wal_read_errors_total", "Failed attempts to read the WAL: errors of the file system."),
-		checkpoints:    counter("checkpoints_total", "Checkpoints written."),
-		checkpointErr:  counter("checkpoint_errors_total", "Checkpoints that could not be written."),
-		reasons:        map[string]bool{},
+		claims: f.NewCounterVec(prometheus.CounterOpts{
+			Name: "epimetheus_sidecar_ha_requests_total",
+			Help: "Requests to gateways about which of several replicas is chosen, by kind: claim, or ask for what is decided.",
+		}, []string{"kind"}),
+		claimErrors:   counter("ha_request_errors_total", "Of these, those that failed."),
+		chosen:        gauge("ha_chosen", "1 if this replica is the chosen one at its newest sample; 1 without replicas too."),
+		heldBack:      gauge("ha_held_seconds", "For how long samples have been held because it isn't known which replica is chosen; 0 if they aren't."),
+		readErrors:    counter("wal_read_errors_total", "Failed attempts to read the WAL: errors of the file system."),
+		checkpoints:   counter("checkpoints_total", "Checkpoints written."),
+		checkpointErr: counter("checkpoint_errors_total", "Checkpoints that could not be written."),
+		reasons:       map[string]bool{},
 	}
 	for _, t := range []string{"float", "histogram", "float_histogram", "exemplar", "metadata"} {
 		m.shipped.WithLabelValues(t)
@@ -122,7 +133,10 @@ func newMetrics(reg prometheus.Registerer) *metrics {
 	for r := dropRelabelled; r < dropReasons; r++ {
 		m.dropped.WithLabelValues(r.String())
 	}
-	for _, r := range []string{"unknown_ref", "equal_timestamp", "agent_checkpoint"} {
+	for _, k := range []string{"claim", "ask"} {
+		m.claims.WithLabelValues(k)
+	}
+	for _, r := range []string{"unknown_ref", "equal_timestamp", "agent_checkpoint", "other_replica"} {
 		m.dropped.WithLabelValues(r)
 	}
 	return m

@@ -40,6 +40,14 @@ type Options struct {
 	// that each series is sent to; 1 by default, at most 3.
 	Replicas int
 
+	// ReplicaLabel is the external label that tells the Prometheus from others
+	// with the same targets, of which one is chosen at a time. It isn't sent. Empty:
+	// there are no others, or their samples are kept apart by a label.
+	ReplicaLabel string
+	// Lease is how far ahead of its samples a chosen replica claims, and so the
+	// longest gap when it is gone; a minute by default, MinLease to MaxLease.
+	Lease time.Duration
+
 	// PollInterval is how often the WAL is looked at; 100 ms by default. With
 	// nothing in it for a while, half as often.
 	PollInterval time.Duration
@@ -86,6 +94,13 @@ type Options struct {
 	Version string
 }
 
+// Bounds of Options.Lease. Claims must stay within what gateways take for
+// possible (ship.MaxFuture), and within the size of a row.
+const (
+	MinLease = 10 * time.Second
+	MaxLease = 5 * time.Minute
+)
+
 func (o *Options) setDefaults() {
 	def := func(d *time.Duration, v time.Duration) {
 		if *d <= 0 {
@@ -113,6 +128,7 @@ func (o *Options) setDefaults() {
 	if o.Version == "" {
 		o.Version = "epimetheus"
 	}
+	def(&o.Lease, time.Minute)
 	def(&o.PollInterval, 100*time.Millisecond)
 	def(&o.RangeAge, 5*time.Second)
 	def(&o.DetachAfter, 5*time.Second)
@@ -157,6 +173,15 @@ func (o *Options) Validate() error {
 		if err := c.Validate(model.UTF8Validation); err != nil {
 			bad("relabel configuration %d: %w", i+1, err)
 		}
+	}
+	if o.ReplicaLabel != "" && !model.UTF8Validation.IsValidLabelName(o.ReplicaLabel) {
+		bad("replica label %q: not a label name", o.ReplicaLabel)
+	}
+	if o.ReplicaLabel != "" && o.PrometheusURL == "" && o.PrometheusConfigFile == "" {
+		bad("replica label %q: Prometheus's external labels are needed, give its URL or its configuration file", o.ReplicaLabel)
+	}
+	if o.Lease < MinLease || o.Lease > MaxLease {
+		bad("lease %s: must be from %s to %s", o.Lease, MinLease, MaxLease)
 	}
 	if o.Shards < 0 {
 		bad("shards %d: must be 0 (all) or more", o.Shards)

@@ -11,7 +11,8 @@ import (
 	"github.com/epimetheus-tsdb/epimetheus/sidecar/tail"
 )
 
-// readTail reads about one range's worth. It returns true if there may be more.
+// readTail reads about one range's worth. It returns true if there may be more to
+// read now.
 func (s *shipper) readTail(ctx context.Context) bool {
 	for n := int64(0); n < s.opts.RangeBytes && !s.dirty && s.fatal == nil && ctx.Err() == nil; {
 		b, err := s.tail.Next()
@@ -28,8 +29,14 @@ func (s *shipper) readTail(ctx context.Context) bool {
 			s.once("wal_read").Warn("WAL can't be read, trying on", "err", err)
 			return false
 		}
+		if s.hold(b) {
+			s.tail.Unread(b)
+			s.endRange(ctx, true)
+			return false
+		}
 		n += b.To.Offset - b.From.Offset
 		s.record(ctx, b)
+		s.renewClaim()
 	}
 	return true
 }

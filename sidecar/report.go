@@ -45,8 +45,24 @@ func (s *shipper) report(now time.Time) {
 	if s.split != nil {
 		st.Ring = s.ring.Version()
 	}
+	st.LabelsError = s.choosing.lack
+	m.chosen.Set(1)
 	if v := s.versions.present; v != nil {
 		st.LabelsKnown, st.ExternalLabels = true, v.external
+		if v.replica != "" {
+			r := &ReplicaStatus{Name: v.replica, Chosen: s.claimsOf(v).chosen(v.replica)}
+			if err := s.choosing.claimer.lastError(); err != nil {
+				r.Error = err.Error()
+			}
+			if st.Replica = r; !r.Chosen {
+				m.chosen.Set(0)
+			}
+		}
+	}
+	m.heldBack.Set(0)
+	if since := s.choosing.since; !since.IsZero() {
+		st.HeldSince = &since
+		m.heldBack.Set(now.Sub(since).Seconds())
 	}
 	var inflight int64
 	var detached int
@@ -86,7 +102,7 @@ func (s *shipper) report(now time.Time) {
 	m.sessions.Set(float64(len(st.Sessions)))
 	m.inflight.Set(float64(inflight))
 	m.detached.Set(float64(detached))
-	s.note(&st)
+	s.note(&st, now)
 	s.publish(st)
 }
 
@@ -122,7 +138,7 @@ func (s *shipper) openRewinds(queued int) int {
 const lagNoted = 32 << 20
 
 // note says what is degraded.
-func (s *shipper) note(st *Status) {
+func (s *shipper) note(st *Status, now time.Time) {
 	h := s.health
 	_, ringErr := s.ringWatch.present()
 	h.Note("ring", ringErr != nil, "the ring can't be had from a gateway, the one known last is used: %v", ringErr)
@@ -132,6 +148,11 @@ func (s *shipper) note(st *Status) {
 	for id, o := range s.owners {
 		h.Note("owner "+id, o.detached, "ingester %s is slow or out of reach: its series go to others", id)
 	}
+	h.Note("replica", s.choosing.lack != "", "%s", s.choosing.lack)
+	if r := st.Replica; r != nil {
+		h.Note("chosen", r.Error != "", "which replica is chosen can't be asked for: %s", r.Error)
+	}
+	h.Note("held", st.HeldSince != nil && now.Sub(*st.HeldSince) > 2*s.opts.Lease, "samples wait in the WAL: it isn't known which replica is chosen")
 	h.Note("lag", st.LagBytes > lagNoted, "%d bytes of WAL are not read yet", st.LagBytes)
 	h.Note("again", st.QueuedRanges > 0, "%d ranges are being read and sent again because an ingester lost them", st.QueuedRanges)
 	gap := ""

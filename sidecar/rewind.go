@@ -75,6 +75,9 @@ func (s *shipper) readAgain(ctx context.Context) bool {
 		if len(b.Series) > 0 {
 			return nil // all in the dictionary
 		}
+		if err := s.undecidedAgain(b); err != nil {
+			return err
+		}
 		s.samples(ctx, b)
 		return ctx.Err()
 	})
@@ -88,6 +91,9 @@ func (s *shipper) readAgain(ctx context.Context) bool {
 		}
 		s.ledger.Resent(w.ID, parts, false)
 	case ctx.Err() != nil:
+		s.ledger.Return(w.ID)
+	case errors.Is(err, errUndecided):
+		s.nextRewind = now.Add(time.Second)
 		s.ledger.Return(w.ID)
 	case errors.Is(err, fs.ErrNotExist) || s.rewindFails >= 5:
 		// What can't be read any more is read from blocks.

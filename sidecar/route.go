@@ -19,7 +19,7 @@ import (
 // bumped once per sample.
 type sampleCounts struct {
 	floats, histograms, floatHistograms, exemplars, metadata int
-	unknown, equal, placeholder                              int
+	unknown, equal, placeholder, other                       int
 	drop                                                     [dropReasons]int
 }
 
@@ -164,6 +164,7 @@ func (s *shipper) count() {
 	drop("unknown_ref", c.unknown)
 	drop("equal_timestamp", c.equal)
 	drop("agent_checkpoint", c.placeholder)
+	drop("other_replica", c.other)
 	for r := dropRelabelled; r < dropReasons; r++ {
 		drop(r.String(), c.drop[r])
 	}
@@ -236,6 +237,10 @@ func (s *shipper) route(ctx context.Context, ref uint64, t int64, pos tail.Posit
 			sl.lastT, sl.kind = t, kind
 			s.newestT = max(s.newestT, t)
 		}
+	}
+	if v.replica != "" && t != math.MaxInt64 && !s.ourTime(v, t) {
+		s.counts.other++
+		return nil, 0, 0
 	}
 	if v != s.version {
 		ss, ref := s.routeOther(ctx, i, v, r)

@@ -36,6 +36,7 @@ type shipper struct {
 	ringWatch   *ringWatch
 	external    *externalLabels
 	families    *families
+	choosing    choosing
 	publish     func(Status)           // called from time to time
 	connect     func(ring.Member) link // makes a session's network side
 
@@ -141,11 +142,13 @@ func (s *shipper) run(ctx context.Context) error {
 			s.wait(ctx, s.opts.PollInterval)
 			continue
 		}
+		s.takeClaims()
 		more := s.readTail(ctx)
 		s.flushAll(ctx)
 		s.sendFamilies(ctx)
 		again := false
-		if !more {
+		held := !s.choosing.since.IsZero()
+		if !more && !held {
 			s.coverageDue = s.coverageDue || !s.caughtUp
 			s.caughtUp = true
 			s.blocks.current(s.tail.Position())
@@ -161,7 +164,7 @@ func (s *shipper) run(ctx context.Context) error {
 			s.lastData = time.Now()
 		case !again:
 			pause := s.opts.PollInterval
-			if time.Since(s.lastData) > 10*time.Second {
+			if !held && time.Since(s.lastData) > 10*time.Second {
 				pause *= 2
 			}
 			s.wait(ctx, pause)

@@ -18,6 +18,7 @@ import (
 	"github.com/prometheus/prometheus/tsdb/fileutil"
 	"golang.org/x/sync/errgroup"
 
+	"github.com/epimetheus-tsdb/epimetheus/history/choice"
 	"github.com/epimetheus-tsdb/epimetheus/internal/health"
 	"github.com/epimetheus-tsdb/epimetheus/sidecar/backfill"
 	"github.com/epimetheus-tsdb/epimetheus/sidecar/tail"
@@ -62,7 +63,16 @@ type Status struct {
 	LabelsKnown     bool            `json:"labels_known"`
 	ExternalLabels  labels.Labels   `json:"external_labels"`
 	LabelsError     string          `json:"labels_error,omitempty"`
+	Replica         *ReplicaStatus  `json:"replica,omitempty"`    // where one of several is chosen
+	HeldSince       *time.Time      `json:"held_since,omitempty"` // while it isn't known whether samples are to be sent
 	Sessions        []SessionStatus `json:"sessions"`
+}
+
+// ReplicaStatus says what a Prometheus is among its replicas.
+type ReplicaStatus struct {
+	Name   string `json:"name"`
+	Chosen bool   `json:"chosen"`          // at its newest sample
+	Error  string `json:"error,omitempty"` // of the last request to a gateway
 }
 
 // GapStatus is a stretch of the WAL that may not have been read; it is read from
@@ -169,6 +179,10 @@ func open(opts Options, dir *tail.Dir, logger *slog.Logger, reg prometheus.Regis
 	sh.families = newFamilies(opts.PrometheusURL, opts.MetadataInterval)
 	sh.families.client, sh.families.logger = s.client, logger
 	sh.families.failed, sh.families.notify = m.metadataErrors.Inc, sh.notify
+	sh.choosing = choosing{groups: map[string]*claims{}, claimer: &claimer{
+		gateways: opts.Gateways, tenant: opts.Tenant, client: gatewayClient, logger: logger, metrics: m, notify: sh.notify,
+		requests: make(chan choice.Request, 1),
+	}}
 	sh.connect = sh.dial
 	s.shipper = sh
 	s.setStatus(Status{})
@@ -186,6 +200,10 @@ func (s *Sidecar) Run(ctx context.Context) error {
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error {
 		s.shipper.ringWatch.run(ctx)
+		return nil
+	})
+	g.Go(func() error {
+		s.shipper.choosing.claimer.run(ctx)
 		return nil
 	})
 	g.Go(func() error {

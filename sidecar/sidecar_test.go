@@ -52,6 +52,7 @@ type harness struct {
 	ingesters []*fakeIngester
 	gateway   *fakeGateway
 	opts      Options
+	lease     time.Duration // shorter than options may have it
 
 	sidecar *Sidecar
 	reg     *prometheus.Registry
@@ -87,7 +88,9 @@ func (h *harness) run() {
 	if err != nil {
 		h.t.Fatal(err)
 	}
-	h.sidecar = s
+	if h.sidecar = s; h.lease > 0 {
+		s.shipper.opts.Lease = h.lease
+	}
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
 	go func() { done <- s.Run(ctx) }()

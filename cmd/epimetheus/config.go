@@ -9,11 +9,13 @@ import (
 	"strings"
 	"time"
 
+	"github.com/prometheus/common/model"
 	"github.com/prometheus/prometheus/model/relabel"
 	"go.yaml.in/yaml/v2"
 
 	"github.com/epimetheus-tsdb/epimetheus/gateway"
 	"github.com/epimetheus-tsdb/epimetheus/ingest"
+	"github.com/epimetheus-tsdb/epimetheus/sidecar"
 )
 
 // Config is the YAML file; docs/configuration.md describes it. The zero value
@@ -128,8 +130,15 @@ type SidecarConfig struct {
 	RelabelConfigs       []*relabel.Config `yaml:"relabel_configs,omitempty" doc:"Prometheus's relabel configs, applied to each series after the external labels: drop what need not be kept."`
 	Shards               int               `yaml:"shards,omitempty" doc:"Over how many ingesters the tenant's series are spread. 0: all."`
 	ReplicationFactor    int               `yaml:"replication_factor,omitempty" doc:"How many ingesters, in different zones as far as there are, get each series, 1 to 3. With 2 or 3 fresh samples can be queried while an ingester is missing, for as many times the network and the ingesters' memory. The same in all sidecars of a tenant."`
+	HA                   HAConfig          `yaml:"ha,omitempty"`
 	Backfill             BackfillConfig    `yaml:"backfill,omitempty"`
 	KeepWALBytes         size              `yaml:"keep_wal_bytes,omitempty" doc:"How much WAL that Prometheus has deleted is kept (hard links, open files) while it isn't durable. It takes room on Prometheus's volume. Beyond it samples come from Prometheus's blocks, hours later."`
+}
+
+// HAConfig is for Prometheis that scrape the same targets.
+type HAConfig struct {
+	ReplicaLabel string   `yaml:"replica_label,omitempty" doc:"As '--ha.replica-label'. Empty: all samples are sent, with all external labels."`
+	Lease        duration `yaml:"lease,omitempty" doc:"How far ahead of its samples the chosen replica claims, 10s to 5m: the longest gap when it is gone. Shorter: more writes to the index. It must be longer than the scrape interval."`
 }
 
 // BackfillConfig is for the history in Prometheus's blocks at the first start.
@@ -170,6 +179,7 @@ func defaultConfig() Config {
 		},
 		Sidecar: SidecarConfig{
 			Tenant: gateway.DefaultTenant, KeepWALBytes: 4 * gib, ReplicationFactor: 1,
+			HA:       HAConfig{Lease: duration(time.Minute)},
 			Backfill: BackfillConfig{Enabled: true, SamplesPerSecond: 500_000},
 		},
 	}
@@ -278,6 +288,12 @@ func (c *Config) validate() error {
 	}
 	if r := c.Sidecar.ReplicationFactor; r < 1 || r > 3 {
 		bad("sidecar.replication_factor: %d is not 1, 2 or 3", r)
+	}
+	if l := c.Sidecar.HA.ReplicaLabel; l != "" && !model.UTF8Validation.IsValidLabelName(l) {
+		bad("sidecar.ha.replica_label: %q is not a label name", l)
+	}
+	if d := time.Duration(c.Sidecar.HA.Lease); d < sidecar.MinLease || d > sidecar.MaxLease {
+		bad("sidecar.ha.lease: %s is not between %s and %s", d, sidecar.MinLease, sidecar.MaxLease)
 	}
 	if n := c.Sidecar.Backfill.SamplesPerSecond; n < 1000 {
 		bad("sidecar.backfill.samples_per_second: %d is less than 1000: a day of a small Prometheus would take weeks", n)

@@ -16,13 +16,14 @@ import (
 func addSidecar(app *kingpin.Application, commands map[string]command) {
 	cmd := app.Command("sidecar", "Tail the WAL of the Prometheus beside and ship its samples.")
 	wf := addWebFlags(cmd, ":9013")
-	var promDir, promURL, promFile, tenant string
+	var promDir, promURL, promFile, tenant, replicaLabel string
 	var gateways []string
 	cmd.Flag("prometheus.data-dir", "Data directory of Prometheus (its --storage.tsdb.path or --storage.agent.path); it is only read.").StringVar(&promDir)
 	cmd.Flag("prometheus.url", "URL of Prometheus: its external labels and the metadata of metrics are read there.").StringVar(&promURL)
 	cmd.Flag("prometheus.config-file", "Configuration file of Prometheus, for its external labels, where there is no URL.").StringVar(&promFile)
 	cmd.Flag("gateway.url", "URL of a gateway. Repeat for more.").StringsVar(&gateways)
 	cmd.Flag("tenant", "Tenant that the samples are of.").StringVar(&tenant)
+	cmd.Flag("ha.replica-label", "External label that tells this Prometheus from others with the same targets, such as replica. It isn't sent, and of these Prometheis one is chosen at a time.").StringVar(&replicaLabel)
 	commands[cmd.FullCommand()] = func(g *global) error {
 		p, err := newProcess("sidecar", g, wf)
 		if err != nil {
@@ -37,6 +38,7 @@ func addSidecar(app *kingpin.Application, commands map[string]command) {
 			{promURL, &c.PrometheusURL},
 			{promFile, &c.PrometheusConfigFile},
 			{tenant, &c.Tenant},
+			{replicaLabel, &c.HA.ReplicaLabel},
 		} {
 			if o.flag != "" {
 				*o.to = o.flag
@@ -55,6 +57,7 @@ func addSidecar(app *kingpin.Application, commands map[string]command) {
 			PrometheusDir: c.PrometheusDirectory, DataDir: p.flags.dataDir, Tenant: c.Tenant, Gateways: c.Gateways,
 			PrometheusURL: c.PrometheusURL, PrometheusConfigFile: c.PrometheusConfigFile,
 			RelabelConfigs: c.RelabelConfigs, Shards: c.Shards, Replicas: c.ReplicationFactor, KeepBytes: int64(c.KeepWALBytes),
+			ReplicaLabel: c.HA.ReplicaLabel, Lease: time.Duration(c.HA.Lease),
 			BackfillAge: c.Backfill.age(), BackfillSamplesPerSecond: int64(c.Backfill.SamplesPerSecond),
 			DialOptions: dialOptions(), Version: "epimetheus " + version.Version,
 		}, p.logger, p.reg)
@@ -88,6 +91,16 @@ func sidecarTable(s *sidecar.Sidecar) func(*http.Request) [][]string {
 			{"copies of what isn't durable", fmt.Sprintf("%d of %d", st.Copies, st.Replicas)},
 			{"ring", st.Ring + st.RingError},
 			{"deleted WAL kept", fmt.Sprintf("%d bytes", st.KeptBytes)},
+		}
+		if r := st.Replica; r != nil {
+			what := "another is chosen"
+			if r.Chosen {
+				what = "chosen"
+			}
+			rows = append(rows, []string{"replica", r.Name + ": " + what + " at the newest sample. " + r.Error})
+		}
+		if st.HeldSince != nil {
+			rows = append(rows, []string{"samples wait", "since " + st.HeldSince.UTC().Format(time.RFC3339) + ": it isn't known which replica is chosen"})
 		}
 		if g := st.Gap; g != nil {
 			rows = append(rows, []string{"gap", fmt.Sprintf("%s, since %s: blocks are read until Prometheus has compacted all up to %s",

@@ -103,7 +103,7 @@ func (c *Choices) rows(ctx context.Context, tenant, group string, from, until in
 	if from >= until || !possible(from) || !possible(until) {
 		return nil, 0, fmt.Errorf("%w: from %d until %d ms is no interval", ErrInvalid, from, until)
 	}
-	first, last := dayOf(from), dayOf(until-1)
+	first, last := Day(from), Day(until-1)
 	if last-first >= MaxDays {
 		return nil, 0, fmt.Errorf("%w: from %d until %d ms are %d days, the limit is %d", ErrInvalid, from, until, last-first+1, MaxDays)
 	}
@@ -205,7 +205,8 @@ func intervals(rows []index.ChoiceRow) []Interval {
 // possible says whether a time's day can be a row's.
 func possible(t int64) bool { return t > -1<<60 && t < 1<<60 }
 
-func dayOf(t int64) int64 {
+// Day is the day that a time in ms is in: the row it belongs to.
+func Day(t int64) int64 {
 	d := t / index.ChoiceDay
 	if t%index.ChoiceDay < 0 {
 		d--

@@ -66,6 +66,7 @@ type Tail struct {
 	// unsettled is since when the log has been in a state between two.
 	unsettled time.Time
 	jump      *BreakError // what Next is to return
+	unread    *Batch      // likewise
 
 	warned map[string]bool
 }
@@ -120,13 +121,26 @@ func (t *Tail) SeriesOnly() { t.dec.seriesOnly = true }
 
 // Position returns the end of the last whole record that was returned or left
 // out: where another Tail goes on.
-func (t *Tail) Position() Position { return t.pos }
+func (t *Tail) Position() Position {
+	if t.unread != nil {
+		return t.unread.From
+	}
+	return t.pos
+}
+
+// Unread makes the next call of Next return the batch again that the last one has
+// returned. Until then the tail's position is before it.
+func (t *Tail) Unread(b *Batch) { t.unread = b }
 
 // Next returns the next record, or io.EOF if there is none now; a later call may
 // find one. A *BreakError says that the tail jumped; the next call goes on from there.
 // Other errors are those of the file system: the tail keeps its place and may
 // be asked again.
 func (t *Tail) Next() (*Batch, error) {
+	if b := t.unread; b != nil {
+		t.unread = nil
+		return b, nil
+	}
 	for {
 		if b := t.jump; b != nil {
 			t.jump = nil

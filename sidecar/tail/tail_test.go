@@ -636,3 +636,36 @@ func FuzzSegment(f *testing.F) {
 		}
 	})
 }
+
+// A batch that is put back comes again, and the tail's position is before it.
+func TestUnread(t *testing.T) {
+	w := newTestWAL(t, 32<<10, compression.None)
+	w.series(1, 2)
+	w.samples(1000, 2)
+	w.samples(2000, 2)
+	tl, _ := w.tail()
+	for i := range 3 {
+		before := tl.Position()
+		b, err := tl.Next()
+		if err != nil {
+			t.Fatal(err)
+		}
+		from, to := b.From, b.To
+		if before != from || tl.Position() != to {
+			t.Fatalf("record %d: from %v to %v, the tail was at %v and is at %v", i, from, to, before, tl.Position())
+		}
+		for range 2 {
+			tl.Unread(b)
+			if tl.Position() != from {
+				t.Errorf("record %d: put back, the tail is at %v, want %v", i, tl.Position(), from)
+			}
+			again, err := tl.Next()
+			if err != nil || again != b || tl.Position() != to {
+				t.Fatalf("record %d: %v, %v, the tail is at %v", i, again, err, tl.Position())
+			}
+		}
+	}
+	if _, err := tl.Next(); !errors.Is(err, io.EOF) {
+		t.Errorf("at the end: %v", err)
+	}
+}

@@ -1,0 +1,163 @@
+package sidecar
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"log/slog"
+	"math/rand/v2"
+	"net/http"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/epimetheus-tsdb/epimetheus/history/choice"
+)
+
+// claimer asks a gateway for claims, one request at a time. What fails is
+// forgotten: by then something else may be due.
+type claimer struct {
+	gateways []string // base URLs, taken in turn when one fails
+	tenant   string
+	client   *http.Client
+	logger   *slog.Logger
+	metrics  *metrics
+	notify   func()
+
+	requests chan choice.Request // cap 1
+
+	mu      sync.Mutex
+	busy    bool
+	answers []claimAnswer
+	err     error
+}
+
+type claimAnswer struct {
+	request   choice.Request
+	intervals []choice.Interval
+}
+
+const (
+	claimTimeout   = 15 * time.Second
+	maxClaimAnswer = 64 << 20
+)
+
+// ask has a request made, unless one is under way.
+func (c *claimer) ask(q choice.Request) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if !c.busy {
+		c.busy = true
+		c.requests <- q
+	}
+}
+
+// take returns the answers since the last call.
+func (c *claimer) take() []claimAnswer {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	as := c.answers
+	c.answers = nil
+	return as
+}
+
+func (c *claimer) lastError() error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.err
+}
+
+func (c *claimer) run(ctx context.Context) {
+	failing, next := false, 0
+	pause := 100 * time.Millisecond
+	for {
+		var q choice.Request
+		select {
+		case <-ctx.Done():
+			return
+		case q = <-c.requests:
+		}
+		is, err := c.post(ctx, c.gateways[next%len(c.gateways)], q)
+		if ctx.Err() != nil {
+			return
+		}
+		if err != nil {
+			c.metrics.claimErrors.Inc()
+			if !failing {
+				failing = true
+				c.logger.Warn("which replica is chosen can't be asked for, trying on: samples wait in the WAL where that isn't known",
+					"gateway", c.gateways[next%len(c.gateways)], "err", err)
+			}
+			c.mu.Lock()
+			c.err = err
+			c.mu.Unlock()
+			next++
+			sleep(ctx, pause/2+rand.N(pause))
+			pause = min(2*pause, 5*time.Second)
+		} else {
+			if failing {
+				failing = false
+				c.logger.Info("which replica is chosen can be asked for again", "gateway", c.gateways[next%len(c.gateways)])
+			}
+			pause = 100 * time.Millisecond
+		}
+		c.mu.Lock()
+		c.busy = false
+		if err == nil {
+			c.err = nil
+			c.answers = append(c.answers, claimAnswer{q, is})
+		}
+		c.mu.Unlock()
+		c.notify()
+	}
+}
+
+func (c *claimer) post(ctx context.Context, gateway string, q choice.Request) ([]choice.Interval, error) {
+	ctx, cancel := context.WithTimeout(ctx, claimTimeout)
+	defer cancel()
+	body, err := json.Marshal(q)
+	if err != nil {
+		return nil, fmt.Errorf("claim: %w", err)
+	}
+	req, err := http.NewRequestWithContext(ctx, http.MethodPost, strings.TrimSuffix(gateway, "/")+"/api/v1/ha/claim", bytes.NewReader(body))
+	if err != nil {
+		return nil, fmt.Errorf("claim: %w", err)
+	}
+	req.Header.Set("Content-Type", "application/json")
+	req.Header.Set("X-Scope-OrgID", c.tenant)
+	kind := "claim"
+	if q.Replica == "" {
+		kind = "ask"
+	}
+	c.metrics.claims.WithLabelValues(kind).Inc()
+	resp, err := c.client.Do(req)
+	if err != nil {
+		return nil, fmt.Errorf("claim: %w", err)
+	}
+	defer resp.Body.Close()
+	var answer struct {
+		Error string        `json:"error"`
+		Data  choice.Answer `json:"data"`
+	}
+	if resp.StatusCode != http.StatusOK {
+		b, _ := io.ReadAll(io.LimitReader(resp.Body, 4<<10))
+		text := strings.TrimSpace(string(b))
+		if json.Unmarshal(b, &answer) == nil && answer.Error != "" {
+			text = answer.Error
+		}
+		return nil, fmt.Errorf("claim: %s answered %s: %s", gateway, resp.Status, text)
+	}
+	if err := json.NewDecoder(io.LimitReader(resp.Body, maxClaimAnswer)).Decode(&answer); err != nil {
+		return nil, fmt.Errorf("claims that %s answered: %w", gateway, err)
+	}
+	last := int64(noTime)
+	for _, x := range answer.Data.Intervals {
+		if x.From < last || x.Until <= x.From || x.Replica == "" {
+			return nil, fmt.Errorf("claims that %s answered: interval from %d until %d ms of replica %q", gateway, x.From, x.Until, x.Replica)
+		}
+		last = x.Until
+	}
+	return answer.Data.Intervals, nil
+}
