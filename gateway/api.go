@@ -13,6 +13,7 @@ import (
 	"github.com/prometheus/prometheus/storage"
 	"github.com/prometheus/prometheus/util/annotations"
 	"github.com/prometheus/prometheus/util/httputil"
+	v1 "github.com/prometheus/prometheus/web/api/v1"
 
 	"github.com/epimetheus-tsdb/epimetheus/gateway/plan"
 	"github.com/epimetheus-tsdb/epimetheus/history"
@@ -85,6 +86,9 @@ type API struct {
 	tenants map[string]*variant         // of the others
 	ours    map[string]http.HandlerFunc // in place of Prometheus's, by method and path below /api/v1
 	handler http.Handler
+
+	answers   streaming
+	encodings encodings
 }
 
 // New makes the API. It answers below /api/v1/, and /federate.
@@ -92,7 +96,7 @@ func New(o Options, s Storage, live *ring.Live, logger *slog.Logger, reg prometh
 	o.setDefaults()
 	a := &API{
 		opts: o, storage: tenants{s}, live: live, logger: logger.With("component", "api"), birth: time.Now().UTC(),
-		tenants: map[string]*variant{},
+		tenants: map[string]*variant{}, answers: streaming{waiting: map[string]*v1.Response{}},
 	}
 	if err := o.Engine.Validate(); err != nil {
 		return nil, err
@@ -135,7 +139,12 @@ func (a *API) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		respondError(w, http.StatusUnauthorized, "bad_data", err)
 		return
 	}
-	a.handler.ServeHTTP(w, r.WithContext(withTenants(r.Context(), names)))
+	rw := &responseWriter{ResponseWriter: w, answers: &a.answers, encodings: &a.encodings, encoding: encodingOf(r)}
+	defer rw.close()
+	r = r.WithContext(withTenants(r.Context(), names))
+	r.Header = r.Header.Clone()
+	r.Header.Del("Accept-Encoding") // it is ours to compress
+	a.handler.ServeHTTP(rw, r)
 }
 
 // serveV1 serves paths below /api/v1.

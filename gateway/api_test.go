@@ -21,6 +21,8 @@ import (
 
 	gocmp "github.com/google/go-cmp/cmp"
 	"github.com/klauspost/compress/s2"
+	"github.com/klauspost/compress/zlib"
+	"github.com/klauspost/compress/zstd"
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/prometheus/model/exemplar"
 	"github.com/prometheus/prometheus/model/histogram"
@@ -236,17 +238,39 @@ func toAnswer(t *testing.T, code int, h http.Header, body []byte) answer {
 			a.Header[name] = strings.Join(v, "; ")
 		}
 	}
-	if h.Get("Content-Encoding") == "gzip" {
-		z, err := gzip.NewReader(bytes.NewReader(body))
-		if err != nil {
-			t.Fatal(err)
-		}
-		if body, err = io.ReadAll(z); err != nil {
-			t.Fatal(err)
-		}
-	}
-	a.Body = string(body)
+	a.Body = string(decompress(t, h.Get("Content-Encoding"), body))
 	return a
+}
+
+func decompress(t *testing.T, encoding string, body []byte) []byte {
+	t.Helper()
+	if len(body) == 0 {
+		return nil
+	}
+	var r io.Reader
+	var err error
+	switch encoding {
+	case "gzip":
+		r, err = gzip.NewReader(bytes.NewReader(body))
+	case "deflate":
+		r, err = zlib.NewReader(bytes.NewReader(body))
+	case "zstd":
+		var z *zstd.Decoder
+		if z, err = zstd.NewReader(bytes.NewReader(body)); err == nil {
+			defer z.Close()
+		}
+		r = z
+	default:
+		return body
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	plain, err := io.ReadAll(r)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return plain
 }
 
 var timings = regexp.MustCompile(`"timings":\{[^}]*\}`)
@@ -444,6 +468,14 @@ func requests() []request {
 		request{path: "/query", params: "query=up" + at, header: "Accept-Encoding: gzip"},
 		request{path: "/query_range", params: "query=http_requests_total" + span, header: "Accept-Encoding: gzip"},
 		request{path: "/query_range", params: "query=http_requests_total" + span, header: "Accept-Encoding: deflate, gzip;q=0.5"},
+		request{path: "/query_range", params: "query=http_requests_total" + span, header: "Accept-Encoding: deflate"},
+		request{path: "/series", params: "match[]=up", header: "Accept-Encoding: identity, gzip"},
+		request{path: "/query", params: "query=up{", header: "Accept-Encoding: gzip"},
+		request{path: "/search/label_names", params: all[1:], header: "Accept-Encoding: gzip"},
+		request{path: "/notifications", header: "Accept-Encoding: gzip"},
+		request{path: "/status/walreplay", header: "Accept-Encoding: gzip", differs: "a gateway has no WAL"},
+		request{path: "/nothing", header: "Accept-Encoding: gzip"},
+		request{method: http.MethodOptions, path: "/query", header: "Accept-Encoding: gzip"},
 		request{path: "/query", params: "query=up" + at, header: "Accept: application/x-nothing"},
 		request{path: "/query", params: "query=up" + at, header: "Accept: text/plain;q=0.5, */*"},
 		request{method: http.MethodPost, path: "/query", params: "query=up%zz" + at},

@@ -1,9 +1,20 @@
 package gateway
 
 import (
+	"crypto/rand"
 	"encoding/json"
+	"io"
 	"net/http"
+	"slices"
+	"strings"
+	"sync"
 
+	jsoniter "github.com/json-iterator/go"
+	"github.com/klauspost/compress/gzip"
+	"github.com/klauspost/compress/zlib"
+	"github.com/klauspost/compress/zstd"
+	"github.com/prometheus/prometheus/model/labels"
+	"github.com/prometheus/prometheus/promql"
 	"github.com/prometheus/prometheus/util/annotations"
 	v1 "github.com/prometheus/prometheus/web/api/v1"
 )
@@ -26,4 +37,224 @@ func write(w http.ResponseWriter, code int, r v1.Response) {
 	w.Header().Set("Content-Type", "application/json")
 	w.WriteHeader(code)
 	_, _ = w.Write(b) // the client has gone: nobody to tell
+}
+
+// streaming is a codec of Prometheus's API that encodes while the answer is sent,
+// so that no answer is in memory as a whole and once more as text. A codec must
+// return bytes, and only then a handler writes: what it writes is a ticket, in
+// the place of which the responseWriter puts the answer.
+type streaming struct {
+	v1.JSONCodec
+
+	mu      sync.Mutex
+	waiting map[string]*v1.Response // by ticket
+}
+
+// Encode implements v1.Codec.
+func (s *streaming) Encode(r *v1.Response) ([]byte, error) {
+	ticket := rand.Text()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.waiting[ticket] = r
+	return []byte(ticket), nil
+}
+
+// take gives the answer of a ticket, or nil.
+func (s *streaming) take(p []byte) *v1.Response {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	r := s.waiting[string(p)]
+	delete(s.waiting, string(p))
+	return r
+}
+
+// pieceBytes is how much of an answer is encoded before it is sent.
+const pieceBytes = 64 << 10
+
+// encode writes an answer, byte for byte as v1.JSONCodec encodes it.
+func encode(w io.Writer, r *v1.Response) error {
+	api := jsoniter.ConfigCompatibleWithStandardLibrary
+	s := api.BorrowStream(w)
+	defer api.ReturnStream(s)
+	raw := func(text string) { s.WriteRaw(text) }
+	list := func(n int, one func(i int)) {
+		raw("[")
+		for i := range n {
+			if i > 0 {
+				raw(",")
+			}
+			one(i)
+			if s.Buffered() >= pieceBytes {
+				_ = s.Flush() // s.Error stays
+			}
+		}
+		raw("]")
+	}
+	head := func() { raw(`{"status":"` + string(r.Status) + `","data":`) }
+	switch data := r.Data.(type) {
+	case *v1.QueryData:
+		head()
+		raw(`{"resultType":`)
+		s.WriteVal(data.ResultType)
+		raw(`,"result":`)
+		switch result := data.Result.(type) {
+		case promql.Matrix:
+			list(len(result), func(i int) { s.WriteVal(result[i]) })
+		case promql.Vector:
+			list(len(result), func(i int) { s.WriteVal(result[i]) })
+		default:
+			s.WriteVal(result)
+		}
+		if data.Stats != nil {
+			raw(`,"stats":`)
+			s.WriteVal(data.Stats)
+		}
+		if data.Cost != nil {
+			raw(`,"cost":`)
+			s.WriteVal(data.Cost)
+		}
+		raw("}")
+	case []labels.Labels:
+		head()
+		list(len(data), func(i int) { s.WriteVal(data[i]) })
+	case []string:
+		head()
+		list(len(data), func(i int) { s.WriteVal(data[i]) })
+	default:
+		s.WriteVal(r)
+		return s.Flush()
+	}
+	if len(r.Warnings) > 0 {
+		raw(`,"warnings":`)
+		s.WriteVal(r.Warnings)
+	}
+	if len(r.Infos) > 0 {
+		raw(`,"infos":`)
+		s.WriteVal(r.Infos)
+	}
+	raw("}")
+	return s.Flush()
+}
+
+// encoder compresses.
+type encoder interface {
+	io.WriteCloser
+	Flush() error
+}
+
+// encodings makes encoders, by their names in HTTP.
+type encodings struct{ gzip, deflate, zstd sync.Pool }
+
+// encodingOf is the first of those we have that the client names, as Prometheus
+// chooses; "" is none.
+func encodingOf(r *http.Request) string {
+	for name := range strings.SplitSeq(r.Header.Get("Accept-Encoding"), ",") {
+		switch name = strings.TrimSpace(name); name {
+		case "gzip", "deflate", "zstd":
+			return name
+		}
+	}
+	return ""
+}
+
+// open gives an encoder, and what to call after it is closed.
+func (e *encodings) open(name string, w io.Writer) (encoder, func()) {
+	switch name {
+	case "gzip":
+		z, ok := e.gzip.Get().(*gzip.Writer)
+		if !ok {
+			z = gzip.NewWriter(w)
+		}
+		z.Reset(w)
+		return z, func() { e.gzip.Put(z) }
+	case "deflate":
+		z, ok := e.deflate.Get().(*zlib.Writer)
+		if !ok {
+			z = zlib.NewWriter(w)
+		}
+		z.Reset(w)
+		return z, func() { e.deflate.Put(z) }
+	default:
+		z, ok := e.zstd.Get().(*zstd.Encoder)
+		if !ok {
+			var err error
+			// One that works in the goroutine that writes, and asks little memory of
+			// the client.
+			if z, err = zstd.NewWriter(nil, zstd.WithEncoderConcurrency(1), zstd.WithWindowSize(1<<20)); err != nil {
+				panic(err) // these options are valid
+			}
+		}
+		z.Reset(w)
+		return z, func() { e.zstd.Put(z) }
+	}
+}
+
+// responseWriter compresses what handlers mark as compressible, which Prometheus's
+// do by the header Vary, and puts answers in the place of their tickets.
+type responseWriter struct {
+	http.ResponseWriter
+	answers   *streaming
+	encodings *encodings
+	encoding  string // that the client takes
+
+	started bool
+	encoder encoder // nil: as it is
+	put     func()
+}
+
+// Unwrap is for http.ResponseController.
+func (w *responseWriter) Unwrap() http.ResponseWriter { return w.ResponseWriter }
+
+// WriteHeader implements http.ResponseWriter.
+func (w *responseWriter) WriteHeader(code int) {
+	if !w.started {
+		w.started = true
+		h := w.Header()
+		if w.encoding != "" && slices.Contains(h.Values("Vary"), "Accept-Encoding") {
+			h.Set("Content-Encoding", w.encoding)
+			h.Del("Content-Length")
+			if code != http.StatusNoContent {
+				w.encoder, w.put = w.encodings.open(w.encoding, w.ResponseWriter)
+			}
+		}
+	}
+	w.ResponseWriter.WriteHeader(code)
+}
+
+// Write implements http.ResponseWriter.
+func (w *responseWriter) Write(p []byte) (int, error) {
+	if !w.started {
+		w.WriteHeader(http.StatusOK)
+	}
+	out := io.Writer(w.ResponseWriter)
+	if w.encoder != nil {
+		out = w.encoder
+	}
+	if r := w.answers.take(p); r != nil {
+		if err := encode(out, r); err != nil {
+			return 0, err
+		}
+		return len(p), nil
+	}
+	return out.Write(p)
+}
+
+// Flush implements http.Flusher.
+func (w *responseWriter) Flush() {
+	if !w.started {
+		w.WriteHeader(http.StatusOK)
+	}
+	if w.encoder != nil && w.encoder.Flush() != nil {
+		return // the client has gone
+	}
+	_ = http.NewResponseController(w.ResponseWriter).Flush() // it can't: nothing is lost
+}
+
+// close ends the answer.
+func (w *responseWriter) close() {
+	if w.encoder != nil {
+		if w.encoder.Close() == nil { // or the client has gone
+			w.put()
+		}
+	}
 }

@@ -145,6 +145,8 @@ func (a *API) newVariant(e EngineOptions, reg prometheus.Registerer, gatherer pr
 			v1.OpenAPIOptions{ExternalURL: "http://" + o.ListenAddress, Version: PrometheusVersion, MaxSearchLimit: maxSearchLimit},
 			parse, e.has("query-cost"), o.QueryTimeout,
 		)
+		api.ClearCodecs()
+		api.InstallCodec(&a.answers)
 		r := route.New()
 		api.Register(r)
 		return r

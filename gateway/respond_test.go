@@ -1,0 +1,108 @@
+package gateway_test
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/http"
+	"net/http/httptest"
+	"strings"
+	"testing"
+
+	"github.com/prometheus/prometheus/model/labels"
+
+	"github.com/epimetheus-tsdb/epimetheus/gateway"
+	"github.com/epimetheus-tsdb/epimetheus/gateway/gatewaytest"
+)
+
+// manySeries answers with so many series that they don't fit into one piece.
+func manySeries(t *testing.T) http.Handler {
+	t.Helper()
+	c := gatewaytest.New(t, gatewaytest.Options{})
+	var ss []gatewaytest.Sample
+	for i := range 5000 {
+		ls := labels.FromStrings("__name__", "many", "instance", fmt.Sprintf("host-%04d", i), "padding", strings.Repeat("x", 100))
+		ss = append(ss, gatewaytest.Sample{Labels: ls, T: start, V: float64(i)})
+	}
+	if err := c.Shipper(gateway.DefaultTenant).Send(t.Context(), ss...); err != nil {
+		t.Fatal(err)
+	}
+	return newAPI(t, c, gateway.Options{})
+}
+
+// pieces notes how large what is written at once is.
+type pieces struct {
+	httptest.ResponseRecorder
+	largest int // bytes
+}
+
+func (p *pieces) Write(b []byte) (int, error) {
+	p.largest = max(p.largest, len(b))
+	return p.ResponseRecorder.Write(b)
+}
+
+// TestAnswersAreStreamed: a large answer is never in memory as a whole as text,
+// and is the same in all encodings.
+func TestAnswersAreStreamed(t *testing.T) {
+	api := manySeries(t)
+	for _, path := range []string{
+		"/query?query=many&time=1700000001", "/query_range?query=many&start=1700000000&end=1700000060&step=1", "/series?match[]=many", "/label/instance/values",
+		"/query?query=many%5B1m%5D&time=1700000001&stats=all",
+	} {
+		var plain []byte
+		for _, encoding := range []string{"", "gzip", "deflate", "zstd", "br, zstd, gzip"} {
+			w := &pieces{ResponseRecorder: *httptest.NewRecorder()}
+			r := httptest.NewRequestWithContext(t.Context(), http.MethodGet, "/api/v1"+path, nil)
+			r.Header.Set("Accept-Encoding", encoding)
+			api.ServeHTTP(w, r)
+			body := w.Body.Bytes()
+			if w.largest > 80_000 {
+				t.Errorf("%s, %q: %d bytes written at once", path, encoding, w.largest)
+			}
+			got := decompress(t, w.Header().Get("Content-Encoding"), body)
+			if encoding == "" {
+				plain = got
+				if !json.Valid(plain) || len(plain) < 50_000 {
+					t.Errorf("%s: %d bytes, no JSON or too small a test: %.100q", path, len(plain), plain)
+				}
+				continue
+			}
+			got, want := timings.ReplaceAll(got, nil), timings.ReplaceAll(plain, nil)
+			if !bytes.Equal(got, want) || len(body) >= len(plain)/2 {
+				t.Errorf("%s, %q: %d bytes, %d when decompressed, want %d", path, encoding, len(body), len(got), len(want))
+			}
+		}
+	}
+}
+
+// TestClientLeavesAnswer: that the client has gone ends the answer, and nothing of
+// it is left over for others.
+func TestClientLeavesAnswer(t *testing.T) {
+	api := manySeries(t)
+	for _, encoding := range []string{"", "zstd", "gzip"} {
+		for range 3 {
+			r := httptest.NewRequestWithContext(t.Context(), http.MethodGet, "/api/v1/query?query=many&time=1700000001", nil)
+			r.Header.Set("Accept-Encoding", encoding)
+			api.ServeHTTP(&leaving{ResponseRecorder: *httptest.NewRecorder()}, r)
+			w := httptest.NewRecorder()
+			api.ServeHTTP(w, r)
+			if got := decompress(t, w.Header().Get("Content-Encoding"), w.Body.Bytes()); !json.Valid(got) {
+				t.Fatalf("%s: %d bytes after a client has gone, no JSON", encoding, len(got))
+			}
+		}
+	}
+}
+
+// leaving takes one write.
+type leaving struct {
+	httptest.ResponseRecorder
+	writes int
+}
+
+func (l *leaving) Write(p []byte) (int, error) {
+	if l.writes++; l.writes > 1 {
+		return 0, errors.New("connection reset by peer")
+	}
+	return l.ResponseRecorder.Write(p)
+}
