@@ -25,6 +25,7 @@ type SeriesSet struct {
 	next   int
 	loaded int                   // so many series have their pages
 	pages  map[pageKey]*heldPage // of the last batch
+	bytes  int64                 // of pages that were taken so far
 	err    error
 }
 
@@ -158,8 +159,13 @@ func (ss *SeriesSet) load(ctx context.Context) error {
 		held.data = pages[i].data
 	}
 	ss.loaded = n
+	ss.bytes += size
 	return nil
 }
+
+// Bytes is the size, in the store, of all pages that the set has taken so far. A
+// caller that keeps no series holds about 32 MiB of them at most.
+func (ss *SeriesSet) Bytes() int64 { return ss.bytes }
 
 // Samples is about how many samples Runs will give, known without decoding.
 func (s *Series) Samples() int {

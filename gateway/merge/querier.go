@@ -15,6 +15,7 @@ import (
 	"github.com/prometheus/prometheus/util/annotations"
 
 	"github.com/epimetheus-tsdb/epimetheus/chunkfmt"
+	"github.com/epimetheus-tsdb/epimetheus/gateway/account"
 	"github.com/epimetheus-tsdb/epimetheus/history"
 	"github.com/epimetheus-tsdb/epimetheus/ingest/fetch"
 )
@@ -44,6 +45,7 @@ func (q *Querier) snapshot(ctx context.Context, must []ulid.ULID, since time.Tim
 			return nil, err
 		}
 		q.snap = snap
+		account.From(ctx).AddHistory(snap.Stats)
 	}
 	return q.snap, nil
 }
@@ -74,7 +76,7 @@ func (q *Querier) Select(ctx context.Context, _ bool, hints *storage.SelectHints
 	}
 	q.cancels = append(q.cancels, cancel)
 	sel := newSelection(ctx, q, hints, ms)
-	set := &seriesSet{ctx: ctx, ready: make(chan struct{})}
+	set := &seriesSet{ctx: ctx, ready: make(chan struct{}), account: account.From(ctx)}
 	q.selects.Go(func() {
 		sel.open(ctx)
 		sel.read(ctx, set, sel.mint, sel.maxt)
@@ -107,6 +109,8 @@ func class(ctx context.Context, err error) error {
 	switch {
 	case err == nil:
 		return nil
+	case errors.Is(context.Cause(ctx), account.ErrLimit):
+		return context.Cause(ctx)
 	case errors.Is(ctx.Err(), context.Canceled):
 		return promql.ErrQueryCanceled("reading of samples")
 	case errors.Is(ctx.Err(), context.DeadlineExceeded):
@@ -173,7 +177,21 @@ type seriesSet struct {
 	old           *history.SeriesSet
 	more          bool // old has a present series
 
+	account *account.Account
+	streams bool  // series aren't kept by the caller
+	held    int64 // bytes of pages, as the account was told
+
 	at *Series
+}
+
+// hold tells the account what pages are held.
+func (s *seriesSet) hold() {
+	bytes := s.old.Bytes()
+	if s.streams && !s.more {
+		bytes = 0
+	}
+	s.account.Hold(bytes - s.held)
+	s.held = bytes
 }
 
 // readHistory begins to read blocks.
@@ -183,6 +201,7 @@ func (s *seriesSet) readHistory(ctx context.Context, snap *history.Snapshot, ms 
 		s.old = old
 		s.more = old.Next(ctx)
 		err = old.Err()
+		s.hold()
 	}
 	s.err = class(ctx, err)
 }
@@ -210,6 +229,7 @@ func (s *seriesSet) Next() bool {
 			if s.more = s.old.Next(s.ctx); !s.more {
 				s.err = class(s.ctx, s.old.Err())
 			}
+			s.hold()
 		}
 		if elsewhere && len(at.heads) == 0 && at.old == nil {
 			continue
@@ -219,6 +239,10 @@ func (s *seriesSet) Next() bool {
 		}
 		if s.left > 0 {
 			s.left--
+		}
+		if err := s.account.AddSeries(1, at.samples()); err != nil {
+			s.err = err
+			return false
 		}
 		s.at = at
 		return true
@@ -257,6 +281,20 @@ type Series struct {
 	mint, maxt int64
 	heads      [][]fetch.Chunk // of each ingester that has it
 	old        *history.Series // nil: none
+}
+
+// samples is about how many there are.
+func (s *Series) samples() int64 {
+	n := 0
+	if s.old != nil {
+		n = s.old.Samples()
+	}
+	for _, cs := range s.heads {
+		for _, c := range cs {
+			n += c.Samples()
+		}
+	}
+	return int64(n)
 }
 
 // Labels implements storage.Labels.

@@ -8,6 +8,7 @@ import (
 	"github.com/prometheus/prometheus/storage"
 	"github.com/prometheus/prometheus/util/annotations"
 
+	"github.com/epimetheus-tsdb/epimetheus/gateway/account"
 	"github.com/epimetheus-tsdb/epimetheus/history"
 	"github.com/epimetheus-tsdb/epimetheus/ingest/fetch"
 )
@@ -56,14 +57,26 @@ func (s *Selection) open(ctx context.Context) {
 		return
 	}
 	s.warnings = warnings
+	bytes := int64(0)
 	for _, a := range as {
+		for i := range a.value {
+			for _, c := range a.value[i].Chunks {
+				bytes += int64(len(c.Data))
+			}
+		}
 		if len(a.value) > 0 {
 			s.heads = append(s.heads, a.value)
+			bytes += seriesBytes * int64(len(a.value))
 		}
 	}
+	account.From(ctx).AddHeadBytes(bytes)
+	account.From(ctx).Hold(bytes)
 	snap, err := s.q.snapshot(ctx, blocks(as), since)
 	s.snap, s.err = snap, class(ctx, err)
 }
+
+// seriesBytes is about what a series of a head takes beside its samples.
+const seriesBytes = 256
 
 // Wait waits until the heads have answered and the blocks are listed, and gives
 // why they can't be.
@@ -94,10 +107,10 @@ func (s *Selection) HeadTimes(fn func(mint, maxt int64)) {
 	}
 }
 
-// Set gives the series that have samples in mint to maxt, inclusive, in ms. It
+// Set gives the series, of which the caller keeps none, that have samples in mint to maxt, inclusive, in ms. It
 // begins to read at once.
 func (s *Selection) Set(mint, maxt int64) storage.SeriesSet {
-	set := &seriesSet{ctx: s.ctx, ready: make(chan struct{})}
+	set := &seriesSet{ctx: s.ctx, ready: make(chan struct{}), account: account.From(s.ctx), streams: true}
 	s.q.mu.Lock()
 	defer s.q.mu.Unlock()
 	if s.q.closed {
@@ -143,7 +156,7 @@ func (s *Selection) read(ctx context.Context, set *seriesSet, mint, maxt int64) 
 // Historical gives series of history alone, from a snapshot, with samples in mint
 // to maxt, inclusive, in ms. It begins to read before it returns.
 func Historical(ctx context.Context, snap *history.Snapshot, mint, maxt int64, ms []*labels.Matcher) storage.SeriesSet {
-	set := &seriesSet{ctx: ctx, ready: make(chan struct{}), mint: mint, maxt: maxt, left: -1}
+	set := &seriesSet{ctx: ctx, ready: make(chan struct{}), mint: mint, maxt: maxt, left: -1, account: account.From(ctx), streams: true}
 	close(set.ready)
 	set.readHistory(ctx, snap, ms)
 	return set

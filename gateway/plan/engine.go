@@ -13,6 +13,7 @@ import (
 	"github.com/prometheus/prometheus/storage"
 	"github.com/prometheus/prometheus/util/annotations"
 
+	"github.com/epimetheus-tsdb/epimetheus/gateway/account"
 	"github.com/epimetheus-tsdb/epimetheus/gateway/merge"
 )
 
@@ -117,6 +118,54 @@ func (q *query) Plan() string { return describe(q.stmt.Expr, q.leaves) }
 
 // Exec implements promql.Query.
 func (q *query) Exec(ctx context.Context) *promql.Result {
+	acc := account.From(ctx)
+	if err := acc.CheckRange(time.Duration(q.one.maxt-q.one.mint) * time.Millisecond); err != nil {
+		return &promql.Result{Err: err}
+	}
+	if e := explanationOf(ctx); e != nil {
+		return q.explain(ctx, e)
+	}
+	r := q.exec(ctx)
+	switch {
+	case r.Err != nil && errors.Is(context.Cause(ctx), account.ErrLimit):
+		r.Err = context.Cause(ctx) // it was ended: the engine says that it was cancelled
+	case r.Err == nil:
+		if err := acc.CheckAnswer(answerBytes(r.Value)); err != nil {
+			return &promql.Result{Err: err, Warnings: r.Warnings}
+		}
+	}
+	return r
+}
+
+// answerBytes is about how long an answer is as JSON.
+func answerBytes(v parser.Value) int64 {
+	const point, bucket = 30, 60 // bytes
+	size := func(ls labels.Labels, floats int, hs []promql.HPoint) int64 {
+		n := ls.ByteSize() + 16*uint64(ls.Len()) + uint64(point*floats)
+		for _, h := range hs {
+			n += uint64(bucket * (3 + len(h.H.PositiveBuckets) + len(h.H.NegativeBuckets))) //nolint:gosec // a length
+		}
+		return int64(n) //nolint:gosec // bytes in memory
+	}
+	n := int64(0)
+	switch v := v.(type) {
+	case promql.Matrix:
+		for i := range v {
+			n += size(v[i].Metric, len(v[i].Floats), v[i].Histograms)
+		}
+	case promql.Vector:
+		for i := range v {
+			var hs []promql.HPoint
+			if v[i].H != nil {
+				hs = []promql.HPoint{{H: v[i].H}}
+			}
+			n += size(v[i].Metric, 1, hs)
+		}
+	}
+	return n
+}
+
+func (q *query) exec(ctx context.Context) *promql.Result {
 	if len(q.leaves) == 0 {
 		return q.Query.Exec(ctx)
 	}

@@ -18,6 +18,7 @@ import (
 	"github.com/prometheus/prometheus/util/annotations"
 	"golang.org/x/sync/errgroup"
 
+	"github.com/epimetheus-tsdb/epimetheus/gateway/account"
 	"github.com/epimetheus-tsdb/epimetheus/gateway/merge"
 )
 
@@ -58,6 +59,8 @@ func (w *worker) eval(s *slot) error {
 // run computes a leaf over the series of a set, several at a time.
 func run(ctx context.Context, l *Leaf, o options, set storage.SeriesSet, atOnce int) (*partial, error) {
 	r := newResult(l, o)
+	held := int64(0)
+	acc := account.From(ctx)
 	total := newCounts(l.Grid.Len())
 	ws := make([]worker, atOnce)
 	for i := range ws {
@@ -92,6 +95,9 @@ func run(ctx context.Context, l *Leaf, o options, set storage.SeriesSet, atOnce 
 				return &partial{annos: r.annos}, err
 			}
 		}
+		bytes := r.bytes()
+		acc.Hold(bytes - held)
+		held = bytes
 	}
 	if err := set.Err(); err != nil {
 		return &partial{annos: r.annos}, fmt.Errorf("expanding series: %w", err)
@@ -213,6 +219,15 @@ func (r *result) add(s *slot) error {
 		r.series = append(r.series, partialSeries{one, s.labels})
 	}
 	return nil
+}
+
+// bytes is about how much memory the result takes.
+func (r *result) bytes() int64 {
+	const point = 16
+	if r.fold != nil {
+		return 3 * 8 * int64(len(r.fold.groups)) * int64(r.fold.steps)
+	}
+	return point * r.held
 }
 
 func (r *result) finish() []partialSeries {

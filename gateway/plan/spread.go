@@ -12,6 +12,7 @@ import (
 	"github.com/prometheus/prometheus/promql"
 	"golang.org/x/sync/errgroup"
 
+	"github.com/epimetheus-tsdb/epimetheus/gateway/account"
 	"github.com/epimetheus-tsdb/epimetheus/gateway/merge"
 	"github.com/epimetheus-tsdb/epimetheus/history"
 	"github.com/epimetheus-tsdb/epimetheus/history/cache"
@@ -106,42 +107,57 @@ type Task struct {
 
 // leaf gives the result of the i-th leaf.
 func (q *query) leaf(ctx context.Context, i int, sel *merge.Selection) (*partial, error) {
-	l := q.leaves[i]
-	all := runtime.GOMAXPROCS(0)
-	here := func(ctx context.Context, from, to int) (*partial, error) {
-		only := l.only(from, to)
-		return run(ctx, only, q.opts, sel.Set(only.mint(), only.maxt()), all)
-	}
-	n := l.Grid.Len()
-	sp := &q.engine.spread
-	if err := sel.Wait(); err != nil || sel.Snapshot() == nil || n < 2 || sp.Results == nil && sp.Workers == nil {
-		return here(ctx, 0, n)
-	}
-	samples, err := sel.Snapshot().Estimate(ctx, sel.Matchers(), l.mint(), l.maxt())
+	w, _, err := q.part(ctx, i, sel)
 	if err != nil {
-		return nil, promql.ErrStorage{Err: err}
+		return nil, err
 	}
-	span, parts := l.cut(samples, q.opts)
-	if len(parts) < 2 {
-		return here(ctx, 0, n)
-	}
-	// What heads have may change: those parts are neither kept nor computed elsewhere.
-	fresh := make([]bool, len(parts))
-	sel.HeadTimes(func(mint, maxt int64) {
-		first, last := l.numbers(span, mint, maxt)
-		for k := max(first, parts[0].number); k <= min(last, parts[len(parts)-1].number); k++ {
-			fresh[k-parts[0].number] = true
-		}
-	})
-	w := &work{
-		q: q, l: l, leaf: i, sel: sel, span: span, parts: parts, fresh: fresh,
-		out: make([]*partial, len(parts)), here: here,
+	if len(w.parts) < 2 {
+		return w.here(ctx, 0, w.l.Grid.Len())
 	}
 	p, err := w.run(ctx)
 	if p != nil {
 		p.annos.Merge(sel.Warnings())
 	}
 	return p, err
+}
+
+// part cuts the i-th leaf, and says about how many samples of blocks it reads; -1 if
+// that doesn't matter.
+func (q *query) part(ctx context.Context, i int, sel *merge.Selection) (_ *work, samples int64, _ error) {
+	l := q.leaves[i]
+	w := &work{q: q, l: l, leaf: i, sel: sel, parts: []part{{to: l.Grid.Len()}}}
+	sp := &q.engine.spread
+	if err := sel.Wait(); err != nil || sel.Snapshot() == nil || sp.Results == nil && sp.Workers == nil {
+		return w, -1, nil // an error is that of the set
+	}
+	if l.Grid.Len() < 2 && explanationOf(ctx) == nil {
+		return w, -1, nil
+	}
+	samples, err := sel.Snapshot().Estimate(ctx, sel.Matchers(), l.mint(), l.maxt())
+	if err != nil {
+		return nil, -1, promql.ErrStorage{Err: err}
+	}
+	w.span, w.parts = l.cut(samples, q.opts)
+	// What heads have may change: those parts are neither kept nor computed elsewhere.
+	w.fresh = make([]bool, len(w.parts))
+	w.out = make([]*partial, len(w.parts))
+	if len(w.parts) < 2 {
+		return w, samples, nil
+	}
+	sel.HeadTimes(func(mint, maxt int64) {
+		first, last := l.numbers(w.span, mint, maxt)
+		for k := max(first, w.parts[0].number); k <= min(last, w.parts[len(w.parts)-1].number); k++ {
+			w.fresh[k-w.parts[0].number] = true
+		}
+	})
+	tenant := sp.TenantOf(ctx)
+	w.keys = make([]Key, len(w.parts))
+	for i, p := range w.parts {
+		if !w.fresh[i] {
+			w.keys[i] = l.key(tenant, w.span, p.number, q.opts, sel.Snapshot().Blocks)
+		}
+	}
+	return w, samples, nil
 }
 
 // work is the computation of a leaf that is parted.
@@ -153,11 +169,16 @@ type work struct {
 	span  int64
 	parts []part
 	fresh []bool // heads have samples for it
-	here  func(ctx context.Context, from, to int) (*partial, error)
+	keys  []Key  // of the others
 
-	keys []Key
-	mu   sync.Mutex
-	out  []*partial
+	mu  sync.Mutex
+	out []*partial
+}
+
+// here computes the steps from, up to, without, to.
+func (w *work) here(ctx context.Context, from, to int) (*partial, error) {
+	only := w.l.only(from, to)
+	return run(ctx, only, w.q.opts, w.sel.Set(only.mint(), only.maxt()), runtime.GOMAXPROCS(0))
 }
 
 // partsAtOnce bounds the parts of a leaf that are asked for at the same time.
@@ -166,19 +187,18 @@ const partsAtOnce = 64
 func (w *work) run(ctx context.Context) (*partial, error) {
 	sp := &w.q.engine.spread
 	tenant := sp.TenantOf(ctx)
-	w.keys = make([]Key, len(w.parts))
 	var mine []int // to be computed here, which is one more at the same time
 	g, gctx := errgroup.WithContext(ctx)
 	g.SetLimit(partsAtOnce + 1)
-	for i, p := range w.parts {
+	for i := range w.parts {
 		if w.fresh[i] {
 			mine = append(mine, i)
 			continue
 		}
-		w.keys[i] = w.l.key(tenant, w.span, p.number, w.q.opts, w.sel.Snapshot().Blocks)
 		w.out[i] = w.kept(i)
 		switch {
 		case w.out[i] != nil:
+			account.From(ctx).AddParts(1, 0, 0)
 		case sp.Workers == nil || sp.Workers.Here(w.keys[i]):
 			mine = append(mine, i)
 		default:
@@ -248,6 +268,16 @@ func (w *work) elsewhere(ctx context.Context, tenant string, i int) error {
 		return nil
 	}
 	q.engine.spread.Results.count("worker", 1)
+	acc := account.From(ctx)
+	acc.AddParts(0, 0, 1)
+	read := int64(0)
+	for _, n := range out.counts.read {
+		read += n
+	}
+	acc.Hold(int64(len(b)))
+	if err := acc.AddSeries(out.counts.series, read); err != nil {
+		return err
+	}
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.out[i] = out
@@ -267,6 +297,7 @@ func (w *work) compute(ctx context.Context, is []int) error {
 			return err
 		}
 		w.q.engine.spread.Results.count("here", n)
+		account.From(ctx).AddParts(0, n, 0)
 		g := w.l.only(from, to).Grid
 		for _, i := range is[:n] {
 			p := w.parts[i]

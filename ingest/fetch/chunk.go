@@ -1,6 +1,7 @@
 package fetch
 
 import (
+	"encoding/binary"
 	"errors"
 	"math"
 	"slices"
@@ -16,6 +17,14 @@ type Chunk struct {
 	Encoding   chunkenc.Encoding
 	MinT, MaxT int64 // ms since the epoch, of the first and last sample
 	Data       []byte
+}
+
+// Samples is how many the chunk says that it has.
+func (c *Chunk) Samples() int {
+	if len(c.Data) < 2 {
+		return 0
+	}
+	return int(binary.BigEndian.Uint16(c.Data) & 0x3FFF) // as in all of Prometheus's encodings; the two other bits are flags
 }
 
 // Decoder turns chunks into columns, reusing its memory.

@@ -1,0 +1,249 @@
+// Package account keeps account of what each query reads and holds in memory, and
+// ends those that go beyond what they may.
+//
+// The gateway opens an Account for a request and puts it into the context. Whoever
+// reads for the request finds it there and notes what it reads, before it takes the
+// memory. All methods work on a nil *Account, for reads that nobody keeps account
+// of.
+package account
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/epimetheus-tsdb/epimetheus/history"
+)
+
+// Limits of one query. 0 is no limit.
+type Limits struct {
+	Series  int64         // that it reads
+	Samples int64         // likewise
+	Range   time.Duration // between its first and its last sample
+	Bytes   int64         // of the answer, about
+}
+
+// ErrLimit is what the errors of queries wrap that went beyond a limit.
+var ErrLimit = errors.New("beyond a limit of the gateway")
+
+type limitError struct{ text string }
+
+func (e *limitError) Error() string { return e.text }
+func (*limitError) Unwrap() error   { return ErrLimit }
+
+func beyond(what, limit string, value any) error {
+	return &limitError{fmt.Sprintf("the query %s (limit gateway.limits.%s is %v): ask for fewer series or less time, or raise the limit", what, limit, value)}
+}
+
+// Account is what one request reads. It is safe for concurrent use.
+type Account struct {
+	Tenant string
+	limits Limits
+	memory *Memory
+	cancel context.CancelCauseFunc
+
+	series, samples, held, headBytes atomic.Int64
+	kept, here, elsewhere            atomic.Int64 // parts
+	over                             atomic.Bool  // ended for memory
+
+	mu    sync.Mutex
+	stats []*history.Stats
+}
+
+type key struct{}
+
+// From gives the account of a context, or nil.
+func From(ctx context.Context) *Account {
+	a, _ := ctx.Value(key{}).(*Account)
+	return a
+}
+
+// AddSeries notes series and their samples that are about to be read. It gives an
+// error that wraps ErrLimit if they are too many.
+func (a *Account) AddSeries(series, samples int64) error {
+	if a == nil {
+		return nil
+	}
+	if n, limit := a.series.Add(series), a.limits.Series; limit > 0 && n > limit {
+		return beyond(fmt.Sprintf("reads %d series and more", n), "query_series", limit)
+	}
+	if n, limit := a.samples.Add(samples), a.limits.Samples; limit > 0 && n > limit {
+		return beyond(fmt.Sprintf("reads %d samples and more", n), "query_samples", limit)
+	}
+	return nil
+}
+
+// CheckRange gives an error that wraps ErrLimit if a query needs samples of more
+// time than it may.
+func (a *Account) CheckRange(d time.Duration) error {
+	if a == nil || a.limits.Range == 0 || d <= a.limits.Range {
+		return nil
+	}
+	return beyond(fmt.Sprintf("reads samples of %s", d), "query_range", a.limits.Range)
+}
+
+// CheckAnswer gives an error that wraps ErrLimit if an answer has too many bytes.
+func (a *Account) CheckAnswer(bytes int64) error {
+	if a == nil || a.limits.Bytes == 0 || bytes <= a.limits.Bytes {
+		return nil
+	}
+	return beyond(fmt.Sprintf("has an answer of about %d bytes", bytes), "answer_bytes", a.limits.Bytes)
+}
+
+// Hold notes bytes that the query holds from now on, or no longer holds if negative.
+// It may end this query or another.
+func (a *Account) Hold(bytes int64) {
+	if a == nil || bytes == 0 {
+		return
+	}
+	a.held.Add(bytes)
+	a.memory.add(bytes)
+}
+
+// AddHeadBytes notes bytes of samples that ingesters have sent.
+func (a *Account) AddHeadBytes(bytes int64) {
+	if a != nil {
+		a.headBytes.Add(bytes)
+	}
+}
+
+// AddHistory notes what is read from a snapshot of history.
+func (a *Account) AddHistory(s *history.Stats) {
+	if a == nil {
+		return
+	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.stats = append(a.stats, s)
+}
+
+// AddParts notes parts of the query: those whose result was at hand, those computed
+// here, and those computed by other gateways.
+func (a *Account) AddParts(kept, here, elsewhere int) {
+	if a == nil {
+		return
+	}
+	a.kept.Add(int64(kept))
+	a.here.Add(int64(here))
+	a.elsewhere.Add(int64(elsewhere))
+}
+
+// Cost is what a query has read.
+type Cost struct {
+	Series         int64 `json:"series"`
+	Samples        int64 `json:"samples"`
+	HeadBytes      int64 `json:"headBytes"`      // of samples, from ingesters
+	Blocks         int64 `json:"blocks"`         // that were visible
+	IndexQueries   int64 `json:"indexQueries"`   // lists of rows read from the index
+	IndexCached    int64 `json:"indexCached"`    // lists of rows that were at hand
+	ObjectGets     int64 `json:"objectGets"`     // requests to the object store
+	ObjectBytes    int64 `json:"objectBytes"`    // bytes that these read
+	Pages          int64 `json:"pages"`          // pages of blocks used
+	PagesCached    int64 `json:"pagesCached"`    // of them at hand
+	PartsKept      int64 `json:"partsKept"`      // parts of long queries: result at hand
+	PartsHere      int64 `json:"partsHere"`      // computed by this gateway
+	PartsElsewhere int64 `json:"partsElsewhere"` // computed by others
+	PeakBytes      int64 `json:"-"`
+}
+
+// Cost so far. What other gateways read for their parts isn't in it, but for series
+// and samples.
+func (a *Account) Cost() Cost {
+	if a == nil {
+		return Cost{}
+	}
+	c := Cost{
+		Series: a.series.Load(), Samples: a.samples.Load(), HeadBytes: a.headBytes.Load(),
+		PartsKept: a.kept.Load(), PartsHere: a.here.Load(), PartsElsewhere: a.elsewhere.Load(),
+	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	for _, s := range a.stats {
+		c.Blocks += s.Blocks.Load()
+		c.IndexQueries += s.IndexQueries.Load()
+		c.IndexCached += s.IndexCached.Load()
+		c.ObjectGets += s.ObjectGets.Load()
+		c.ObjectBytes += s.ObjectBytes.Load()
+		c.Pages += s.Pages.Load()
+		c.PagesCached += s.PagesCached.Load()
+	}
+	return c
+}
+
+// Memory is what the queries of a gateway hold together.
+type Memory struct {
+	max    int64
+	ended  prometheus.Counter
+	used   atomic.Int64
+	mu     sync.Mutex
+	active map[*Account]struct{}
+}
+
+// NewMemory bounds what all queries hold together, in bytes; 0 is no bound.
+func NewMemory(max int64, reg prometheus.Registerer) *Memory {
+	m := &Memory{
+		max: max, active: map[*Account]struct{}{},
+		ended: prometheus.NewCounter(prometheus.CounterOpts{
+			Name: "epimetheus_gateway_queries_ended_for_memory_total",
+			Help: "Queries that were ended since all queries together held too much memory, and they the most.",
+		}),
+	}
+	reg.MustRegister(m.ended, prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+		Name: "epimetheus_gateway_query_memory_bytes", Help: "Memory that running queries hold: samples of heads, pages and results, about.",
+	}, func() float64 { return float64(m.used.Load()) }), prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+		Name: "epimetheus_gateway_query_memory_max_bytes", Help: "Memory that queries may hold together.",
+	}, func() float64 { return float64(max) }))
+	return m
+}
+
+// Open opens the account of a request. The context that it gives is cancelled, with
+// an error that wraps ErrLimit as its cause, if the request has to end for lack of
+// memory. Call done at the end of the request.
+func (m *Memory) Open(ctx context.Context, tenant string, l Limits) (_ context.Context, a *Account, done func()) {
+	a = &Account{Tenant: tenant, limits: l, memory: m}
+	ctx, a.cancel = context.WithCancelCause(ctx)
+	m.mu.Lock()
+	m.active[a] = struct{}{}
+	m.mu.Unlock()
+	return context.WithValue(ctx, key{}, a), a, func() {
+		a.cancel(nil)
+		m.mu.Lock()
+		delete(m.active, a)
+		m.mu.Unlock()
+		m.used.Add(-a.held.Swap(0))
+	}
+}
+
+func (m *Memory) add(bytes int64) {
+	if used := m.used.Add(bytes); bytes < 0 || m.max == 0 || used <= m.max {
+		return
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	// Those that were ended already give theirs back soon.
+	var heaviest *Account
+	used := int64(0)
+	for a := range m.active {
+		if a.over.Load() {
+			continue
+		}
+		used += a.held.Load()
+		if heaviest == nil || a.held.Load() > heaviest.held.Load() {
+			heaviest = a
+		}
+	}
+	if heaviest == nil || used <= m.max {
+		return
+	}
+	m.ended.Inc()
+	held := heaviest.held.Load()
+	heaviest.over.Store(true)
+	heaviest.cancel(&limitError{fmt.Sprintf(
+		"the query held %d bytes of memory, the most of all, when queries together held more than gateway.query_memory_bytes (%d): ask for fewer series or less time",
+		held, m.max)})
+}

@@ -1,0 +1,147 @@
+package plan
+
+import (
+	"context"
+	"time"
+
+	"github.com/prometheus/common/model"
+	"github.com/prometheus/prometheus/model/labels"
+	"github.com/prometheus/prometheus/promql"
+	"github.com/prometheus/prometheus/promql/parser"
+	"github.com/prometheus/prometheus/storage"
+
+	"github.com/epimetheus-tsdb/epimetheus/gateway/merge"
+)
+
+// Explanation says how a query would be computed, and about what it would read.
+type Explanation struct {
+	// Plan is the expression that the engine evaluates, with the leaves by number, and
+	// the leaves.
+	Plan      string              `json:"plan"`
+	Leaves    []LeafExplanation   `json:"leaves"`
+	Selectors []SelectExplanation `json:"selectors"` // those that the engine reads itself
+	Blocks    int                 `json:"blocks"`    // that are visible in the query's time
+	Samples   int64               `json:"samples"`   // of blocks: all estimates together
+}
+
+// LeafExplanation is about a leaf.
+type LeafExplanation struct {
+	Expr    string         `json:"expr"`
+	Samples int64          `json:"samples"` // of blocks, about: of the pages that may have some
+	Steps   int            `json:"steps"`
+	Span    model.Duration `json:"span"` // of a part; 0: the leaf isn't cut
+	Parts   int            `json:"parts"`
+	Fresh   int            `json:"fresh"`     // parts that need samples of heads
+	Kept    int            `json:"kept"`      // parts whose results are at hand
+	Here    int            `json:"here"`      // other parts that this gateway would compute, fresh ones included
+	Others  int            `json:"elsewhere"` // parts that other gateways would compute
+}
+
+// SelectExplanation is about a selector that the engine reads.
+type SelectExplanation struct {
+	Expr    string `json:"expr"`
+	Samples int64  `json:"samples"` // of blocks, about
+}
+
+type explainKey struct{}
+
+// WithExplanation makes queries that are executed with the context fill in the
+// explanation, and give no samples.
+func WithExplanation(ctx context.Context) (context.Context, *Explanation) {
+	e := &Explanation{Leaves: []LeafExplanation{}, Selectors: []SelectExplanation{}}
+	return context.WithValue(ctx, explainKey{}, e), e
+}
+
+func explanationOf(ctx context.Context) *Explanation {
+	e, _ := ctx.Value(explainKey{}).(*Explanation)
+	return e
+}
+
+// explain reads what heads have and directories of blocks, and no samples of those.
+func (q *query) explain(ctx context.Context, e *Explanation) *promql.Result {
+	empty := &promql.Result{Value: promql.Vector{}}
+	if q.stmt == nil {
+		return empty
+	}
+	if q.stmt.Interval > 0 {
+		empty.Value = promql.Matrix{}
+	}
+	ctx, cancel := context.WithTimeout(ctx, q.engine.opts.Timeout)
+	defer cancel()
+	e.Plan = q.Plan()
+	querier, err := q.one.Queryable.Querier(q.one.mint, q.one.maxt)
+	if err != nil {
+		return &promql.Result{Err: err}
+	}
+	defer querier.Close()
+	s, ok := querier.(selector)
+	if !ok {
+		return empty
+	}
+	read := func(hints *storage.SelectHints, ms []*labels.Matcher) (*merge.Selection, error) {
+		sel := s.Selection(ctx, hints, ms...)
+		if sel == nil {
+			return nil, nil //nolint:nilnil // of several tenants
+		}
+		if err := sel.Wait(); err != nil {
+			return nil, err
+		}
+		if snap := sel.Snapshot(); snap != nil {
+			e.Blocks = max(e.Blocks, len(snap.Blocks))
+		}
+		return sel, nil
+	}
+	for i, l := range q.leaves {
+		sel, err := read(l.hints(), l.Selector.LabelMatchers)
+		if sel == nil || err != nil {
+			return &promql.Result{Value: empty.Value, Err: err}
+		}
+		w, samples, err := q.part(ctx, i, sel)
+		if err != nil {
+			return &promql.Result{Err: err}
+		}
+		one := LeafExplanation{
+			Expr: l.expr().String(), Samples: max(0, samples), Steps: l.Grid.Len(),
+			Span: model.Duration(time.Duration(w.span) * time.Millisecond), Parts: len(w.parts),
+		}
+		for i := range w.parts {
+			switch sp := &q.engine.spread; {
+			case len(w.parts) == 1:
+				one.Here++
+			case w.fresh[i]:
+				one.Fresh++
+				one.Here++
+			case w.kept(i) != nil:
+				one.Kept++
+			case sp.Workers == nil || sp.Workers.Here(w.keys[i]):
+				one.Here++
+			default:
+				one.Others++
+			}
+		}
+		e.Leaves = append(e.Leaves, one)
+		e.Samples += one.Samples
+	}
+	parser.Inspect(q.stmt.Expr, func(n parser.Node, path []parser.Node) error {
+		vs, ok := n.(*parser.VectorSelector)
+		if !ok || len(vs.LabelMatchers) == 1 && vs.LabelMatchers[0] == matchNothing {
+			return nil
+		}
+		one := SelectExplanation{Expr: vs.String()}
+		var sel *merge.Selection
+		if sel, err = read(nil, vs.LabelMatchers); err != nil || sel == nil || sel.Snapshot() == nil {
+			return err
+		}
+		mint, maxt := q.one.mint, q.one.maxt
+		if one.Samples, err = sel.Snapshot().Estimate(ctx, vs.LabelMatchers, mint, maxt); err != nil {
+			return err
+		}
+		e.Selectors = append(e.Selectors, one)
+		e.Samples += one.Samples
+		return nil
+	})
+	if err != nil {
+		return &promql.Result{Err: err}
+	}
+	return empty
+}
