@@ -15,6 +15,7 @@ import (
 	"github.com/prometheus/prometheus/util/httputil"
 	v1 "github.com/prometheus/prometheus/web/api/v1"
 
+	"github.com/epimetheus-tsdb/epimetheus/gateway/account"
 	"github.com/epimetheus-tsdb/epimetheus/gateway/plan"
 	"github.com/epimetheus-tsdb/epimetheus/history"
 	"github.com/epimetheus-tsdb/epimetheus/ingest/fetch"
@@ -47,7 +48,13 @@ type Options struct {
 	// Tenants are those whose engine has other options than Engine, by name.
 	Tenants map[string]EngineOptions
 	// Spread says where queries are computed; its TenantOf is set by New.
-	Spread              plan.Spread
+	Spread plan.Spread
+	// Limits of queries, and TenantLimits of those tenants that have their own, by name.
+	Limits              Limits
+	TenantLimits        map[string]Limits
+	Memory              *account.Memory // of all queries; without it there is no bound
+	SlowQuery           time.Duration   // from which on a query is logged; 0: none is
+	Prices              Prices
 	Flags               map[string]string // shown by status/flags
 	ListenAddress       string
 	Revision, GoVersion string // of this program, shown by status/buildinfo
@@ -70,6 +77,9 @@ func (o *Options) setDefaults() {
 		o.Flags = map[string]string{}
 	}
 	o.Spread.TenantOf = TenantOf
+	if o.Memory == nil {
+		o.Memory = account.NewMemory(0, prometheus.NewRegistry())
+	}
 	if o.Ready == nil {
 		o.Ready = func() error { return nil }
 	}
@@ -85,6 +95,7 @@ type API struct {
 	variant *variant                    // of tenants that have no options of their own
 	tenants map[string]*variant         // of the others
 	ours    map[string]http.HandlerFunc // in place of Prometheus's, by method and path below /api/v1
+	gates   gates
 	handler http.Handler
 
 	answers   streaming
@@ -96,7 +107,7 @@ func New(o Options, s Storage, live *ring.Live, logger *slog.Logger, reg prometh
 	o.setDefaults()
 	a := &API{
 		opts: o, storage: tenants{s}, live: live, logger: logger.With("component", "api"), birth: time.Now().UTC(),
-		tenants: map[string]*variant{}, answers: streaming{waiting: map[string]*v1.Response{}},
+		tenants: map[string]*variant{}, gates: gates{all: map[string]*gate{}}, answers: streaming{waiting: map[string]*v1.Response{}},
 	}
 	if err := o.Engine.Validate(); err != nil {
 		return nil, err
@@ -123,6 +134,10 @@ func New(o Options, s Storage, live *ring.Live, logger *slog.Logger, reg prometh
 		"GET /ring":        a.ring,
 		"POST /ha/claim":   a.claim,
 	}
+	for _, method := range []string{http.MethodGet, http.MethodPost} {
+		a.ours[method+" /query_explain"] = a.whenReady(a.explain("/query"))
+		a.ours[method+" /query_range_explain"] = a.whenReady(a.explain("/query_range"))
+	}
 	root := route.New()
 	root.Get("/federate", a.whenReady(httputil.CompressionHandler{Handler: http.HandlerFunc(a.federate)}.ServeHTTP))
 	mux := http.NewServeMux()
@@ -144,7 +159,7 @@ func (a *API) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	r = r.WithContext(withTenants(r.Context(), names))
 	r.Header = r.Header.Clone()
 	r.Header.Del("Accept-Encoding") // it is ours to compress
-	a.handler.ServeHTTP(rw, r)
+	a.protect(rw, r, a.handler)
 }
 
 // serveV1 serves paths below /api/v1.
@@ -155,6 +170,11 @@ func (a *API) serveV1(w http.ResponseWriter, r *http.Request) {
 	}
 	v := a.variantOf(tenantsOf(r.Context()))
 	switch r.URL.Path {
+	case "/query", "/query_range":
+		if r.FormValue("stats") == "all" {
+			v.withCost.ServeHTTP(w, r)
+			return
+		}
 	case "/metadata":
 		r = r.WithContext(context.WithValue(r.Context(), metadataKey{}, metadataRequest{metric: r.FormValue("metric")}))
 	case "/search/metric_names":

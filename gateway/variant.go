@@ -80,6 +80,9 @@ type variant struct {
 	parser  parser.Parser
 	engine  promql.QueryEngine
 	handler http.Handler // paths are those below /api/v1
+	// withCost is handler for stats=all. With a renderer of its own the API wouldn't
+	// warn of other values.
+	withCost http.Handler
 	// fresh makes the handler anew, with nothing kept from other requests.
 	fresh func() http.Handler
 }
@@ -116,7 +119,7 @@ func (a *API) newVariant(e EngineOptions, reg prometheus.Registerer, gatherer pr
 	registry := features.NewRegistry()
 	engine := newEngine(o, &e, parse, registry, a.logger, reg)
 	offered(registry, &e)
-	make1 := func(reg prometheus.Registerer) http.Handler {
+	make1 := func(reg prometheus.Registerer, stats v1.StatsRenderer) http.Handler {
 		api := v1.NewAPI(
 			engine, a.storage, nil, a.storage,
 			func(context.Context) v1.ScrapePoolsRetriever { return noScraping{} },
@@ -139,7 +142,7 @@ func (a *API) newVariant(e EngineOptions, reg prometheus.Registerer, gatherer pr
 			},
 			func() []notifications.Notification { return []notifications.Notification{} },
 			subscribe,
-			gatherer, reg, nil,
+			gatherer, reg, stats,
 			false, nil, false, false, false,
 			e.LookbackDelta, e.has("type-and-unit-labels"), false, nil, registry,
 			v1.OpenAPIOptions{ExternalURL: "http://" + o.ListenAddress, Version: PrometheusVersion, MaxSearchLimit: maxSearchLimit},
@@ -151,7 +154,10 @@ func (a *API) newVariant(e EngineOptions, reg prometheus.Registerer, gatherer pr
 		api.Register(r)
 		return r
 	}
-	return &variant{options: e, parser: parse, engine: engine, handler: make1(reg), fresh: func() http.Handler { return make1(nil) }}
+	return &variant{
+		options: e, parser: parse, engine: engine, handler: make1(reg, nil),
+		withCost: make1(nil, a.renderStats), fresh: func() http.Handler { return make1(nil, nil) },
+	}
 }
 
 // maxSearchLimit is Prometheus's default of --web.search.max-limit.

@@ -14,6 +14,7 @@ import (
 	"go.yaml.in/yaml/v2"
 
 	"github.com/epimetheus-tsdb/epimetheus/gateway"
+	"github.com/epimetheus-tsdb/epimetheus/gateway/account"
 	"github.com/epimetheus-tsdb/epimetheus/ingest"
 	"github.com/epimetheus-tsdb/epimetheus/sidecar"
 )
@@ -90,13 +91,47 @@ type GatewayConfig struct {
 	ResultBytes      size                           `yaml:"result_cache_bytes,omitempty" doc:"Memory for results of parts of long queries."`
 	EnableFeatures   []string                       `yaml:"enable_features,omitempty" doc:"As Prometheus's --enable-feature, of what concerns queries: promql-binop-fill-modifiers, promql-delayed-name-removal, promql-experimental-functions, promql-per-step-stats, promql-unquoted-utf8-names, query-cost, search-api, type-and-unit-labels, use-start-timestamps."`
 	TenantFederation bool                           `yaml:"tenant_federation,omitempty" doc:"Whether a request may be about several tenants, as 'X-Scope-OrgID: a|b'. Series then have the label '__tenant_id__'. The proxy that authenticates must check each of them. Off, a bar is a part of a tenant's name."`
-	Tenants          map[string]GatewayTenantConfig `yaml:"tenants,omitempty" doc:"By tenant: its own 'lookback_delta' and 'enable_features', as its Prometheus has them. What is absent is as above; 'enable_features: []' is none."`
+	Tenants          map[string]GatewayTenantConfig `yaml:"tenants,omitempty" doc:"By tenant: its own 'lookback_delta' and 'enable_features', as its Prometheus has them, and its own 'limits'. What is absent is as above; 'enable_features: []' is none; a tenant with 'limits' has those alone."`
+	Limits           QueryLimits                    `yaml:"limits,omitempty"`
+	QueryMemory      size                           `yaml:"query_memory_bytes,omitempty" doc:"Memory that all queries may hold together (samples of heads, pages, results). Beyond it the query that holds most is ended. 0: no bound."`
+	SlowQuery        duration                       `yaml:"slow_query,omitempty" doc:"Queries that take so long are logged, with what they read. 0: none are."`
+	Prices           PricesConfig                   `yaml:"prices,omitempty"`
+}
+
+// QueryLimits are of each tenant.
+type QueryLimits struct {
+	Queries     int      `yaml:"queries,omitempty" doc:"Queries of a tenant at a time, at each gateway; ten times as many wait, the next get status 429. 0: no limit."`
+	Range       duration `yaml:"query_range,omitempty" doc:"Time between the first and the last sample that a query may need. 0: no limit."`
+	Series      int64    `yaml:"query_series,omitempty" doc:"Series that a query may read. 0: no limit."`
+	Samples     int64    `yaml:"query_samples,omitempty" doc:"Samples that a query may read. 0: no limit."`
+	AnswerBytes size     `yaml:"answer_bytes,omitempty" doc:"How long an answer may be, about. 0: no limit."`
+}
+
+func (l *QueryLimits) limits() gateway.Limits {
+	return gateway.Limits{
+		Limits:  account.Limits{Series: l.Series, Samples: l.Samples, Range: time.Duration(l.Range), Bytes: int64(l.AnswerBytes)},
+		Queries: l.Queries,
+	}
+}
+
+func (l *QueryLimits) validate(name string, bad func(string, ...any)) {
+	if l.Queries < 0 || l.Range < 0 || l.Series < 0 || l.Samples < 0 || l.AnswerBytes < 0 {
+		bad("%s: none may be negative (0 means no limit)", name)
+	}
+}
+
+// PricesConfig is for the dollars in a query's statistics.
+type PricesConfig struct {
+	MillionObjectGets float64 `yaml:"million_object_gets,omitempty" doc:"Dollars for a million GETs of the object store, shown with 'stats=all'."`
+	MillionIndexReads float64 `yaml:"million_index_reads,omitempty" doc:"Dollars for a million queries of the index."`
 }
 
 // GatewayTenantConfig is what a tenant has of its own.
 type GatewayTenantConfig struct {
 	LookbackDelta  duration `yaml:"lookback_delta,omitempty"`
 	EnableFeatures []string `yaml:"enable_features"`
+
+	Limits *QueryLimits `yaml:"limits,omitempty"`
 }
 
 // engine gives the options of the engine for most tenants.
@@ -116,6 +151,17 @@ func (c *GatewayConfig) tenants() map[string]gateway.EngineOptions {
 			e.Features = t.EnableFeatures
 		}
 		out[name] = e
+	}
+	return out
+}
+
+// tenantLimits gives the limits of those that have their own.
+func (c *GatewayConfig) tenantLimits() map[string]gateway.Limits {
+	out := map[string]gateway.Limits{}
+	for name, t := range c.Tenants {
+		if t.Limits != nil {
+			out[name] = t.Limits.limits()
+		}
 	}
 	return out
 }
@@ -176,6 +222,9 @@ func defaultConfig() Config {
 			MaxSamples:    50_000_000,
 			CacheBytes:    512 * mib,
 			ResultBytes:   128 * mib,
+			QueryMemory:   2048 * mib,
+			SlowQuery:     duration(10 * time.Second),
+			Prices:        PricesConfig{MillionObjectGets: 0.4, MillionIndexReads: 0.25},
 		},
 		Sidecar: SidecarConfig{
 			Tenant: gateway.DefaultTenant, KeepWALBytes: 4 * gib, ReplicationFactor: 1,
@@ -260,6 +309,18 @@ func (c *Config) validate() error {
 	}
 	if g.CacheBytes < 0 {
 		bad("gateway.cache_bytes: %s is negative", g.CacheBytes)
+	}
+	if g.QueryMemory < 0 {
+		bad("gateway.query_memory_bytes: %s is negative", g.QueryMemory)
+	}
+	if g.SlowQuery < 0 {
+		bad("gateway.slow_query: %s is negative", g.SlowQuery)
+	}
+	g.Limits.validate("gateway.limits", bad)
+	for _, name := range slices.Sorted(maps.Keys(g.Tenants)) {
+		if l := g.Tenants[name].Limits; l != nil {
+			l.validate("gateway.tenants."+name+".limits", bad)
+		}
 	}
 	if g.ResultBytes < 0 {
 		bad("gateway.result_cache_bytes: %s is negative", g.ResultBytes)

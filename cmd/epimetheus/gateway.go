@@ -16,6 +16,7 @@ import (
 	"google.golang.org/grpc/keepalive"
 
 	"github.com/epimetheus-tsdb/epimetheus/gateway"
+	"github.com/epimetheus-tsdb/epimetheus/gateway/account"
 	"github.com/epimetheus-tsdb/epimetheus/gateway/merge"
 	"github.com/epimetheus-tsdb/epimetheus/gateway/plan"
 	"github.com/epimetheus-tsdb/epimetheus/gateway/worker"
@@ -93,7 +94,9 @@ func (p *process) addGateway(st *stores, live *ring.Live, workers plan.Workers) 
 		Tenancy: p.config.Tenancy, QueryTimeout: time.Duration(c.QueryTimeout), MaxSamples: c.MaxSamples,
 		Engine: c.engine(), Tenants: c.tenants(), TenantFederation: c.TenantFederation,
 		Spread: plan.Spread{Results: results, Workers: workers},
-		Flags:  p.shownFlags(), ListenAddress: (*p.flags.web.WebListenAddresses)[0],
+		Limits: c.Limits.limits(), TenantLimits: c.tenantLimits(), Memory: account.NewMemory(int64(c.QueryMemory), p.reg),
+		SlowQuery: time.Duration(c.SlowQuery), Prices: gateway.Prices(c.Prices),
+		Flags: p.shownFlags(), ListenAddress: (*p.flags.web.WebListenAddresses)[0],
 		Revision: revision(), GoVersion: runtime.Version(), Ready: p.isReady,
 		Choices: choice.New(st.index),
 	}, storage, live, p.logger, p.reg, p.reg)

@@ -127,8 +127,11 @@ func (q *query) part(ctx context.Context, i int, sel *merge.Selection) (_ *work,
 	l := q.leaves[i]
 	w := &work{q: q, l: l, leaf: i, sel: sel, parts: []part{{to: l.Grid.Len()}}}
 	sp := &q.engine.spread
-	if err := sel.Wait(); err != nil || sel.Snapshot() == nil || sp.Results == nil && sp.Workers == nil {
-		return w, -1, nil // an error is that of the set
+	if err := sel.Wait(); err != nil {
+		return nil, -1, err
+	}
+	if sel.Snapshot() == nil || sp.Results == nil && sp.Workers == nil {
+		return w, -1, nil
 	}
 	if l.Grid.Len() < 2 && explanationOf(ctx) == nil {
 		return w, -1, nil

@@ -1,0 +1,214 @@
+package gateway
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"net/http"
+	"net/url"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/prometheus/prometheus/util/stats"
+
+	"github.com/epimetheus-tsdb/epimetheus/gateway/account"
+	"github.com/epimetheus-tsdb/epimetheus/gateway/plan"
+)
+
+// Limits of a tenant's queries.
+type Limits struct {
+	account.Limits
+	Queries int // at a time, at one gateway; a few times as many wait. 0: no limit
+}
+
+// Prices are what requests cost, in dollars.
+type Prices struct {
+	MillionObjectGets float64
+	MillionIndexReads float64
+}
+
+// queuePerQuery is how many queries of a tenant wait for each that may run.
+const queuePerQuery = 10
+
+// gates let so many queries of each tenant run at a time.
+type gates struct {
+	mu  sync.Mutex
+	all map[string]*gate // of tenants that have some
+}
+
+type gate struct {
+	free  chan struct{} // has an element for each query that runs
+	users int           // that run or wait
+}
+
+// tooManyError is what a tenant gets of which too many queries wait already.
+type tooManyError struct{ running, waiting int }
+
+func (e tooManyError) Error() string {
+	return fmt.Sprintf("%d queries of the tenant are running and %d are waiting (limit gateway.limits.queries is %d): try again later", e.running, e.waiting, e.running)
+}
+
+// enter waits until another query of the tenant may run. It gives an tooManyError, or
+// why ctx has ended.
+func (g *gates) enter(ctx context.Context, tenant string, limit int) (leave func(), err error) {
+	if limit <= 0 {
+		return func() {}, nil
+	}
+	g.mu.Lock()
+	one := g.all[tenant]
+	if one == nil {
+		one = &gate{free: make(chan struct{}, limit)}
+		g.all[tenant] = one
+	}
+	if one.users >= limit*(1+queuePerQuery) {
+		g.mu.Unlock()
+		return nil, tooManyError{limit, one.users - limit}
+	}
+	one.users++
+	g.mu.Unlock()
+	gone := func() {
+		g.mu.Lock()
+		defer g.mu.Unlock()
+		if one.users--; one.users == 0 {
+			delete(g.all, tenant)
+		}
+	}
+	select {
+	case one.free <- struct{}{}:
+		return func() {
+			<-one.free
+			gone()
+		}, nil
+	case <-ctx.Done():
+		gone()
+		return nil, context.Cause(ctx)
+	}
+}
+
+// limitsOf are those of a tenant; of several together, those of tenants that have
+// none of their own.
+func (a *API) limitsOf(tenants []string) Limits {
+	if len(tenants) == 1 {
+		if l, ok := a.opts.TenantLimits[tenants[0]]; ok {
+			return l
+		}
+	}
+	return a.opts.Limits
+}
+
+// reads says whether a request is a query, of which a tenant may have so many at a
+// time.
+func reads(path string) bool {
+	switch path {
+	case "/api/v1/query", "/api/v1/query_range", "/api/v1/query_exemplars", "/api/v1/read", "/federate":
+		return true
+	}
+	return false
+}
+
+// protect serves a request within the limits of its tenant, and logs it if it was
+// slow.
+func (a *API) protect(w http.ResponseWriter, r *http.Request, h http.Handler) {
+	tenants := tenantsOf(r.Context())
+	limits := a.limitsOf(tenants)
+	name := strings.Join(tenants, "|")
+	ctx, acc, done := a.opts.Memory.Open(r.Context(), name, limits.Limits)
+	defer done()
+	r = r.WithContext(ctx)
+	if !reads(r.URL.Path) {
+		h.ServeHTTP(w, r)
+		return
+	}
+	begin := time.Now()
+	ctx, cancel := context.WithTimeout(ctx, a.opts.QueryTimeout)
+	leave, err := a.gates.enter(ctx, name, limits.Queries)
+	cancel()
+	if err != nil {
+		var many tooManyError
+		switch {
+		case errors.As(err, &many):
+			w.Header().Set("Retry-After", "1")
+			respondError(w, http.StatusTooManyRequests, "too_many_requests", err)
+		case errors.Is(err, context.DeadlineExceeded):
+			respondError(w, http.StatusServiceUnavailable, "timeout", errors.New("query timed out while it waited for others of the tenant (gateway.limits.queries)"))
+		default:
+			respondError(w, 499, "canceled", err) // Prometheus's code for a client that has gone
+		}
+		return
+	}
+	defer leave()
+	params := url.Values{}
+	if r.URL.Path == "/api/v1/query" || r.URL.Path == "/api/v1/query_range" {
+		// Handlers work on copies of the request: what they parse isn't seen here.
+		// These two of Prometheus's overlook an error too.
+		_ = r.ParseForm()
+		params = r.Form
+	}
+	h.ServeHTTP(w, r)
+	took := time.Since(begin)
+	if a.opts.SlowQuery == 0 || took < a.opts.SlowQuery {
+		return
+	}
+	c := acc.Cost()
+	a.logger.Warn("slow query", "tenant", name, "path", r.URL.Path, "query", params.Get("query"),
+		"start", params.Get("start"), "end", params.Get("end"), "step", params.Get("step"), "time", params.Get("time"),
+		"took", took, "series", c.Series, "samples", c.Samples, "object_gets", c.ObjectGets, "object_bytes", c.ObjectBytes,
+		"index_queries", c.IndexQueries, "pages", c.Pages, "pages_cached", c.PagesCached,
+		"parts_kept", c.PartsKept, "parts_here", c.PartsHere, "parts_elsewhere", c.PartsElsewhere)
+}
+
+// queryStats are Prometheus's, and what the query has cost.
+type queryStats struct {
+	stats.BuiltinStats
+
+	Cost queryCost `json:"cost"`
+}
+
+type queryCost struct {
+	account.Cost
+
+	Dollars float64 `json:"dollars"` // for requests to the object store and the index
+}
+
+// renderStats is a v1.StatsRenderer, for stats=all.
+func (a *API) renderStats(ctx context.Context, s *stats.Statistics, _ string) stats.QueryStats {
+	c := account.From(ctx).Cost()
+	dollars := (float64(c.ObjectGets)*a.opts.Prices.MillionObjectGets + float64(c.IndexQueries)*a.opts.Prices.MillionIndexReads) / 1e6
+	return &queryStats{stats.NewQueryStats(s).Builtin(), queryCost{c, dollars}}
+}
+
+// explain answers how a query would be computed. The parameters are those of the
+// query, at the path as, and are checked as there.
+func (a *API) explain(as string) http.HandlerFunc {
+	return func(w http.ResponseWriter, r *http.Request) {
+		ctx, e := plan.WithExplanation(r.Context())
+		r = r.Clone(ctx)
+		r.URL.Path = as
+		check := &heldAnswer{header: http.Header{}, code: http.StatusOK}
+		a.variantOf(tenantsOf(ctx)).handler.ServeHTTP(check, r)
+		if check.code != http.StatusOK {
+			maps.Copy(w.Header(), check.header)
+			w.WriteHeader(check.code)
+			_, _ = w.Write(check.body) // the client has gone: nobody to tell
+			return
+		}
+		a.answers.take(check.body) // nobody wants it
+		respond(w, e, nil)
+	}
+}
+
+// heldAnswer keeps an answer.
+type heldAnswer struct {
+	header http.Header
+	code   int
+	body   []byte
+}
+
+func (h *heldAnswer) Header() http.Header  { return h.header }
+func (h *heldAnswer) WriteHeader(code int) { h.code = code }
+func (h *heldAnswer) Write(b []byte) (int, error) {
+	h.body = append(h.body, b...)
+	return len(b), nil
+}

@@ -1,0 +1,229 @@
+package gateway_test
+
+import (
+	"bytes"
+	"encoding/json"
+	"fmt"
+	"log/slog"
+	"net/http"
+	"net/http/httptest"
+	"net/url"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/prometheus/model/labels"
+	"github.com/stretchr/testify/require"
+
+	"github.com/epimetheus-tsdb/epimetheus/gateway"
+	"github.com/epimetheus-tsdb/epimetheus/gateway/account"
+	"github.com/epimetheus-tsdb/epimetheus/gateway/gatewaytest"
+)
+
+// fifty are series of an hour, the older half in a block.
+func fifty(t *testing.T) *gatewaytest.Cluster {
+	t.Helper()
+	var ss []gatewaytest.Sample
+	for i := range 50 {
+		for ts := int64(0); ts <= 3_600_000; ts += 15_000 {
+			ss = append(ss, gatewaytest.Sample{Labels: labels.FromStrings("__name__", "requests_total", "i", fmt.Sprint(i)), T: ts, V: float64(ts)})
+		}
+	}
+	return gatewayOf(t, ss)
+}
+
+type response struct {
+	code      int
+	Status    string          `json:"status"`
+	ErrorType string          `json:"errorType"`
+	Error     string          `json:"error"`
+	Data      json.RawMessage `json:"data"`
+}
+
+func call(t *testing.T, h http.Handler, path string, params ...string) response {
+	t.Helper()
+	v := url.Values{}
+	for i := 0; i < len(params); i += 2 {
+		v.Add(params[i], params[i+1])
+	}
+	w := httptest.NewRecorder()
+	h.ServeHTTP(w, httptest.NewRequest(http.MethodGet, "/api/v1/"+path+"?"+v.Encode(), nil))
+	a := response{code: w.Code}
+	require.NoError(t, json.Unmarshal(w.Body.Bytes(), &a), w.Body.String())
+	return a
+}
+
+// A query beyond a limit fails with its name and value; others go on.
+func TestLimits(t *testing.T) {
+	c := fifty(t)
+	for _, q := range []struct {
+		limits gateway.Limits
+		expr   string
+		want   string // part of the error
+	}{
+		{gateway.Limits{Limits: account.Limits{Series: 49}}, `requests_total`, "limit gateway.limits.query_series is 49"},
+		{gateway.Limits{Limits: account.Limits{Series: 49}}, `sum(rate(requests_total[5m]))`, "limit gateway.limits.query_series is 49"},
+		{gateway.Limits{Limits: account.Limits{Series: 50}}, `sum(rate(requests_total[5m]))`, ""},
+		{gateway.Limits{Limits: account.Limits{Samples: 1000}}, `requests_total`, "limit gateway.limits.query_samples is 1000"},
+		{gateway.Limits{Limits: account.Limits{Samples: 1000}}, `requests_total{i="1"}`, ""},
+		{gateway.Limits{Limits: account.Limits{Range: time.Hour}}, `rate(requests_total[5m])`, "limit gateway.limits.query_range is 1h0m0s"},
+		{gateway.Limits{Limits: account.Limits{Range: 2 * time.Hour}}, `rate(requests_total[5m])`, ""},
+		{gateway.Limits{Limits: account.Limits{Bytes: 10_000}}, `requests_total`, "limit gateway.limits.answer_bytes is 10000"},
+		{gateway.Limits{Limits: account.Limits{Bytes: 10_000}}, `sum(requests_total)`, ""},
+	} {
+		api := newAPI(t, c, gateway.Options{Limits: q.limits})
+		a := call(t, api, "query_range", "query", q.expr, "start", "0", "end", "3600", "step", "60")
+		if q.want == "" {
+			require.Equal(t, http.StatusOK, a.code, "%+v: %s", q, a.Error)
+			continue
+		}
+		require.Equal(t, http.StatusUnprocessableEntity, a.code, q)
+		require.Equal(t, "execution", a.ErrorType)
+		require.Contains(t, a.Error, q.want)
+	}
+}
+
+// A tenant's own limits stand in place of the others.
+func TestTenantLimits(t *testing.T) {
+	api := newAPI(t, fifty(t), gateway.Options{
+		Limits:       gateway.Limits{Limits: account.Limits{Series: 1}},
+		TenantLimits: map[string]gateway.Limits{gateway.DefaultTenant: {}},
+	})
+	require.Equal(t, http.StatusOK, call(t, api, "query", "query", "requests_total", "time", "1800").code)
+}
+
+// The query that holds most is ended when all together hold too much.
+func TestQueryMemory(t *testing.T) {
+	reg := prometheus.NewRegistry()
+	api := newAPI(t, fifty(t), gateway.Options{Memory: account.NewMemory(20_000, reg)})
+	a := call(t, api, "query_range", "query", "requests_total", "start", "0", "end", "3600", "step", "15")
+	require.Equal(t, http.StatusUnprocessableEntity, a.code)
+	require.Contains(t, a.Error, "gateway.query_memory_bytes (20000)")
+	require.Equal(t, http.StatusOK, call(t, api, "query", "query", `requests_total{i="1"}`, "time", "1800").code)
+	ms, err := reg.Gather()
+	require.NoError(t, err)
+	for _, m := range ms {
+		switch m.GetName() {
+		case "epimetheus_gateway_queries_ended_for_memory_total":
+			require.InDelta(t, 1, m.GetMetric()[0].GetCounter().GetValue(), 0)
+		case "epimetheus_gateway_query_memory_bytes":
+			require.Zero(t, m.GetMetric()[0].GetGauge().GetValue()) // all has been given back
+		}
+	}
+}
+
+// So many queries of a tenant run at a time, ten times as many wait, the next are
+// refused.
+func TestConcurrency(t *testing.T) {
+	api := newAPI(t, fifty(t), gateway.Options{Limits: gateway.Limits{Queries: 1}})
+	var wg sync.WaitGroup
+	var mu sync.Mutex
+	codes := map[int]int{}
+	for range 40 {
+		wg.Go(func() {
+			a := call(t, api, "query_range", "query", `sum(rate(requests_total[5m])) + sum(requests_total)`, "start", "0", "end", "3600", "step", "1")
+			mu.Lock()
+			defer mu.Unlock()
+			codes[a.code]++
+			if a.code == http.StatusTooManyRequests && (a.ErrorType != "too_many_requests" || !strings.Contains(a.Error, "gateway.limits.queries is 1")) {
+				t.Errorf("%+v", a)
+			}
+		})
+	}
+	wg.Wait()
+	require.GreaterOrEqual(t, codes[http.StatusOK], 11)
+	require.Equal(t, 40, codes[http.StatusOK]+codes[http.StatusTooManyRequests], codes)
+	require.Positive(t, codes[http.StatusTooManyRequests])
+	require.Equal(t, http.StatusOK, call(t, api, "query", "query", "1").code)
+}
+
+// Slow queries are logged with what they read, others aren't.
+func TestSlowQuery(t *testing.T) {
+	c := fifty(t)
+	for _, slow := range []time.Duration{time.Nanosecond, time.Hour} {
+		var log bytes.Buffer
+		reg := prometheus.NewRegistry()
+		api, err := gateway.New(gateway.Options{SlowQuery: slow}, c.Storage, c.Live, slog.New(slog.NewJSONHandler(&log, nil)), reg, reg)
+		require.NoError(t, err)
+		r := httptest.NewRequest(http.MethodPost, "/api/v1/query", strings.NewReader(url.Values{"query": {"requests_total"}, "time": {"1800"}}.Encode()))
+		r.Header.Set("Content-Type", "application/x-www-form-urlencoded")
+		w := httptest.NewRecorder()
+		api.ServeHTTP(w, r)
+		require.Equal(t, http.StatusOK, w.Code, w.Body)
+		if slow == time.Hour {
+			require.NotContains(t, log.String(), "slow query")
+			continue
+		}
+		var line map[string]any
+		require.NoError(t, json.Unmarshal(log.Bytes(), &line), log.String())
+		require.Equal(t, "slow query", line["msg"])
+		require.Equal(t, "requests_total", line["query"])
+		require.InDelta(t, 50, line["series"], 0)
+	}
+}
+
+// With stats=all there is what the query has cost, and only then.
+func TestCost(t *testing.T) {
+	api := newAPI(t, fifty(t), gateway.Options{Prices: gateway.Prices{MillionObjectGets: 1e6}})
+	type data struct {
+		Stats struct {
+			Samples map[string]any
+			Cost    map[string]float64
+		}
+	}
+	for _, stats := range []string{"", "true", "all"} {
+		a := call(t, api, "query", "query", "sum(rate(requests_total[30m]))", "time", "1800", "stats", stats)
+		require.Equal(t, http.StatusOK, a.code, a.Error)
+		var d data
+		require.NoError(t, json.Unmarshal(a.Data, &d))
+		require.Equal(t, stats != "", d.Stats.Samples != nil)
+		require.Equal(t, stats == "all", d.Stats.Cost != nil)
+		if stats == "all" {
+			require.InDelta(t, 50, d.Stats.Cost["series"], 0)
+			require.Positive(t, d.Stats.Cost["samples"])
+			require.Positive(t, d.Stats.Cost["blocks"])
+			require.InDelta(t, d.Stats.Cost["objectGets"], d.Stats.Cost["dollars"], 1e-9)
+		}
+	}
+}
+
+// The explanation has the plan; what is wrong with the parameters is said as the
+// query's endpoint says it.
+func TestExplain(t *testing.T) {
+	api := newAPI(t, fifty(t), gateway.Options{})
+	a := call(t, api, "query_range_explain", "query", `sum(rate(requests_total[5m])) / on() requests_total{i="1"}`, "start", "0", "end", "3600", "step", "60")
+	require.Equal(t, http.StatusOK, a.code, a.Error)
+	var e struct {
+		Plan   string
+		Leaves []struct {
+			Expr                  string
+			Samples, Steps, Parts int
+		}
+		Selectors []struct {
+			Expr    string
+			Samples int
+		}
+		Blocks int
+	}
+	require.NoError(t, json.Unmarshal(a.Data, &e))
+	require.Contains(t, e.Plan, "leaf_1: sum(rate(requests_total[5m]))")
+	require.Len(t, e.Leaves, 1)
+	require.Equal(t, 61, e.Leaves[0].Steps)
+	require.Len(t, e.Selectors, 1)
+	require.Equal(t, `requests_total{i="1"}`, e.Selectors[0].Expr)
+	require.Positive(t, e.Selectors[0].Samples)
+	require.Positive(t, e.Blocks)
+	for _, params := range [][]string{
+		{"query", "sum(", "start", "0", "end", "1", "step", "1"},
+		{"query", "up", "start", "x", "end", "1", "step", "1"},
+		{"query", "up", "start", "0", "end", "1e9", "step", "1"},
+	} {
+		got, want := call(t, api, "query_range_explain", params...), call(t, api, "query_range", params...)
+		require.Equal(t, http.StatusBadRequest, got.code)
+		require.Equal(t, want, got)
+	}
+	require.Equal(t, http.StatusOK, call(t, api, "query_explain", "query", "1+1").code)
+	require.Equal(t, http.StatusOK, call(t, api, "query_explain", "query", `"text"`).code)
+}
