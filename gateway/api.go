@@ -130,9 +130,11 @@ func New(o Options, s Storage, live *ring.Live, logger *slog.Logger, reg prometh
 		a.tenants[tenant] = of(e)
 	}
 	a.ours = map[string]http.HandlerFunc{
-		"GET /status/tsdb": a.wrap(a.tsdbStatus),
-		"GET /ring":        a.ring,
-		"POST /ha/claim":   a.claim,
+		"GET /status/tsdb":           a.wrap(a.tsdbStatus),
+		"GET /status/active_series":  a.wrap(a.activeSeries),
+		"POST /status/active_series": a.wrap(a.activeSeries),
+		"GET /ring":                  a.ring,
+		"POST /ha/claim":             a.claim,
 	}
 	for _, method := range []string{http.MethodGet, http.MethodPost} {
 		a.ours[method+" /query_explain"] = a.whenReady(a.explain("/query"))
