@@ -30,9 +30,13 @@ demo: build $(TOOLS_STAMP_SERVERS) ## run Epimetheus beside a real Prometheus (D
 	@exec bin/demo -gateway $(DEMO_GATEWAY) -grpc $(DEMO_GRPC) -prometheus $(DEMO_PROMETHEUS) \
 		-node-exporter $(DEMO_NODE_EXPORTER) -sidecar $(DEMO_SIDECAR) $(if $(DEMO_FOR),-for $(DEMO_FOR))
 
+# The race detector's own tables overflow in bubbles of testing/synctest as long as the
+# simulation's (golang/go#78156): that one runs without it. What it simulates has
+# tests with it.
 .PHONY: test
-test: tools-test ## every test, unit to end to end, with the race detector
-	go test -race -timeout 20m ./...
+test: tools-test ## every test, unit to end to end, with the race detector but for the simulation
+	go test -race -timeout 20m $$(go list ./... | grep -v /e2e/sim$$)
+	go test -timeout 10m ./e2e/sim
 
 .PHONY: e2e
 e2e: tools-test ## the built binary against real Prometheis, object stores and indexes that fail
