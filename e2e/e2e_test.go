@@ -43,7 +43,11 @@ func TestAll(t *testing.T) {
 // DynamoDB over the wire.
 func TestRoles(t *testing.T) {
 	t.Parallel()
-	scenario(t, startRoles(t, testenv.S3(t)))
+	s := startRoles(t, testenv.S3(t))
+	for _, g := range s.gateways {
+		metricIs(t, 30*time.Second, g.url, "epimetheus_gateway_workers", func(v float64) bool { return v == float64(len(s.gateways)) })
+	}
+	scenario(t, s)
 }
 
 // TestClearErrors: what is wrong is said in one line, with an exit code.

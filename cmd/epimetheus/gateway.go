@@ -4,8 +4,10 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"maps"
 	"net/http"
 	"runtime"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -68,6 +70,14 @@ func addGateway(app *kingpin.Application, commands map[string]command) {
 		server := newGRPCServer()
 		worker.NewServer(func(ctx context.Context, t *plan.Task) ([]byte, error) { return api.Work(ctx, st.history, t) }, p.logger, p.reg).Register(server)
 		p.addGRPC(server, l)
+		p.status = append(p.status, section{"Gateways", func(*http.Request) [][]string {
+			rows := [][]string{{"gateway", "address"}}
+			peers := members.Workers()
+			for _, id := range slices.Sorted(maps.Keys(peers)) {
+				rows = append(rows, []string{id, peers[id]})
+			}
+			return rows
+		}})
 		return p.run()
 	}
 }

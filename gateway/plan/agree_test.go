@@ -115,33 +115,18 @@ func dataset(t testing.TB, rnd *rand.Rand, s *gatewaytest.Shipped) []labels.Labe
 
 func tenantOf(context.Context) string { return gateway.DefaultTenant }
 
-// parted is an engine that computes small parts, here and at two other gateways,
-// and keeps the results. runs counts the parts with results from there.
-func parted(t *testing.T, c *gatewaytest.Cluster, e *promql.Engine, o promql.EngineOpts, runs *atomic.Int64) *plan.Engine {
+// gateways starts gateways that compute parts, and gives the way to them.
+func gateways(t testing.TB, n int, run func(context.Context, *plan.Task) ([]byte, error)) *worker.Pool {
 	t.Helper()
 	logger := slog.New(slog.DiscardHandler)
-	spread := func() plan.Spread {
-		r, err := plan.NewResults(4<<20, prometheus.NewRegistry())
-		if err != nil {
-			t.Fatal(err)
-		}
-		return plan.Tight(plan.Spread{TenantOf: tenantOf, Results: r})
-	}
 	var peers []worker.Peer
-	for i := range 2 {
-		engine := plan.New(e, o, spread())
+	for i := range n {
 		l, err := net.Listen("tcp", "127.0.0.1:0")
 		if err != nil {
 			t.Fatal(err)
 		}
 		g := grpc.NewServer()
-		worker.NewServer(func(ctx context.Context, task *plan.Task) ([]byte, error) {
-			b, err := engine.Work(ctx, c.History, task)
-			if len(b) > 100 { // there is something in it
-				runs.Add(1)
-			}
-			return b, err
-		}, logger, prometheus.NewRegistry()).Register(g)
+		worker.NewServer(run, logger, prometheus.NewRegistry()).Register(g)
 		done := make(chan struct{})
 		go func() {
 			defer close(done)
@@ -155,8 +140,29 @@ func parted(t *testing.T, c *gatewaytest.Cluster, e *promql.Engine, o promql.Eng
 	}
 	pool := worker.NewPool("here", func() []worker.Peer { return peers }, logger, prometheus.NewRegistry(), grpc.WithTransportCredentials(insecure.NewCredentials()))
 	t.Cleanup(func() { _ = pool.Close() }) // of connections
+	return pool
+}
+
+// parted is an engine that computes small parts, here and at two other gateways,
+// and keeps the results. runs counts the parts with results from there.
+func parted(t *testing.T, c *gatewaytest.Cluster, e *promql.Engine, o promql.EngineOpts, runs *atomic.Int64) *plan.Engine {
+	t.Helper()
+	spread := func() plan.Spread {
+		r, err := plan.NewResults(4<<20, prometheus.NewRegistry())
+		if err != nil {
+			t.Fatal(err)
+		}
+		return plan.Tight(plan.Spread{TenantOf: tenantOf, Results: r})
+	}
+	engine := plan.New(e, o, spread())
 	s := spread()
-	s.Workers = pool
+	s.Workers = gateways(t, 2, func(ctx context.Context, task *plan.Task) ([]byte, error) {
+		b, err := engine.Work(ctx, c.History, task)
+		if len(b) > 100 { // there is something in it
+			runs.Add(1)
+		}
+		return b, err
+	})
 	return plan.New(e, o, s)
 }
 

@@ -2,6 +2,7 @@ package plan_test
 
 import (
 	"bytes"
+	"context"
 	"flag"
 	"fmt"
 	"slices"
@@ -11,6 +12,7 @@ import (
 	"time"
 
 	"github.com/oklog/ulid/v2"
+	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/common/promslog"
 	"github.com/prometheus/prometheus/model/labels"
 	"github.com/prometheus/prometheus/promql"
@@ -22,6 +24,7 @@ import (
 	"github.com/epimetheus-tsdb/epimetheus/gateway"
 	"github.com/epimetheus-tsdb/epimetheus/gateway/gatewaytest"
 	"github.com/epimetheus-tsdb/epimetheus/gateway/plan"
+	"github.com/epimetheus-tsdb/epimetheus/gateway/worker"
 	"github.com/epimetheus-tsdb/epimetheus/history"
 	"github.com/epimetheus-tsdb/epimetheus/internal/gen"
 )
@@ -115,6 +118,73 @@ func BenchmarkDeep(b *testing.B) {
 		}
 	}
 }
+
+// BenchmarkSpread runs a long query over the same data: not cut (whole), cut with
+// nothing kept and all computed here (parts), by one, two and four other gateways
+// over gRPC on the same processors (workers=n), and with all results kept (kept).
+func BenchmarkSpread(b *testing.B) {
+	const day = 24 * time.Hour
+	c := gen.Config{Series: 1000, Targets: 10, Churn: 0.1, Seed: 1, Interval: 15_000, Start: 1_700_006_400_000}
+	span := time.Duration(*benchDays) * day
+	c.End = c.Start + span.Milliseconds()
+	ours := gatewaytest.New(b, gatewaytest.Options{})
+	loadDeep(b, c, ours.History)
+	o := suiteOptions
+	o.MaxSamples, o.EnableDelayedNameRemoval, o.UseStartTimestamps = 50_000_000, false, false
+	o.Parser = parser.NewParser(parser.Options{})
+	engine := promql.NewEngine(o)
+	end := time.UnixMilli(c.End)
+	for _, q := range []struct{ name, expr string }{
+		{"rate-by-job", `sum by (job) (rate(http_requests_total[1h]))`},
+		{"p99-by-job", `histogram_quantile(0.99, sum by (le, job) (rate(http_request_duration_seconds_bucket[1h])))`},
+		{"rate-by-series", `rate(http_requests_total[1h])`},
+	} {
+		for _, by := range []struct {
+			name    string
+			workers int
+			bytes   int64 // of results that are kept
+			cut     bool
+		}{{"whole", 0, 0, false}, {"parts", 0, 0, true}, {"workers=1", 1, 0, true}, {"workers=2", 2, 0, true}, {"workers=4", 4, 0, true}, {"kept", 0, 1 << 30, true}} {
+			b.Run("q="+q.name+"/"+by.name, func(b *testing.B) {
+				var s plan.Spread
+				if by.cut {
+					r, err := plan.NewResults(by.bytes, prometheus.NewRegistry())
+					if err != nil {
+						b.Fatal(err)
+					}
+					s = plan.Spread{TenantOf: tenantOf, Results: r}
+				}
+				if by.workers > 0 {
+					s.Workers = onlyOthers{gateways(b, by.workers, func(ctx context.Context, task *plan.Task) ([]byte, error) {
+						return plan.New(engine, o, plan.Spread{}).Work(ctx, ours.History, task)
+					})}
+				}
+				planned := plan.New(engine, o, s)
+				run := func() {
+					p, err := planned.NewRangeQuery(b.Context(), ours.Storage, nil, q.expr, end.Add(-span), end, time.Hour)
+					if err != nil {
+						b.Fatal(err)
+					}
+					defer p.Close()
+					if r := p.Exec(b.Context()); r.Err != nil {
+						b.Fatal(r.Err)
+					}
+				}
+				run()
+				before := cpu()
+				for b.Loop() {
+					run()
+				}
+				b.ReportMetric(float64(cpu()-before)/1e6/float64(b.N), "cpu-ms/op")
+			})
+		}
+	}
+}
+
+// onlyOthers computes nothing at the caller that another gateway could.
+type onlyOthers struct{ *worker.Pool }
+
+func (onlyOthers) Here(plan.Key) bool { return false }
 
 // cpu is what the process has used, in ns.
 func cpu() int64 {

@@ -62,7 +62,9 @@ func NewPool(self string, peers func() []Peer, logger *slog.Logger, reg promethe
 			Buckets: prometheus.ExponentialBuckets(0.001, 4, 9),
 		}),
 	}
-	reg.MustRegister(p.requests, p.hedges, p.seconds)
+	reg.MustRegister(p.requests, p.hedges, p.seconds, prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+		Name: "epimetheus_gateway_workers", Help: "Gateways that share parts of long queries, this one included.",
+	}, func() float64 { return float64(len(p.inLine(plan.Key{}))) }))
 	return p
 }
 
