@@ -66,7 +66,7 @@ func TestClaim(t *testing.T) {
 	}
 	want("x", `{"group":"g","from":1000,"until":5000}`)
 	want("x", `{"group":"g","replica":"a","from":1000,"until":2000}`, is(1000, 2000, "a"))
-	want("x", `{"group":"g","replica":"b","from":1500,"until":2500}`, is(1000, 2000, "a"), is(2000, 2500, "b"))
+	want("x", `{"group":"g","replica":"b","from":2000,"until":2500}`, is(1000, 2000, "a"), is(2000, 2500, "b"))
 	want("x", `{"group":"g","from":1000,"until":5000}`, is(1000, 2000, "a"), is(2000, 2500, "b"))
 	want("y", `{"group":"g","replica":"b","from":1500,"until":2500}`, is(1500, 2500, "b"))
 	refused("", `{"group":"g","replica":"b","from":1500,"until":2500}`, http.StatusUnauthorized, "X-Scope-OrgID")

@@ -17,7 +17,7 @@ type claims struct {
 
 	known    []choice.Interval // ascending, disjoint; adjacent ones are of different replicas
 	answered map[int64]int64   // when the days were last asked for
-	newest   int64             // of the replica's own samples that have been read
+	newest   int64             // of the replica's own samples that have been read; noTime: none since the start
 	// open are times that something waits for: the tail, a block, what is read
 	// again. Since when answers say that they are undecided; 0: none has said so.
 	open map[int64]int64
@@ -124,10 +124,13 @@ func (c *claims) want(replica string, t, until int64, now time.Time) (choice.Req
 	from, before := t, (*choice.Interval)(nil)
 	if i := c.next(t); i > 0 {
 		if x := &c.known[i-1]; t-x.Until <= c.lease {
-			before, from = x, x.Until
+			before = x
 		}
 	}
 	if until == 0 {
+		if before != nil && c.newest != noTime && t-c.newest <= c.lease {
+			from = before.Until
+		}
 		until = t + c.width(t, now)
 	}
 	claim := choice.Request{Group: c.group, Replica: replica, From: from, Until: min(until, from+maxClaim)}

@@ -76,7 +76,12 @@ func TestClaimRules(t *testing.T) {
 	c := newClaims("g", time.Minute)
 	want("nothing is known", c, ms, 0, base, asks)
 	want("nothing is decided", fresh(), ms, 0, base, claims(ms, ms+lease))
-	want("its own, just ended", fresh(interval(ms-500_000, ms-lease, "a")), ms, 0, base, claims(ms-lease, ms+lease))
+	want("its own, just ended, but what it has scraped since isn't known", fresh(interval(ms-500_000, ms-lease, "a")), ms, 0, base, claims(ms, ms+lease))
+	c = fresh(interval(ms-500_000, ms-lease, "a"))
+	c.newest = ms - lease
+	want("its own, just ended", c, ms, 0, base, claims(ms-lease, ms+lease))
+	c.newest--
+	want("its own, just ended, but it has a hole of its own", c, ms, 0, base, claims(ms, ms+lease))
 	want("its own, too long ago", fresh(interval(ms-500_000, ms-lease-1, "a")), ms, 0, base, choice.Request{})
 	want("another's", fresh(interval(ms-500_000, ms, "b")), ms, 0, base, choice.Request{})
 	c = fresh(interval(ms-500_000, ms, "b"))
@@ -89,6 +94,7 @@ func TestClaimRules(t *testing.T) {
 		want("another's: wait", c, ms, 0, now, choice.Request{})
 	}
 	c.take(asks, []choice.Interval{interval(ms-500_000, ms, "b")}, base.Add(time.Minute))
+	c.newest = ms - 5
 	want("another's: a lease ago", c, ms, 0, base.Add(time.Minute), claims(ms, ms+lease))
 	c.take(asks, []choice.Interval{interval(ms-500_000, ms+lease/2, "b")}, base.Add(time.Minute))
 	want("another's: and then it isn't", c, ms+lease/2, 0, base.Add(time.Minute), choice.Request{})
@@ -165,23 +171,39 @@ func TestClaimsModel(t *testing.T) {
 	for seed := range uint64(claimSeeds) {
 		t.Run(fmt.Sprint("seed ", seed), func(t *testing.T) {
 			t.Parallel()
-			runClaimsModel(t, seed)
+			runClaimsModel(t, seed, false)
 		})
 	}
 }
 
-func runClaimsModel(t *testing.T, seed uint64) {
+// TestClaimsCalm: while nothing worse happens than that requests fail, and clocks
+// differ by less than a lease, whoever is chosen stays so, at the stated price.
+func TestClaimsCalm(t *testing.T) {
+	for seed := range uint64(20) {
+		t.Run(fmt.Sprint("seed ", seed), func(t *testing.T) {
+			t.Parallel()
+			runClaimsModel(t, seed, true)
+		})
+	}
+}
+
+func runClaimsModel(t *testing.T, seed uint64, calm bool) {
+	t.Helper()
 	rnd := rand.New(rand.NewPCG(seed, 7))
 	const scrape, lease, tick = 15_000, 60_000, 500
 	fault := historytest.None
 	rows := &historytest.FaultyRows{Store: &historytest.MemoryRows{}, Decide: func(string, string) historytest.Fault { return fault }}
 	choices := choice.New(index.New(rows))
 	now := time.Date(2026, 3, 1, 23, 0, 0, 0, time.UTC).UnixMilli() // over midnight
+	began := now
 	var all []*replicaModel
 	for i := range 2 + rnd.IntN(2) {
 		skew := rnd.Int64N(2_000)
 		if rnd.IntN(3) == 0 {
 			skew = rnd.Int64N(300_000) - 150_000
+		}
+		if calm {
+			skew = rnd.Int64N(50_000)
 		}
 		all = append(all, &replicaModel{
 			name: fmt.Sprint("replica ", i), skew: skew, phase: rnd.Int64N(scrape), scraping: true, up: true,
@@ -284,9 +306,10 @@ func runClaimsModel(t *testing.T, seed uint64) {
 			}
 		}
 	}
-	for range 3 * 3600 * 1000 / tick {
+	const hours = 3
+	for range hours * 3600 * 1000 / tick {
 		step()
-		if rnd.IntN(500) > 0 {
+		if calm || rnd.IntN(500) > 0 {
 			continue
 		}
 		r, away := all[rnd.IntN(len(all))], rnd.Int64N(600_000)
@@ -314,6 +337,7 @@ func runClaimsModel(t *testing.T, seed uint64) {
 			})
 		}
 	}
+	scraped := now
 	for _, r := range all {
 		r.cut, r.scraping = false, false
 		if !r.up {
@@ -344,6 +368,18 @@ func runClaimsModel(t *testing.T, seed uint64) {
 		}
 		return ""
 	}
+	// A claim for each three quarters of a lease, and some whose answers are lost.
+	if calm {
+		var between []choice.Interval // the beginning and the end apart
+		for _, x := range final {
+			if x.Until > began+5*lease && x.From < scraped-2*lease {
+				between = append(between, x)
+			}
+		}
+		if most := hours * 3600_000 / (lease * 3 / 4) * 5 / 4; len(between) != 1 || claims > most {
+			t.Errorf("%d claims, want at most %d: %v", claims, most, final)
+		}
+	}
 	var kept []int64
 	for _, r := range all {
 		for t0 := range r.shipped {
@@ -362,6 +398,7 @@ func runClaimsModel(t *testing.T, seed uint64) {
 		}
 	}
 	slices.Sort(kept)
+	kept = slices.Compact(kept)
 	const bound = lease + lease/4 + 2*scrape
 	worst := int64(0)
 	for _, r := range all {
@@ -376,6 +413,24 @@ func runClaimsModel(t *testing.T, seed uint64) {
 			}
 			if worst = max(worst, near); near > bound {
 				t.Fatalf("%s had a sample of %d: nothing within %d ms of it was kept", r.name, t0, near)
+			}
+		}
+	}
+	// Where there is a gap that is longer, nobody has scraped all the time.
+	for i := 1; i < len(kept); i++ {
+		if kept[i]-kept[i-1] <= bound {
+			continue
+		}
+		for _, r := range all {
+			last, hole := kept[i-1], int64(0)
+			for _, t0 := range r.wal {
+				if t0 > last && t0 <= kept[i] {
+					hole = max(hole, t0-last)
+					last = t0
+				}
+			}
+			if hole = max(hole, kept[i]-last); hole <= 2*scrape {
+				t.Errorf("nothing was kept between %d and %d, and %s had samples all the time", kept[i-1], kept[i], r.name)
 			}
 		}
 	}

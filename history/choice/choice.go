@@ -2,8 +2,8 @@
 // samples, for each time once and for ever.
 //
 // Replicas that scrape the same targets and have the same labels are a group.
-// Each claims intervals of time, and what is undecided of an interval becomes its
-// own. The claims of a day are one row of the index, which is only ever replaced by
+// Each claims intervals of time, and an interval becomes its own as far as nothing of
+// it is another's. The claims of a day are one row of the index, which is only ever replaced by
 // one that says more: so no time has two owners, whatever the claimants do, how
 // often they repeat themselves and what their clocks show. Who claims what and
 // when is for them to find, see docs/protocols/ha.md.
@@ -63,8 +63,9 @@ type Choices struct {
 // New returns the choices that an index keeps.
 func New(x *index.Index) *Choices { return &Choices{index: x} }
 
-// Claim makes what is undecided from from until until, in ms, the latter
-// exclusive, the replica's. It returns all intervals of the days that these times
+// Claim makes the time from from until until, in ms, the latter exclusive, the
+// replica's, up to the first that is another's: what lies behind is claimed by
+// whoever goes on there. It returns all intervals of the days that these times
 // are in, ascending and disjoint; adjacent ones are of different replicas. It may
 // be repeated: after an error, part of it may have happened.
 func (c *Choices) Claim(ctx context.Context, tenant, group, replica string, from, until int64) ([]Interval, error) {
@@ -77,8 +78,12 @@ func (c *Choices) Claim(ctx context.Context, tenant, group, replica string, from
 	}
 	for i := range rows {
 		day := (first + int64(i)) * index.ChoiceDay
-		if err := c.claim(ctx, &rows[i], replica, max(from, day), min(until, day+index.ChoiceDay)); err != nil {
+		more, err := c.claim(ctx, &rows[i], replica, max(from, day), min(until, day+index.ChoiceDay))
+		if err != nil {
 			return nil, err
+		}
+		if !more {
+			break
 		}
 	}
 	return intervals(rows), nil
@@ -121,29 +126,36 @@ func (c *Choices) rows(ctx context.Context, tenant, group string, from, until in
 	return rows, first, nil
 }
 
-// claim makes what is undecided in a part of a day the replica's.
-func (c *Choices) claim(ctx context.Context, row *index.ChoiceRow, replica string, from, until int64) error {
+// claim makes a part of a day the replica's. It returns true if all of it is.
+func (c *Choices) claim(ctx context.Context, row *index.ChoiceRow, replica string, from, until int64) (bool, error) {
 	for try := range attempts {
 		if err := pause(ctx, try); err != nil {
-			return err
+			return false, err
 		}
-		choices, changed := fill(row.Choices, Interval{From: from, Until: until, Replica: replica})
+		end := until
+		for _, x := range row.Choices {
+			if x.Replica != replica && x.Until > from {
+				end = max(from, min(end, x.From))
+				break
+			}
+		}
+		choices, changed := fill(row.Choices, Interval{From: from, Until: end, Replica: replica})
 		if !changed {
-			return nil
+			return end == until, nil
 		}
 		if len(choices) > index.MaxChoices {
-			return fmt.Errorf("%w: %d intervals in a day, the limit is %d: do more than one replica, or two of one name, claim in turn?", ErrInvalid, len(choices), index.MaxChoices)
+			return false, fmt.Errorf("%w: %d intervals in a day, the limit is %d: do more than one replica, or two of one name, claim in turn?", ErrInvalid, len(choices), index.MaxChoices)
 		}
 		got, err := c.index.PutChoices(ctx, *row, choices)
 		if err != nil && !errors.Is(err, index.ErrConflict) {
-			return err
+			return false, err
 		}
 		*row = got
 		if err == nil {
-			return nil
+			return end == until, nil
 		}
 	}
-	return fmt.Errorf("claim of tenant %s, replica %s: %w", row.Tenant, replica, ErrContended)
+	return false, fmt.Errorf("claim of tenant %s, replica %s: %w", row.Tenant, replica, ErrContended)
 }
 
 // pause before a further attempt.

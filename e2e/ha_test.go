@@ -1,0 +1,249 @@
+package e2e
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"math"
+	"net/http"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/prometheus/prometheus/model/labels"
+	"github.com/prometheus/prometheus/tsdb/chunkenc"
+
+	"github.com/epimetheus-tsdb/epimetheus/gateway"
+	"github.com/epimetheus-tsdb/epimetheus/history/choice"
+	"github.com/epimetheus-tsdb/epimetheus/internal/audit"
+	"github.com/epimetheus-tsdb/epimetheus/internal/testenv"
+)
+
+const (
+	haLease  = 10 * time.Second
+	haScrape = time.Second
+	haTenant = "team-ha"
+)
+
+// TestPairAll and TestPairRoles: two Prometheis scrape the same target, and their
+// samples become one series.
+func TestPairAll(t *testing.T) {
+	t.Parallel()
+	pair(t, startAll(t))
+}
+
+func TestPairRoles(t *testing.T) {
+	t.Parallel()
+	pair(t, startRoles(t, testenv.S3(t)))
+}
+
+// startReplica starts one of several Prometheis that scrape a target.
+func startReplica(t *testing.T, s *stack, name, target string) *tenant {
+	t.Helper()
+	n := &tenant{name: name}
+	n.prom = testenv.Prometheus(t, "", fmt.Sprintf(`
+global:
+  scrape_interval: %s
+  external_labels: {cluster: c1, replica: %s}
+scrape_configs:
+- job_name: all
+  scrape_native_histograms: true
+  static_configs: [{targets: ['%s']}]
+`, haScrape, name, target))
+	args := []string{
+		"sidecar", "--data.dir=" + n.sidecarDir(s), "--tenant=" + haTenant, "--ha.replica-label=replica",
+		"--prometheus.data-dir=" + n.prom.Dir, "--prometheus.url=" + n.prom.URL,
+		"--config.file=" + writeFile(t, s.dir, "sidecar-"+name+".yml", fmt.Sprintf("sidecar: {ha: {lease: %s}}\n", haLease)),
+	}
+	for _, g := range s.gateways {
+		args = append(args, "--gateway.url="+g.url)
+	}
+	n.sidecar = s.start(t, testenv.FreeAddr(t), args...)
+	return n
+}
+
+// pair: the chosen one of two is killed (-9), with its sidecar, and comes back; so
+// are an ingester, and each sidecar. Each sample of a time that is a replica's is
+// there, none of another's is, and where they changed no more is missing than a
+// lease.
+func pair(t *testing.T, s *stack) {
+	ctx := t.Context()
+	began := time.Now().Add(-time.Second)
+	target := startExporter(t)
+	gw := s.gateways[len(s.gateways)-1].url
+	a := startReplica(t, s, "a", target)
+	metricIs(t, 30*time.Second, a.sidecar.url, "epimetheus_sidecar_shipped_samples_total", more(0))
+	b := startReplica(t, s, "b", target)
+	metricIs(t, 30*time.Second, b.sidecar.url, "epimetheus_sidecar_dropped_samples_total", more(0))
+	pause(ctx, 8*time.Second)
+	for n, want := range map[*tenant]float64{a: 1, b: 0} {
+		metricIs(t, 5*time.Second, n.sidecar.url, "epimetheus_sidecar_ha_chosen", func(v float64) bool { return v == want })
+	}
+	if v, err := metric(ctx, b.sidecar.url, "epimetheus_sidecar_shipped_samples_total"); err != nil || v > 5000 {
+		t.Errorf("the other replica has sent %v samples, %v", v, err) // metadata counts
+	}
+
+	step(t, "the chosen one is killed, with its sidecar")
+	a.prom.Kill()
+	a.sidecar.Kill()
+	killed := time.Now()
+	eventually(t, 3*haLease, "samples of the other", func() error {
+		v, err := query(ctx, gw, haTenant, fmt.Sprintf("timestamp(up) > %d", killed.Add(time.Second).Unix()))
+		if err == nil && len(v.Result) != 1 {
+			err = errors.New("none")
+		}
+		return err
+	})
+	metricIs(t, 5*time.Second, b.sidecar.url, "epimetheus_sidecar_ha_chosen", func(v float64) bool { return v == 1 })
+	t.Logf("the other's samples are there %s after the kill", time.Since(killed).Round(time.Millisecond))
+	pause(ctx, 5*time.Second)
+
+	step(t, "it comes back; an ingester and the sidecar of the new one are killed")
+	a.restartPrometheus(t)
+	a.sidecar.restart(t)
+	pause(ctx, 5*time.Second)
+	s.victim.Kill()
+	b.sidecar.Kill()
+	pause(ctx, time.Second)
+	s.victim.restart(t)
+	b.sidecar.restart(t)
+	pause(ctx, 8*time.Second)
+
+	step(t, "and the new one too")
+	b.prom.Kill()
+	b.sidecar.Kill()
+	pause(ctx, haLease)
+	b.restartPrometheus(t)
+	b.sidecar.restart(t)
+	pause(ctx, 2*haLease)
+
+	step(t, "both are stopped")
+	for _, n := range []*tenant{a, b} {
+		if code, err := n.prom.Stop(); err != nil || code != 0 {
+			t.Errorf("prometheus: exit code %d, %v", code, err)
+		}
+	}
+	stopped := time.Now()
+	eventually(t, time.Minute, "the account of all replicas", func() error {
+		return auditPair(t, gw, began, stopped, a, b)
+	})
+}
+
+// auditPair compares what is kept with what the replicas have and whose it is.
+func auditPair(t *testing.T, gw string, from, to time.Time, replicas ...*tenant) error {
+	t.Helper()
+	// Whose the times are, as the gateway tells.
+	q := choice.Request{Group: `{"cluster":"c1"}`, From: from.UnixMilli(), Until: to.Add(time.Hour).UnixMilli()}
+	body, err := json.Marshal(q)
+	if err != nil {
+		return err
+	}
+	req, err := http.NewRequestWithContext(t.Context(), http.MethodPost, gw+"/api/v1/ha/claim", bytes.NewReader(body))
+	if err != nil {
+		return err
+	}
+	req.Header.Set(gateway.TenantHeader, haTenant)
+	resp, err := http.DefaultClient.Do(req)
+	if err != nil {
+		return err
+	}
+	defer resp.Body.Close()
+	var answer struct{ Data choice.Answer }
+	if err := json.NewDecoder(resp.Body).Decode(&answer); err != nil {
+		return err
+	}
+	owner := func(at int64) string {
+		for _, x := range answer.Data.Intervals {
+			if x.From <= at && at < x.Until {
+				return x.Replica
+			}
+		}
+		return ""
+	}
+
+	got := map[string]map[int64]string{}
+	remote, err := audit.NewRemote(gw, map[string]string{gateway.TenantHeader: haTenant})
+	if err != nil {
+		return err
+	}
+	defer remote.Close()
+	all := func(src audit.Source, fn func(ls labels.Labels, at int64, v string)) error {
+		return src.Read(t.Context(), from.UnixMilli(), to.UnixMilli(), func(ls labels.Labels, it chunkenc.Iterator) error {
+			for typ := it.Next(); typ != chunkenc.ValNone; typ = it.Next() {
+				switch typ {
+				case chunkenc.ValFloat:
+					at, v := it.At()
+					fn(ls, at, fmt.Sprint(math.Float64bits(v)))
+				default:
+					at, h := it.AtFloatHistogram(nil)
+					fn(ls, at, fmt.Sprint(math.Float64bits(h.Sum), h.Count))
+				}
+			}
+			return it.Err()
+		})
+	}
+	if err := all(remote, func(ls labels.Labels, at int64, v string) {
+		if got[ls.String()] == nil {
+			got[ls.String()] = map[int64]string{}
+		}
+		got[ls.String()][at] = v
+	}); err != nil {
+		return err
+	}
+	kept, others := 0, 0
+	have := map[string]map[int64]bool{}
+	for _, n := range replicas {
+		src, err := audit.NewDir(n.prom.Dir, labels.FromStrings("cluster", "c1"))
+		if err != nil {
+			return err
+		}
+		var bad error
+		err = all(src, func(ls labels.Labels, at int64, v string) {
+			name := ls.String()
+			if owner(at) != n.name {
+				others++
+				return
+			}
+			if have[name] == nil {
+				have[name] = map[int64]bool{}
+			}
+			have[name][at] = true
+			if kept++; got[name][at] != v && bad == nil {
+				bad = fmt.Errorf("%s has %s at %d: %s, there is %q", n.name, name, at, v, got[name][at])
+			}
+		})
+		if err = errors.Join(err, bad, src.Close()); err != nil {
+			return err
+		}
+	}
+	var times []int64
+	for name, samples := range got {
+		for at := range samples {
+			if !have[name][at] {
+				return fmt.Errorf("%s at %d is of %q, which doesn't have it", name, at, owner(at))
+			}
+			if strings.HasPrefix(name, `{__name__="up"`) {
+				times = append(times, at)
+			}
+		}
+	}
+	slices.Sort(times)
+	bound := (haLease + haLease/4 + 2*haScrape).Milliseconds()
+	near, worst := 0, int64(0)
+	for i := 1; i < len(times); i++ {
+		d := times[i] - times[i-1]
+		if worst = max(worst, d); d > bound {
+			return fmt.Errorf("a gap of %d ms from %d on, the bound is %d: %v", d, times[i-1], bound, answer.Data.Intervals)
+		}
+		if d < haScrape.Milliseconds()/2 {
+			near++
+		}
+	}
+	if n := len(answer.Data.Intervals); n < 2 || near >= n {
+		return fmt.Errorf("%d samples within half a scrape interval of the one before, %d intervals: %v", near, n, answer.Data.Intervals)
+	}
+	t.Logf("%d samples are there, %d were another's; %d intervals, the widest gap is %d ms", kept, others, len(answer.Data.Intervals), worst)
+	return nil
+}
