@@ -55,7 +55,7 @@ type Options struct {
 	Memory              *account.Memory // of all queries; without it there is no bound
 	SlowQuery           time.Duration   // from which on a query is logged; 0: none is
 	Prices              Prices
-	Flags               map[string]string // shown by status/flags
+	Flags               map[string]string // shown by status/flags, beside those of the engine
 	ListenAddress       string
 	Revision, GoVersion string // of this program, shown by status/buildinfo
 	Ready               func() error

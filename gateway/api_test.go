@@ -419,7 +419,7 @@ func requests() []request {
 	get("/status/tsdb", "limit=-1")
 	get("/status/tsdb", "limit=x")
 	get("/status/tsdb", "limit=20000")
-	differs("/status/tsdb", "it counts heads, and the older half of the samples isn't in them only")
+	differs("/status/tsdb", "it counts the series of the last two hours; TestCardinalityLikePrometheus")
 	differs("/status/config", "a gateway has no configuration of a Prometheus")
 	differs("/status/flags", "the flags are others")
 	differs("/status/buildinfo", "the revision is ours")

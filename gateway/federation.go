@@ -370,39 +370,46 @@ func (q exemplarQuerier) Select(mint, maxt int64, sets ...[]*labels.Matcher) ([]
 	return out, nil
 }
 
+// ofEach asks the storage about all tenants of the request at once, and gives what
+// it says of them in their order.
+func ofEach[T any](ctx context.Context, fn func(ctx context.Context, tenant string) ([]T, annotations.Annotations, error)) ([]T, annotations.Annotations, error) {
+	all := tenantsOf(ctx)
+	lists, warnings := make([][]T, len(all)), make([]annotations.Annotations, len(all))
+	g, ctx := errgroup.WithContext(ctx)
+	for i, t := range all {
+		g.Go(func() (err error) {
+			lists[i], warnings[i], err = fn(WithTenant(ctx, t), t)
+			return err
+		})
+	}
+	if err := g.Wait(); err != nil {
+		return nil, nil, err
+	}
+	var merged annotations.Annotations
+	for _, w := range warnings {
+		merged.Merge(w)
+	}
+	return slices.Concat(lists...), merged, nil
+}
+
 // metadata is that of the request's tenants, sorted by metric, each entry once.
 func (s tenants) metadata(ctx context.Context, metric string) ([]fetch.MetricMetadata, annotations.Annotations, error) {
-	var out []fetch.MetricMetadata
-	var warnings annotations.Annotations
+	all, warnings, err := ofEach(ctx, func(ctx context.Context, tenant string) ([]fetch.MetricMetadata, annotations.Annotations, error) {
+		return s.Metadata(ctx, tenant, metric)
+	})
 	seen := map[fetch.MetricMetadata]bool{}
-	for _, t := range tenantsOf(ctx) {
-		some, ws, err := s.Metadata(WithTenant(ctx, t), t, metric)
-		if err != nil {
-			return nil, nil, err
-		}
-		warnings.Merge(ws)
-		for _, m := range some {
-			if !seen[m] {
-				seen[m] = true
-				out = append(out, m)
-			}
-		}
-	}
-	slices.SortStableFunc(out, func(a, b fetch.MetricMetadata) int { return strings.Compare(a.Metric, b.Metric) })
-	return out, warnings, nil
+	all = slices.DeleteFunc(all, func(m fetch.MetricMetadata) bool {
+		old := seen[m]
+		seen[m] = true
+		return old
+	})
+	slices.SortStableFunc(all, func(a, b fetch.MetricMetadata) int { return strings.Compare(a.Metric, b.Metric) })
+	return all, warnings, err
 }
 
 // stats are those of the request's tenants.
 func (s tenants) stats(ctx context.Context, limit int) ([]*fetchpb.StatsResponse, annotations.Annotations, error) {
-	var out []*fetchpb.StatsResponse
-	var warnings annotations.Annotations
-	for _, t := range tenantsOf(ctx) {
-		some, ws, err := s.Stats(WithTenant(ctx, t), t, limit)
-		if err != nil {
-			return nil, nil, err
-		}
-		warnings.Merge(ws)
-		out = append(out, some...)
-	}
-	return out, warnings, nil
+	return ofEach(ctx, func(ctx context.Context, tenant string) ([]*fetchpb.StatsResponse, annotations.Annotations, error) {
+		return s.Stats(ctx, tenant, limit)
+	})
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
+	"maps"
 	"net/http"
 	"slices"
 	"strings"
@@ -119,14 +120,17 @@ func (a *API) newVariant(e EngineOptions, reg prometheus.Registerer, gatherer pr
 	registry := features.NewRegistry()
 	engine := newEngine(o, &e, parse, registry, a.logger, reg)
 	offered(registry, &e)
-	make1 := func(reg prometheus.Registerer, stats v1.StatsRenderer) http.Handler {
+	flags := maps.Clone(o.Flags)
+	flags["query.lookback-delta"] = model.Duration(e.LookbackDelta).String()
+	flags["enable-feature"] = strings.Join(e.Features, ",")
+	build := func(reg prometheus.Registerer, stats v1.StatsRenderer) http.Handler {
 		api := v1.NewAPI(
 			engine, a.storage, nil, a.storage,
 			func(context.Context) v1.ScrapePoolsRetriever { return noScraping{} },
 			a.targets,
 			func(context.Context) v1.AlertmanagerRetriever { return noScraping{} },
 			func() config.Config { return config.DefaultConfig },
-			o.Flags,
+			flags,
 			v1.GlobalURLOptions{ListenAddress: o.ListenAddress, Host: o.ListenAddress, Scheme: "http"},
 			a.whenReady,
 			noTSDB{}, "", false, e.has("search-api"), maxSearchLimit,
@@ -155,8 +159,8 @@ func (a *API) newVariant(e EngineOptions, reg prometheus.Registerer, gatherer pr
 		return r
 	}
 	return &variant{
-		options: e, parser: parse, engine: engine, handler: make1(reg, nil),
-		withCost: make1(nil, a.renderStats), fresh: func() http.Handler { return make1(nil, nil) },
+		options: e, parser: parse, engine: engine, handler: build(reg, nil),
+		withCost: build(nil, a.renderStats), fresh: func() http.Handler { return build(nil, nil) },
 	}
 }
 

@@ -57,6 +57,8 @@ func TestEngineOptions(t *testing.T) {
 	check("plain", "/query_cost?query=up", http.StatusNotFound, "")
 	check("features", "/query_cost?query=up&time=1700000060", http.StatusOK, `"seriesTouched":1`)
 	check("features", "/features", http.StatusOK, `"search":true`)
+	check("plain", "/status/flags", http.StatusOK, `"enable-feature":"","query.lookback-delta":"5m"`)
+	check("short", "/status/flags", http.StatusOK, `"query.lookback-delta":"10s"`)
 	check("plain", "/features", http.StatusOK, `"search":false`)
 
 	_, err := gateway.New(gateway.Options{Tenants: map[string]gateway.EngineOptions{"x": {Features: []string{"y"}}}}, c.Storage, c.Live,

@@ -9,7 +9,6 @@ import (
 	"runtime"
 	"slices"
 	"strconv"
-	"strings"
 	"time"
 
 	"github.com/alecthomas/kingpin/v2"
@@ -143,11 +142,9 @@ func ringConditions(r *ring.Ring) []health.Condition {
 func (p *process) shownFlags() map[string]string {
 	c := p.config.Gateway
 	return map[string]string{
-		"enable-feature":       strings.Join(c.EnableFeatures, ","),
-		"query.lookback-delta": c.LookbackDelta.String(),
-		"query.timeout":        c.QueryTimeout.String(),
-		"query.max-samples":    strconv.Itoa(c.MaxSamples),
-		"web.listen-address":   (*p.flags.web.WebListenAddresses)[0],
+		"query.timeout":      c.QueryTimeout.String(),
+		"query.max-samples":  strconv.Itoa(c.MaxSamples),
+		"web.listen-address": (*p.flags.web.WebListenAddresses)[0],
 	}
 }
 

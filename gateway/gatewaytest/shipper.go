@@ -27,6 +27,7 @@ type Sample struct {
 	FH        *histogram.FloatHistogram
 	Exemplars []exemplar.Exemplar
 	Metadata  metadata.Metadata
+	Family    string // of the metric that Metadata speaks of; empty: its name
 }
 
 // Shipper sends samples of one tenant to the owners of their series, as a
@@ -162,7 +163,7 @@ func (o *owner) batch(samples []Sample) *shippb.Batch {
 			b.Exemplars = append(b.Exemplars, &shippb.Exemplar{Ref: ref, T: e.Ts, Value: math.Float64bits(e.Value), Labels: pairs(e.Labels)})
 		}
 		if m := p.Metadata; !m.IsEmpty() {
-			b.Metadata = append(b.Metadata, &shippb.Metadata{Ref: ref, Type: string(m.Type), Unit: m.Unit, Help: m.Help})
+			b.Metadata = append(b.Metadata, &shippb.Metadata{Ref: ref, Type: string(m.Type), Unit: m.Unit, Help: m.Help, Family: p.Family})
 		}
 	}
 	b.Columns = (&ship.Encoder{}).Encode(nil, &c)
