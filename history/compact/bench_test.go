@@ -2,6 +2,7 @@ package compact
 
 import (
 	"context"
+	"crypto/rand"
 	"fmt"
 	"syscall"
 	"testing"
@@ -85,7 +86,7 @@ func BenchmarkMerge(b *testing.B) {
 			for b.Loop() {
 				o := &outputs{
 					objects: objects, dir: b.TempDir(), width: history.Window, level: 1, maxBytes: 512 << 20, ownBytes: 64 << 20,
-					now: time.Now, beat: func(context.Context) error { return nil }, shared: map[int64]*output{}, own: map[int64]*output{},
+					now: time.Now, entropy: rand.Reader, beat: func(context.Context) error { return nil }, shared: map[int64]*output{}, own: map[int64]*output{},
 					writer: chunkfmt.WriterOptions{Window: history.Window},
 				}
 				m := &merger{}

@@ -1,8 +1,24 @@
-// Package compact makes few large blocks of many small ones.
+// Package compact makes few large blocks of many small ones, and removes what is
+// no longer needed.
 //
-// A merge reads blocks front to back, side by side, puts together what they have
-// of each series (chunkfmt.Merge decides where they disagree) and writes it into
-// new blocks: cut by windows of time, by size, and with large tenants apart. It
-// holds one series with its samples, and of each block a page and a few ranges,
-// whatever their size.
+// Levels. What was flushed in two hours becomes blocks of the first level, a day
+// of these blocks of the second, a week of those blocks of the third. All tenants
+// share blocks, but for large ones, which get their own. A block that would pass
+// its size goes on in another one.
+//
+// Merging. Blocks are read front to back, side by side. What they have of each
+// series is put together (chunkfmt.Merge decides where they disagree) and written
+// into files, cut by windows of time. A merge holds one series with its samples,
+// and of each block a few pages and ranges, whatever their size. A block that
+// can't be read is set aside: its rows stay, and queries go on to name it.
+//
+// Jobs. A compaction is a row in one of a fixed number of slots, changed by
+// conditional writes only. Who merges holds a lease on its slot; from the commit
+// on, the row says all that is left to do, and anybody may carry on: publish the
+// outputs, wait, remove the sources' rows, wait, remove their objects. Each step
+// may be repeated, by several at the same time, and by one that is hours late.
+// The order of writing, and why it is safe, is in docs/formats/index.md and
+// docs/decisions/0008-compaction.md; TestSimulation tries it.
+//
+// A sweep removes objects that nobody has published within a day.
 package compact

@@ -3,8 +3,10 @@ package compact
 import (
 	"bytes"
 	"context"
+	crand "crypto/rand"
 	"errors"
 	"fmt"
+	"maps"
 	"math"
 	"math/rand/v2"
 	"os"
@@ -36,7 +38,6 @@ func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 const (
 	minute = int64(60_000)
 	hour   = 60 * minute
-	day    = 24 * hour
 )
 
 // content is what blocks hold: by tenant and series.
@@ -55,15 +56,25 @@ func (c content) add(tenant string, s *chunkfmt.Series) {
 
 func put(t testing.TB, objects object.Store, o chunkfmt.WriterOptions, c content) index.BlockRef {
 	t.Helper()
+	data, sum := encodeWith(t, o, c)
+	id := ulid.Make()
+	if err := objects.Put(t.Context(), history.ObjectKey(id), bytes.NewReader(data), sum.Size); err != nil {
+		t.Fatal(err)
+	}
+	return index.BlockRef{Block: id, Object: history.ObjectKey(id), ObjectSize: sum.Size}
+}
+
+func encode(t testing.TB, c content) ([]byte, *chunkfmt.Summary) {
+	t.Helper()
+	return encodeWith(t, chunkfmt.WriterOptions{}, c)
+}
+
+func encodeWith(t testing.TB, o chunkfmt.WriterOptions, c content) ([]byte, *chunkfmt.Summary) {
+	t.Helper()
 	o.Window = history.Window
 	var buf bytes.Buffer
 	w := chunkfmt.NewWriter(&buf, o)
-	var tenants []string
-	for name := range c {
-		tenants = append(tenants, name)
-	}
-	slices.Sort(tenants)
-	for _, name := range tenants {
+	for _, name := range slices.Sorted(maps.Keys(c)) {
 		var all []*chunkfmt.Series
 		for _, s := range c[name] {
 			all = append(all, s)
@@ -81,11 +92,7 @@ func put(t testing.TB, objects object.Store, o chunkfmt.WriterOptions, c content
 	if err != nil {
 		t.Fatal(err)
 	}
-	id := ulid.Make()
-	if err := objects.Put(t.Context(), history.ObjectKey(id), bytes.NewReader(buf.Bytes()), sum.Size); err != nil {
-		t.Fatal(err)
-	}
-	return index.BlockRef{Block: id, Object: history.ObjectKey(id), ObjectSize: sum.Size}
+	return buf.Bytes(), sum
 }
 
 // collect is a sink that keeps all.
@@ -219,7 +226,7 @@ func TestMergeRandom(t *testing.T) {
 			width := []int64{2 * hour, day, history.Window}[r.IntN(3)]
 			o := &outputs{
 				objects: objects, dir: t.TempDir(), width: width, level: 1, maxBytes: 1000 + r.Int64N(30_000), ownBytes: 500 + r.Int64N(20_000),
-				now: time.Now, beat: func(context.Context) error { return nil }, shared: map[int64]*output{}, own: map[int64]*output{},
+				now: time.Now, entropy: crand.Reader, beat: func(context.Context) error { return nil }, shared: map[int64]*output{}, own: map[int64]*output{},
 				writer: chunkfmt.WriterOptions{Window: history.Window, PageBytes: 1000},
 			}
 			m := &merger{}

@@ -3,9 +3,9 @@ package compact
 import (
 	"bufio"
 	"context"
-	"crypto/rand"
 	"errors"
 	"fmt"
+	"io"
 	"maps"
 	"math"
 	"os"
@@ -56,6 +56,7 @@ type outputs struct {
 	// blocks of its own.
 	maxBytes, ownBytes int64
 	now                func() time.Time
+	entropy            io.Reader // for ids
 	writer             chunkfmt.WriterOptions
 	beat               func(ctx context.Context) error // now and then
 
@@ -88,8 +89,8 @@ func (o *outputs) tenant(ctx context.Context, tenant string, sizeBytes int64) er
 		return nil
 	}
 	// A tenant that would not fit goes to the next block rather than to both.
-	for _, out := range o.shared {
-		if out.w.Size()+sizeBytes > o.maxBytes {
+	for _, w := range slices.Sorted(maps.Keys(o.shared)) {
+		if out := o.shared[w]; out.w.Size()+sizeBytes > o.maxBytes {
 			if err := o.close(ctx, o.shared, out); err != nil {
 				return err
 			}
@@ -154,11 +155,11 @@ func (o *outputs) add(ctx context.Context, window int64, s *chunkfmt.Series) err
 }
 
 func (o *outputs) create(window int64) (*output, error) {
-	id, err := ulid.New(ulid.Timestamp(o.now()), rand.Reader)
+	id, err := ulid.New(ulid.Timestamp(o.now()), o.entropy)
 	if err != nil {
 		return nil, fmt.Errorf("new block id: %w", err)
 	}
-	f, err := os.Create(filepath.Join(o.dir, id.String()))
+	f, err := os.Create(filepath.Join(o.dir, id.String()+".block"))
 	if err != nil {
 		return nil, fmt.Errorf("file of a new block: %w", err)
 	}

@@ -1,30 +1,265 @@
 package compact
 
 import (
-	"maps"
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"hash/fnv"
 	"slices"
+	"time"
+
+	"github.com/oklog/ulid/v2"
 
 	"github.com/epimetheus-tsdb/epimetheus/chunkfmt"
+	"github.com/epimetheus-tsdb/epimetheus/history/index"
 )
 
 // plan says in how many passes over the sources what they have is cut into
 // windows, for only so many blocks may be open at the same time. Nearly always it
 // is one.
 func plan(sources []*source, width int64, atOnce int) []chunkfmt.Range {
-	set := map[int64]bool{}
+	type span struct{ first, last int64 } // windows
+	var spans []span
 	for _, s := range sources {
 		for _, t := range s.tenants {
 			for _, r := range t.Windows {
-				for w := windowOf(r.MinT, width); w <= windowOf(r.MaxT, width); w++ {
-					set[w] = true
-				}
+				spans = append(spans, span{windowOf(r.MinT, width), windowOf(r.MaxT, width)})
 			}
 		}
 	}
+	slices.SortFunc(spans, func(a, b span) int { return cmp.Compare(a.first, b.first) })
 	var out []chunkfmt.Range
-	for ws := range slices.Chunk(slices.Sorted(maps.Keys(set)), atOnce) {
-		mint, maxt := bounds(ws[0], ws[len(ws)-1], width)
-		out = append(out, chunkfmt.Range{MinT: mint, MaxT: maxt})
+	n := 0
+	var first, last int64 // of the pass; n windows, last included
+	end := func() {
+		if n > 0 {
+			mint, maxt := bounds(first, last, width)
+			out, n = append(out, chunkfmt.Range{MinT: mint, MaxT: maxt}), 0
+		}
 	}
+	for i, s := range spans {
+		from := s.first
+		if i > 0 {
+			from = max(from, last+1) // what is before is in a pass already
+		}
+		for w := from; w <= s.last; w++ { // few: a range of a footer is at most a week
+			if n == atOnce {
+				end()
+			}
+			if n == 0 {
+				first = w
+			}
+			n, last = n+1, w
+		}
+	}
+	end()
 	return out
+}
+
+// view is what there is to do, and what is being done.
+type view struct {
+	flushes   []index.WorkRow
+	compacted []index.CompactedRow
+	jobs      []index.Job
+	busy      map[ulid.ULID]bool // sources and outputs of jobs
+}
+
+func (v *view) job(k slotKey) index.Job {
+	for _, j := range v.jobs {
+		if j.Level == k.level && j.Slot == k.slot {
+			return j
+		}
+	}
+	return index.Job{Level: k.level, Slot: k.slot}
+}
+
+const (
+	day = int64(24 * time.Hour / time.Millisecond)
+	// lateDays is for how many days a flush may still write its work row, by
+	// clocks that differ and after outages.
+	lateDays = 3
+	// firstScan is how far back work rows are looked for where nobody ever has.
+	firstScan = 400
+)
+
+// look lists work rows, then jobs: a block whose job has ended in between is no
+// longer busy, and is what its work row says.
+func (c *Compactor) look(ctx context.Context) (*view, error) {
+	v := &view{busy: map[ulid.ULID]bool{}}
+	if err := c.lookForFlushes(ctx, v); err != nil {
+		return nil, err
+	}
+	var err error
+	if v.compacted, err = c.o.Index.Compacted(ctx); err != nil {
+		return nil, err
+	}
+	if v.jobs, err = c.o.Index.Jobs(ctx); err != nil {
+		return nil, err
+	}
+	aside, err := c.o.Index.Aside(ctx)
+	if err != nil {
+		return nil, err
+	}
+	now, unfinished := c.now(), 0
+	for _, j := range v.jobs {
+		for _, s := range j.Sources {
+			v.busy[s.Block] = true
+		}
+		for _, o := range j.Outputs {
+			v.busy[o.Block] = true
+		}
+		if j.State != index.JobIdle {
+			unfinished++
+		}
+		k := slotKey{j.Level, j.Slot}
+		if s, ok := c.seen[k]; !ok || s.id != j.ID || s.state != j.State || s.beat != j.Beat {
+			c.seen[k] = sighting{j.ID, j.State, j.Beat, now}
+		}
+	}
+	pending := make([]int, len(c.o.Ranges))
+	oldest := 0.0
+	for _, w := range v.flushes {
+		pending[0]++
+		if t := float64(w.Block.Time()) / 1000; oldest == 0 || t < oldest {
+			oldest = t
+		}
+	}
+	for _, r := range v.compacted {
+		if int(r.Level) < len(pending) {
+			pending[r.Level]++
+		}
+	}
+	for l, n := range pending {
+		c.metrics.pending.WithLabelValues(levelLabel(index.Level(l))).Set(float64(n)) //nolint:gosec // few
+	}
+	c.metrics.oldest.Set(oldest)
+	c.metrics.unfinished.Set(float64(unfinished))
+	c.metrics.asideNow.Set(float64(len(aside)))
+	c.mu.Lock()
+	c.status.Pending, c.status.Jobs, c.status.Aside = pending, v.jobs, aside
+	c.mu.Unlock()
+	return v, nil
+}
+
+func (c *Compactor) lookForFlushes(ctx context.Context, v *view) error {
+	noted, err := c.o.Index.FirstDay(ctx)
+	if err != nil {
+		return err
+	}
+	today := c.now().UnixMilli() / day
+	first := noted
+	if first == 0 {
+		first = max(1, today-firstScan)
+	}
+	empty := true // so far
+	for d := min(first, today); d <= today+1; d++ {
+		for shard := range index.WorkShards {
+			rows, err := c.o.Index.Work(ctx, d, shard)
+			if err != nil {
+				if _, ok := errors.AsType[*index.RowError](err); !ok {
+					return err
+				}
+				// It stays there until somebody looks after it; the other shards go on.
+				c.metrics.failures.Inc()
+				c.logger.Error("a work row can't be read, its shard is left alone", "day", d, "shard", shard, "err", err)
+				empty = false
+			}
+			v.flushes = append(v.flushes, rows...)
+		}
+		if empty = empty && len(v.flushes) == 0; empty && d < today-lateDays {
+			first = d + 1
+		}
+	}
+	if first != noted && first <= today {
+		return c.o.Index.SetFirstDay(ctx, noted, first)
+	}
+	return nil
+}
+
+// group are blocks that are to be merged with each other.
+type group struct {
+	slotKey
+	window  int64
+	tenant  string // that has blocks of its own; else empty
+	sources []index.JobSource
+}
+
+// Slots of a level: so many groups can be worked on at the same time.
+const (
+	flushSlots = 12
+	slots      = 16
+)
+
+// groups are those whose time has come, the lowest level and the oldest first.
+func (c *Compactor) groups(v *view) []*group {
+	type key struct {
+		level  index.Level
+		window int64
+		tenant string
+	}
+	all := map[key]*group{}
+	add := func(k key, s index.JobSource) {
+		if v.busy[s.Block] {
+			return
+		}
+		g := all[k]
+		if g == nil {
+			g = &group{slotKey: slotKey{k.level, slotOf(k.level, k.window, k.tenant)}, window: k.window, tenant: k.tenant}
+			all[k] = g
+		}
+		g.sources = append(g.sources, s)
+	}
+	for i := range v.flushes {
+		w := &v.flushes[i]
+		add(key{1, windowOf(int64(w.Block.Time()), c.o.Ranges[0].Milliseconds()), ""}, //nolint:gosec // 48 bits
+			index.JobSource{BlockRef: w.Ref(), Level: w.Level})
+	}
+	for _, r := range v.compacted {
+		if r.Level < c.top() {
+			add(key{r.Level + 1, windowOf(r.End, c.o.Ranges[r.Level].Milliseconds()), r.Tenant}, index.JobSource{BlockRef: r.BlockRef, Level: r.Level})
+		}
+	}
+	var out []*group
+	for _, g := range all {
+		slices.SortFunc(g.sources, func(a, b index.JobSource) int { return a.Block.Compare(b.Block) })
+		if !c.timeHasCome(g) {
+			continue
+		}
+		g.sources = g.sources[:min(len(g.sources), c.o.MaxSources)]
+		out = append(out, g)
+	}
+	slices.SortFunc(out, func(a, b *group) int {
+		return cmp.Or(cmp.Compare(a.level, b.level), cmp.Compare(a.window, b.window), cmp.Compare(a.tenant, b.tenant))
+	})
+	return out
+}
+
+func slotOf(level index.Level, window int64, tenant string) uint8 {
+	if level == 1 {
+		return uint8((window%flushSlots + flushSlots) % flushSlots) //nolint:gosec // small
+	}
+	h := fnv.New32a()
+	_, _ = fmt.Fprintf(h, "%d/%s", window, tenant)
+	return uint8(h.Sum32() % slots) //nolint:gosec // small
+}
+
+// timeHasCome says whether to wait for more blocks. Clocks decide only that.
+func (c *Compactor) timeHasCome(g *group) bool {
+	if len(g.sources) >= c.o.MaxSources {
+		return true
+	}
+	i := int(g.level) - 1
+	width := c.o.Ranges[i]
+	_, end := bounds(g.window, g.window, width.Milliseconds())
+	now := c.now()
+	past := now.Sub(time.UnixMilli(end))
+	if i == 0 {
+		return past >= width/12 // flushes that are being published
+	}
+	// The last blocks of the level below are there when its own time has come
+	// twice. What is late waits until there is some more of it.
+	below := c.o.Ranges[i-1]
+	return past >= 2*below &&
+		(len(g.sources) >= int(width/below+1)/2 || now.Sub(ulid.Time(g.sources[0].Block.Time())) >= width/2)
 }

@@ -62,6 +62,7 @@ const (
 	JobCommitted JobState = 2 // the outputs are in the object store; their rows are being written
 	JobPublished JobState = 3 // the outputs are visible and replace the sources
 	JobRemoved   JobState = 4 // the sources have no block rows any more
+	JobAborted   JobState = 5 // nothing of it is visible, nor will be; the outputs are to be condemned
 )
 
 func (s JobState) String() string {
@@ -71,7 +72,7 @@ func (s JobState) String() string {
 	return fmt.Sprintf("job state %d", uint8(s))
 }
 
-var jobStates = [...]string{"idle", "merging", "committed", "published", "removed"} //nolint:gochecknoglobals // a table
+var jobStates = [...]string{"idle", "merging", "committed", "published", "removed", "aborted"} //nolint:gochecknoglobals // a table
 
 // JobSource is a block that a compaction replaces.
 type JobSource struct {

@@ -86,6 +86,20 @@ func (x *Index) DeleteBlocks(ctx context.Context, tenant string, ids []RowID) er
 	return x.store.Delete(ctx, keys)
 }
 
+// DeleteRows removes block rows, perhaps of many tenants.
+func (x *Index) DeleteRows(ctx context.Context, rows []BlockRow) error {
+	keys := make([]Key, len(rows))
+	for i := range rows {
+		keys[i] = Key{Hash: blockHash(rows[i].Tenant), Range: rows[i].ID().key()}
+	}
+	return x.store.Delete(ctx, keys)
+}
+
+// AllBlocks returns all block rows of a tenant, consistently, in the order of Blocks.
+func (x *Index) AllBlocks(ctx context.Context, tenant string) ([]BlockRow, error) {
+	return x.Blocks(ctx, tenant, math.MinInt64, math.MaxInt64, true)
+}
+
 // PutWork writes a work row.
 func (x *Index) PutWork(ctx context.Context, w WorkRow) error {
 	items, err := w.encode()

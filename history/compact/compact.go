@@ -1,0 +1,346 @@
+package compact
+
+import (
+	"cmp"
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"sync"
+	"time"
+
+	"github.com/oklog/ulid/v2"
+	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/epimetheus-tsdb/epimetheus/chunkfmt"
+	"github.com/epimetheus-tsdb/epimetheus/history"
+	"github.com/epimetheus-tsdb/epimetheus/history/index"
+	"github.com/epimetheus-tsdb/epimetheus/history/object"
+	"github.com/epimetheus-tsdb/epimetheus/internal/health"
+)
+
+// Options of a Compactor. Objects, Index, Dir and Grace are needed.
+type Options struct {
+	Objects object.Store
+	Index   *index.Index
+	Dir     string // for blocks while they are written; emptied at the start
+
+	// Ranges are the widths of time of the levels, ascending, each a multiple of
+	// the one before, the last at most a week. Default: 2 h, 1 day, 1 week.
+	Ranges []time.Duration
+
+	// MaxBlockBytes is where a block is cut by series (default 512 MiB). A tenant
+	// that has at least OwnBlockBytes (default 64 MiB) in the blocks that are
+	// merged gets blocks of its own.
+	MaxBlockBytes, OwnBlockBytes int64
+
+	// Grace is how long blocks stay visible after they have been replaced, and
+	// their objects after that: longer than any query and any age of its rows.
+	Grace time.Duration
+
+	Interval  time.Duration // between looks at what there is to do; default 1 min
+	Lease     time.Duration // after so long without a sign of life another takes over; default 5 min
+	OrphanAge time.Duration // of objects that nobody has published, before they go; default 24 h
+
+	MaxSources int // blocks merged at the same time; default 64
+
+	Logger     *slog.Logger
+	Registerer prometheus.Registerer
+}
+
+// Defaults of Options, and what isn't worth an option.
+const (
+	defaultMaxBlockBytes = 512 << 20
+	defaultOwnBlockBytes = 64 << 20
+	defaultInterval      = time.Minute
+	defaultLease         = 5 * time.Minute
+	defaultOrphanAge     = 24 * time.Hour
+	defaultMaxSources    = 64
+
+	// readBudget is how many bytes of ranges all sources of a merge hold together.
+	readBudget = 256 << 20
+	minRead    = 64 << 10
+	maxRead    = 4 << 20
+	// openWindows is how many blocks are written at the same time.
+	openWindows = 32
+)
+
+// DefaultRanges are the widths of the levels.
+func DefaultRanges() []time.Duration {
+	return []time.Duration{2 * time.Hour, 24 * time.Hour, 7 * 24 * time.Hour}
+}
+
+func (o *Options) setDefaults() {
+	if len(o.Ranges) == 0 {
+		o.Ranges = DefaultRanges()
+	}
+	o.MaxBlockBytes = cmp.Or(o.MaxBlockBytes, defaultMaxBlockBytes)
+	o.OwnBlockBytes = cmp.Or(o.OwnBlockBytes, defaultOwnBlockBytes)
+	o.Interval = cmp.Or(o.Interval, defaultInterval)
+	o.Lease = cmp.Or(o.Lease, defaultLease)
+	o.OrphanAge = cmp.Or(o.OrphanAge, defaultOrphanAge)
+	o.MaxSources = cmp.Or(o.MaxSources, defaultMaxSources)
+	if o.Logger == nil {
+		o.Logger = slog.New(slog.DiscardHandler)
+	}
+	if o.Registerer == nil {
+		o.Registerer = prometheus.NewRegistry()
+	}
+}
+
+// Validate reports what is missing or impossible.
+func (o *Options) Validate() error {
+	switch {
+	case o.Objects == nil || o.Index == nil || o.Dir == "":
+		return errors.New("compact: an object store, an index and a directory are needed")
+	case o.Grace <= 0:
+		return errors.New("compact: a grace longer than the longest query is needed")
+	case o.MaxBlockBytes < 0 || o.OwnBlockBytes < 0 || o.Interval < 0 || o.Lease < 0 || o.OrphanAge < 0 || o.MaxSources < 0:
+		return errors.New("compact: sizes, times and numbers can't be negative")
+	case o.MaxSources == 1:
+		return errors.New("compact: one block at a time can't be merged with anything")
+	}
+	return ValidateRanges(o.Ranges)
+}
+
+// ValidateRanges says what is wrong with the widths of levels.
+func ValidateRanges(ranges []time.Duration) error {
+	const week = time.Duration(index.Width) * time.Millisecond
+	if len(ranges) > 8 {
+		return fmt.Errorf("%d ranges, at most 8 are possible", len(ranges))
+	}
+	for i, r := range ranges {
+		switch {
+		case r < time.Second || r > week || week%r != 0:
+			return fmt.Errorf("a range of %s: from 1s to a week are possible that a week is a multiple of", r)
+		case i > 0 && (r <= ranges[i-1] || r%ranges[i-1] != 0):
+			return fmt.Errorf("a range of %s behind %s: each is a multiple of the one before", r, ranges[i-1])
+		}
+	}
+	return nil
+}
+
+// Compactor looks for blocks that can be merged, merges them, and removes what
+// has been replaced and what nobody has published. Any number of them may work
+// on the same stores.
+type Compactor struct {
+	o       Options
+	owner   string
+	metrics *metrics
+	logger  *slog.Logger
+	now     func() time.Time
+	entropy io.Reader // for ids
+
+	// Of the goroutine in Round.
+	seen      map[slotKey]sighting
+	condemned map[ulid.ULID]time.Time // orphans, and since when it has been known that they are condemned
+	strikes   map[ulid.ULID]int       // how often a block could not be read
+	swept     time.Time
+
+	mu     sync.Mutex
+	status Status
+}
+
+type slotKey struct {
+	level index.Level
+	slot  uint8
+}
+
+// sighting is since when a job is known to be as it is.
+type sighting struct {
+	id    ulid.ULID
+	state index.JobState
+	beat  uint64
+	since time.Time
+}
+
+// Status is what a Compactor has found and done last.
+type Status struct {
+	Pending   []int // blocks that wait, by their level
+	Jobs      []index.Job
+	Aside     []index.AsideRow
+	LastRound time.Time // that went well
+	Err       error     // of the last round
+	ErrSince  time.Time
+}
+
+// New makes a Compactor; Run starts it.
+func New(o Options) (*Compactor, error) {
+	o.setDefaults()
+	if err := o.Validate(); err != nil {
+		return nil, err
+	}
+	if err := os.MkdirAll(o.Dir, 0o755); err != nil {
+		return nil, fmt.Errorf("compact: %w", err)
+	}
+	left, err := filepath.Glob(filepath.Join(o.Dir, "*.block"))
+	if err != nil {
+		return nil, fmt.Errorf("compact: %w", err)
+	}
+	for _, f := range left {
+		if err := os.Remove(f); err != nil {
+			return nil, fmt.Errorf("compact: file of an interrupted merge: %w", err)
+		}
+	}
+	id, err := ulid.New(ulid.Now(), rand.Reader)
+	if err != nil {
+		return nil, fmt.Errorf("compact: %w", err)
+	}
+	c := &Compactor{
+		o: o, owner: id.String(), logger: o.Logger.With("component", "compactor"), now: time.Now, entropy: rand.Reader,
+		seen: map[slotKey]sighting{}, condemned: map[ulid.ULID]time.Time{}, strikes: map[ulid.ULID]int{},
+	}
+	if c.metrics, err = newMetrics(o.Registerer, len(o.Ranges)); err != nil {
+		return nil, fmt.Errorf("compact: %w", err)
+	}
+	return c, nil
+}
+
+// Run works until ctx ends.
+func (c *Compactor) Run(ctx context.Context) error {
+	for {
+		worked, err := c.Round(ctx)
+		if ctx.Err() != nil {
+			return nil //nolint:nilerr // what was interrupted is done by the next, or by another
+		}
+		if err != nil {
+			c.metrics.failures.Inc()
+			c.logger.Warn("compaction fails, trying on", "err", err)
+		}
+		if worked && err == nil {
+			continue
+		}
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-time.After(c.o.Interval):
+		}
+	}
+}
+
+// Round does what there is to do at present: it carries on jobs whose time has
+// come, merges once, and looks for orphans now and then. It says whether it has
+// merged: then there may be more. An error of one job doesn't keep it from others.
+func (c *Compactor) Round(ctx context.Context) (worked bool, err error) {
+	defer func() {
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		if err == nil {
+			c.status.LastRound = c.now()
+		} else if c.status.Err == nil {
+			c.status.ErrSince = c.now()
+		}
+		c.status.Err = err
+	}()
+	v, err := c.look(ctx)
+	if err != nil {
+		return false, err
+	}
+	var errs []error
+	for _, j := range v.jobs {
+		if err := c.advance(ctx, j); err != nil {
+			errs = append(errs, fmt.Errorf("job %s of level %d: %w", j.ID, j.Level, err))
+		}
+	}
+	for _, g := range c.groups(v) {
+		done, err := c.tryGroup(ctx, v, g)
+		if err != nil {
+			c.metrics.jobs.WithLabelValues(levelLabel(g.level), "failed").Inc()
+			errs = append(errs, fmt.Errorf("compaction to level %d of %d blocks: %w", g.level, len(g.sources), err))
+		}
+		if worked = worked || done; worked || ctx.Err() != nil {
+			break
+		}
+	}
+	if now := c.now(); now.Sub(c.swept) >= c.o.OrphanAge/4 {
+		if err := c.sweep(ctx); err != nil {
+			errs = append(errs, fmt.Errorf("sweep: %w", err))
+		} else {
+			c.swept = now
+		}
+	}
+	return worked, errors.Join(errs...)
+}
+
+// Status is what was found and done last.
+func (c *Compactor) Status() Status {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.status
+}
+
+// Conditions is what is wrong at present.
+func (c *Compactor) Conditions() []health.Condition {
+	s := c.Status()
+	var out []health.Condition
+	if s.Err != nil {
+		out = append(out, health.Condition{Since: s.ErrSince, What: fmt.Sprintf("compaction fails: %v", s.Err)})
+	}
+	for _, a := range s.Aside {
+		out = append(out, health.Condition{
+			Since: ulid.Time(a.Block.Time()), What: fmt.Sprintf("block %s can't be read and is left as it is: %s", a.Block, a.Reason),
+		})
+	}
+	return out
+}
+
+// Level bounds and widths are in ms.
+
+// width of the windows that the blocks of a level are cut by. Flushes don't end
+// on bounds, so those of the first level are only cut where the second will be:
+// cutting them at both ends of two hours would make two of each.
+func (c *Compactor) width(level index.Level) int64 {
+	i := int(level) - 1
+	if i == 0 && len(c.o.Ranges) > 1 {
+		i = 1
+	}
+	return c.o.Ranges[i].Milliseconds()
+}
+
+func (c *Compactor) top() index.Level { return index.Level(len(c.o.Ranges)) } //nolint:gosec // at most 8
+
+// mergeInto merges blocks into others of a level and puts those into the object
+// store; nothing of them is visible.
+func (c *Compactor) mergeInto(ctx context.Context, level index.Level, blocks []index.JobSource, beat func(context.Context) error) (_ []index.CompactedRow, err error) {
+	each := min(max(readBudget/int64(4*len(blocks)), minRead), maxRead)
+	m := &merger{}
+	for _, b := range blocks {
+		s, err := openSource(ctx, c.o.Objects, b.BlockRef, each)
+		if err != nil {
+			return nil, err
+		}
+		m.sources = append(m.sources, s)
+	}
+	o := &outputs{
+		objects: c.o.Objects, dir: c.o.Dir, width: c.width(level), level: level, maxBytes: c.o.MaxBlockBytes, ownBytes: c.o.OwnBlockBytes,
+		now: c.now, entropy: c.entropy, beat: beat, writer: chunkfmt.WriterOptions{Window: history.Window},
+		shared: map[int64]*output{}, own: map[int64]*output{},
+	}
+	defer func() {
+		if err == nil {
+			return
+		}
+		err = errors.Join(err, o.abandon())
+		// Nobody knows of them yet. Those that stay the sweeper finds.
+		for _, row := range o.done {
+			_ = c.o.Objects.Delete(context.WithoutCancel(ctx), row.Object)
+		}
+	}()
+	for _, pass := range plan(m.sources, o.width, openWindows) {
+		if err := m.merge(ctx, pass.MinT, pass.MaxT, o); err != nil {
+			return nil, err
+		}
+		if err := o.finish(ctx); err != nil {
+			return nil, err
+		}
+	}
+	l := levelLabel(level)
+	c.metrics.read.WithLabelValues(l).Add(float64(m.samples))
+	c.metrics.written.WithLabelValues(l).Add(float64(o.samples))
+	c.metrics.bytes.WithLabelValues(l).Add(float64(o.bytes))
+	return o.done, nil
+}

@@ -1,0 +1,703 @@
+package compact
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"maps"
+	"math/rand/v2"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/oklog/ulid/v2"
+	"github.com/prometheus/common/model"
+	"github.com/prometheus/prometheus/model/labels"
+
+	"github.com/epimetheus-tsdb/epimetheus/chunkfmt"
+	"github.com/epimetheus-tsdb/epimetheus/history"
+	"github.com/epimetheus-tsdb/epimetheus/history/historytest"
+	"github.com/epimetheus-tsdb/epimetheus/history/index"
+	"github.com/epimetheus-tsdb/epimetheus/history/object"
+)
+
+var (
+	simSeed = flag.Uint64("sim.seed", 0, "the seed to run; 0: some")
+	simN    = flag.Int("sim.n", 6, "how many seeds to run")
+)
+
+// TestSimulation runs flushes, compactors and readers over stores in memory, in
+// virtual time, one operation on a store at a time, in an order that the seed
+// decides. Operations fail before or after their effect, writes of rows are done
+// by halves, processes die at any of them or stand still for a while. Every read
+// sees each durable sample once. At the end, when all has had its time, there is
+// nothing but the blocks of the last level and their rows.
+func TestSimulation(t *testing.T) {
+	seeds := []uint64{*simSeed}
+	if *simSeed == 0 {
+		seeds = nil
+		for i := range *simN {
+			seeds = append(seeds, uint64(i+1)) //nolint:gosec // small
+		}
+	}
+	for _, seed := range seeds {
+		t.Run(fmt.Sprint(seed), func(t *testing.T) {
+			t.Parallel()
+			newSim(t, seed).run()
+		})
+	}
+}
+
+// Times of the simulated world.
+const (
+	simGrace    = 10 * time.Minute
+	simLease    = 5 * time.Minute
+	simInterval = 2 * time.Minute
+	simOrphan   = 6 * time.Hour
+	simFlush    = 20 * time.Minute
+	simLong     = 40 * time.Hour // how long there are flushes
+)
+
+type sim struct {
+	t       *testing.T
+	r       *rand.Rand
+	objects *historytest.MemoryObjects
+	rows    *historytest.MemoryRows
+	now     time.Time
+
+	arrive  chan *ask
+	waiting []*ask
+	running int // actors that are neither waiting nor done
+	alive   int
+	faults  bool
+	ending  bool // no more flushes
+	readers int  // with a snapshot that they have yet to read
+	expiry  time.Time
+
+	started, durable map[string]map[string]map[int64]bool // tenant, series, time
+	reads, samples   int
+	ops              int
+	counts           map[string]int
+}
+
+// ask is what an actor waits for: its turn.
+type ask struct {
+	actor *actor
+	op    string
+	until time.Time // not before
+	turn  chan verdict
+}
+
+type verdict int
+
+const (
+	proceed verdict = iota
+	failBefore
+	failAfter
+	dieBefore
+	dieAfter
+)
+
+// actor is a process.
+type actor struct {
+	sim    *sim
+	name   string
+	faulty bool
+	dead   bool
+	frozen time.Time // until when it stands still
+}
+
+var errDead = errors.New("the process is dead")
+
+func newSim(t *testing.T, seed uint64) *sim {
+	return &sim{
+		t: t, r: rand.New(rand.NewPCG(seed, 7)), objects: &historytest.MemoryObjects{}, rows: &historytest.MemoryRows{},
+		now:    time.Date(2100, 1, 1, 0, 0, 0, 0, time.UTC),
+		arrive: make(chan *ask), faults: true, // objects are as old as their ids say
+		started: map[string]map[string]map[int64]bool{}, durable: map[string]map[string]map[int64]bool{}, counts: map[string]int{},
+	}
+}
+
+// wait gives up the turn until the scheduler gives it back.
+func (a *actor) wait(op string, until time.Time) verdict {
+	q := &ask{actor: a, op: op, until: until, turn: make(chan verdict)}
+	a.sim.arrive <- q
+	return <-q.turn
+}
+
+func (a *actor) sleep(d time.Duration) { a.wait("sleep", a.sim.now.Add(d)) }
+
+// do runs an operation on a store when it is its turn, if at all.
+func (a *actor) do(op string, effect func() error) error {
+	if a.dead {
+		return errDead
+	}
+	switch a.wait(op, time.Time{}) {
+	case failBefore:
+		return fmt.Errorf("%s: %w", op, historytest.ErrInjected)
+	case failAfter:
+		return errors.Join(effect(), fmt.Errorf("%s: %w", op, historytest.ErrInjected))
+	case dieBefore:
+		a.dead = true
+		return errDead
+	case dieAfter:
+		a.dead = true
+		return errors.Join(effect(), errDead)
+	default:
+		return effect()
+	}
+}
+
+func (s *sim) spawn(a *actor, body func()) {
+	s.running++
+	s.alive++
+	go func() {
+		a.wait("sleep", time.Time{}) // one at a time from the start
+		body()
+		s.arrive <- &ask{actor: a, op: "end"}
+	}()
+}
+
+// schedule gives turns until all actors have ended.
+func (s *sim) schedule() {
+	for {
+		for s.running > 0 {
+			q := <-s.arrive
+			s.running--
+			if q.op == "end" {
+				s.alive--
+			} else {
+				s.waiting = append(s.waiting, q)
+			}
+		}
+		if s.alive == 0 {
+			return
+		}
+		// Time goes on where all wait for it, and now and then while operations
+		// are under way; but no reader takes longer than readers may.
+		var can []int
+		next := time.Time{}
+		for i, q := range s.waiting {
+			at := q.until
+			if q.actor.frozen.After(at) {
+				at = q.actor.frozen
+			}
+			if !at.After(s.now) {
+				can = append(can, i)
+			} else if next.IsZero() || at.Before(next) {
+				next = at
+			}
+		}
+		switch {
+		case len(can) == 0:
+			s.advance(next.Sub(s.now))
+			if next.After(s.now) { // a reader has to finish first
+				for i, q := range s.waiting {
+					if strings.HasPrefix(q.actor.name, "reader") {
+						q.until, q.actor.frozen = time.Time{}, time.Time{}
+						can = append(can, i)
+					}
+				}
+				if len(can) == 0 {
+					s.t.Fatal("nobody can go on")
+				}
+				break
+			}
+			continue
+		case s.r.IntN(200) == 0:
+			s.advance(time.Duration(s.r.Int64N(int64(4 * time.Minute))))
+		}
+		i := can[s.r.IntN(len(can))]
+		q := s.waiting[i]
+		s.waiting = slices.Delete(s.waiting, i, i+1)
+		v := proceed
+		if q.op != "sleep" {
+			s.ops++
+			if s.faults && q.actor.faulty {
+				v = s.fault(q.actor)
+			}
+		}
+		s.running++
+		q.turn <- v
+	}
+}
+
+// advance lets time pass, as far as readers allow.
+func (s *sim) advance(d time.Duration) {
+	to := s.now.Add(d)
+	if s.readers > 0 && to.After(s.expiry) {
+		to = s.expiry
+	}
+	if to.After(s.now) {
+		s.now = to
+	}
+}
+
+func (s *sim) fault(a *actor) verdict {
+	switch s.r.IntN(400) {
+	case 0, 1, 2:
+		return failBefore
+	case 3, 4, 5:
+		return failAfter
+	case 6:
+		return dieBefore
+	case 7:
+		return dieAfter
+	case 8:
+		// Standing still: often long enough to lose a lease, now and then so long
+		// that all is done and gone when it goes on.
+		a.frozen = s.now.Add(time.Duration(s.r.Int64N(int64([]time.Duration{10 * time.Minute, time.Hour, 10 * time.Hour}[s.r.IntN(3)]))))
+		s.counts["frozen"]++
+	}
+	return proceed
+}
+
+// simRows is the index as a process sees it.
+type simRows struct {
+	index.Store
+	a *actor
+}
+
+func (r *simRows) Put(ctx context.Context, items []index.Item) error {
+	// In pieces: nothing spans rows.
+	for len(items) > 0 {
+		n := 1 + r.a.sim.r.IntN(len(items))
+		if err := r.a.do("Put "+items[0].Hash, func() error { return r.Store.Put(ctx, items[:n]) }); err != nil {
+			return err
+		}
+		items = items[n:]
+	}
+	return nil
+}
+
+func (r *simRows) PutIf(ctx context.Context, it index.Item, old []byte) (current []byte, err error) {
+	err = r.a.do("PutIf "+it.Hash, func() error {
+		current, err = r.Store.PutIf(ctx, it, old)
+		return err
+	})
+	if errors.Is(err, historytest.ErrInjected) || errors.Is(err, errDead) {
+		if errors.Is(err, index.ErrConflict) { // its answer is lost as well
+			err = fmt.Errorf("PutIf: %w", historytest.ErrInjected)
+		}
+		current = nil
+	}
+	return current, err
+}
+
+func (r *simRows) Query(ctx context.Context, q index.Query) (items []index.Item, err error) {
+	if strings.HasPrefix(q.Hash, "w/") && q.Hash != "w/compacted" {
+		if r.a.dead {
+			return nil, errDead
+		}
+		return r.Store.Query(ctx, q) // very many
+	}
+	if !strings.HasPrefix(q.Hash, "b/") {
+		err = r.a.do("Query "+q.Hash, func() error {
+			items, err = r.Store.Query(ctx, q)
+			return err
+		})
+		return items, err
+	}
+	// Rows of blocks are read page by page, with time in between.
+	from := q.From
+	for {
+		var page []index.Item
+		p := q
+		p.From, p.Limit = from, 1+r.a.sim.r.IntN(4)
+		if err := r.a.do("Query "+q.Hash, func() error {
+			page, err = r.Store.Query(ctx, p)
+			return err
+		}); err != nil {
+			return nil, err
+		}
+		items = append(items, page...)
+		if len(page) < p.Limit {
+			return items, nil
+		}
+		from = append(bytes.Clone(page[len(page)-1].Range), 0)
+	}
+}
+
+func (r *simRows) Delete(ctx context.Context, keys []index.Key) error {
+	for len(keys) > 0 {
+		n := 1 + r.a.sim.r.IntN(len(keys))
+		if err := r.a.do("Delete "+keys[0].Hash, func() error { return r.Store.Delete(ctx, keys[:n]) }); err != nil {
+			return err
+		}
+		keys = keys[n:]
+	}
+	return nil
+}
+
+// simObjects is the object store as a process sees it.
+type simObjects struct {
+	object.Store
+	a *actor
+}
+
+func (o *simObjects) Put(ctx context.Context, key string, r io.ReaderAt, size int64) error {
+	return o.a.do("Put "+key, func() error { return o.Store.Put(ctx, key, r, size) })
+}
+
+func (o *simObjects) Delete(ctx context.Context, key string) error {
+	return o.a.do("Delete "+key, func() error { return o.Store.Delete(ctx, key) })
+}
+
+func (o *simObjects) GetRange(ctx context.Context, key string, off, n int64) (b []byte, err error) {
+	if o.a.name == "reader" { // several at a time, in an order that no seed decides
+		return o.Store.GetRange(ctx, key, off, n)
+	}
+	err = o.a.do("GetRange "+key, func() error {
+		b, err = o.Store.GetRange(ctx, key, off, n)
+		return err
+	})
+	return b, err
+}
+
+func (o *simObjects) List(ctx context.Context, prefix string, fn func(object.Info) error) error {
+	return o.a.do("List", func() error { return o.Store.List(ctx, prefix, fn) })
+}
+
+// entropy is the seed's.
+type entropy struct{ r *rand.Rand }
+
+func (e entropy) Read(p []byte) (int, error) {
+	for i := range p {
+		p[i] = byte(e.r.IntN(256)) //nolint:gosec // a byte
+	}
+	return len(p), nil
+}
+
+func (s *sim) newID() ulid.ULID {
+	return ulid.MustNew(ulid.Timestamp(s.now), entropy{s.r})
+}
+
+func note(m map[string]map[string]map[int64]bool, c content) {
+	for tenant, all := range c {
+		if m[tenant] == nil {
+			m[tenant] = map[string]map[int64]bool{}
+		}
+		for key, s := range all {
+			if m[tenant][key] == nil {
+				m[tenant][key] = map[int64]bool{}
+			}
+			for _, t := range s.Floats.T {
+				m[tenant][key][t] = true
+			}
+		}
+	}
+}
+
+// valueAt is what every copy of a sample has.
+func valueAt(key string, t int64) float64 { return float64(len(key))*1e6 + float64(t/1000%100_000) }
+
+// flushed is what an ingester has collected until now, with something late.
+func (s *sim) flushed() content {
+	c := content{}
+	add := func(tenant string, i int, from, to int64) {
+		ls := labels.FromStrings(model.MetricNameLabel, fmt.Sprintf("m%d", i%2), "i", fmt.Sprint(i))
+		out := &chunkfmt.Series{Labels: ls}
+		for t := from - from%60_000; t <= to; t += 60_000 * int64(1+s.r.IntN(3)) {
+			out.Floats.T, out.Floats.V = append(out.Floats.T, t), append(out.Floats.V, valueAt(ls.String(), t))
+		}
+		if len(out.Floats.T) > 0 {
+			c.add(tenant, out)
+		}
+	}
+	now := s.now.UnixMilli()
+	for i := range 5 {
+		tenant := fmt.Sprintf("t%d", i)
+		if s.r.IntN(3) == 0 {
+			continue
+		}
+		for j := range 1 + i*i { // the last is large
+			add(tenant, j, now-simFlush.Milliseconds(), now)
+		}
+		if s.r.IntN(12) == 0 {
+			late := now - s.r.Int64N(20*day)
+			add(tenant, s.r.IntN(3), late, late+10*minute)
+		}
+	}
+	return c
+}
+
+// ingester flushes now and then, and tries until it is durable; what a dead one
+// had, the sources send to another.
+func (s *sim) ingester(name string) {
+	a := &actor{sim: s, name: name, faulty: true}
+	s.spawn(a, func() {
+		for {
+			a.sleep(simFlush/2 + time.Duration(s.r.Int64N(int64(simFlush))))
+			if s.ending {
+				return
+			}
+			c := s.flushed()
+			if len(c) == 0 {
+				continue
+			}
+			note(s.started, c)
+			for ok := false; !ok; {
+				a.dead, a.frozen = false, time.Time{}
+				ok = s.flush(a, c)
+				if !ok {
+					s.counts["ingester died"]++
+					a.sleep(time.Minute)
+				}
+			}
+			note(s.durable, c)
+			s.counts["flushed"]++
+		}
+	})
+}
+
+func (s *sim) flush(a *actor, c content) bool {
+	h := s.history(a)
+	data, sum := encode(s.t, c)
+	id := s.newID()
+	for {
+		err := h.Publish(context.Background(), id, data, sum)
+		switch {
+		case err == nil:
+			return true
+		case a.dead:
+			return false
+		case errors.Is(err, history.ErrCondemned):
+			s.counts["flush condemned"]++
+			id = s.newID()
+		}
+		a.sleep(10 * time.Second)
+	}
+}
+
+func (s *sim) history(a *actor) *history.History {
+	h, err := history.New(history.Options{
+		Objects: &simObjects{s.objects, a}, Index: index.New(&simRows{s.rows, a}), PageCacheBytes: -1, RowCacheBytes: -1,
+	})
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	return h
+}
+
+func (s *sim) compactor(a *actor) *Compactor {
+	c, err := New(Options{
+		Objects: &simObjects{s.objects, a}, Index: index.New(&simRows{s.rows, a}), Dir: s.t.TempDir(),
+		Ranges: []time.Duration{time.Hour, 4 * time.Hour, 24 * time.Hour}, MaxBlockBytes: 20_000, OwnBlockBytes: 3000,
+		Grace: simGrace, Interval: simInterval, Lease: simLease, OrphanAge: simOrphan, MaxSources: 12,
+	})
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	c.now = func() time.Time { return s.now }
+	c.entropy = entropy{s.r}
+	return c
+}
+
+// compact runs a compactor, that is started again when it has died, until it is
+// told to end.
+func (s *sim) compact(name string, end func() bool) {
+	a := &actor{sim: s, name: name, faulty: true}
+	s.spawn(a, func() {
+		for !end() {
+			a.dead, a.frozen = false, time.Time{}
+			c := s.compactor(a)
+			for !a.dead && !end() {
+				worked, err := c.Round(context.Background())
+				if err != nil && !a.dead && !errors.Is(err, historytest.ErrInjected) {
+					s.t.Errorf("%s: %v", name, err)
+				}
+				if worked {
+					s.counts["merged"]++
+				}
+				a.sleep(simInterval)
+			}
+			if a.dead {
+				s.counts["compactor died"]++
+				a.sleep(time.Duration(s.r.Int64N(int64(20 * time.Minute))))
+			}
+		}
+	})
+}
+
+// reader takes snapshots, and reads them as late as queries may.
+func (s *sim) reader(end func() bool) {
+	a := &actor{sim: s, name: "reader"}
+	s.spawn(a, func() {
+		h := s.history(a)
+		for !end() {
+			a.sleep(time.Duration(s.r.Int64N(int64(20 * time.Minute))))
+			s.read(a, h)
+		}
+	})
+}
+
+func (s *sim) read(a *actor, h *history.History) {
+	tenant := fmt.Sprintf("t%d", s.r.IntN(5))
+	maxt := s.now.UnixMilli() + hour
+	mint := maxt - s.r.Int64N(3*day)
+	switch s.r.IntN(4) {
+	case 0:
+		mint = maxt - 40*day
+	case 1:
+		maxt = mint + s.r.Int64N(day)
+	}
+	want := map[string]map[int64]bool{}
+	for key, ts := range s.durable[tenant] {
+		want[key] = maps.Clone(ts)
+	}
+	if s.readers++; s.readers == 1 {
+		s.expiry = s.now.Add(simGrace * 9 / 10)
+	}
+	defer func() { s.readers-- }()
+	snap, err := h.Snapshot(context.Background(), tenant, mint, maxt, nil, time.Time{})
+	if err != nil {
+		s.t.Errorf("snapshot: %v", err)
+		return
+	}
+	a.sleep(time.Duration(s.r.Int64N(int64(simGrace / 2))))
+	set, err := snap.Select(context.Background(), nil, mint, maxt)
+	if err != nil {
+		s.t.Errorf("%s: read of %s: %v", s.now, tenant, err)
+		return
+	}
+	got := map[string]map[int64]bool{}
+	for set.Next(context.Background()) {
+		runs, err := set.At().Runs(&history.Buffer{})
+		if err != nil {
+			s.t.Errorf("%s: read of %s: %v", s.now, tenant, err)
+			return
+		}
+		if len(runs) == 0 {
+			continue
+		}
+		one, key := chunkfmt.Merge(runs...), set.At().Labels.String()
+		if got[key] != nil {
+			s.t.Errorf("series %s comes twice", key)
+		}
+		got[key] = map[int64]bool{}
+		for i, t := range one.Floats.T {
+			if got[key][t] {
+				s.t.Errorf("%s at %d comes twice", key, t)
+			}
+			got[key][t] = true
+			s.samples++
+			if !s.started[tenant][key][t] || one.Floats.V[i] != valueAt(key, t) {
+				s.t.Errorf("%s at %d: %v was never written", key, t, one.Floats.V[i])
+			}
+		}
+	}
+	if err := set.Err(); err != nil {
+		s.t.Errorf("%s: read of %s: %v", s.now, tenant, err)
+		return
+	}
+	missing := 0
+	for key, ts := range want {
+		for t := range ts {
+			if t >= mint && t <= maxt && !got[key][t] {
+				missing++
+			}
+		}
+	}
+	if missing > 0 {
+		s.t.Errorf("%s: read of %s, %d to %d: %d samples are missing", s.now, tenant, mint, maxt, missing)
+	}
+	s.reads++
+}
+
+func (s *sim) run() {
+	stop := s.now.Add(simLong)
+	ended := func() bool { return s.ending || s.t.Failed() }
+	clock := &actor{sim: s, name: "clock"}
+	s.spawn(clock, func() {
+		for s.now.Before(stop) && !s.t.Failed() {
+			clock.sleep(10 * time.Minute)
+		}
+		s.ending = true
+	})
+	s.ingester("ingester-1")
+	s.ingester("ingester-2")
+	s.compact("compactor-1", ended)
+	s.compact("compactor-2", ended)
+	s.reader(ended)
+	s.reader(ended)
+	s.schedule()
+	if s.t.Failed() {
+		return
+	}
+	// Now all goes well: a few days later nothing is left to do.
+	s.faults, s.ending = false, false
+	stop = s.now.Add(4 * 24 * time.Hour)
+	after := func() bool { return !s.now.Before(stop) || s.t.Failed() }
+	s.compact("compactor-3", after)
+	s.reader(after)
+	s.schedule()
+	s.checkEnd()
+	s.t.Logf("%d operations, %d reads of %d samples, %v", s.ops, s.reads, s.samples, s.counts)
+}
+
+// checkEnd sees that objects and rows fit each other and nothing else is left.
+func (s *sim) checkEnd() {
+	ctx := s.t.Context()
+	x := index.New(s.rows)
+	named := map[string]int{}
+	dangling := 0
+	for tenant := range s.started {
+		rows, err := x.AllBlocks(ctx, tenant)
+		if err != nil {
+			s.t.Fatal(err)
+		}
+		for _, r := range rows {
+			if _, err := s.objects.Size(ctx, r.Object); err != nil {
+				if state, err := x.GuardState(ctx, r.Block); err != nil || state != index.Condemned {
+					s.t.Errorf("row of %s without an object: %s, %v", r.Block, state, err)
+				}
+				dangling++
+				continue
+			}
+			named[r.Object]++
+			if r.Level != 3 {
+				s.t.Errorf("block %s of %s is of level %d", r.Block, tenant, r.Level)
+			}
+		}
+	}
+	if err := s.objects.List(ctx, "", func(i object.Info) error {
+		if named[i.Key] == 0 {
+			s.t.Errorf("object %s has no row", i.Key)
+		}
+		return nil
+	}); err != nil {
+		s.t.Fatal(err)
+	}
+	jobs, err := x.Jobs(ctx)
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	for _, j := range jobs {
+		if j.State != index.JobIdle || len(j.Sources)+len(j.Outputs) > 0 {
+			s.t.Errorf("job %+v", j)
+		}
+	}
+	if rows, err := x.Compacted(ctx); err != nil || len(rows) > 0 {
+		s.t.Errorf("work rows %+v, %v", rows, err)
+	}
+	if rows, err := x.Aside(ctx); err != nil || len(rows) > 0 {
+		s.t.Errorf("set aside: %+v, %v", rows, err)
+	}
+	today := s.now.UnixMilli() / day
+	for d := today - 30; d <= today; d++ {
+		for shard := range index.WorkShards {
+			if rows, err := x.Work(ctx, d, shard); err != nil || len(rows) > 0 {
+				s.t.Errorf("work rows %+v, %v", rows, err)
+			}
+		}
+	}
+	s.counts["dangling rows"] = dangling
+	s.counts["blocks"] = len(named)
+	if s.reads == 0 || s.counts["merged"] == 0 {
+		s.t.Error("nothing happened")
+	}
+}

@@ -1,0 +1,125 @@
+package compact
+
+import (
+	"context"
+	"fmt"
+	"strings"
+	"time"
+
+	"github.com/oklog/ulid/v2"
+
+	"github.com/epimetheus-tsdb/epimetheus/history"
+	"github.com/epimetheus-tsdb/epimetheus/history/index"
+	"github.com/epimetheus-tsdb/epimetheus/history/object"
+)
+
+// Orphan is an object that no row names and that is old enough to go.
+type Orphan struct {
+	index.BlockRef
+	Condemned bool // already; its object is what is left
+}
+
+// Orphans lists the objects that a sweep would look after: the dry run.
+func (c *Compactor) Orphans(ctx context.Context) ([]Orphan, error) {
+	return orphans(ctx, c.o.Objects, c.o.Index, c.now(), c.o.OrphanAge)
+}
+
+// orphans lists objects of blocks older than age that are not published and not
+// part of a job.
+func orphans(ctx context.Context, objects object.Store, x *index.Index, now time.Time, age time.Duration) ([]Orphan, error) {
+	jobs, err := x.Jobs(ctx)
+	if err != nil {
+		return nil, err
+	}
+	named := map[ulid.ULID]bool{}
+	for _, j := range jobs {
+		for _, o := range j.Outputs {
+			named[o.Block] = true
+		}
+	}
+	var old []index.BlockRef
+	prefix := strings.TrimSuffix(history.ObjectKey(ulid.ULID{}), ulid.ULID{}.String())
+	err = objects.List(ctx, prefix, func(i object.Info) error {
+		id, err := ulid.ParseStrict(strings.TrimPrefix(i.Key, prefix))
+		if err != nil || i.Key != history.ObjectKey(id) || named[id] {
+			return nil //nolint:nilerr // not a block, not ours
+		}
+		if now.Sub(i.Modified) >= age && now.Sub(ulid.Time(id.Time())) >= age {
+			old = append(old, index.BlockRef{Block: id, Object: i.Key, ObjectSize: i.Size})
+		}
+		return nil
+	})
+	if err != nil {
+		return nil, fmt.Errorf("list blocks: %w", err)
+	}
+	var out []Orphan
+	for _, b := range old {
+		state, err := x.GuardState(ctx, b.Block)
+		if err != nil {
+			return nil, err
+		}
+		if state != index.Published {
+			out = append(out, Orphan{b, state == index.Condemned})
+		}
+	}
+	return out, nil
+}
+
+// sweep condemns orphans, and deletes those that were condemned a grace ago.
+func (c *Compactor) sweep(ctx context.Context) error {
+	all, err := c.Orphans(ctx)
+	if err != nil {
+		return err
+	}
+	known := map[ulid.ULID]time.Time{}
+	for _, o := range all {
+		if !o.Condemned {
+			state, err := c.o.Index.Guard(ctx, o.Block, index.Condemned)
+			if err != nil {
+				return err
+			}
+			if state == index.Published {
+				continue // its writer was faster
+			}
+			c.metrics.orphans.WithLabelValues("condemned").Inc()
+			c.logger.Info("nobody has published a block: it is condemned", "block", o.Block, "object", o.Object, "size_bytes", o.ObjectSize)
+		}
+		since, ok := c.condemned[o.Block]
+		if !ok {
+			since = c.now()
+		}
+		known[o.Block] = since
+		// Its writer may have got as far as writing rows, and readers may see them.
+		if err := c.removeOrphanRows(ctx, o.BlockRef); err != nil {
+			return err
+		}
+		if c.now().Sub(since) < c.o.Grace {
+			continue
+		}
+		if err := c.o.Objects.Delete(ctx, o.Object); err != nil {
+			return fmt.Errorf("orphan %s: %w", o.Block, err)
+		}
+		delete(known, o.Block)
+		c.metrics.orphans.WithLabelValues("deleted").Inc()
+	}
+	c.condemned = known
+	return nil
+}
+
+func (c *Compactor) removeOrphanRows(ctx context.Context, b index.BlockRef) error {
+	f, err := readFooter(ctx, c.o.Objects, b)
+	switch {
+	case err == nil:
+		if err := c.o.Index.DeleteRows(ctx, history.Rows(b, 0, f.Tenants)); err != nil {
+			return fmt.Errorf("rows of orphan %s: %w", b.Block, err)
+		}
+	case unreadable(err) == "":
+		return err
+	}
+	for _, level := range []index.Level{0, 1} {
+		if err := c.deleteWork(ctx, index.JobSource{BlockRef: b, Level: level}); err != nil {
+			return fmt.Errorf("work row of orphan %s: %w", b.Block, err)
+		}
+	}
+	return nil
+}
