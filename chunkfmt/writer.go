@@ -17,7 +17,7 @@ import (
 type WriterOptions struct {
 	PageBytes    int // a data page is cut when it reaches this size; default 256 KiB, at most 1 MiB
 	PageSeries   int // a series page is cut at the latest when it has so many series; default 4096, at most 65536
-	ChunkSamples int // the most samples in a chunk; default 8192, at most MaxChunkSamples
+	ChunkSamples int // the most samples in a chunk; default 2048, at most MaxChunkSamples
 	// Window is the width in ms of the windows (a, b], aligned to the epoch,
 	// by which TenantSummary.Windows tells times apart; 0 for one window.
 	Window int64
@@ -35,7 +35,7 @@ func (o *WriterOptions) setDefaults() {
 	}
 	within(&o.PageBytes, 256<<10, 1<<20)
 	within(&o.PageSeries, 4096, 1<<16)
-	within(&o.ChunkSamples, 8192, MaxChunkSamples)
+	within(&o.ChunkSamples, 2048, MaxChunkSamples)
 	o.Window = max(o.Window, 0)
 }
 

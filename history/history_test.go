@@ -227,9 +227,13 @@ func randomSeries(r *rand.Rand, from, span int64, ls labels.Labels) *chunkfmt.Se
 
 // trim is what a run has in mint to maxt.
 func trim(s *chunkfmt.Series, mint, maxt int64) *chunkfmt.Series {
-	c := &chunkfmt.Series{Labels: s.Labels}
-	appendRun(c, s)
-	cut(c, []chunkfmt.Range{{MinT: mint, MaxT: maxt}})
+	c := &chunkfmt.Series{
+		Labels:          s.Labels,
+		Floats:          chunkfmt.Floats{T: slices.Clone(s.Floats.T), ST: slices.Clone(s.Floats.ST), V: slices.Clone(s.Floats.V)},
+		Histograms:      chunkfmt.Histograms{T: slices.Clone(s.Histograms.T), ST: slices.Clone(s.Histograms.ST), H: slices.Clone(s.Histograms.H)},
+		FloatHistograms: chunkfmt.FloatHistograms{T: slices.Clone(s.FloatHistograms.T), ST: slices.Clone(s.FloatHistograms.ST), H: slices.Clone(s.FloatHistograms.H)},
+	}
+	cut(c, []chunkfmt.Range{{MinT: mint, MaxT: maxt}}, 0, 0, 0)
 	return c
 }
 

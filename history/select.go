@@ -270,21 +270,13 @@ func (p *part) decode(dec *chunkfmt.Decoder, run *chunkfmt.Series, mint, maxt in
 		return !slices.ContainsFunc(in, func(r chunkfmt.Range) bool { return r.MinT <= c.MinT && c.MaxT <= r.MaxT })
 	})
 	floats, hists, floatHists := len(run.Floats.T), len(run.Histograms.T), len(run.FloatHistograms.T)
-	first := floats+hists+floatHists == 0
-	dst := run
-	if !whole && !first {
-		dst = &chunkfmt.Series{}
-	}
 	for i := range p.chunks {
-		if err := p.pages[i].decode(dec, &p.chunks[i], dst); err != nil {
+		if err := p.pages[i].decode(dec, &p.chunks[i], run); err != nil {
 			return err
 		}
 	}
 	if !whole {
-		cut(dst, in)
-	}
-	if dst != run {
-		appendRun(run, dst)
+		cut(run, in, floats, hists, floatHists)
 	}
 	// A hint speaks of the sample before, which another block may not have seen.
 	if hists > 0 && hists < len(run.Histograms.H) {
@@ -294,29 +286,6 @@ func (p *part) decode(dec *chunkfmt.Decoder, run *chunkfmt.Series, mint, maxt in
 		run.FloatHistograms.H[floatHists] = unknownFloatHint(run.FloatHistograms.H[floatHists])
 	}
 	return nil
-}
-
-func appendRun(dst, src *chunkfmt.Series) {
-	starts := func(dst, st []int64, before, n int) []int64 {
-		switch {
-		case dst == nil && st == nil:
-			return nil
-		case dst == nil:
-			dst = make([]int64, before, before+n)
-		case st == nil:
-			return append(dst, make([]int64, n)...)
-		}
-		return append(dst, st...)
-	}
-	f, g := &dst.Floats, &src.Floats
-	f.ST = starts(f.ST, g.ST, len(f.T), len(g.T))
-	f.T, f.V = append(f.T, g.T...), append(f.V, g.V...)
-	h, i := &dst.Histograms, &src.Histograms
-	h.ST = starts(h.ST, i.ST, len(h.T), len(i.T))
-	h.T, h.H = append(h.T, i.T...), append(h.H, i.H...)
-	j, k := &dst.FloatHistograms, &src.FloatHistograms
-	j.ST = starts(j.ST, k.ST, len(j.T), len(k.T))
-	j.T, j.H = append(j.T, k.T...), append(j.H, k.H...)
 }
 
 func unknownHint(h *histogram.Histogram) *histogram.Histogram {
@@ -392,17 +361,18 @@ func (b *Block) readable(mint, maxt int64) []chunkfmt.Range {
 	return out
 }
 
-// cut leaves of a run what lies in one of the ranges, which ascend.
-func cut(run *chunkfmt.Series, in []chunkfmt.Range) {
+// cut leaves of a run, behind its first so many samples, what lies in one of the
+// ranges, which ascend.
+func cut(run *chunkfmt.Series, in []chunkfmt.Range, floats, hists, floatHists int) {
 	f, h, g := &run.Floats, &run.Histograms, &run.FloatHistograms
-	spans := within(f.T, in)
-	f.T, f.ST, f.V = keep(f.T, spans), keep(f.ST, spans), keep(f.V, spans)
-	spans = within(h.T, in)
-	h.T, h.ST, h.H = keep(h.T, spans), keep(h.ST, spans), keep(h.H, spans)
-	forget(h.H, spans, unknownHint)
-	spans = within(g.T, in)
-	g.T, g.ST, g.H = keep(g.T, spans), keep(g.ST, spans), keep(g.H, spans)
-	forget(g.H, spans, unknownFloatHint)
+	spans := within(f.T[floats:], in)
+	f.T, f.ST, f.V = keep(f.T, floats, spans), keep(f.ST, floats, spans), keep(f.V, floats, spans)
+	spans = within(h.T[hists:], in)
+	h.T, h.ST, h.H = keep(h.T, hists, spans), keep(h.ST, hists, spans), keep(h.H, hists, spans)
+	forget(h.H[hists:], spans, unknownHint)
+	spans = within(g.T[floatHists:], in)
+	g.T, g.ST, g.H = keep(g.T, floatHists, spans), keep(g.ST, floatHists, spans), keep(g.H, floatHists, spans)
+	forget(g.H[floatHists:], spans, unknownFloatHint)
 }
 
 // span is a range of indexes, the end excluded.
@@ -425,21 +395,19 @@ func within(t []int64, ranges []chunkfmt.Range) []span {
 	return out
 }
 
-// keep leaves the elements at spans. One span shares memory with s.
-func keep[E any](s []E, spans []span) []E {
-	switch {
-	case s == nil:
+// keep leaves the first so many elements, and behind those the elements at spans.
+func keep[E any](s []E, first int, spans []span) []E {
+	if s == nil {
 		return nil
-	case len(spans) == 0:
-		return s[:0]
-	case len(spans) == 1:
+	}
+	if first == 0 && len(spans) == 1 {
 		return s[spans[0].from:spans[0].to]
 	}
-	var out []E
+	n := first
 	for _, sp := range spans {
-		out = append(out, s[sp.from:sp.to]...)
+		n += copy(s[n:], s[first+sp.from:first+sp.to])
 	}
-	return out
+	return s[:n]
 }
 
 // forget makes a counter-reset hint unknown where the sample before was cut out.

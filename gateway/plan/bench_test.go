@@ -29,7 +29,10 @@ import (
 	"github.com/epimetheus-tsdb/epimetheus/internal/gen"
 )
 
-var benchDays = flag.Int("bench.days", 10, "days of data of BenchmarkDeep")
+var (
+	benchDays  = flag.Int("bench.days", 10, "days of data of BenchmarkDeep and BenchmarkSpread")
+	benchChunk = flag.Int("bench.chunk", 0, "samples of a chunk there; 0: as usual")
+)
 
 // BenchmarkDeep runs queries over 1,000 series at 15 s for days, as blocks of a
 // day, through the planner (by=epimetheus), through the engine over the same
@@ -246,7 +249,7 @@ func loadDeep(b *testing.B, c gen.Config, h *history.History) *tsdb.DB {
 			}
 		}
 		var buf bytes.Buffer
-		w := chunkfmt.NewWriter(&buf, chunkfmt.WriterOptions{Window: history.Window})
+		w := chunkfmt.NewWriter(&buf, chunkfmt.WriterOptions{Window: history.Window, ChunkSamples: *benchChunk})
 		var old []storage.Series
 		for _, i := range byName {
 			if len(all[i].Floats.T) == 0 {
