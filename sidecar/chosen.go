@@ -195,7 +195,7 @@ func (s *shipper) undecidedBlock(f *fill) bool {
 			continue
 		}
 		c := s.claimsOf(v)
-		until = c.at(until-1, s.choosing.clock) + 1
+		from, until = c.at(from, s.choosing.clock), c.at(until-1, s.choosing.clock)+1
 		if t, ok := c.hole(from, until); ok {
 			s.askFor(undecidedTime{v, t}, until)
 			return true

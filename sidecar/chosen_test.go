@@ -304,6 +304,49 @@ func TestHeldFuture(t *testing.T) {
 	h.want(w.all, false)
 }
 
+func withCluster(all map[string]map[int64]string) map[string]map[int64]string {
+	out := map[string]map[int64]string{}
+	for s, m := range all {
+		out[strings.Replace(s, `__name__="m", `, `__name__="m", cluster="c1", `, 1)] = m
+	}
+	return out
+}
+
+// What Prometheus truncates while it isn't known who is chosen comes from blocks,
+// once it is.
+func TestHeldGap(t *testing.T) {
+	h := newHarness(t, 2)
+	h.asReplica("a")
+	h.lease = 8 * time.Second
+	h.opts.BackfillAge, h.opts.KeepBytes = -1, 1
+	d := h.openDB()
+	d.put(time.Minute)
+	h.run()
+	h.want(withCluster(d.all), false)
+	h.settled()
+	h.gateway.mu.Lock()
+	h.gateway.noClaim = true
+	h.gateway.mu.Unlock()
+	d.put(3 * time.Minute)
+	eventually(t, "it is held", func() bool { return h.sidecar.Status().HeldSince != nil })
+	for range 12 {
+		d.put(3 * time.Minute)
+		d.compact()
+		time.Sleep(5 * h.opts.CheckpointInterval) // blocks are seen, and are not known
+	}
+	eventually(t, "what was truncated is let go", func() bool { return h.metric("epimetheus_sidecar_dropped_wal_files_total") > 0 })
+	h.gateway.mu.Lock()
+	h.gateway.noClaim = false
+	h.gateway.mu.Unlock()
+	h.want(withCluster(d.all), false)
+	if h.metric("epimetheus_sidecar_gaps_total") == 0 {
+		t.Error("nothing was missed")
+	}
+	if is := h.decided(time.UnixMilli(d.now).Add(-24 * time.Hour)); slices.ContainsFunc(is, func(x choice.Interval) bool { return x.Replica != "a" }) {
+		t.Errorf("chosen: %v", is)
+	}
+}
+
 // The history in blocks, and what fills a gap, obeys the choice too.
 func TestChosenBackfill(t *testing.T) {
 	a := newHarness(t, 2)
@@ -335,14 +378,6 @@ func TestChosenBackfill(t *testing.T) {
 			return !st.Time.IsZero() && len(st.Fills) == 0 && h.sidecar.shipper.blocks != nil && st.LagBytes == 0 && st.HeldSince == nil && st.OpenRanges == 0 && st.Series > 0
 		}
 	}
-	withCluster := func(all map[string]map[int64]string) map[string]map[int64]string {
-		out := map[string]map[int64]string{}
-		for s, m := range all {
-			out[strings.Replace(s, `__name__="m", `, `__name__="m", cluster="c1", `, 1)] = m
-		}
-		return out
-	}
-	defer func() { t.Logf("%+v\n%+v", a.sidecar.Status(), b.sidecar.Status()); t.Log(a.decided(start)) }()
 	eventually(t, "a is done", done(a))
 	eventually(t, "b is done", done(b))
 	// The gateway may not have heard of all when the last block was done.
