@@ -5,10 +5,12 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"net/url"
+	"slices"
 	"strings"
 	"testing"
 	"time"
 
+	gocmp "github.com/google/go-cmp/cmp"
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/prometheus/model/labels"
 
@@ -66,4 +68,33 @@ func TestEngineOptions(t *testing.T) {
 	if want := `tenant x: feature "y" is not one of`; err == nil || !strings.Contains(err.Error(), want) {
 		t.Errorf("error %v, want %s", err, want)
 	}
+}
+
+// TestFeaturesLikePrometheus compares what features of the query language change.
+func TestFeaturesLikePrometheus(t *testing.T) {
+	fs := slices.DeleteFunc(gateway.Features(), func(f string) bool { return f == "query-cost" })
+	ss := dataset()
+	p := toPrometheus(t, ss, fs...)
+	base := serve(t, newAPI(t, gatewayOf(t, ss), gateway.Options{Engine: gateway.EngineOptions{Features: fs}}))
+	c := client(t)
+	rs := slices.DeleteFunc(requests(), func(r request) bool {
+		return r.path != "/query" && r.path != "/query_range" || r.method == http.MethodPost
+	})
+	for _, expr := range []string{
+		"mad_over_time(up[5m])", "sort_by_label(up, \"instance\")", "limit_ratio(0.5, up)", "ts_of_max_over_time(up[5m])", "label_join(rate(up[1m]), \"x\", \"-\", \"__name__\")",
+		"rate({__name__=~\"up|odd_values\"}[5m])", "-{__name__=~\"up|http_requests_total\"}", "up + fill(0) on(instance, job) latency_bucket{le=\"1\"}", "sum by (__name__) (rate({job=\"job-0\"}[1m]))",
+		"increase(http_requests_total[2m])", "sum(métrique)", "first_over_time(up[2m])", "info(up)", "double_exponential_smoothing(up[5m], 0.5, 0.5)", "start()", "sum(rate(http_requests_total[5m:1m]))",
+	} {
+		q := "query=" + url.QueryEscape(expr)
+		rs = append(rs,
+			request{path: "/query", params: q + "&time=1700000800"},
+			request{path: "/query_range", params: q + "&start=1700000000&end=1700000900&step=30"},
+			request{path: "/query_range", params: q + "&start=1700000000&end=1700000900&step=30&stats=all"})
+	}
+	for _, r := range rs {
+		if diff := gocmp.Diff(r.ask(t, c, p.URL), r.ask(t, c, base)); diff != "" {
+			t.Errorf("%s: Prometheus -, gateway +\n%s", r, diff)
+		}
+	}
+	t.Logf("%d requests", len(rs))
 }
