@@ -8,7 +8,7 @@ import (
 )
 
 func addAll(app *kingpin.Application, commands map[string]command) {
-	cmd := app.Command("all", "An ingester and a gateway in one process, on a data directory.")
+	cmd := app.Command("all", "An ingester, a gateway and a compactor in one process, on a data directory.")
 	wf, rf := addWebFlags(cmd, ":9009"), addGRPCFlags(cmd, ":9010", "sidecars and gateways")
 	commands[cmd.FullCommand()] = func(g *global) error {
 		p, err := newProcess("all", g, wf)
@@ -34,6 +34,11 @@ func addAll(app *kingpin.Application, commands map[string]command) {
 		}
 		if _, err := p.addGateway(st, live, nil); err != nil {
 			return err
+		}
+		if p.config.Compactor.Enabled {
+			if err := p.addCompactor(st); err != nil {
+				return err
+			}
 		}
 		return p.run()
 	}

@@ -15,6 +15,7 @@ import (
 
 	"github.com/epimetheus-tsdb/epimetheus/gateway"
 	"github.com/epimetheus-tsdb/epimetheus/gateway/account"
+	"github.com/epimetheus-tsdb/epimetheus/history/compact"
 	"github.com/epimetheus-tsdb/epimetheus/ingest"
 	"github.com/epimetheus-tsdb/epimetheus/sidecar"
 )
@@ -22,13 +23,14 @@ import (
 // Config is the YAML file; docs/configuration.md describes it. The zero value
 // of a field is replaced by the default that setDefaults gives.
 type Config struct {
-	Tenancy  gateway.Tenancy `yaml:"tenancy,omitempty" doc:"Where the tenant of a request comes from: 'single' (all is of the tenant 'default') or 'header' (X-Scope-OrgID, set by a proxy that authenticates)."`
-	Objects  ObjectsConfig   `yaml:"objects,omitempty"`
-	Index    IndexConfig     `yaml:"index,omitempty"`
-	Ring     RingConfig      `yaml:"ring,omitempty"`
-	Ingester IngesterConfig  `yaml:"ingester,omitempty"`
-	Gateway  GatewayConfig   `yaml:"gateway,omitempty"`
-	Sidecar  SidecarConfig   `yaml:"sidecar,omitempty"`
+	Tenancy   gateway.Tenancy `yaml:"tenancy,omitempty" doc:"Where the tenant of a request comes from: 'single' (all is of the tenant 'default') or 'header' (X-Scope-OrgID, set by a proxy that authenticates)."`
+	Objects   ObjectsConfig   `yaml:"objects,omitempty"`
+	Index     IndexConfig     `yaml:"index,omitempty"`
+	Ring      RingConfig      `yaml:"ring,omitempty"`
+	Ingester  IngesterConfig  `yaml:"ingester,omitempty"`
+	Gateway   GatewayConfig   `yaml:"gateway,omitempty"`
+	Compactor CompactorConfig `yaml:"compactor,omitempty"`
+	Sidecar   SidecarConfig   `yaml:"sidecar,omitempty"`
 }
 
 // ObjectsConfig says where blocks are.
@@ -166,6 +168,13 @@ func (c *GatewayConfig) tenantLimits() map[string]gateway.Limits {
 	return out
 }
 
+// CompactorConfig is for compactors.
+type CompactorConfig struct {
+	Enabled    bool       `yaml:"enabled" doc:"Whether 'epimetheus all' compacts. The role 'compactor' always does."`
+	Ranges     []duration `yaml:"ranges,omitempty" doc:"Widths of time of the levels, each a multiple of the one before, at most a week; default '[2h, 1d, 1w]'. Fewer levels: fewer rewrites, but more small blocks for longer. The same in all compactors."`
+	BlockBytes size       `yaml:"block_bytes,omitempty" doc:"Where a block is cut. A compactor needs room for two to four of them in its data directory."`
+}
+
 // SidecarConfig is for sidecars.
 type SidecarConfig struct {
 	Tenant               string            `yaml:"tenant,omitempty" doc:"Tenant that the samples are of."`
@@ -226,6 +235,7 @@ func defaultConfig() Config {
 			SlowQuery:     duration(10 * time.Second),
 			Prices:        PricesConfig{MillionObjectGets: 0.4, MillionIndexReads: 0.25},
 		},
+		Compactor: CompactorConfig{Enabled: true, BlockBytes: 512 * mib},
 		Sidecar: SidecarConfig{
 			Tenant: gateway.DefaultTenant, KeepWALBytes: 4 * gib, ReplicationFactor: 1,
 			HA:       HAConfig{Lease: duration(time.Minute)},
@@ -303,6 +313,16 @@ func (c *Config) validate() error {
 		if e := (gateway.EngineOptions{Features: g.Tenants[name].EnableFeatures}); e.Validate() != nil {
 			bad("gateway.tenants.%s.enable_features: %s", name, e.Validate())
 		}
+	}
+	var ranges []time.Duration
+	for _, r := range c.Compactor.Ranges {
+		ranges = append(ranges, time.Duration(r))
+	}
+	if err := compact.ValidateRanges(ranges); err != nil {
+		bad("compactor.ranges: %v", err)
+	}
+	if c.Compactor.BlockBytes < 16*mib {
+		bad("compactor.block_bytes: %s is less than 16MiB: there would be very many blocks", c.Compactor.BlockBytes)
 	}
 	if g.MaxSamples <= 0 {
 		bad("gateway.max_samples: %d is not positive", g.MaxSamples)

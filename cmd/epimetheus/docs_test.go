@@ -152,6 +152,9 @@ func metricsPage(t *testing.T) string {
 	if _, err := p.addGateway(st, live, nil); err != nil {
 		t.Fatal(err)
 	}
+	if err := p.addCompactor(st); err != nil {
+		t.Fatal(err)
+	}
 	st.closers = append(st.closers, worker.NewPool("x", nil, p.logger, p.reg).Close)
 	worker.NewServer(nil, p.logger, p.reg)
 	s := newP("sidecar")

@@ -52,7 +52,7 @@ func newApp() (*kingpin.Application, *global, map[string]command) {
 	promslogflag.AddFlags(app, &g.log)
 
 	commands := map[string]command{}
-	for _, add := range []func(*kingpin.Application, map[string]command){addAll, addSidecar, addIngester, addGateway, addTool} {
+	for _, add := range []func(*kingpin.Application, map[string]command){addAll, addSidecar, addIngester, addGateway, addCompactor, addTool} {
 		add(app, commands)
 	}
 	return app, g, commands

@@ -16,6 +16,7 @@ import (
 type stores struct {
 	history *history.History
 	index   *index.Index
+	objects object.Store
 	closers []func() error
 }
 
@@ -95,7 +96,7 @@ func (p *process) openStores(shared bool) (_ *stores, err error) {
 		s.closers = append(s.closers, bolt.Close)
 		rows = bolt
 	}
-	s.index = index.New(rows)
+	s.index, s.objects = index.New(rows), objects
 	s.history, err = history.New(history.Options{
 		Objects: objects, Index: s.index, VisibilityDelay: time.Duration(c.Ingester.VisibilityDelay),
 		PageCacheBytes: int64(c.Gateway.CacheBytes), Logger: p.logger, Registerer: p.reg,

@@ -1,0 +1,353 @@
+package compact
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"math"
+	"math/rand/v2"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/oklog/ulid/v2"
+	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/epimetheus-tsdb/epimetheus/chunkfmt"
+	"github.com/epimetheus-tsdb/epimetheus/history"
+	"github.com/epimetheus-tsdb/epimetheus/history/historytest"
+	"github.com/epimetheus-tsdb/epimetheus/history/index"
+	"github.com/epimetheus-tsdb/epimetheus/history/object"
+)
+
+// world is stores with a history, and a compactor whose time the test sets.
+type world struct {
+	objects object.Store
+	index   *index.Index
+	history *history.History
+	now     time.Time
+	c       *Compactor
+}
+
+func newWorld(t *testing.T, objects object.Store, rows index.Store) *world {
+	t.Helper()
+	w := &world{objects: objects, index: index.New(rows), now: time.Date(2026, 6, 1, 0, 0, 0, 0, time.UTC)}
+	var err error
+	if w.history, err = history.New(history.Options{Objects: objects, Index: w.index}); err != nil {
+		t.Fatal(err)
+	}
+	w.c, err = New(Options{Objects: objects, Index: w.index, Dir: t.TempDir(), Grace: 10 * time.Minute, OrphanAge: 100 * 24 * time.Hour})
+	if err != nil {
+		t.Fatal(err)
+	}
+	w.c.now = func() time.Time { return w.now }
+	return w
+}
+
+func (w *world) flush(t *testing.T, c content) ulid.ULID {
+	t.Helper()
+	data, sum := encode(t, c)
+	id := ulid.MustNew(ulid.Timestamp(w.now), ulid.DefaultEntropy())
+	if err := w.history.Publish(t.Context(), id, data, sum); err != nil {
+		t.Fatal(err)
+	}
+	return id
+}
+
+// pass lets time pass, with a round every so often.
+func (w *world) pass(t *testing.T, d, every time.Duration) {
+	t.Helper()
+	for end := w.now.Add(d); w.now.Before(end); w.now = w.now.Add(every) {
+		for {
+			worked, err := w.c.Round(t.Context())
+			if err != nil {
+				t.Fatal(err)
+			}
+			if !worked {
+				break
+			}
+		}
+	}
+}
+
+func (w *world) levels(t *testing.T, tenant string) map[index.Level]int {
+	t.Helper()
+	rows, err := w.index.AllBlocks(t.Context(), tenant)
+	if err != nil {
+		t.Fatal(err)
+	}
+	out := map[index.Level]int{}
+	for _, r := range rows {
+		out[r.Level]++
+	}
+	return out
+}
+
+// onStores runs a test on files with bbolt, and on an S3 and a DynamoDB server.
+func onStores(t *testing.T, test func(t *testing.T, objects object.Store, rows index.Store)) {
+	t.Run("local", func(t *testing.T) {
+		test(t, historytest.Files(t, prometheus.NewRegistry()), historytest.Bolt(t, prometheus.NewRegistry()))
+	})
+	t.Run("aws", func(t *testing.T) {
+		test(t, historytest.S3(t, prometheus.NewRegistry()), historytest.DynamoDB(t, prometheus.NewRegistry()))
+	})
+}
+
+// TestLevels follows two tenants through all levels of default widths: what was
+// flushed in half hours by two replicas ends as a block of a week.
+func TestLevels(t *testing.T) {
+	onStores(t, func(t *testing.T, objects object.Store, rows index.Store) {
+		w := newWorld(t, objects, rows)
+		r := rand.New(rand.NewPCG(1, 2))
+		want := content{}
+		start := w.now
+		for range 2 * 26 {
+			w.now = w.now.Add(30 * time.Minute)
+			now := w.now.UnixMilli()
+			c := content{}
+			for _, tenant := range []string{"a", "b"} {
+				s := someSeries(r, "m", 1, now-30*minute+1, now)
+				if len(s.Floats.T) > 0 {
+					c.add(tenant, s)
+					want.add(tenant, s)
+				}
+			}
+			w.flush(t, c)
+			w.flush(t, c)
+		}
+		w.pass(t, time.Hour, 10*time.Minute)
+		if got := w.levels(t, "a"); got[0] > 8 || got[1] < 12 || got[1] > 15 {
+			t.Errorf("after 26 hours: rows by level %v", got)
+		}
+		w.pass(t, 6*time.Hour, 10*time.Minute)
+		if got := w.levels(t, "a"); got[0] != 0 || got[1] > 2 || got[2] < 1 || got[2] > 2 {
+			t.Errorf("after a day and a quarter: rows by level %v", got)
+		}
+		w.pass(t, 14*24*time.Hour, 6*time.Hour)
+		for tenant := range want {
+			// A week begins on a Thursday, so these days are in one.
+			if got := w.levels(t, tenant); len(got) != 1 || got[3] != 1 {
+				t.Errorf("in the end: rows by level %v of %s", got, tenant)
+			}
+			snap, err := w.history.Snapshot(t.Context(), tenant, math.MinInt64, math.MaxInt64, nil, time.Time{})
+			if err != nil {
+				t.Fatal(err)
+			}
+			set, err := snap.Select(t.Context(), nil, start.UnixMilli(), w.now.UnixMilli())
+			if err != nil {
+				t.Fatal(err)
+			}
+			for set.Next(t.Context()) {
+				runs, err := set.At().Runs(&history.Buffer{})
+				if err != nil || len(runs) != 1 {
+					t.Fatal(len(runs), err)
+				}
+				if n, m := len(runs[0].Floats.T), len(want[tenant][set.At().Labels.String()].Floats.T); n != m {
+					t.Errorf("%d samples of %s, want %d", n, tenant, m)
+				}
+			}
+			if set.Err() != nil || set.Len() != 1 {
+				t.Errorf("%d series, %v", set.Len(), set.Err())
+			}
+		}
+		n := 0
+		if err := objects.List(t.Context(), "", func(object.Info) error { n++; return nil }); err != nil || n != 1 {
+			t.Errorf("%d objects, want 1 (%v)", n, err)
+		}
+	})
+}
+
+// TestSetAside sees that blocks that are damaged or absent are named and left
+// alone, that the rest is compacted, and that queries fail as before.
+func TestSetAside(t *testing.T) {
+	objects := &historytest.MemoryObjects{}
+	w := newWorld(t, objects, &historytest.MemoryRows{})
+	r := rand.New(rand.NewPCG(1, 3))
+	now := w.now.UnixMilli()
+	var ids []ulid.ULID
+	for i := range 6 {
+		c := content{}
+		c.add(fmt.Sprintf("t%d", i), someSeries(r, "m", 1, now-hour, now))
+		c.add("all", someSeries(r, "m", 3*i, now-hour, now))
+		ids = append(ids, w.flush(t, c))
+	}
+	if err := objects.Delete(t.Context(), history.ObjectKey(ids[1])); err != nil {
+		t.Fatal(err)
+	}
+	size, err := objects.Size(t.Context(), history.ObjectKey(ids[3]))
+	if err != nil {
+		t.Fatal(err)
+	}
+	b, err := objects.GetRange(t.Context(), history.ObjectKey(ids[3]), 0, size)
+	if err != nil {
+		t.Fatal(err)
+	}
+	b[60] ^= 1 // in its first data page
+	if err := objects.Put(t.Context(), history.ObjectKey(ids[3]), bytes.NewReader(b), size); err != nil {
+		t.Fatal(err)
+	}
+	w.pass(t, 4*time.Hour, 10*time.Minute)
+	aside, err := w.index.Aside(t.Context())
+	if err != nil || len(aside) != 2 || aside[0].Block != ids[1] && aside[0].Block != ids[3] {
+		t.Fatalf("set aside: %+v, %v", aside, err)
+	}
+	for _, a := range aside {
+		if !strings.Contains(a.Reason, a.Object) || !strings.Contains(a.Reason, "offset") {
+			t.Errorf("reason %q names neither object nor offset", a.Reason)
+		}
+	}
+	if got := len(w.c.Conditions()); got != 2 {
+		t.Errorf("%d conditions, want 2", got)
+	}
+	for i := range ids {
+		want := map[index.Level]int{1: 1}
+		if i == 1 || i == 3 {
+			want = map[index.Level]int{0: 1}
+		}
+		if got := w.levels(t, fmt.Sprintf("t%d", i)); fmt.Sprint(got) != fmt.Sprint(want) {
+			t.Errorf("tenant of block %d: rows by level %v, want %v", i, got, want)
+		}
+	}
+	if got := w.levels(t, "all"); got[0] != 2 || got[1] != 1 {
+		t.Errorf("rows by level %v", got)
+	}
+	snap, err := w.history.Snapshot(t.Context(), "t1", 0, math.MaxInt64, nil, time.Time{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := snap.Select(t.Context(), nil, 0, math.MaxInt64); err == nil {
+		t.Error("an absent block is not reported any more")
+	}
+}
+
+// TestOrphans sees that what nobody has published is listed, then removed with
+// its rows, and nothing else.
+func TestOrphans(t *testing.T) {
+	objects, rows := &historytest.MemoryObjects{}, &historytest.MemoryRows{}
+	w := newWorld(t, objects, rows)
+	w.c.o.OrphanAge = 24 * time.Hour
+	r := rand.New(rand.NewPCG(1, 4))
+	now := w.now.UnixMilli()
+	c := content{}
+	c.add("a", someSeries(r, "m", 1, now-hour, now))
+	good := w.flush(t, c)
+	// An ingester that died before the guard row.
+	dying := &historytest.FaultyRows{Store: rows, Decide: func(op, _ string) historytest.Fault {
+		if op == "PutIf" {
+			return historytest.Before
+		}
+		return historytest.None
+	}}
+	h, err := history.New(history.Options{Objects: objects, Index: index.New(dying)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	data, sum := encode(t, c)
+	half := ulid.MustNew(ulid.Timestamp(w.now), ulid.DefaultEntropy())
+	if err := h.Publish(t.Context(), half, data, sum); err == nil {
+		t.Fatal("published")
+	}
+	if err := objects.Put(t.Context(), "blocks/other", strings.NewReader("x"), 1); err != nil {
+		t.Fatal(err)
+	}
+	w.now = time.Now().Add(25 * time.Hour) // the store's clock is not ours to set
+	found, err := w.c.Orphans(t.Context())
+	if err != nil || len(found) != 1 || found[0].Block != half {
+		t.Fatalf("%+v, %v", found, err)
+	}
+	for range 3 {
+		if err := w.c.sweep(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		w.now = w.now.Add(6 * time.Hour)
+	}
+	var left []string
+	if err := objects.List(t.Context(), "", func(i object.Info) error { left = append(left, i.Key); return nil }); err != nil {
+		t.Fatal(err)
+	}
+	if fmt.Sprint(left) != fmt.Sprint([]string{history.ObjectKey(good), "blocks/other"}) {
+		t.Errorf("left: %v", left)
+	}
+	if got := w.levels(t, "a"); got[0] != 1 {
+		t.Errorf("rows %v", got)
+	}
+	work := index.NewWorkRow(half)
+	if got, err := w.index.Work(t.Context(), work.Day, work.Shard); err != nil || len(got) > 1 || len(got) == 1 && got[0].Block != good {
+		t.Errorf("work rows %v, %v", got, err)
+	}
+	if err := h.Publish(t.Context(), half, data, sum); err == nil {
+		t.Error("published though condemned")
+	}
+}
+
+// TestLeases sees that two compactors don't merge the same, that a lease that
+// shows no sign of life goes to another, and that the first can't commit then.
+func TestLeases(t *testing.T) {
+	objects, rows := &historytest.MemoryObjects{}, &historytest.MemoryRows{}
+	w := newWorld(t, objects, rows)
+	other := newWorld(t, objects, rows)
+	r := rand.New(rand.NewPCG(1, 5))
+	c := content{}
+	c.add("a", someSeries(r, "m", 1, w.now.UnixMilli()-hour, w.now.UnixMilli()))
+	w.flush(t, c)
+	w.now = w.now.Add(3 * time.Hour)
+	other.now = w.now
+	// The first stands still while it merges.
+	merging := false
+	w.c.o.Objects = &historytest.FaultyObjects{Store: objects, Decide: func(op, _ string) historytest.Fault {
+		if op == "Put" && !merging {
+			merging = true
+			for i := range 6 {
+				worked, err := other.c.Round(context.Background())
+				if err != nil || worked != (i == 5) {
+					t.Errorf("round %d of the other: %v, %v", i, worked, err)
+				}
+				other.now = other.now.Add(time.Minute)
+			}
+		}
+		return historytest.None
+	}}
+	if worked, err := w.c.Round(t.Context()); worked || err != nil {
+		t.Errorf("the first: %v, %v", worked, err)
+	}
+	if !merging {
+		t.Error("nothing was merged")
+	}
+	if got := w.levels(t, "a"); got[0] != 1 || got[1] != 1 {
+		t.Errorf("rows by level %v", got)
+	}
+}
+
+func TestValidate(t *testing.T) {
+	for _, ranges := range [][]time.Duration{
+		{2 * time.Hour, 3 * time.Hour}, {2 * time.Hour, 2 * time.Hour}, {5 * time.Hour}, {14 * 24 * time.Hour}, {time.Millisecond},
+	} {
+		if err := ValidateRanges(ranges); err == nil {
+			t.Errorf("%v was taken", ranges)
+		}
+	}
+	if err := ValidateRanges(DefaultRanges()); err != nil {
+		t.Error(err)
+	}
+	if _, err := New(Options{}); err == nil {
+		t.Error("options without anything were taken")
+	}
+}
+
+func TestPlan(t *testing.T) {
+	tenant := func(ranges ...int64) chunkfmt.TenantSummary {
+		var s chunkfmt.TenantSummary
+		for i := 0; i < len(ranges); i += 2 {
+			s.Windows = append(s.Windows, chunkfmt.Range{MinT: ranges[i], MaxT: ranges[i+1]})
+		}
+		return s
+	}
+	got := plan([]*source{
+		{tenants: []chunkfmt.TenantSummary{tenant(5, 25), tenant(-5, -1, 95, 95)}},
+		{tenants: []chunkfmt.TenantSummary{tenant(11, 12)}},
+	}, 10, 2)
+	want := "[{-9 10} {11 30} {91 100}]"
+	if fmt.Sprint(got) != want {
+		t.Errorf("%v, want %v", got, want)
+	}
+}
