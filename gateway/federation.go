@@ -189,13 +189,7 @@ func (u *unionSet) all() ([]storage.Series, error) {
 	for _, s := range u.sets {
 		for s.Next() {
 			at := s.At()
-			ls := withTenantLabel(at.Labels(), s.tenant)
-			if own, ok := at.(*merge.Series); ok {
-				at = own.WithLabels(ls) // what the planner knows
-			} else {
-				at = labelledSeries{ls, at}
-			}
-			out = append(out, at)
+			out = append(out, labelledSeries{withTenantLabel(at.Labels(), s.tenant), at})
 		}
 		if err := s.Err(); err != nil {
 			return nil, err

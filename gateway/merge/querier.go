@@ -300,13 +300,6 @@ func (s *Series) samples() int64 {
 // Labels implements storage.Labels.
 func (s *Series) Labels() labels.Labels { return s.labels }
 
-// WithLabels gives the same samples under other labels.
-func (s *Series) WithLabels(ls labels.Labels) *Series {
-	out := *s
-	out.labels = ls
-	return &out
-}
-
 // Iterator implements storage.SampleIterable.
 func (s *Series) Iterator(it chunkenc.Iterator) chunkenc.Iterator {
 	mine, ok := it.(*iterator)
