@@ -303,18 +303,24 @@ func (c *Compactor) width(level index.Level) int64 {
 
 func (c *Compactor) top() index.Level { return index.Level(len(c.o.Ranges)) } //nolint:gosec // at most 8
 
-// mergeInto merges blocks into others of a level and puts those into the object
-// store; nothing of them is visible.
-func (c *Compactor) mergeInto(ctx context.Context, level index.Level, blocks []index.JobSource, beat func(context.Context) error) (_ []index.CompactedRow, err error) {
+// mergeInto merges blocks, from the first on as many as it says, into others of a
+// level and puts those into the object store; nothing of them is visible.
+func (c *Compactor) mergeInto(ctx context.Context, level index.Level, blocks []index.JobSource, beat func(context.Context) error) (_ []index.CompactedRow, taken int, err error) {
 	each := min(max(readBudget/int64(4*len(blocks)), minRead), maxRead)
 	m := &merger{}
 	for _, b := range blocks {
 		s, err := openSource(ctx, c.o.Objects, b.BlockRef, each)
 		if err != nil {
-			return nil, err
+			return nil, 0, err
 		}
 		m.sources = append(m.sources, s)
 	}
+	if taken = fit(m.sources, c.width(level)); taken == 0 {
+		b := blocks[0]
+		return nil, 0, &BlockError{b.Block, b.Object, "footer", b.ObjectSize, fmt.Errorf("%w: its samples lie in more than %d windows of %s, or %d weeks",
+			errTooWide, maxWindows, time.Duration(c.width(level))*time.Millisecond, maxReplaced)}
+	}
+	m.sources = m.sources[:taken]
 	o := &outputs{
 		objects: c.o.Objects, dir: c.o.Dir, width: c.width(level), level: level, maxBytes: c.o.MaxBlockBytes, ownBytes: c.o.OwnBlockBytes,
 		now: c.now, entropy: c.entropy, beat: beat, writer: chunkfmt.WriterOptions{Window: history.Window},
@@ -332,15 +338,15 @@ func (c *Compactor) mergeInto(ctx context.Context, level index.Level, blocks []i
 	}()
 	for _, pass := range plan(m.sources, o.width, openWindows) {
 		if err := m.merge(ctx, pass.MinT, pass.MaxT, o); err != nil {
-			return nil, err
+			return nil, 0, err
 		}
 		if err := o.finish(ctx); err != nil {
-			return nil, err
+			return nil, 0, err
 		}
 	}
 	l := levelLabel(level)
 	c.metrics.read.WithLabelValues(l).Add(float64(m.samples))
 	c.metrics.written.WithLabelValues(l).Add(float64(o.samples))
 	c.metrics.bytes.WithLabelValues(l).Add(float64(o.bytes))
-	return o.done, nil
+	return o.done, taken, nil
 }

@@ -351,3 +351,26 @@ func TestPlan(t *testing.T) {
 		t.Errorf("%v, want %v", got, want)
 	}
 }
+
+func TestFit(t *testing.T) {
+	wide := func(weeks int64) *source {
+		s := &source{tenants: []chunkfmt.TenantSummary{{Tenant: "a"}}}
+		for w := range weeks {
+			s.tenants[0].Windows = append(s.tenants[0].Windows, chunkfmt.Range{MinT: w*history.Window + 1, MaxT: w*history.Window + hour})
+		}
+		return s
+	}
+	for name, c := range map[string]struct {
+		sources []*source
+		want    int
+	}{
+		"all":              {[]*source{wide(2), wide(500), wide(1000)}, 3},
+		"too many windows": {[]*source{wide(2), wide(maxWindows + 1), wide(1)}, 1},
+		"too many rows":    {[]*source{wide(1500), wide(1500), wide(1500), wide(1500), wide(1)}, 4},
+		"none":             {[]*source{wide(maxWindows + 1)}, 0},
+	} {
+		if got := fit(c.sources, day); got != c.want {
+			t.Errorf("%s: %d, want %d", name, got, c.want)
+		}
+	}
+}

@@ -128,9 +128,14 @@ func (c *Compactor) run(ctx context.Context, j *index.Job, g *group) (bool, erro
 		if len(sources) == 0 {
 			return false, nil
 		}
-		outputs, err = c.mergeInto(ctx, j.Level, sources, beat)
+		var taken int
+		outputs, taken, err = c.mergeInto(ctx, j.Level, sources, beat)
+		if err == nil {
+			sources = sources[:taken] // the others are next
+			break
+		}
 		var bad *BlockError
-		if err == nil || !errors.As(err, &bad) || unreadable(err) == "" {
+		if !errors.As(err, &bad) || unreadable(err) == "" {
 			break
 		}
 		if sources, err = c.strike(ctx, sources, bad); err != nil {

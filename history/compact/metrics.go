@@ -50,7 +50,7 @@ func newMetrics(reg prometheus.Registerer, levels int) (*metrics, error) {
 		}),
 		aside: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "epimetheus_compactor_set_aside_blocks_total",
-			Help: "Blocks that can't be read and are left as they are, by reason (missing, corrupt, version).",
+			Help: "Blocks that can't be read and are left as they are, by reason (missing, corrupt, version, too_wide).",
 		}, []string{"reason"}),
 		asideNow: prometheus.NewGauge(prometheus.GaugeOpts{
 			Name: "epimetheus_compactor_set_aside_blocks", Help: "Blocks that are left as they are at present.",

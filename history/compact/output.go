@@ -61,7 +61,6 @@ type outputs struct {
 	beat               func(ctx context.Context) error // now and then
 
 	name    string               // of the tenant
-	size    int64                // of the tenant in the sources, bytes
 	shared  map[int64]*output    // being written, by window
 	own     map[int64]*output    // of a large tenant
 	large   bool                 // the tenant is one
@@ -84,7 +83,7 @@ func (o *outputs) tenant(ctx context.Context, tenant string, sizeBytes int64) er
 	if err := o.closeAll(ctx, o.own); err != nil {
 		return err
 	}
-	o.name, o.size, o.large = tenant, sizeBytes, sizeBytes >= o.ownBytes
+	o.name, o.large = tenant, sizeBytes >= o.ownBytes && len(o.done) < maxOwn
 	if o.large {
 		return nil
 	}

@@ -57,6 +57,33 @@ func plan(sources []*source, width int64, atOnce int) []chunkfmt.Range {
 	return out
 }
 
+// Bounds of a job, so that its row, and that of a tenant which names what is
+// replaced and the siblings, stay below what a row may hold.
+const (
+	maxWindows  = 1500 // that its sources have samples in; four years of days
+	maxReplaced = 6000 // rows of a tenant
+	maxOwn      = 500  // blocks of which large tenants still get their own
+)
+
+// fit says how many of the sources, from the first on, a job can have.
+func fit(sources []*source, width int64) int {
+	windows := map[int64]bool{}
+	rows := map[string]int{}
+	for i, s := range sources {
+		for _, t := range s.tenants {
+			for _, r := range t.Windows {
+				for w := windowOf(r.MinT, width); w <= windowOf(r.MaxT, width); w++ { // a week at most
+					windows[w] = true
+				}
+			}
+			if rows[t.Tenant] += len(t.Windows); rows[t.Tenant] > maxReplaced || len(windows) > maxWindows {
+				return i
+			}
+		}
+	}
+	return len(sources)
+}
+
 // view is what there is to do, and what is being done.
 type view struct {
 	flushes   []index.WorkRow

@@ -35,6 +35,10 @@ func (e *BlockError) Error() string {
 
 func (e *BlockError) Unwrap() error { return e.Err }
 
+// errTooWide says that a block has samples in so many windows that what replaces
+// it could not be named in a row.
+var errTooWide = errors.New("block spans too much time to be compacted")
+
 // unreadable says why a block can't be read now or later, "" if another attempt
 // may work.
 func unreadable(err error) string {
@@ -43,6 +47,8 @@ func unreadable(err error) string {
 		return "missing"
 	case errors.Is(err, chunkfmt.ErrVersion):
 		return "version"
+	case errors.Is(err, errTooWide):
+		return "too_wide"
 	case errors.Is(err, chunkfmt.ErrCorrupt), errors.Is(err, io.ErrUnexpectedEOF):
 		return "corrupt"
 	}
