@@ -87,15 +87,32 @@ func (g *gates) enter(ctx context.Context, tenant string, limit int) (leave func
 	}
 }
 
-// limitsOf are those of a tenant; of several together, those of tenants that have
-// none of their own.
+// limitsOf are those of a tenant; of several together, the strictest of each kind.
 func (a *API) limitsOf(tenants []string) Limits {
-	if len(tenants) == 1 {
-		if l, ok := a.opts.TenantLimits[tenants[0]]; ok {
+	of := func(tenant string) Limits {
+		if l, ok := a.opts.TenantLimits[tenant]; ok {
 			return l
 		}
+		return a.opts.Limits
 	}
-	return a.opts.Limits
+	l := of(tenants[0])
+	for _, t := range tenants[1:] {
+		o := of(t)
+		l.Queries = strictest(l.Queries, o.Queries)
+		l.Series = strictest(l.Series, o.Series)
+		l.Samples = strictest(l.Samples, o.Samples)
+		l.Range = strictest(l.Range, o.Range)
+		l.Bytes = strictest(l.Bytes, o.Bytes)
+	}
+	return l
+}
+
+// strictest of two limits; 0 is none.
+func strictest[N int | int64 | time.Duration](a, b N) N {
+	if a == 0 || b != 0 && b < a {
+		return b
+	}
+	return a
 }
 
 // reads says whether a request is a query, of which a tenant may have so many at a

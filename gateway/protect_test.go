@@ -94,6 +94,24 @@ func TestTenantLimits(t *testing.T) {
 	require.Equal(t, http.StatusOK, call(t, api, "query", "query", "requests_total", "time", "1800").code)
 }
 
+// Of several tenants' limits the strictest count.
+func TestLimitsOfSeveralTenants(t *testing.T) {
+	api := newAPI(t, fifty(t), gateway.Options{
+		Tenancy: gateway.Header, TenantFederation: true,
+		Limits:       gateway.Limits{Limits: account.Limits{Series: 1000}},
+		TenantLimits: map[string]gateway.Limits{"strict": {Limits: account.Limits{Series: 10}}, "free": {}},
+	})
+	for tenants, want := range map[string]int{
+		gateway.DefaultTenant: http.StatusOK, gateway.DefaultTenant + "|free": http.StatusOK, "free|" + gateway.DefaultTenant + "|strict": http.StatusUnprocessableEntity,
+	} {
+		r := httptest.NewRequest(http.MethodGet, "/api/v1/query?query=requests_total&time=1800", nil)
+		r.Header.Set(gateway.TenantHeader, tenants)
+		w := httptest.NewRecorder()
+		api.ServeHTTP(w, r)
+		require.Equal(t, want, w.Code, "%s: %s", tenants, w.Body)
+	}
+}
+
 // The query that holds most is ended when all together hold too much.
 func TestQueryMemory(t *testing.T) {
 	reg := prometheus.NewRegistry()

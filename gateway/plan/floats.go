@@ -4,6 +4,7 @@ import (
 	"math"
 	"time"
 
+	"github.com/prometheus/prometheus/model/value"
 	"github.com/prometheus/prometheus/util/kahansum"
 )
 
@@ -43,24 +44,35 @@ func (k *kernel) first(_ []int64, v []float64, out *points) {
 	}
 }
 
-// markResets lists the samples that lie in a window together with the one before,
-// and are less: counter resets.
-func (k *kernel) markResets(v []float64) []int32 {
+// markResets puts into k.marks the samples that lie in a window together with the
+// one before, and are less: counter resets. It stops if it finds a staleness marker
+// in a window, and says so.
+func (k *kernel) markResets(v []float64) (stale bool) {
 	k.marks = k.marks[:0]
 	for begin, end := range k.win.parts(1) {
 		prev := v[begin-1]
 		for j, cur := range v[begin:end] {
-			if cur < prev {
-				k.marks = append(k.marks, begin+int32(j))
+			if !(cur >= prev) { //nolint:staticcheck // true for NaN
+				if cur < prev {
+					k.marks = append(k.marks, begin+int32(j))
+				} else if value.IsStaleNaN(cur) || value.IsStaleNaN(prev) {
+					return true
+				}
 			}
 			prev = cur
 		}
 	}
-	return k.marks
+	for i, hi := range k.win.hi { // those are in no pair
+		if lo := k.win.lo[i]; hi-lo == 1 && value.IsStaleNaN(v[lo]) {
+			return true
+		}
+	}
+	return false
 }
 
-// markChanges is markResets for samples that differ from the one before.
-func (k *kernel) markChanges(v []float64) []int32 {
+// markChanges is markResets for samples that differ from the one before. There are
+// no staleness markers.
+func (k *kernel) markChanges(v []float64) {
 	k.marks = k.marks[:0]
 	for begin, end := range k.win.parts(1) {
 		prev := v[begin-1]
@@ -71,16 +83,14 @@ func (k *kernel) markChanges(v []float64) []int32 {
 			prev = cur
 		}
 	}
-	return k.marks
 }
 
-// changes is changes() and resets().
+// changes is changes(), and resets() with the resets in k.marks.
 func (k *kernel) changes(_ []int64, v []float64, out *points) {
-	marks := k.markChanges
-	if k.leaf.function() == "resets" {
-		marks = k.markResets
+	if k.leaf.function() == "changes" {
+		k.markChanges(v)
 	}
-	at := marks(v)
+	at := k.marks
 	a, b := 0, 0
 	for i, hi := range k.win.hi {
 		lo := k.win.lo[i]
@@ -96,13 +106,14 @@ func (k *kernel) changes(_ []int64, v []float64, out *points) {
 	}
 }
 
-// rate is rate(), increase() and delta(): extrapolatedRate.
+// rate is rate() and increase(), with the resets in k.marks, and delta():
+// extrapolatedRate.
 func (k *kernel) rate(t []int64, v []float64, out *points) {
 	fn := k.leaf.function()
 	isCounter, isRate := fn != "delta", fn == "rate"
 	var resets []int32
 	if isCounter {
-		resets = k.markResets(v)
+		resets = k.marks
 	}
 	g, offset, rng := k.leaf.Grid, k.leaf.offset(), k.leaf.Range
 	perSecond := (time.Duration(rng) * time.Millisecond).Seconds()

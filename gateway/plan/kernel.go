@@ -22,7 +22,9 @@ type kernel struct {
 	// starts: the function looks at start timestamps.
 	starts bool
 	fast   func(k *kernel, t []int64, v []float64, out *points)
-	counts counts // of all series so far
+	// counter: fast wants to know of counter resets.
+	counter bool
+	counts  counts // of all series so far
 
 	// What follows is used again for each series.
 	win    spans
@@ -38,7 +40,9 @@ type kernel struct {
 func newKernel(l *Leaf, o options) *kernel {
 	k := &kernel{leaf: l, fast: kernels[l.function()], counts: newCounts(l.Grid.Len())}
 	switch l.function() {
-	case "rate", "irate", "increase", "resets":
+	case "rate", "increase", "resets":
+		k.starts, k.counter = o.startTimestamps, true
+	case "irate":
 		k.starts = o.startTimestamps
 	}
 	return k
@@ -81,9 +85,16 @@ func (k *kernel) eval(ls labels.Labels, cols *chunkfmt.Series, out *points, anno
 	case k.fast != nil && !histograms && (!k.starts || cols.Floats.ST == nil):
 		t, v := cols.Floats.T, cols.Floats.V
 		k.win.find(t, k.leaf.Grid, k.leaf.offset(), k.leaf.Range)
-		if k.stale(v) {
+		stale := k.stale
+		if k.counter {
+			stale = k.markResets // in the same pass
+		}
+		if stale(v) {
 			t, v = k.withoutStale(t, v)
 			k.win.find(t, k.leaf.Grid, k.leaf.offset(), k.leaf.Range)
+			if k.counter {
+				k.markResets(v)
+			}
 		}
 		k.counts.floats(&k.win, t, k.leaf)
 		k.fast(k, t, v, out)
