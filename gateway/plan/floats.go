@@ -52,7 +52,7 @@ func (k *kernel) markResets(v []float64) (stale bool) {
 	for begin, end := range k.win.parts(1) {
 		prev := v[begin-1]
 		for j, cur := range v[begin:end] {
-			if !(cur >= prev) { //nolint:staticcheck // true for NaN
+			if !(cur >= prev) { // or one is NaN
 				if cur < prev {
 					k.marks = append(k.marks, begin+int32(j))
 				} else if value.IsStaleNaN(cur) || value.IsStaleNaN(prev) {
