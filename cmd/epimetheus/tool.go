@@ -16,9 +16,11 @@ import (
 
 	"github.com/alecthomas/kingpin/v2"
 	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/common/promslog"
 	"github.com/prometheus/prometheus/model/labels"
 
 	"github.com/epimetheus-tsdb/epimetheus/gateway"
+	"github.com/epimetheus-tsdb/epimetheus/history/compact"
 	"github.com/epimetheus-tsdb/epimetheus/history/index"
 	"github.com/epimetheus-tsdb/epimetheus/internal/audit"
 )
@@ -58,8 +60,43 @@ func addTool(app *kingpin.Application, commands map[string]command) {
 		return nil
 	}
 
+	addOrphans(tool, commands)
 	addStatus(tool, commands)
 	addAudit(tool, commands)
+}
+
+func addOrphans(tool *kingpin.CmdClause, commands map[string]command) {
+	cmd := tool.Command("orphans", "List the objects that nobody has published and that a compactor will remove; nothing is changed.")
+	f := &webFlags{}
+	cmd.Flag("data.dir", "Data directory, where the stores are in it; 'epimetheus all' must not be running on it.").Default("data").StringVar(&f.dataDir)
+	age := cmd.Flag("age", "How old objects are at least.").Default(compact.DefaultOrphanAge.String()).Duration()
+	commands[cmd.FullCommand()] = func(g *global) error {
+		c, err := loadConfig(g.configFile)
+		if err != nil {
+			return err
+		}
+		ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+		defer stop()
+		p := &process{role: "tool", config: c, flags: f, logger: promslog.New(&g.log), reg: prometheus.NewRegistry()}
+		st, err := p.openStores(false)
+		if err != nil {
+			return err
+		}
+		defer st.close()
+		found, err := compact.Orphans(ctx, st.objects, st.index, time.Now(), *age)
+		if err != nil {
+			return err
+		}
+		for _, o := range found {
+			state := "not published"
+			if o.Condemned {
+				state = "condemned"
+			}
+			fmt.Printf("%s\t%d bytes\t%s\n", o.Object, o.ObjectSize, state)
+		}
+		fmt.Printf("%d objects\n", len(found))
+		return nil
+	}
 }
 
 // maxStatusBytes bounds what a process may answer.

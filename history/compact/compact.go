@@ -58,7 +58,6 @@ const (
 	defaultOwnBlockBytes = 64 << 20
 	defaultInterval      = time.Minute
 	defaultLease         = 5 * time.Minute
-	defaultOrphanAge     = 24 * time.Hour
 	defaultMaxSources    = 64
 
 	// readBudget is how many bytes of ranges all sources of a merge hold together.
@@ -82,7 +81,7 @@ func (o *Options) setDefaults() {
 	o.OwnBlockBytes = cmp.Or(o.OwnBlockBytes, defaultOwnBlockBytes)
 	o.Interval = cmp.Or(o.Interval, defaultInterval)
 	o.Lease = cmp.Or(o.Lease, defaultLease)
-	o.OrphanAge = cmp.Or(o.OrphanAge, defaultOrphanAge)
+	o.OrphanAge = cmp.Or(o.OrphanAge, DefaultOrphanAge)
 	o.MaxSources = cmp.Or(o.MaxSources, defaultMaxSources)
 	if o.Logger == nil {
 		o.Logger = slog.New(slog.DiscardHandler)

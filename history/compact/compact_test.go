@@ -251,7 +251,7 @@ func TestOrphans(t *testing.T) {
 		t.Fatal(err)
 	}
 	w.now = time.Now().Add(25 * time.Hour) // the store's clock is not ours to set
-	found, err := w.c.Orphans(t.Context())
+	found, err := Orphans(t.Context(), objects, w.index, w.now, w.c.o.OrphanAge)
 	if err != nil || len(found) != 1 || found[0].Block != half {
 		t.Fatalf("%+v, %v", found, err)
 	}

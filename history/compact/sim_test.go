@@ -419,7 +419,7 @@ func (s *sim) flushed() content {
 		for j := range 1 + i*i { // the last is large
 			add(tenant, j, now-simFlush.Milliseconds(), now)
 		}
-		if s.r.IntN(12) == 0 {
+		if s.r.IntN(4) == 0 {
 			late := now - s.r.Int64N(20*day)
 			add(tenant, s.r.IntN(3), late, late+10*minute)
 		}
@@ -548,6 +548,9 @@ func (s *sim) read(a *actor, h *history.History) {
 		mint = maxt - 40*day
 	case 1:
 		maxt = mint + s.r.Int64N(day)
+	case 2: // of what was late
+		mint = maxt - s.r.Int64N(22*day)
+		maxt = mint + s.r.Int64N(4*day)
 	}
 	want := map[string]map[int64]bool{}
 	for key, ts := range s.durable[tenant] {

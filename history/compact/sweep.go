@@ -19,14 +19,12 @@ type Orphan struct {
 	Condemned bool // already; its object is what is left
 }
 
-// Orphans lists the objects that a sweep would look after: the dry run.
-func (c *Compactor) Orphans(ctx context.Context) ([]Orphan, error) {
-	return orphans(ctx, c.o.Objects, c.o.Index, c.now(), c.o.OrphanAge)
-}
+// DefaultOrphanAge is how old objects are when a sweep looks after them.
+const DefaultOrphanAge = 24 * time.Hour
 
-// orphans lists objects of blocks older than age that are not published and not
-// part of a job.
-func orphans(ctx context.Context, objects object.Store, x *index.Index, now time.Time, age time.Duration) ([]Orphan, error) {
+// Orphans lists the objects of blocks older than age that are not published and
+// not part of a job: what a sweep condemns and deletes. It changes nothing.
+func Orphans(ctx context.Context, objects object.Store, x *index.Index, now time.Time, age time.Duration) ([]Orphan, error) {
 	jobs, err := x.Jobs(ctx)
 	if err != nil {
 		return nil, err
@@ -67,7 +65,7 @@ func orphans(ctx context.Context, objects object.Store, x *index.Index, now time
 
 // sweep condemns orphans, and deletes those that were condemned a grace ago.
 func (c *Compactor) sweep(ctx context.Context) error {
-	all, err := c.Orphans(ctx)
+	all, err := Orphans(ctx, c.o.Objects, c.o.Index, c.now(), c.o.OrphanAge)
 	if err != nil {
 		return err
 	}
