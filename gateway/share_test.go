@@ -1,0 +1,93 @@
+package gateway_test
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"testing"
+
+	"github.com/oklog/ulid/v2"
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/prometheus/model/labels"
+	"github.com/stretchr/testify/require"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials/insecure"
+
+	"github.com/epimetheus-tsdb/epimetheus/chunkfmt"
+	"github.com/epimetheus-tsdb/epimetheus/gateway"
+	"github.com/epimetheus-tsdb/epimetheus/gateway/gatewaytest"
+	"github.com/epimetheus-tsdb/epimetheus/gateway/plan"
+	"github.com/epimetheus-tsdb/epimetheus/gateway/worker"
+	"github.com/epimetheus-tsdb/epimetheus/history"
+)
+
+// TestGatewaysShareWork: a long query at one gateway is computed by another in part,
+// with the tenant's engine, and gives what one gateway alone gives.
+func TestGatewaysShareWork(t *testing.T) {
+	c := gatewaytest.New(t, gatewaytest.Options{})
+	const n, interval = 60_000, 15_000 // ten days
+	for from := int64(0); from < n*interval; from += 24 * 3600 * 1000 {
+		var buf bytes.Buffer
+		w := chunkfmt.NewWriter(&buf, chunkfmt.WriterOptions{Window: history.Window})
+		for i := range 50 {
+			s := &chunkfmt.Series{Labels: labels.FromStrings("__name__", "requests_total", "i", fmt.Sprint(10+i))}
+			for ts := from; ts < min(from+24*3600*1000, n*interval); ts += interval {
+				s.Floats.T, s.Floats.V = append(s.Floats.T, ts), append(s.Floats.V, float64(ts/1000*int64(i)%100_000))
+			}
+			require.NoError(t, w.Add(gateway.DefaultTenant, s))
+		}
+		summary, err := w.Close()
+		require.NoError(t, err)
+		require.NoError(t, c.History.Publish(t.Context(), ulid.Make(), buf.Bytes(), summary))
+	}
+	// The gateway's engine has an option that shows in results.
+	engine := gateway.EngineOptions{Features: []string{"promql-delayed-name-removal"}}
+	newResults := func() *plan.Results {
+		r, err := plan.NewResults(64<<20, prometheus.NewRegistry())
+		require.NoError(t, err)
+		return r
+	}
+	alone := newAPI(t, c, gateway.Options{Engine: engine})
+	other := newAPI(t, c, gateway.Options{Engine: engine, Spread: plan.Spread{Results: newResults()}})
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	require.NoError(t, err)
+	g := grpc.NewServer()
+	reg := prometheus.NewRegistry()
+	worker.NewServer(func(ctx context.Context, task *plan.Task) ([]byte, error) { return other.Work(ctx, c.History, task) },
+		slog.New(slog.DiscardHandler), reg).Register(g)
+	served := make(chan struct{})
+	go func() {
+		defer close(served)
+		_ = g.Serve(l) // ends with Stop
+	}()
+	t.Cleanup(func() {
+		g.Stop()
+		<-served
+	})
+	peers := []worker.Peer{{ID: "other", Address: l.Addr().String()}}
+	pool := worker.NewPool("one", func() []worker.Peer { return peers }, slog.New(slog.DiscardHandler), prometheus.NewRegistry(), grpc.WithTransportCredentials(insecure.NewCredentials()))
+	t.Cleanup(func() { require.NoError(t, pool.Close()) })
+	one := newAPI(t, c, gateway.Options{Engine: engine, Spread: plan.Spread{Results: newResults(), Workers: pool}})
+
+	for _, expr := range []string{`sum(rate(requests_total[5m]))`, `max_over_time(requests_total[1h])`, `label_replace(rate(requests_total[5m]), "n", "$1", "__name__", "(.*)")`} {
+		params := []string{"query", expr, "start", "3600", "end", fmt.Sprint(n * interval / 1000), "step", "3600"}
+		want, got := call(t, alone, "query_range", params...), call(t, one, "query_range", params...)
+		require.Equal(t, http.StatusOK, want.code, want.Error)
+		require.Equal(t, want, got, expr)
+	}
+	ms, err := reg.Gather()
+	require.NoError(t, err)
+	ok := 0.
+	for _, m := range ms {
+		if m.GetName() == "epimetheus_gateway_worker_parts_total" {
+			for _, x := range m.GetMetric() {
+				require.Equal(t, "ok", x.GetLabel()[0].GetValue())
+				ok += x.GetCounter().GetValue()
+			}
+		}
+	}
+	require.Greater(t, ok, 3.)
+}
