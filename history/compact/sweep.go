@@ -82,16 +82,15 @@ func (c *Compactor) sweep(ctx context.Context) error {
 			c.metrics.orphans.WithLabelValues("condemned").Inc()
 			c.logger.Info("nobody has published a block: it is condemned", "block", o.Block, "object", o.Object, "size_bytes", o.ObjectSize)
 		}
-		since, ok := c.condemned[o.Block]
-		if !ok {
-			since = c.now()
-		}
-		known[o.Block] = since
 		// Its writer may have got as far as writing rows, and readers may see them.
 		if err := c.removeOrphanRows(ctx, o.BlockRef); err != nil {
 			return err
 		}
-		if c.now().Sub(since) < c.o.Grace {
+		since, ok := c.condemned[o.Block]
+		if !ok {
+			since = c.now() // not before its rows are gone
+		}
+		if known[o.Block] = since; c.now().Sub(since) < c.o.Grace {
 			continue
 		}
 		if err := c.o.Objects.Delete(ctx, o.Object); err != nil {
