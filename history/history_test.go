@@ -812,6 +812,33 @@ func TestManyBlocksAndSeries(t *testing.T) {
 	wantSeries(t, selectAll(t, s, 0, 1e9), want)
 }
 
+// TestHeldPages: whoever keeps no series holds no more than the pages of a few goes,
+// however many the set takes.
+func TestHeldPages(t *testing.T) {
+	h := localStores(t).open(t, func(o *Options) { o.PageCacheBytes = -1 })
+	h.batchBytes = 20 << 10
+	for i := range 5 {
+		publishWith(t, h, tenantSeries{"a": wideSeries(int64(i) * 3_600_000)}, chunkfmt.WriterOptions{PageBytes: 2 << 10, PageSeries: 100})
+	}
+	set, err := snapshot(t, h, "a", 0, 1e9).Select(t.Context(), nil, 0, 1e9)
+	if err != nil {
+		t.Fatal(err)
+	}
+	most := int64(0)
+	for set.Next(t.Context()) {
+		most = max(most, set.Held())
+	}
+	if set.Err() != nil {
+		t.Fatal(set.Err())
+	}
+	if most == 0 || most > 2*h.batchBytes || set.Bytes() < 2*most {
+		t.Errorf("%d bytes held at most, of %d taken", most, set.Bytes())
+	}
+	if set.Held() != 0 {
+		t.Errorf("%d bytes held at the end", set.Held())
+	}
+}
+
 func TestConcurrentQueriesShareLoads(t *testing.T) {
 	h := localStores(t).open(t, nil)
 	publishWith(t, h, tenantSeries{"a": wideSeries(0)}, chunkfmt.WriterOptions{})

@@ -26,6 +26,7 @@ type SeriesSet struct {
 	loaded int                   // so many series have their pages
 	pages  map[pageKey]*heldPage // of the last batch
 	bytes  int64                 // of pages that were taken so far
+	held   int64                 // of pages
 	err    error
 }
 
@@ -97,7 +98,7 @@ func (ss *SeriesSet) Len() int { return len(ss.series) }
 // Next goes to the next series. It returns false at the end and after an error.
 func (ss *SeriesSet) Next(ctx context.Context) bool {
 	if ss.err != nil || ss.next == len(ss.series) {
-		ss.pages = nil
+		ss.pages, ss.held = nil, 0
 		return false
 	}
 	if ss.next == ss.loaded {
@@ -160,12 +161,20 @@ func (ss *SeriesSet) load(ctx context.Context) error {
 	}
 	ss.loaded = n
 	ss.bytes += size
+	ss.held = 0
+	for _, held := range ss.pages {
+		ss.held += held.at.Size
+	}
 	return nil
 }
 
-// Bytes is the size, in the store, of all pages that the set has taken so far. A
-// caller that keeps no series holds about 32 MiB of them at most.
+// Bytes is the size, in the store, of all pages that the set has taken so far: what
+// a caller holds that keeps the series.
 func (ss *SeriesSet) Bytes() int64 { return ss.bytes }
+
+// Held is the size of the pages that the set itself holds, about 32 MiB at most:
+// what a caller holds that keeps no series.
+func (ss *SeriesSet) Held() int64 { return ss.held }
 
 // Samples is about how many samples Runs will give, known without decoding.
 func (s *Series) Samples() int {

@@ -187,8 +187,8 @@ type seriesSet struct {
 // hold tells the account what pages are held.
 func (s *seriesSet) hold() {
 	bytes := s.old.Bytes()
-	if s.streams && !s.more {
-		bytes = 0
+	if s.streams {
+		bytes = s.old.Held()
 	}
 	s.account.Hold(bytes - s.held)
 	s.held = bytes
