@@ -26,6 +26,6 @@
 //
 // These are no leaves: anything under info(); selectors that are anchored or
 // smoothed; selectors with @ below a subquery or in what isn't evaluated once;
-// functions with parameters that aren't literals; plain selectors outside of an
+// functions with parameters that aren't literals; more than a million steps; plain selectors outside of an
 // aggregation, where there is nothing to gain.
 package plan

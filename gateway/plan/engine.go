@@ -94,7 +94,9 @@ func (e *Engine) plan(inner promql.Query, one *snapshot, opts promql.QueryOpts) 
 	q.grid = g
 	one.mint, one.maxt = promql.FindMinMaxTime(stmt)
 	p := &planner{lookback: stmt.LookbackDelta.Milliseconds(), noStep: e.opts.NoStepSubqueryIntervalFn}
-	stmt.Expr = p.walk(stmt.Expr, place{grid: g})
+	if g.bounded() {
+		stmt.Expr = p.walk(stmt.Expr, place{grid: g})
+	}
 	q.leaves = p.leaves
 	return q
 }

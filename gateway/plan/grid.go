@@ -12,6 +12,19 @@ type Grid struct {
 	Start, End, Step int64
 }
 
+// maxSteps bounds the grids that are computed here: memory goes with their length.
+// That is a year in steps of half a minute; the engine does the others.
+const maxSteps = 1 << 20
+
+// maxTime bounds their times, in ms: adding ranges, offsets and spans to those
+// doesn't overflow.
+const maxTime = 1 << 61
+
+// bounded: there is a time, and neither too many nor such that are absurd.
+func (g Grid) bounded() bool {
+	return g.Step > 0 && -maxTime <= g.Start && g.Start <= g.End && g.End <= maxTime && (g.End-g.Start)/g.Step < maxSteps
+}
+
 // Len is the number of times.
 func (g Grid) Len() int {
 	if g.End < g.Start {

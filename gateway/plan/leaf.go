@@ -146,6 +146,9 @@ func (p *planner) walk(e parser.Expr, at place) parser.Expr {
 		if n.Timestamp != nil {
 			break
 		}
+		if !at.grid.bounded() {
+			break
+		}
 		step := n.Step.Milliseconds()
 		if step == 0 {
 			step = p.noStep(n.Range.Milliseconds())
@@ -246,7 +249,7 @@ func (p *planner) call(n *parser.Call, at place) *Leaf {
 
 // selector begins a leaf.
 func (p *planner) selector(vs *parser.VectorSelector, at place) *Leaf {
-	if vs.Anchored || vs.Smoothed || at.grid.Len() == 0 {
+	if vs.Anchored || vs.Smoothed || !at.grid.bounded() {
 		return nil
 	}
 	offset := vs.OriginalOffset

@@ -29,6 +29,9 @@ var errGiveUp = errors.New("not for a kernel")
 // their turn to be put together.
 const batch = 128
 
+// batchSteps bounds the steps of the series of a batch, all together.
+const batchSteps = 4 << 20
+
 // buffers are those of queries that have ended.
 //
 //nolint:gochecknoglobals // scratch memory
@@ -59,19 +62,23 @@ func (w *worker) eval(s *slot) error {
 // run computes a leaf over the series of a set, several at a time.
 func run(ctx context.Context, l *Leaf, o options, set storage.SeriesSet, atOnce int) (*partial, error) {
 	r := newResult(l, o)
-	held := int64(0)
 	acc := account.From(ctx)
-	total := newCounts(l.Grid.Len())
+	steps := l.Grid.Len()
+	base := 2 * 8 * int64(steps) * int64(atOnce+1) // counts
+	held := base
+	acc.Hold(held)
+	total := newCounts(steps)
 	ws := make([]worker, atOnce)
 	for i := range ws {
 		buf, _ := buffers.Get().(*merge.Buffer)
 		ws[i] = worker{newKernel(l, o), buf}
 		defer buffers.Put(buf)
 	}
-	slots := make([]slot, 0, batch)
+	// Points wait for their turn, and their memory is noted after each batch.
+	slots := make([]slot, 0, max(1, min(batch, batchSteps/steps)))
 	for more := true; more; {
 		slots = slots[:0]
-		for len(slots) < batch {
+		for len(slots) < cap(slots) {
 			if more = set.Next(); !more {
 				break
 			}
@@ -95,7 +102,7 @@ func run(ctx context.Context, l *Leaf, o options, set storage.SeriesSet, atOnce 
 				return &partial{annos: r.annos}, err
 			}
 		}
-		bytes := r.bytes()
+		bytes := base + r.bytes()
 		acc.Hold(bytes - held)
 		held = bytes
 	}

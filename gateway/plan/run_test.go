@@ -4,8 +4,10 @@ import (
 	"log/slog"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/prometheus/prometheus/model/labels"
+	"github.com/prometheus/prometheus/promql"
 	"github.com/prometheus/prometheus/promql/parser"
 	"github.com/prometheus/prometheus/storage"
 	"github.com/stretchr/testify/require"
@@ -25,4 +27,32 @@ func TestForeignSeries(t *testing.T) {
 	s := storage.NewListSeries(labels.FromStrings("a", "b"), nil)
 	_, err := run(t.Context(), &Leaf{Grid: Grid{Step: 1}, Selector: &parser.VectorSelector{}}, options{}, storage.TestSeriesSet(s), 1)
 	require.ErrorIs(t, err, errGiveUp)
+}
+
+// Memory goes with the number of steps, so a query can't have any number of them,
+// and absurd times don't overflow.
+func TestBoundedSteps(t *testing.T) {
+	o := promql.EngineOpts{MaxSamples: 1, Timeout: time.Minute, EnableAtModifier: true, EnableNegativeOffset: true, Parser: parser.NewParser(parser.Options{})}
+	e := New(promql.NewEngine(o), o, Spread{})
+	const absurd = 9223372036854774 // s; in ms almost 1<<63
+	for _, c := range []struct {
+		expr       string
+		start, end time.Time
+		step       time.Duration
+		leaves     int
+	}{
+		{`max_over_time(sum(x)[30d:1m])`, time.Unix(1e9, 0), time.Unix(1e9+3600, 0), time.Minute, 1},
+		{`max_over_time(sum(x)[100y:1ms])`, time.Unix(1e9, 0), time.Unix(1e9+3600, 0), time.Minute, 0},
+		{`max_over_time(max_over_time(sum(x)[1h:1m])[100y:1ms])`, time.Unix(1e9, 0), time.Unix(1e9+3600, 0), time.Minute, 0},
+		{`sum(x) + sum(x @ 5)`, time.Unix(0, 0), time.Unix(absurd, 0), time.Hour, 0},
+		{`sum(x)`, time.Unix(-absurd, 0), time.Unix(absurd, 0), 1e8 * time.Second, 0},
+		{`sum(rate(x[5m]))`, time.Unix(absurd, 0), time.Unix(absurd+1, 0), time.Millisecond, 0},
+		{`max_over_time(sum(x)[1h:1m])`, time.Unix(-absurd, 0), time.Unix(-absurd+1, 0), time.Millisecond, 0},
+	} {
+		q, err := e.NewRangeQuery(t.Context(), nil, nil, c.expr, c.start, c.end, c.step)
+		require.NoError(t, err)
+		planned, ok := q.(*query)
+		require.True(t, ok)
+		require.Len(t, planned.leaves, c.leaves, c.expr)
+	}
 }
