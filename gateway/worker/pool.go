@@ -197,9 +197,7 @@ func (p *Pool) one(ctx context.Context, peer Peer, req *workpb.RunRequest) ([]by
 	case codes.OK:
 		p.requests.WithLabelValues("ok").Inc()
 		p.seconds.Observe(took.Seconds())
-		p.mu.Lock()
-		p.usual += (took - p.usual) / 16
-		p.mu.Unlock()
+		p.took(took)
 		return r.GetResult(), nil
 	case codes.FailedPrecondition:
 		p.requests.WithLabelValues("declined").Inc()
@@ -208,11 +206,27 @@ func (p *Pool) one(ctx context.Context, peer Peer, req *workpb.RunRequest) ([]by
 		p.requests.WithLabelValues("declined").Inc()
 		return nil, plan.ErrUnlike
 	case codes.Canceled:
+		p.tookLonger(took)
 		return nil, err
 	}
 	p.requests.WithLabelValues("failed").Inc()
 	p.logger.Warn("another gateway failed to compute a part of a query, it is computed elsewhere", "gateway", peer.ID, "addr", peer.Address, "err", err)
 	return nil, err
+}
+
+// took notes how long a part has taken.
+func (p *Pool) took(d time.Duration) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.usual += (d - p.usual) / 16
+}
+
+// tookLonger notes that a part would have taken longer than it was waited for.
+// Otherwise parts that all take longer would never be waited for long enough.
+func (p *Pool) tookLonger(than time.Duration) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.usual += max(0, than-p.usual) / 16
 }
 
 var errClosed = errors.New("connections to gateways are closed")

@@ -9,6 +9,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/oklog/ulid/v2"
@@ -16,6 +17,7 @@ import (
 	"github.com/stretchr/testify/require"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/test/bufconn"
 
 	"github.com/epimetheus-tsdb/epimetheus/chunkfmt"
 	"github.com/epimetheus-tsdb/epimetheus/gateway/plan"
@@ -191,6 +193,45 @@ func TestHedge(t *testing.T) {
 		}
 	}
 	require.Eventually(t, func() bool { return stopped.Load() == hung.Load() }, 5*time.Second, time.Millisecond)
+}
+
+// Where parts take longer than was thought, callers learn to wait for them.
+func TestSlowParts(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := bufconn.Listen(256 << 10)
+		g := grpc.NewServer()
+		worker.NewServer(func(ctx context.Context, _ *plan.Task) ([]byte, error) {
+			select {
+			case <-ctx.Done():
+				return nil, context.Cause(ctx)
+			case <-time.After(5 * time.Second):
+				return []byte("x"), nil
+			}
+		}, slog.New(slog.DiscardHandler), prometheus.NewRegistry()).Register(g)
+		served := make(chan struct{})
+		go func() {
+			defer close(served)
+			_ = g.Serve(l) // ends with Stop
+		}()
+		p := worker.NewPool("caller", func() []worker.Peer { return []worker.Peer{{ID: "slow", Address: "passthrough:slow"}} },
+			slog.New(slog.DiscardHandler), prometheus.NewRegistry(), grpc.WithTransportCredentials(insecure.NewCredentials()),
+			grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) { return l.DialContext(ctx) }))
+		k := key(0)
+		for i := 1; p.Here(k); i++ {
+			k = key(i)
+		}
+		late := 0
+		for range 20 {
+			if _, err := p.Run(t.Context(), k, task()); err != nil {
+				require.ErrorIs(t, err, plan.ErrHere)
+				late++
+			}
+		}
+		require.Less(t, late, 10)
+		require.NoError(t, p.Close())
+		g.Stop()
+		<-served
+	})
 }
 
 // A query that is cancelled ends at the worker too.
