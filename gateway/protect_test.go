@@ -85,6 +85,16 @@ func TestLimits(t *testing.T) {
 	}
 }
 
+// So much time that it can't be said in nanoseconds is beyond the limit too.
+func TestLimitOfAges(t *testing.T) {
+	api := newAPI(t, fifty(t), gateway.Options{Limits: gateway.Limits{Limits: account.Limits{Range: time.Hour}}})
+	for _, start := range []string{"-12000000000", "-20000000000", "-9000000000000000"} { // 292 years are 9.2e9 s
+		a := call(t, api, "query_range", "query", "requests_total", "start", start, "end", "3600", "step", "9000000000")
+		require.Equal(t, http.StatusUnprocessableEntity, a.code, start)
+		require.Contains(t, a.Error, "limit gateway.limits.query_range is 1h0m0s")
+	}
+}
+
 // A tenant's own limits stand in place of the others.
 func TestTenantLimits(t *testing.T) {
 	api := newAPI(t, fifty(t), gateway.Options{
