@@ -221,7 +221,10 @@ func (a *API) Work(ctx context.Context, h *history.History, t *plan.Task) ([]byt
 	if !ok {
 		return nil, plan.ErrUnlike
 	}
-	return e.Work(WithTenant(ctx, t.Tenant), h, t)
+	// The limits of one query are the caller's to keep, memory is ours.
+	ctx, _, done := a.opts.Memory.Open(WithTenant(ctx, t.Tenant), t.Tenant, account.Limits{})
+	defer done()
+	return e.Work(ctx, h, t)
 }
 
 // whenReady answers 503 until the gateway can serve, as Prometheus does.

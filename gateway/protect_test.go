@@ -20,6 +20,7 @@ import (
 	"github.com/epimetheus-tsdb/epimetheus/gateway"
 	"github.com/epimetheus-tsdb/epimetheus/gateway/account"
 	"github.com/epimetheus-tsdb/epimetheus/gateway/gatewaytest"
+	"github.com/epimetheus-tsdb/epimetheus/gateway/plan"
 )
 
 // fifty are series of an hour, the older half in a block.
@@ -139,6 +140,26 @@ func TestQueryMemory(t *testing.T) {
 		case "epimetheus_gateway_query_memory_bytes":
 			require.Zero(t, m.GetMetric()[0].GetGauge().GetValue()) // all has been given back
 		}
+	}
+}
+
+// What parts of other gateways' queries hold counts too.
+func TestMemoryOfWorkers(t *testing.T) {
+	c := fifty(t)
+	snap, err := c.History.Snapshot(t.Context(), gateway.DefaultTenant, 0, 3_600_000, nil, time.Time{})
+	require.NoError(t, err)
+	require.NotEmpty(t, snap.Blocks)
+	for _, q := range []struct {
+		bytes int64
+		fails bool
+	}{{5000, true}, {0, false}} {
+		reg := prometheus.NewRegistry()
+		api := newAPI(t, c, gateway.Options{Memory: account.NewMemory(q.bytes, reg)})
+		_, err := api.Work(t.Context(), c.History, &plan.Task{
+			Tenant: gateway.DefaultTenant, Query: "rate(requests_total[5m])", Start: 0, End: 3_600_000, Step: 15_000, Lookback: 300_000,
+			MaxSamples: 1e6, Span: 24 * 3_600_000, To: 241, Blocks: snap.Blocks,
+		})
+		require.Equal(t, q.fails, err != nil, err)
 	}
 }
 

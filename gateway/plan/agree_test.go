@@ -2,6 +2,7 @@ package plan_test
 
 import (
 	"context"
+	"errors"
 	"flag"
 	"fmt"
 	"log/slog"
@@ -291,6 +292,40 @@ func TestAgreement(t *testing.T) {
 	}
 	if *agreeN > 100 && leaves < *agreeN/4 {
 		t.Errorf("only %d leaves: the planner isn't tested", leaves)
+	}
+}
+
+// A worker keeps a result as of the part that a task names, so it has to be of that
+// part; and it takes no memory for steps without end.
+func TestTasksThatDoNotFit(t *testing.T) {
+	c := gatewaytest.New(t, gatewaytest.Options{})
+	r, err := plan.NewResults(1<<20, prometheus.NewRegistry())
+	if err != nil {
+		t.Fatal(err)
+	}
+	e := plan.New(promqltest.NewTestEngineWithOpts(t, suiteOptions), suiteOptions, plan.Spread{TenantOf: tenantOf, Results: r})
+	const hour, minute = 3_600_000, 60_000
+	ok := plan.Task{
+		Tenant: gateway.DefaultTenant, Query: "sum(rate(x[5m]))", Start: hour / 2, End: 3 * hour, Step: minute, Lookback: 5 * minute,
+		StartTimestamps: true, DelayedNameRemoval: true, MaxSamples: 1000, Span: hour, Number: 1, From: 30, To: 90,
+	}
+	for _, q := range []struct {
+		name   string
+		change func(t *plan.Task)
+		want   error
+	}{
+		{"whole part", func(*plan.Task) {}, nil},
+		{"begins before", func(t *plan.Task) { t.From-- }, plan.ErrUnlike},
+		{"ends later", func(t *plan.Task) { t.To++ }, plan.ErrUnlike},
+		{"another part", func(t *plan.Task) { t.Number++ }, plan.ErrUnlike},
+		{"no span", func(t *plan.Task) { t.Span = 0 }, plan.ErrUnlike},
+		{"billions of steps", func(t *plan.Task) { t.Start, t.End, t.Step, t.To, t.Span, t.Number = 0, 1e10, 1, 3e9, 1e11, 0 }, plan.ErrUnlike},
+	} {
+		task := ok
+		q.change(&task)
+		if _, err := e.Work(t.Context(), c.History, &task); !errors.Is(err, q.want) {
+			t.Errorf("%s: %v, want %v", q.name, err, q.want)
+		}
 	}
 }
 

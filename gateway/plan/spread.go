@@ -383,6 +383,10 @@ func (e *Engine) Work(ctx context.Context, h *history.History, t *Task) ([]byte,
 	if t.Split && !l.split() || t.From < 0 || t.From >= t.To || t.To > l.Grid.Len() {
 		return nil, ErrUnlike
 	}
+	// What is kept is kept as of the part that the task names.
+	if t.Span <= 0 || floorDiv(l.Grid.At(t.From), t.Span) != t.Number || floorDiv(l.Grid.At(t.To-1), t.Span) != t.Number {
+		return nil, ErrUnlike
+	}
 	q.opts.maxSamples = min(q.opts.maxSamples, t.MaxSamples)
 	only := l.only(t.From, t.To)
 	var key Key

@@ -2,6 +2,8 @@ package worker
 
 import (
 	"fmt"
+	"math"
+	"time"
 
 	"github.com/oklog/ulid/v2"
 
@@ -42,8 +44,9 @@ func task(r *workpb.RunRequest) (*plan.Task, error) {
 		MaxSamples: int(r.GetMaxSamples()), Leaf: int(r.GetLeaf()), Split: r.GetSplit(), Span: r.GetSpan(), Number: r.GetNumber(),
 		From: int(r.GetFrom()), To: int(r.GetTo()), Blocks: make([]history.Block, len(r.GetBlocks())),
 	}
-	if t.Step < 0 || t.Lookback < 0 || t.Span <= 0 {
-		return nil, fmt.Errorf("step %d, lookback %d, span %d: none may be negative, and the span not 0", t.Step, t.Lookback, t.Span)
+	const most = math.MaxInt64 / int64(time.Millisecond)
+	if t.Step < 0 || t.Step > most || t.Lookback < 0 || t.Lookback > most || t.Span <= 0 || t.Span > most {
+		return nil, fmt.Errorf("step %d, lookback %d, span %d: want 0 to %d ms, and the span not 0", t.Step, t.Lookback, t.Span, most)
 	}
 	for i, b := range r.GetBlocks() {
 		out := &t.Blocks[i]

@@ -3,8 +3,10 @@ package worker
 import (
 	"context"
 	"errors"
+	"fmt"
 	"log/slog"
 	"runtime"
+	"runtime/debug"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"google.golang.org/grpc"
@@ -66,7 +68,7 @@ func (s *Server) Run(ctx context.Context, r *workpb.RunRequest) (*workpb.RunResp
 		return fail("failed", codes.Canceled, err)
 	}
 	defer done()
-	b, err := s.run(ctx, t)
+	b, err := s.safely(ctx, t)
 	switch {
 	case errors.Is(err, plan.ErrGiveUp):
 		return fail("declined", codes.FailedPrecondition, err)
@@ -82,6 +84,17 @@ func (s *Server) Run(ctx context.Context, r *workpb.RunRequest) (*workpb.RunResp
 	}
 	s.parts.WithLabelValues("ok").Inc()
 	return &workpb.RunResponse{Result: b}, nil
+}
+
+// safely runs a part. A bug ends the part and not the process.
+func (s *Server) safely(ctx context.Context, t *plan.Task) (_ []byte, err error) {
+	defer func() {
+		if p := recover(); p != nil {
+			s.logger.Error("runtime panic in a part of a query", "err", p, "stacktrace", string(debug.Stack()))
+			err = fmt.Errorf("unexpected error: %v", p)
+		}
+	}()
+	return s.run(ctx, t)
 }
 
 var errTooLarge = errors.New("the result of a part is larger than 64 MiB")

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"math"
 	"net"
 	"sync"
 	"sync/atomic"
@@ -167,6 +168,39 @@ func TestOutcomes(t *testing.T) {
 		require.ErrorIs(t, err, c.want)
 		require.LessOrEqual(t, runs.Load(), c.runs)
 	}
+}
+
+// Whatever a task is, the worker goes on.
+func TestBadTasks(t *testing.T) {
+	var runs atomic.Int64
+	peers, _ := serve(t, 1, func(_ context.Context, _ int, x *plan.Task) ([]byte, error) {
+		runs.Add(1)
+		return []byte{x.Query[10]}, nil // a bug
+	})
+	p := pool(t, "caller", peers)
+	k := key(0)
+	for i := 1; p.Here(k); i++ {
+		k = key(i)
+	}
+	for _, change := range []func(x *plan.Task){
+		func(x *plan.Task) { x.Step = math.MaxInt64 / 1000 },
+		func(x *plan.Task) { x.Lookback = math.MaxInt64 },
+		func(x *plan.Task) { x.Span = math.MaxInt64 },
+		func(x *plan.Task) { x.Blocks[0].Ranges = nil },
+	} {
+		x := task()
+		change(x)
+		_, err := p.Run(t.Context(), k, x)
+		require.ErrorIs(t, err, plan.ErrHere)
+	}
+	require.Zero(t, runs.Load())
+	x := task()
+	x.Query = "x"
+	_, err := p.Run(t.Context(), k, x)
+	require.ErrorIs(t, err, plan.ErrHere)
+	require.Equal(t, int64(1), runs.Load())
+	_, err = p.Run(t.Context(), k, task())
+	require.NoError(t, err)
 }
 
 // A slow gateway is overtaken by the next, and told to stop.
