@@ -178,8 +178,10 @@ type seriesSet struct {
 	more          bool // old has a present series
 
 	account *account.Account
-	streams bool  // series aren't kept by the caller
-	held    int64 // bytes of pages, as the account was told
+	of      *Selection // which counts the series; nil: each counts
+	given   int64      // series so far
+	streams bool       // series aren't kept by the caller
+	held    int64      // bytes of pages, as the account was told
 
 	at *Series
 }
@@ -240,7 +242,7 @@ func (s *seriesSet) Next() bool {
 		if s.left > 0 {
 			s.left--
 		}
-		if err := s.account.AddSeries(1, at.samples()); err != nil {
+		if err := s.count(at); err != nil {
 			s.err = err
 			return false
 		}
@@ -248,6 +250,15 @@ func (s *seriesSet) Next() bool {
 		return true
 	}
 	return false
+}
+
+// count tells the account of the next series.
+func (s *seriesSet) count(at *Series) error {
+	s.given++
+	if s.of != nil {
+		return s.of.AddSeries(s.given, at.samples())
+	}
+	return s.account.AddSeries(1, at.samples())
 }
 
 // least finds the least labels among the next of all lists.

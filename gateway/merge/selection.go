@@ -3,6 +3,7 @@ package merge
 import (
 	"context"
 	"slices"
+	"sync/atomic"
 
 	"github.com/prometheus/prometheus/model/labels"
 	"github.com/prometheus/prometheus/storage"
@@ -27,6 +28,8 @@ type Selection struct {
 	warnings annotations.Annotations
 	heads    [][]fetch.Series // of each ingester, ascending in labels
 	snap     *history.Snapshot
+
+	series atomic.Int64 // the most that one set of them has given
 }
 
 func newSelection(ctx context.Context, q *Querier, hints *storage.SelectHints, ms []*labels.Matcher) *Selection {
@@ -107,10 +110,22 @@ func (s *Selection) HeadTimes(fn func(mint, maxt int64)) {
 	}
 }
 
+// AddSeries tells the account of samples that were read, or are about to be, of the
+// first so many series of a part of the time. Parts have the same series, more or
+// less: only those count that no part has had so many of.
+func (s *Selection) AddSeries(series, samples int64) error {
+	for {
+		was := s.series.Load()
+		if s.series.CompareAndSwap(was, max(was, series)) {
+			return account.From(s.ctx).AddSeries(max(0, series-was), samples)
+		}
+	}
+}
+
 // Set gives the series, of which the caller keeps none, that have samples in mint to maxt, inclusive, in ms. It
 // begins to read at once.
 func (s *Selection) Set(mint, maxt int64) storage.SeriesSet {
-	set := &seriesSet{ctx: s.ctx, ready: make(chan struct{}), account: account.From(s.ctx), streams: true}
+	set := &seriesSet{ctx: s.ctx, ready: make(chan struct{}), account: account.From(s.ctx), of: s, streams: true}
 	s.q.mu.Lock()
 	defer s.q.mu.Unlock()
 	if s.q.closed {

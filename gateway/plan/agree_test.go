@@ -31,6 +31,7 @@ import (
 	"google.golang.org/grpc/credentials/insecure"
 
 	"github.com/epimetheus-tsdb/epimetheus/gateway"
+	"github.com/epimetheus-tsdb/epimetheus/gateway/account"
 	"github.com/epimetheus-tsdb/epimetheus/gateway/gatewaytest"
 	"github.com/epimetheus-tsdb/epimetheus/gateway/merge"
 	"github.com/epimetheus-tsdb/epimetheus/gateway/plan"
@@ -326,6 +327,64 @@ func TestTasksThatDoNotFit(t *testing.T) {
 		if _, err := e.Work(t.Context(), c.History, &task); !errors.Is(err, q.want) {
 			t.Errorf("%s: %v, want %v", q.name, err, q.want)
 		}
+	}
+}
+
+// What the parts of a query read counts as what the query reads, wherever that is:
+// the series of several parts are the same; and what was kept is in memory again.
+func TestPartsCount(t *testing.T) {
+	c := gatewaytest.New(t, gatewaytest.Options{})
+	s := gatewaytest.NewShipped(c, gatewaytest.Splits[0], true)
+	dataset(t, rand.New(rand.NewSource(1)), s)
+	none := merge.NewHeads(&ring.Live{}, slog.New(slog.DiscardHandler), prometheus.NewRegistry())
+	defer none.Close()
+	old := merge.New(none, c.History, tenantOf)
+	var atWorkers atomic.Int64
+	o := suiteOptions
+	o.MaxSamples = 50_000_000
+	inner := promqltest.NewTestEngineWithOpts(t, o)
+	r, err := plan.NewResults(8<<20, prometheus.NewRegistry())
+	if err != nil {
+		t.Fatal(err)
+	}
+	here := plan.New(inner, o, plan.Tight(plan.Spread{TenantOf: tenantOf, Results: r}))
+	run := func(e *plan.Engine, series int64) (account.Cost, int64, error) {
+		reg := prometheus.NewRegistry()
+		ctx, acc, done := account.NewMemory(0, reg).Open(t.Context(), "", account.Limits{Series: series})
+		defer done()
+		q, err := e.NewRangeQuery(ctx, old, nil, `rate(requests_total[5m])`, time.UnixMilli(0), time.UnixMilli(4*3_600_000), 5*time.Second)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer q.Close()
+		err = q.Exec(ctx).Err
+		ms, gatherErr := reg.Gather()
+		if gatherErr != nil {
+			t.Fatal(gatherErr)
+		}
+		held := int64(0)
+		for _, m := range ms {
+			if m.GetName() == "epimetheus_gateway_query_memory_bytes" {
+				held = int64(m.GetMetric()[0].GetGauge().GetValue())
+			}
+		}
+		return acc.Cost(), held, err
+	}
+	for range 2 {
+		cost, held, err := run(here, 8)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if cost.PartsHere+cost.PartsKept == 0 || held < 16*8*1000 {
+			t.Errorf("%+v, %d bytes held, want most points of 8 series", cost, held)
+		}
+	}
+	cost, _, err := run(parted(t, c, inner, o, &atWorkers), 8)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if cost.Series != 8 || cost.PartsElsewhere == 0 {
+		t.Errorf("%+v, want 8 series", cost)
 	}
 }
 

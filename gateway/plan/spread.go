@@ -202,6 +202,7 @@ func (w *work) run(ctx context.Context) (*partial, error) {
 		switch {
 		case w.out[i] != nil:
 			account.From(ctx).AddParts(1, 0, 0)
+			account.From(ctx).Hold(w.out[i].bytes())
 		case sp.Workers == nil || sp.Workers.Here(w.keys[i]):
 			mine = append(mine, i)
 		default:
@@ -278,7 +279,7 @@ func (w *work) elsewhere(ctx context.Context, tenant string, i int) error {
 		read += n
 	}
 	acc.Hold(int64(len(b)))
-	if err := acc.AddSeries(out.counts.series, read); err != nil {
+	if err := w.sel.AddSeries(out.counts.series, read); err != nil {
 		return err
 	}
 	w.mu.Lock()
