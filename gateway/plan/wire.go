@@ -160,6 +160,9 @@ func unmarshal(b []byte, g Grid) (_ *partial, err error) {
 					return nil, fmt.Errorf("%w: %w", errCorrupt, err)
 				}
 				h := ph.ToFloatHistogram()
+				if ph.Timestamp < g.Start || ph.Timestamp > g.At(steps-1) || (ph.Timestamp-g.Start)%g.Step != 0 {
+					return nil, fmt.Errorf("%w: a histogram at %d", errCorrupt, ph.Timestamp)
+				}
 				if !ph.IsFloatHistogram() || !spanned(h.PositiveSpans, len(h.PositiveBuckets)) || !spanned(h.NegativeSpans, len(h.NegativeBuckets)) {
 					return nil, fmt.Errorf("%w: histogram", errCorrupt)
 				}

@@ -39,6 +39,22 @@ func TestTell(t *testing.T) {
 	require.Equal(t, wantInfos, infos)
 }
 
+// What isn't at a step of the grid has no place in a result.
+func TestHistogramBesideTheGrid(t *testing.T) {
+	g := Grid{Start: 1000, End: 3000, Step: 1000}
+	for _, ts := range []int64{1000, 3000, 0, 1500, 4000} {
+		p := &partial{counts: newCounts(3), series: []partialSeries{{Series: promql.Series{Histograms: []promql.HPoint{{T: ts, H: tsdbutil.GenerateTestFloatHistogram(3)}}}}}}
+		b, err := p.marshal(g)
+		require.NoError(t, err)
+		_, err = unmarshal(b, g)
+		if ts == 1000 || ts == 3000 {
+			require.NoError(t, err)
+		} else {
+			require.ErrorIs(t, err, errCorrupt)
+		}
+	}
+}
+
 // FuzzPartial: whatever bytes come, they are refused or have the form of what is
 // written.
 func FuzzPartial(f *testing.F) {
