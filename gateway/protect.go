@@ -119,7 +119,8 @@ func strictest[N int | int64 | time.Duration](a, b N) N {
 // time.
 func reads(path string) bool {
 	switch path {
-	case "/api/v1/query", "/api/v1/query_range", "/api/v1/query_exemplars", "/api/v1/read", "/federate":
+	case "/api/v1/query", "/api/v1/query_range", "/api/v1/query_exemplars", "/api/v1/read", "/federate",
+		"/api/v1/query_explain", "/api/v1/query_range_explain": // which read heads
 		return true
 	}
 	return false

@@ -163,6 +163,33 @@ func TestMemoryOfWorkers(t *testing.T) {
 	}
 }
 
+// To explain a query is one too.
+func TestConcurrencyOfExplain(t *testing.T) {
+	for _, path := range []string{"query_explain", "query_range_explain"} {
+		release := make(chan struct{})
+		api := newAPI(t, fifty(t), gateway.Options{Limits: gateway.Limits{Queries: 1}, Ready: func() error {
+			<-release
+			return nil
+		}})
+		codes := make(chan int, 12)
+		for range 12 {
+			go func() {
+				codes <- call(t, api, path, "query", "requests_total", "start", "0", "end", "3600", "step", "15").code
+			}()
+		}
+		select {
+		case code := <-codes:
+			require.Equal(t, http.StatusTooManyRequests, code)
+		case <-time.After(5 * time.Second):
+			t.Error("none of twelve was refused")
+		}
+		close(release)
+		for range 11 {
+			require.Equal(t, http.StatusOK, <-codes)
+		}
+	}
+}
+
 // So many queries of a tenant run at a time, ten times as many wait, the next are
 // refused.
 func TestConcurrency(t *testing.T) {
