@@ -305,6 +305,7 @@ func TestTenantsTakeTurns(t *testing.T) {
 		mu.Lock()
 		defer mu.Unlock()
 		order = append(order, x.Tenant)
+		time.Sleep(time.Millisecond) // longer than it takes to begin one's turn
 		return []byte("x"), nil
 	})
 	p := pool(t, "caller", peers)
