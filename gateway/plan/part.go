@@ -81,6 +81,9 @@ func (l *Leaf) separable(o options) bool {
 	if l.Agg == nil || l.Call == nil || o.delayedNameRemoval {
 		return true
 	}
+	if o.typeAndUnitLabels {
+		return false // which are dropped too
+	}
 	return slices.ContainsFunc(l.Selector.LabelMatchers, func(m *labels.Matcher) bool {
 		return m.Type == labels.MatchEqual && m.Name == model.MetricNameLabel
 	})

@@ -116,6 +116,15 @@ func run(ctx context.Context, l *Leaf, o options, set storage.SeriesSet, atOnce 
 	return &partial{series: r.finish(), counts: total, annos: r.annos}, nil
 }
 
+// recovered is deferred in goroutines: as in the engine, a bug ends a query and not
+// the process.
+func recovered(logger *slog.Logger, err *error) {
+	if p := recover(); p != nil {
+		logger.Error("runtime panic during query evaluation", "err", p, "stacktrace", string(debug.Stack()))
+		*err = fmt.Errorf("unexpected error: %v", p)
+	}
+}
+
 // evaluate computes the slots, shared out among the workers.
 func evaluate(ctx context.Context, logger *slog.Logger, ws []worker, slots []slot) error {
 	if len(slots) < 4 {
@@ -124,13 +133,7 @@ func evaluate(ctx context.Context, logger *slog.Logger, ws []worker, slots []slo
 	var g errgroup.Group
 	for w := range ws {
 		g.Go(func() (err error) {
-			defer func() {
-				// As in the engine, a bug ends a query and not the process.
-				if p := recover(); p != nil {
-					logger.Error("runtime panic during query evaluation", "err", p, "stacktrace", string(debug.Stack()))
-					err = fmt.Errorf("unexpected error: %v", p)
-				}
-			}()
+			defer recovered(logger, &err)
 			// Neighbours: they share pages, times, and the integers that buckets of
 			// a histogram are based on.
 			for i := w * len(slots) / len(ws); i < (w+1)*len(slots)/len(ws); i++ {

@@ -206,11 +206,17 @@ func (w *work) run(ctx context.Context) (*partial, error) {
 		case sp.Workers == nil || sp.Workers.Here(w.keys[i]):
 			mine = append(mine, i)
 		default:
-			g.Go(func() error { return w.elsewhere(gctx, tenant, i) })
+			g.Go(func() (err error) {
+				defer recovered(w.q.opts.logger, &err)
+				return w.elsewhere(gctx, tenant, i)
+			})
 		}
 	}
 	// Here meanwhile. An error ends what is elsewhere.
-	g.Go(func() error { return w.compute(gctx, mine) })
+	g.Go(func() (err error) {
+		defer recovered(w.q.opts.logger, &err)
+		return w.compute(gctx, mine)
+	})
 	if err := g.Wait(); err != nil {
 		return nil, err
 	}
