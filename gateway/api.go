@@ -222,7 +222,7 @@ func (a *API) Work(ctx context.Context, h *history.History, t *plan.Task) ([]byt
 		return nil, plan.ErrUnlike
 	}
 	// The limits of one query are the caller's to keep, memory is ours.
-	ctx, _, done := a.opts.Memory.Open(WithTenant(ctx, t.Tenant), t.Tenant, account.Limits{})
+	ctx, _, done := a.opts.Memory.Open(WithTenant(ctx, t.Tenant), account.Limits{})
 	defer done()
 	return e.Work(ctx, h, t)
 }

@@ -50,7 +50,7 @@ func (e tooManyError) Error() string {
 	return fmt.Sprintf("%d queries of the tenant are running and %d are waiting (limit gateway.limits.queries is %d): try again later", e.running, e.waiting, e.running)
 }
 
-// enter waits until another query of the tenant may run. It gives an tooManyError, or
+// enter waits until another query of the tenant may run. It gives a tooManyError, or
 // why ctx has ended.
 func (g *gates) enter(ctx context.Context, tenant string, limit int) (leave func(), err error) {
 	if limit <= 0 {
@@ -132,7 +132,7 @@ func (a *API) protect(w http.ResponseWriter, r *http.Request, h http.Handler) {
 	tenants := tenantsOf(r.Context())
 	limits := a.limitsOf(tenants)
 	name := strings.Join(tenants, "|")
-	ctx, acc, done := a.opts.Memory.Open(r.Context(), name, limits.Limits)
+	ctx, acc, done := a.opts.Memory.Open(r.Context(), limits.Limits)
 	defer done()
 	r = r.WithContext(ctx)
 	if !reads(r.URL.Path) {

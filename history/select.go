@@ -481,7 +481,7 @@ func (s *Snapshot) Exemplars(ctx context.Context, sets [][]*labels.Matcher, mint
 				return wants[i].error(err)
 			}
 			es = slices.DeleteFunc(es, func(e exemplar.Exemplar) bool {
-				return e.Ts < max(mint, s.MinT) || e.Ts > min(maxt, s.MaxT) || !p.block.overlaps(e.Ts, e.Ts)
+				return e.Ts < max(mint, s.MinT) || e.Ts > min(maxt, s.MaxT) || !p.block.Overlaps(e.Ts, e.Ts)
 			})
 			if len(es) > 0 {
 				runs[p.series] = append(runs[p.series], &chunkfmt.Series{Labels: names.all[p.series], Exemplars: es})

@@ -32,7 +32,9 @@ type Block struct {
 	Ranges []chunkfmt.Range
 }
 
-func (b *Block) overlaps(mint, maxt int64) bool {
+// Overlaps reports whether the block may have samples in mint to maxt, inclusive, in
+// ms, that are to be read from it.
+func (b *Block) Overlaps(mint, maxt int64) bool {
 	return slices.ContainsFunc(b.Ranges, func(r chunkfmt.Range) bool { return r.Overlaps(mint, maxt) })
 }
 
@@ -266,7 +268,7 @@ func (s *Snapshot) attempt(ctx context.Context, mint, maxt int64, read func(bloc
 	overlapping := func(all []Block) []*Block {
 		var out []*Block
 		for i := range all {
-			if mint <= maxt && all[i].overlaps(mint, maxt) {
+			if mint <= maxt && all[i].Overlaps(mint, maxt) {
 				out = append(out, &all[i])
 			}
 		}

@@ -42,7 +42,6 @@ func beyond(what, limit string, value any) error {
 
 // Account is what one request reads. It is safe for concurrent use.
 type Account struct {
-	Tenant string
 	limits Limits
 	memory *Memory
 	cancel context.CancelCauseFunc
@@ -148,7 +147,6 @@ type Cost struct {
 	PartsKept      int64 `json:"partsKept"`      // parts of long queries: result at hand
 	PartsHere      int64 `json:"partsHere"`      // computed by this gateway
 	PartsElsewhere int64 `json:"partsElsewhere"` // computed by others
-	PeakBytes      int64 `json:"-"`
 }
 
 // Cost so far. What other gateways read for their parts isn't in it, but for series
@@ -204,8 +202,8 @@ func NewMemory(max int64, reg prometheus.Registerer) *Memory {
 // Open opens the account of a request. The context that it gives is cancelled, with
 // an error that wraps ErrLimit as its cause, if the request has to end for lack of
 // memory. Call done at the end of the request.
-func (m *Memory) Open(ctx context.Context, tenant string, l Limits) (_ context.Context, a *Account, done func()) {
-	a = &Account{Tenant: tenant, limits: l, memory: m}
+func (m *Memory) Open(ctx context.Context, l Limits) (_ context.Context, a *Account, done func()) {
+	a = &Account{limits: l, memory: m}
 	ctx, a.cancel = context.WithCancelCause(ctx)
 	m.mu.Lock()
 	m.active[a] = struct{}{}

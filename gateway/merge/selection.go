@@ -122,8 +122,8 @@ func (s *Selection) AddSeries(series, samples int64) error {
 	}
 }
 
-// Set gives the series, of which the caller keeps none, that have samples in mint to maxt, inclusive, in ms. It
-// begins to read at once.
+// Set gives the series that have samples in mint to maxt, inclusive, in ms. The
+// caller keeps none of them. It begins to read at once.
 func (s *Selection) Set(mint, maxt int64) storage.SeriesSet {
 	set := &seriesSet{ctx: s.ctx, ready: make(chan struct{}), account: account.From(s.ctx), of: s, streams: true}
 	s.q.mu.Lock()

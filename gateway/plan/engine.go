@@ -262,10 +262,10 @@ func (q *query) compute(ctx context.Context) (annos annotations.Annotations, err
 			continue
 		}
 		p, err := q.leaf(ctx, i, sels[i])
-		if errors.Is(err, errGiveUp) && l.split() {
+		if errors.Is(err, ErrGiveUp) && l.split() {
 			p, err = q.leaf(ctx, i, sels[i])
 		}
-		if errors.Is(err, errGiveUp) {
+		if errors.Is(err, ErrGiveUp) {
 			l.giveUp()
 			continue
 		}

@@ -89,13 +89,13 @@ func (f *fold) group(series, ls labels.Labels) *group {
 }
 
 // add puts in the points of the next series. If there are histograms where they
-// can't be put together here, it gives errGiveUp.
+// can't be put together here, it gives ErrGiveUp.
 func (f *fold) add(series, ls labels.Labels, p *points, annos *annotations.Annotations) error {
 	op := f.leaf.Agg.Op
 	if len(p.h) > 0 {
 		switch op {
 		case parser.SUM, parser.AVG:
-			return errGiveUp
+			return ErrGiveUp
 		case parser.COUNT, parser.GROUP:
 		default:
 			annos.Add(annotations.NewHistogramIgnoredInAggregationInfo(op.String(), f.leaf.Agg.Expr.PositionRange()))

@@ -77,7 +77,7 @@ func (k *kernel) eval(ls labels.Labels, cols *chunkfmt.Series, out *points, anno
 	histograms := len(cols.Histograms.T)+len(cols.FloatHistograms.T) > 0
 	switch {
 	case histograms && k.leaf.Selector.SkipHistogramBuckets:
-		return errGiveUp // the engine's hints of counter resets depend on how it iterates
+		return ErrGiveUp // the engine's hints of counter resets depend on how it iterates
 	case k.leaf.Call == nil && !histograms:
 		k.instant(cols.Floats.T, cols.Floats.V, out)
 	case k.leaf.Call == nil:
@@ -235,7 +235,7 @@ func (c *caller) eval(ls labels.Labels, cols *chunkfmt.Series, out *points, anno
 		case runtime.Error: // a bug
 			panic(p)
 		default:
-			err = errGiveUp
+			err = ErrGiveUp
 		}
 	}()
 	c.load(cols)

@@ -11,7 +11,6 @@ import (
 	"github.com/prometheus/prometheus/promql"
 	"github.com/prometheus/prometheus/util/annotations"
 
-	"github.com/epimetheus-tsdb/epimetheus/chunkfmt"
 	"github.com/epimetheus-tsdb/epimetheus/history"
 )
 
@@ -107,7 +106,7 @@ func (l *Leaf) key(tenant string, span, number int64, o options, blocks []histor
 	mint, maxt := l.reads(span, number)
 	var b []byte
 	for i := range blocks {
-		if !slices.ContainsFunc(blocks[i].Ranges, func(r chunkfmt.Range) bool { return r.Overlaps(mint, maxt) }) {
+		if !blocks[i].Overlaps(mint, maxt) {
 			continue
 		}
 		b = append(b[:0], blocks[i].ID[:]...)

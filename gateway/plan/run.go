@@ -22,8 +22,9 @@ import (
 	"github.com/epimetheus-tsdb/epimetheus/gateway/merge"
 )
 
-// errGiveUp: the data are such that the engine has to do it.
-var errGiveUp = errors.New("not for a kernel")
+// ErrGiveUp is what a kernel, or a worker, gives for a leaf whose data are such that
+// the engine has to do it.
+var ErrGiveUp = errors.New("not for a kernel")
 
 // batch is how many series are decoded at the same time: their results wait for
 // their turn to be put together.
@@ -84,7 +85,7 @@ func run(ctx context.Context, l *Leaf, o options, set storage.SeriesSet, atOnce 
 			}
 			s, ok := set.At().(*merge.Series)
 			if !ok {
-				return nil, errGiveUp // not of one tenant
+				return nil, ErrGiveUp // not of one tenant
 			}
 			slots = slots[:len(slots)+1]
 			next := &slots[len(slots)-1]
@@ -187,7 +188,7 @@ func newResult(l *Leaf, o options) *result {
 	return r
 }
 
-// add puts in the points of the next series. It gives errGiveUp if the engine has
+// add puts in the points of the next series. It gives ErrGiveUp if the engine has
 // to do it.
 func (r *result) add(s *slot) error {
 	r.annos.Merge(s.annos)
@@ -211,7 +212,7 @@ func (r *result) add(s *slot) error {
 			ls = ls.DropReserved(schema.IsMetadataLabel)
 			hash := ls.Hash()
 			if _, ok := r.unnamed[hash]; ok {
-				return errGiveUp
+				return ErrGiveUp
 			}
 			r.unnamed[hash] = struct{}{}
 		}

@@ -26,7 +26,7 @@ func TestPanicEndsQuery(t *testing.T) {
 func TestForeignSeries(t *testing.T) {
 	s := storage.NewListSeries(labels.FromStrings("a", "b"), nil)
 	_, err := run(t.Context(), &Leaf{Grid: Grid{Step: 1}, Selector: &parser.VectorSelector{}}, options{}, storage.TestSeriesSet(s), 1)
-	require.ErrorIs(t, err, errGiveUp)
+	require.ErrorIs(t, err, ErrGiveUp)
 }
 
 // Memory goes with the number of steps, so a query can't have any number of them,

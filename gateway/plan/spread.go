@@ -70,9 +70,6 @@ type Workers interface {
 // ErrHere is what Workers give for a part that the caller computes itself.
 var ErrHere = errors.New("to be computed here")
 
-// ErrGiveUp is what a worker gives for a leaf whose data the engine has to see.
-var ErrGiveUp = errGiveUp
-
 // ErrUnlike is what a worker gives for a task that it would understand in another
 // way: its engine has other options, or it is of another version.
 var ErrUnlike = errors.New("worker differs in version or options")
@@ -261,7 +258,7 @@ func (w *work) elsewhere(ctx context.Context, tenant string, i int) error {
 	}
 	mint, maxt := w.l.reads(w.span, p.number)
 	for _, b := range w.sel.Snapshot().Blocks {
-		if b.Ranges[0].MinT <= maxt && mint <= b.Ranges[len(b.Ranges)-1].MaxT {
+		if b.Overlaps(mint, maxt) {
 			t.Blocks = append(t.Blocks, b)
 		}
 	}
