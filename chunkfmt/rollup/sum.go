@@ -1,0 +1,114 @@
+package rollup
+
+import (
+	"math"
+
+	"github.com/prometheus/prometheus/util/kahansum"
+)
+
+const (
+	maxDecimals   = 14 // more are not tried
+	decimalSample = 32 // values looked at to find out how many decimals there are
+)
+
+//nolint:gochecknoglobals // a constant table
+var powersOf10 = [maxDecimals + 1]float64{1, 1e1, 1e2, 1e3, 1e4, 1e5, 1e6, 1e7, 1e8, 1e9, 1e10, 1e11, 1e12, 1e13, 1e14}
+
+// decimals guesses how many decimals the values have; -1: most aren't decimals.
+func decimals(v []float64) int {
+	most, seen, bad := 0, 0, 0
+	step := max(1, len(v)/decimalSample)
+	for i := 0; i < len(v); i += step {
+		x := v[i]
+		if x-x != 0 {
+			continue
+		}
+		seen++
+		k := most
+		for k <= maxDecimals && !isDecimal(x, k) {
+			k++
+		}
+		if k <= maxDecimals {
+			most = k
+		} else if bad++; bad > decimalSample/4 {
+			return -1
+		}
+	}
+	if 4*bad > seen {
+		return -1
+	}
+	return most
+}
+
+func isDecimal(x float64, decimals int) bool {
+	_, ok := decimalSum([]float64{x}, decimals)
+	return ok
+}
+
+// decimalSum is the sum of values with so many decimals; exact, rounded once. It
+// reports false if they have more, or so many digits that this can't be.
+func decimalSum(v []float64, decimals int) (sum float64, ok bool) {
+	ints := int64(0)
+	limit := math.MaxInt64 / 2 / int64(len(v))
+	if decimals == 0 {
+		for _, x := range v {
+			i := int64(x)
+			if float64(i) != x || i > limit || i < -limit {
+				return 0, false
+			}
+			ints += i
+		}
+		return float64(ints), true
+	}
+	power := powersOf10[decimals]
+	for _, x := range v {
+		p := x * power
+		if !(p < 1e15 && p > -1e15) { // more than 15 digits: any float is such a decimal, or nearly so
+			return 0, false
+		}
+		i := int64(p + math.Copysign(0.5, p))
+		if float64(i)/power != x || i > limit || i < -limit {
+			return 0, false
+		}
+		ints += i
+	}
+	if ints > 1<<53 || ints < -1<<53 {
+		return 0, false
+	}
+	return float64(ints) / power, true
+}
+
+// total is the sum of values that have perhaps so many decimals, rounded, and what
+// was rounded off.
+func total(v []float64, decimals int) (sum, rest float64) {
+	if decimals >= 0 {
+		if s, ok := decimalSum(v, decimals); ok {
+			return s, 0
+		}
+	}
+	c := 0.
+	for _, x := range v {
+		sum, c = kahansum.Inc(x, sum, c)
+	}
+	if math.IsInf(sum, 0) {
+		return sum, 0
+	}
+	t := sum + c
+	return t, c - (t - sum)
+}
+
+// moment is the sum of the squares of the differences to the mean: in two passes,
+// with the correction for what the mean was rounded by (Chan, Golub and LeVeque,
+// "Algorithms for computing the sample variance", 1983, the corrected two-pass
+// algorithm).
+func moment(v []float64, sum, rest float64) float64 {
+	n := float64(len(v))
+	mean := sum/n + rest/n
+	var squares, off float64
+	for _, x := range v {
+		d := x - mean
+		squares += d * d
+		off += d
+	}
+	return max(0, squares-off*off/n)
+}

@@ -1,0 +1,205 @@
+package rollup
+
+import (
+	"cmp"
+	"math"
+	"slices"
+
+	"github.com/prometheus/prometheus/model/value"
+
+	"github.com/epimetheus-tsdb/epimetheus/chunkfmt"
+)
+
+// hugeFloat: see Huge.
+const hugeFloat = 0x1p480
+
+// Summariser makes windows of samples. It has memory that it uses again, and is
+// not for concurrent use. The zero value is ready.
+type Summariser struct {
+	t      []int64 // floats without staleness markers
+	v      []float64
+	st     []int64
+	events []event
+}
+
+// event is a sample of which the floats alone tell nothing.
+type event struct {
+	t     int64
+	flags Flags // Stale or NativeHistograms
+}
+
+// Summarise appends the windows of a series to dst, all columns of them. They are
+// to be later than those that dst has.
+func (s *Summariser) Summarise(dst *Windows, series *chunkfmt.Series, width int64) {
+	t, v, st := s.floats(&series.Floats)
+	s.histograms(series)
+	events := s.events
+	d := decimals(v)
+	for len(t) > 0 || len(events) > 0 {
+		var end int64
+		if len(events) == 0 || len(t) > 0 && t[0] < events[0].t {
+			end = EndOf(t[0], width)
+		} else {
+			end = EndOf(events[0].t, width)
+		}
+		n := until(t, end)
+		i := dst.grow(1)
+		dst.End[i] = end
+		dst.FirstT[i], dst.PrevT[i], dst.LastT[i] = end, end, end
+		last := int64(math.MinInt64)
+		if n > 0 {
+			dst.summarise(i, t[:n], v[:n], d)
+			last = t[n-1]
+			if st != nil {
+				for _, x := range st[:n] {
+					if x != 0 {
+						dst.Flags[i] |= StartTimestamps
+						break
+					}
+				}
+				st = st[n:]
+			}
+			t, v = t[n:], v[n:]
+		}
+		for len(events) > 0 && events[0].t <= end {
+			e := events[0]
+			dst.Flags[i] |= e.flags & NativeHistograms
+			if e.t > last {
+				dst.Flags[i] = dst.Flags[i]&^Stale | e.flags&Stale
+			}
+			events = events[1:]
+		}
+	}
+}
+
+// EndOf is the end of the window that a time is in, all in ms.
+func EndOf(t, width int64) int64 {
+	q := t / width
+	if t%width > 0 {
+		q++
+	}
+	return q * width
+}
+
+// until is how many of the times, which ascend, aren't later than end.
+func until(t []int64, end int64) int {
+	// Windows are short: most often the answer is near.
+	n := 0
+	for step := 1; n+step <= len(t) && t[n+step-1] <= end; step *= 2 {
+		n += step
+	}
+	hi := len(t)
+	for lo := n; lo < hi; {
+		mid := int(uint(lo+hi) / 2) //nolint:gosec // not negative
+		if t[mid] <= end {
+			lo = mid + 1
+		} else {
+			hi = mid
+		}
+		n = lo
+	}
+	return n
+}
+
+// floats gives the floats without staleness markers, and begins s.events with those.
+func (s *Summariser) floats(f *chunkfmt.Floats) (t []int64, v []float64, st []int64) {
+	s.events = s.events[:0]
+	t, v, st = f.T, f.V, f.ST
+	for i, x := range v {
+		if x != x && value.IsStaleNaN(x) {
+			s.events = append(s.events, event{t[i], Stale})
+		}
+	}
+	if len(s.events) == 0 {
+		return t, v, st
+	}
+	s.t, s.v, s.st = s.t[:0], s.v[:0], s.st[:0]
+	for i, x := range v {
+		if x == x || !value.IsStaleNaN(x) {
+			s.t, s.v = append(s.t, t[i]), append(s.v, x)
+			if st != nil {
+				s.st = append(s.st, st[i])
+			}
+		}
+	}
+	if st == nil {
+		return s.t, s.v, nil
+	}
+	return s.t, s.v, s.st
+}
+
+// histograms puts them among the events.
+func (s *Summariser) histograms(series *chunkfmt.Series) {
+	add := func(t int64, sum float64) {
+		f := NativeHistograms
+		if value.IsStaleNaN(sum) {
+			f = Stale
+		}
+		s.events = append(s.events, event{t, f})
+	}
+	for i, h := range series.Histograms.H {
+		add(series.Histograms.T[i], h.Sum)
+	}
+	for i, h := range series.FloatHistograms.H {
+		add(series.FloatHistograms.T[i], h.Sum)
+	}
+	if len(series.Histograms.H)+len(series.FloatHistograms.H) > 0 {
+		slices.SortFunc(s.events, func(a, b event) int { return cmp.Compare(a.t, b.t) })
+	}
+}
+
+// summarise fills in window i, of at least one float, with decimals as decimals
+// gives them. The flags that it knows of are added.
+func (w *Windows) summarise(i int, t []int64, v []float64, decimals int) {
+	n := len(v)
+	prev := max(0, n-2)
+	w.Count[i] = uint32(n) //nolint:gosec // a window has fewer milliseconds
+	w.FirstT[i], w.FirstV[i] = t[0], v[0]
+	w.PrevT[i], w.PrevV[i] = t[prev], v[prev]
+	w.LastT[i], w.LastV[i] = t[n-1], v[n-1]
+
+	before, least, greatest, lost := v[0], v[0], v[0], 0.
+	var resets, changes uint32
+	for _, x := range v[1:] {
+		if x != before {
+			if x < before {
+				resets++
+				lost += before
+			}
+			if x == x || before == before {
+				changes++
+			}
+			if x < least || least != least {
+				least = x
+			}
+			if x > greatest || greatest != greatest {
+				greatest = x
+			}
+		}
+		before = x
+	}
+	w.Min[i], w.Max[i], w.Resets[i], w.Reset[i], w.Changes[i] = least, greatest, resets, lost, changes
+	if !(least > -hugeFloat && greatest < hugeFloat) && hasHuge(v) {
+		w.setHuge(i)
+		return
+	}
+	sum, rest := total(v, decimals)
+	w.Sum[i] = sum
+	if changes > 0 || least-least != 0 {
+		w.M2[i] = moment(v, sum, rest)
+	}
+}
+
+func (w *Windows) setHuge(i int) {
+	w.Flags[i] |= Huge
+	w.Sum[i], w.Reset[i], w.M2[i] = math.NaN(), math.NaN(), math.NaN()
+}
+
+func hasHuge(v []float64) bool {
+	for _, x := range v {
+		if a := math.Abs(x); a >= hugeFloat && a <= math.MaxFloat64 {
+			return true
+		}
+	}
+	return false
+}
