@@ -3,11 +3,15 @@ package chunkfmt
 import (
 	"cmp"
 	"math"
+	"slices"
 
 	"github.com/prometheus/prometheus/model/exemplar"
 	"github.com/prometheus/prometheus/model/histogram"
 	"github.com/prometheus/prometheus/model/labels"
 	"github.com/prometheus/prometheus/model/metadata"
+	"github.com/prometheus/prometheus/model/value"
+
+	"github.com/epimetheus-tsdb/epimetheus/chunkfmt/rollup"
 )
 
 // Floats are the float samples of one series as columns, in strictly ascending
@@ -59,4 +63,27 @@ func CompareExemplars(a, b Exemplar) int {
 		return cmp.Compare(math.Float64bits(a.Value), math.Float64bits(b.Value))
 	}
 	return labels.Compare(a.Labels, b.Labels)
+}
+
+// Samples are those that summaries of windows are made of; they share memory with s.
+func (s *Series) Samples() *rollup.Samples {
+	out := &rollup.Samples{T: s.Floats.T, ST: s.Floats.ST, V: s.Floats.V}
+	add := func(t int64, sum float64) {
+		if value.IsStaleNaN(sum) {
+			out.StaleHistograms = append(out.StaleHistograms, t)
+		} else {
+			out.Histograms = append(out.Histograms, t)
+		}
+	}
+	for i, h := range s.Histograms.H {
+		add(s.Histograms.T[i], h.Sum)
+	}
+	for i, h := range s.FloatHistograms.H {
+		add(s.FloatHistograms.T[i], h.Sum)
+	}
+	if len(s.Histograms.H) > 0 && len(s.FloatHistograms.H) > 0 {
+		slices.Sort(out.StaleHistograms)
+		slices.Sort(out.Histograms)
+	}
+	return out
 }

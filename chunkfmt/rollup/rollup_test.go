@@ -6,11 +6,7 @@ import (
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
-	"github.com/prometheus/prometheus/model/histogram"
 	"github.com/prometheus/prometheus/model/value"
-	"github.com/prometheus/prometheus/tsdb/tsdbutil"
-
-	"github.com/epimetheus-tsdb/epimetheus/chunkfmt"
 )
 
 var (
@@ -25,18 +21,11 @@ var bitwise = cmp.Comparer(func(a, b float64) bool { return math.Float64bits(a) 
 func TestSummarise(t *testing.T) {
 	const width = 10
 	negZero := math.Copysign(0, -1)
-	gone := tsdbutil.GenerateTestHistogram(1)
-	gone.Sum = stale
-	s := &chunkfmt.Series{
-		Floats: chunkfmt.Floats{
-			T:  []int64{-10, -9, 1, 2, 3, 10, 11, 25, 31, 32, 33, 34, 41, 43, 51, 52},
-			V:  []float64{7, 0.1, 3, 5, 2, 2, stale, 1e300, negZero, nan, 0, nan, -inf, inf, 0.1, 0.2},
-			ST: []int64{0, 0, 0, 0, 0, 9, 3, 0, 0, 0, 0, 0, 0, 0, 0, 0},
-		},
-		Histograms: chunkfmt.Histograms{
-			T: []int64{26, 42, 61}, ST: nil,
-			H: []*histogram.Histogram{gone, tsdbutil.GenerateTestHistogram(1), gone},
-		},
+	s := &Samples{
+		T:               []int64{-10, -9, 1, 2, 3, 10, 11, 25, 31, 32, 33, 34, 41, 43, 51, 52},
+		V:               []float64{7, 0.1, 3, 5, 2, 2, stale, 1e300, negZero, nan, 0, nan, -inf, inf, 0.1, 0.2},
+		ST:              []int64{0, 0, 0, 0, 0, 9, 3, 0, 0, 0, 0, 0, 0, 0, 0, 0},
+		StaleHistograms: []int64{26, 61}, Histograms: []int64{42},
 	}
 	want := &Windows{
 		End:     []int64{-10, 0, 10, 20, 30, 40, 50, 60, 70},
@@ -115,14 +104,13 @@ func close(a, b, eps, scale float64) bool {
 }
 
 // randomSeries has some hours of samples of some kind.
-func randomSeries(r *rand.Rand) *chunkfmt.Series {
+func randomSeries(r *rand.Rand) *Samples {
 	interval := []int64{1000, 15000, 15000, 30000, 60000, 400000, 5000000}[r.IntN(7)]
 	kind := r.IntN(9)
 	jitter := r.IntN(3) == 0
 	odd := r.IntN(3)     // how often odd values are
 	missing := r.IntN(3) // and gaps
-	s := &chunkfmt.Series{}
-	f := &s.Floats
+	s := &Samples{}
 	t := r.Int64N(3*Long) - Long
 	if r.IntN(2) == 0 {
 		t -= t % interval
@@ -168,7 +156,7 @@ func randomSeries(r *rand.Rand) *chunkfmt.Series {
 		if odd == 2 && r.IntN(300) == 0 {
 			v = math.MaxFloat64
 		}
-		f.T, f.V = append(f.T, t), append(f.V, v)
+		s.T, s.V = append(s.T, t), append(s.V, v)
 		step := interval
 		if missing > 0 && r.IntN(50*missing) == 0 {
 			step += interval * r.Int64N(30)

@@ -6,9 +6,18 @@ import (
 	"slices"
 
 	"github.com/prometheus/prometheus/model/value"
-
-	"github.com/epimetheus-tsdb/epimetheus/chunkfmt"
 )
+
+// Samples are those of a series that windows are made of. All times are in ms, and
+// ascend.
+type Samples struct {
+	T  []int64   // of floats
+	ST []int64   // their start timestamps; nil if none has one
+	V  []float64 // with staleness markers
+
+	// Times of native histograms: of those that are staleness markers, and of all others.
+	StaleHistograms, Histograms []int64
+}
 
 // hugeFloat: see Huge.
 const hugeFloat = 0x1p480
@@ -30,9 +39,9 @@ type event struct {
 
 // Summarise appends the windows of a series to dst, all columns of them. They are
 // to be later than those that dst has.
-func (s *Summariser) Summarise(dst *Windows, series *chunkfmt.Series, width int64) {
-	t, v, st := s.floats(&series.Floats)
-	s.histograms(series)
+func (s *Summariser) Summarise(dst *Windows, samples *Samples, width int64) {
+	t, v, st := s.floats(samples)
+	s.histograms(samples)
 	events := s.events
 	d := decimals(v)
 	for len(t) > 0 || len(events) > 0 {
@@ -102,7 +111,7 @@ func until(t []int64, end int64) int {
 }
 
 // floats gives the floats without staleness markers, and begins s.events with those.
-func (s *Summariser) floats(f *chunkfmt.Floats) (t []int64, v []float64, st []int64) {
+func (s *Summariser) floats(f *Samples) (t []int64, v []float64, st []int64) {
 	s.events = s.events[:0]
 	t, v, st = f.T, f.V, f.ST
 	for i, x := range v {
@@ -129,21 +138,14 @@ func (s *Summariser) floats(f *chunkfmt.Floats) (t []int64, v []float64, st []in
 }
 
 // histograms puts them among the events.
-func (s *Summariser) histograms(series *chunkfmt.Series) {
-	add := func(t int64, sum float64) {
-		f := NativeHistograms
-		if value.IsStaleNaN(sum) {
-			f = Stale
-		}
-		s.events = append(s.events, event{t, f})
+func (s *Summariser) histograms(samples *Samples) {
+	for _, t := range samples.StaleHistograms {
+		s.events = append(s.events, event{t, Stale})
 	}
-	for i, h := range series.Histograms.H {
-		add(series.Histograms.T[i], h.Sum)
+	for _, t := range samples.Histograms {
+		s.events = append(s.events, event{t, NativeHistograms})
 	}
-	for i, h := range series.FloatHistograms.H {
-		add(series.FloatHistograms.T[i], h.Sum)
-	}
-	if len(series.Histograms.H)+len(series.FloatHistograms.H) > 0 {
+	if len(samples.StaleHistograms)+len(samples.Histograms) > 0 {
 		slices.SortFunc(s.events, func(a, b event) int { return cmp.Compare(a.t, b.t) })
 	}
 }
