@@ -94,7 +94,7 @@ func eventually(t *testing.T, within time.Duration, what string, fn func() error
 func scenario(t *testing.T, s *stack) {
 	ctx := t.Context()
 	began := time.Now().Add(-time.Second)
-	tenants := []*tenant{startTenant(t, s, "team-a", ""), startTenant(t, s, "team-b", startTimestamps+metadataInWAL)}
+	tenants := []*tenant{startTenant(t, s, "team-a", ""), startTenant(t, s, "team-b", startTimestamps+metadataInWAL+",promql-experimental-functions")}
 	gw := s.gateways[len(s.gateways)-1].url
 
 	for _, n := range tenants {
@@ -105,6 +105,16 @@ func scenario(t *testing.T, s *stack) {
 			}
 			return err
 		})
+	}
+
+	// Queries mean what they mean at the tenant's Prometheus: the sidecar tells its
+	// flags.
+	eventually(t, 45*time.Second, "functions that team-b's Prometheus has", func() error {
+		_, err := query(ctx, gw, "team-b", `mad_over_time(up[1m])`)
+		return err
+	})
+	if _, err := query(ctx, gw, "team-a", `mad_over_time(up[1m])`); err == nil {
+		t.Error("team-a has functions that its Prometheus doesn't have")
 	}
 
 	// Queries run all the time. While the only gateway is dead they can't be

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net/http"
+	"sync"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -18,6 +19,7 @@ import (
 	"github.com/epimetheus-tsdb/epimetheus/gateway/account"
 	"github.com/epimetheus-tsdb/epimetheus/gateway/plan"
 	"github.com/epimetheus-tsdb/epimetheus/history"
+	"github.com/epimetheus-tsdb/epimetheus/history/index"
 	"github.com/epimetheus-tsdb/epimetheus/ingest/fetch"
 	"github.com/epimetheus-tsdb/epimetheus/ingest/fetch/fetchpb"
 	"github.com/epimetheus-tsdb/epimetheus/ingest/ring"
@@ -60,6 +62,9 @@ type Options struct {
 	Revision, GoVersion string // of this program, shown by status/buildinfo
 	Ready               func() error
 	Choices             Choices // of replicas; without it claims are answered with 501
+	// Index keeps what sidecars report of their Prometheis' engines; without it
+	// reports are answered with 501.
+	Index *index.Index
 }
 
 func (o *Options) setDefaults() {
@@ -87,16 +92,21 @@ func (o *Options) setDefaults() {
 
 // API is the HTTP API.
 type API struct {
-	opts    Options
-	storage tenants
-	live    *ring.Live
-	logger  *slog.Logger
-	birth   time.Time
-	variant *variant                    // of tenants that have no options of their own
-	tenants map[string]*variant         // of the others
-	ours    map[string]http.HandlerFunc // in place of Prometheus's, by method and path below /api/v1
-	gates   gates
-	handler http.Handler
+	opts       Options
+	storage    tenants
+	live       *ring.Live
+	logger     *slog.Logger
+	birth      time.Time
+	variant    *variant            // of tenants that have no options of their own
+	tenants    map[string]*variant // of those that the configuration has options for
+	reports    reports             // of the others
+	mu         sync.Mutex
+	variants   map[string]*variant // by key of their options
+	configured int                 // how many of them are of the configuration, and stay
+	gatherer   prometheus.Gatherer
+	ours       map[string]http.HandlerFunc // in place of Prometheus's, by method and path below /api/v1
+	gates      gates
+	handler    http.Handler
 
 	answers   streaming
 	encodings encodings
@@ -107,17 +117,17 @@ func New(o Options, s Storage, live *ring.Live, logger *slog.Logger, reg prometh
 	o.setDefaults()
 	a := &API{
 		opts: o, storage: tenants{s}, live: live, logger: logger.With("component", "api"), birth: time.Now().UTC(),
-		tenants: map[string]*variant{}, gates: gates{all: map[string]*gate{}}, answers: streaming{waiting: map[string]*v1.Response{}},
+		tenants: map[string]*variant{}, variants: map[string]*variant{}, gatherer: gatherer, gates: gates{all: map[string]*gate{}}, answers: streaming{waiting: map[string]*v1.Response{}},
 	}
 	if err := o.Engine.Validate(); err != nil {
 		return nil, err
 	}
-	variants := map[string]*variant{}
+	a.reports = reports{index: o.Index, logger: a.logger, all: map[string]*report{}}
 	of := func(e EngineOptions) *variant {
-		v := variants[e.key()]
+		v := a.variants[e.key()]
 		if v == nil {
 			v = a.newVariant(e, reg, gatherer)
-			variants[e.key()] = v
+			a.variants[e.key()] = v
 		}
 		return v
 	}
@@ -129,12 +139,14 @@ func New(o Options, s Storage, live *ring.Live, logger *slog.Logger, reg prometh
 		e.setDefaults()
 		a.tenants[tenant] = of(e)
 	}
+	a.configured = len(a.variants)
 	a.ours = map[string]http.HandlerFunc{
 		"GET /status/tsdb":           a.wrap(a.tsdbStatus),
 		"GET /status/active_series":  a.wrap(a.activeSeries),
 		"POST /status/active_series": a.wrap(a.activeSeries),
 		"GET /ring":                  a.ring,
 		"POST /ha/claim":             a.claim,
+		"POST /engine":               a.engine,
 	}
 	for _, method := range []string{http.MethodGet, http.MethodPost} {
 		a.ours[method+" /query_explain"] = a.whenReady(a.explain("/query"))
@@ -170,7 +182,7 @@ func (a *API) serveV1(w http.ResponseWriter, r *http.Request) {
 		h(w, r)
 		return
 	}
-	v := a.variantOf(tenantsOf(r.Context()))
+	v := a.variantOf(r.Context(), tenantsOf(r.Context()))
 	switch r.URL.Path {
 	case "/query", "/query_range":
 		if r.FormValue("stats") == "all" {
@@ -189,24 +201,6 @@ func (a *API) serveV1(w http.ResponseWriter, r *http.Request) {
 	v.handler.ServeHTTP(w, r)
 }
 
-// variantOf gives the API as tenants have it. Where several have different ones,
-// it is that of tenants with no options of their own.
-func (a *API) variantOf(tenants []string) *variant {
-	of := func(tenant string) *variant {
-		if v := a.tenants[tenant]; v != nil {
-			return v
-		}
-		return a.variant
-	}
-	v := of(tenants[0])
-	for _, t := range tenants[1:] {
-		if of(t) != v {
-			return a.variant
-		}
-	}
-	return v
-}
-
 // wrap is what Prometheus puts around most endpoints.
 func (a *API) wrap(h http.HandlerFunc) http.HandlerFunc {
 	return a.whenReady(httputil.CompressionHandler{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -217,7 +211,7 @@ func (a *API) wrap(h http.HandlerFunc) http.HandlerFunc {
 
 // Work computes a part of another gateway's query: plan.Engine.Work.
 func (a *API) Work(ctx context.Context, h *history.History, t *plan.Task) ([]byte, error) {
-	e, ok := a.variantOf([]string{t.Tenant}).engine.(*plan.Engine)
+	e, ok := a.variantOf(ctx, []string{t.Tenant}).engine.(*plan.Engine)
 	if !ok {
 		return nil, plan.ErrUnlike
 	}

@@ -97,7 +97,7 @@ func (a *API) eachSeries(r *http.Request, fn func(labels.Labels)) (_ annotations
 	ctx := r.Context()
 	sets := [][]*labels.Matcher{{labels.MustNewMatcher(labels.MatchRegexp, model.MetricNameLabel, ".*")}} // all
 	if match := r.Form["match[]"]; len(match) > 0 {
-		if sets, err = a.variantOf(tenantsOf(ctx)).parser.ParseMetricSelectors(match); err != nil {
+		if sets, err = a.variantOf(ctx, tenantsOf(ctx)).parser.ParseMetricSelectors(match); err != nil {
 			return nil, badParam("match[]", err)
 		}
 	}

@@ -28,7 +28,7 @@ func (a *API) federate(w http.ResponseWriter, r *http.Request) {
 		http.Error(w, fmt.Sprintf("error parsing form values: %v", err), http.StatusBadRequest)
 		return
 	}
-	v := a.variantOf(tenantsOf(r.Context()))
+	v := a.variantOf(r.Context(), tenantsOf(r.Context()))
 	sets, err := v.parser.ParseMetricSelectors(r.Form["match[]"])
 	if err != nil {
 		http.Error(w, err.Error(), http.StatusBadRequest)

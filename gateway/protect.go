@@ -205,7 +205,7 @@ func (a *API) explain(as string) http.HandlerFunc {
 		r = r.Clone(ctx)
 		r.URL.Path = as
 		check := &heldAnswer{header: http.Header{}, code: http.StatusOK}
-		a.variantOf(tenantsOf(ctx)).handler.ServeHTTP(check, r)
+		a.variantOf(ctx, tenantsOf(ctx)).handler.ServeHTTP(check, r)
 		if check.code != http.StatusOK {
 			maps.Copy(w.Header(), check.header)
 			w.WriteHeader(check.code)

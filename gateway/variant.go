@@ -77,10 +77,11 @@ func (o *EngineOptions) key() string {
 
 // variant is Prometheus's API with an engine of certain options.
 type variant struct {
-	options EngineOptions
-	parser  parser.Parser
-	engine  promql.QueryEngine
-	handler http.Handler // paths are those below /api/v1
+	options  EngineOptions
+	reported bool // by a sidecar; else of the configuration
+	parser   parser.Parser
+	engine   promql.QueryEngine
+	handler  http.Handler // paths are those below /api/v1
 	// withCost is handler for stats=all. With a renderer of its own the API wouldn't
 	// warn of other values.
 	withCost http.Handler
@@ -108,10 +109,13 @@ func newEngine(o *Options, e *EngineOptions, parse parser.Parser, registry featu
 	return plan.New(engine, eo, o.Spread)
 }
 
-// newVariant makes a variant. Its metrics have its options as the label engine.
+// newVariant makes a variant. Its metrics have its options as the label engine;
+// without a registerer it has none.
 func (a *API) newVariant(e EngineOptions, reg prometheus.Registerer, gatherer prometheus.Gatherer) *variant {
 	o := &a.opts
-	reg = prometheus.WrapRegistererWith(prometheus.Labels{"engine": e.key()}, reg)
+	if reg != nil {
+		reg = prometheus.WrapRegistererWith(prometheus.Labels{"engine": e.key()}, reg)
+	}
 	parse := parser.NewParser(parser.Options{
 		EnableExperimentalFunctions: e.has("promql-experimental-functions"),
 		EnableBinopFillModifiers:    e.has("promql-binop-fill-modifiers"),

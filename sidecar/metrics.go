@@ -44,6 +44,7 @@ type metrics struct {
 	ringErrors     prometheus.Counter
 	labelErrors    prometheus.Counter
 	metadataErrors prometheus.Counter
+	flagErrors     prometheus.Counter
 	labelChanges   prometheus.Counter
 	claims         *prometheus.CounterVec
 	claimErrors    prometheus.Counter
@@ -113,6 +114,7 @@ func newMetrics(reg prometheus.Registerer) *metrics {
 		lacking:        counter("refused_copies_total", "Batches of which an ingester refused something, with several replicas."),
 		ringErrors:     counter("ring_errors_total", "Failed attempts to get the ring from a gateway."),
 		labelErrors:    counter("external_label_errors_total", "Failed attempts to get the external labels of Prometheus."),
+		flagErrors:     counter("flag_errors_total", "Failed attempts to tell gateways the flags of Prometheus."),
 		metadataErrors: counter("metadata_errors_total", "Failed attempts to get metadata of metrics from Prometheus."),
 		labelChanges:   counter("external_label_changes_total", "Changes of external labels or relabelling that took effect."),
 		claims: f.NewCounterVec(prometheus.CounterOpts{

@@ -120,7 +120,7 @@ func (e *externalLabels) get(ctx context.Context) (labels.Labels, time.Time, err
 			YAML *string `json:"yaml"`
 		} `json:"data"`
 	}
-	if err := e.ask(ctx, "/api/v1/status/config", &config); err != nil {
+	if err := ask(ctx, e.client, e.url, "/api/v1/status/config", &config); err != nil {
 		return none, time.Time{}, fmt.Errorf("ask Prometheus for its configuration: %w", err)
 	}
 	if config.Data.YAML == nil {
@@ -141,7 +141,7 @@ func (e *externalLabels) get(ctx context.Context) (labels.Labels, time.Time, err
 			LastConfigTime time.Time `json:"lastConfigTime"`
 		} `json:"data"`
 	}
-	if err := e.ask(ctx, "/api/v1/status/runtimeinfo", &info); err != nil {
+	if err := ask(ctx, e.client, e.url, "/api/v1/status/runtimeinfo", &info); err != nil {
 		// A Prometheus that doesn't tell: then they hold from now on.
 		e.logger.Debug("time of Prometheus's last reload can't be had", "err", err)
 		return ls, time.Time{}, nil
@@ -149,13 +149,13 @@ func (e *externalLabels) get(ctx context.Context) (labels.Labels, time.Time, err
 	return ls, info.Data.LastConfigTime, nil
 }
 
-// ask decodes what Prometheus answers to a GET.
-func (e *externalLabels) ask(ctx context.Context, path string, to any) error {
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, strings.TrimSuffix(e.url, "/")+path, nil)
+// ask decodes what the Prometheus at url answers to a GET.
+func ask(ctx context.Context, client *http.Client, url, path string, to any) error {
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, strings.TrimSuffix(url, "/")+path, nil)
 	if err != nil {
 		return err
 	}
-	resp, err := e.client.Do(req)
+	resp, err := client.Do(req)
 	if err != nil {
 		return err
 	}

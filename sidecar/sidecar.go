@@ -30,6 +30,7 @@ type Sidecar struct {
 	logger  *slog.Logger
 	lock    fileutil.Releaser
 	shipper *shipper
+	flags   *flags
 	client  *http.Client
 
 	health *health.Board
@@ -183,6 +184,10 @@ func open(opts Options, dir *tail.Dir, logger *slog.Logger, reg prometheus.Regis
 		gateways: opts.Gateways, tenant: opts.Tenant, client: gatewayClient, logger: logger, metrics: m, notify: sh.notify,
 		requests: make(chan choice.Request, 1),
 	}}
+	s.flags = &flags{
+		url: opts.PrometheusURL, gateways: opts.Gateways, tenant: opts.Tenant, client: s.client, gateway: gatewayClient,
+		logger: logger, failed: m.flagErrors.Inc,
+	}
 	sh.connect = sh.dial
 	s.shipper = sh
 	s.setStatus(Status{})
@@ -208,6 +213,10 @@ func (s *Sidecar) Run(ctx context.Context) error {
 	})
 	g.Go(func() error {
 		s.shipper.external.run(ctx)
+		return nil
+	})
+	g.Go(func() error {
+		s.flags.run(ctx)
 		return nil
 	})
 	g.Go(func() error {

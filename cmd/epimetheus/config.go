@@ -93,7 +93,7 @@ type GatewayConfig struct {
 	ResultBytes      size                           `yaml:"result_cache_bytes,omitempty" doc:"Memory for results of parts of long queries."`
 	EnableFeatures   []string                       `yaml:"enable_features,omitempty" doc:"As Prometheus's --enable-feature, of what concerns queries: promql-binop-fill-modifiers, promql-delayed-name-removal, promql-experimental-functions, promql-per-step-stats, promql-unquoted-utf8-names, query-cost, search-api, type-and-unit-labels, use-start-timestamps."`
 	TenantFederation bool                           `yaml:"tenant_federation,omitempty" doc:"Whether a request may be about several tenants, as 'X-Scope-OrgID: a|b'. Series then have the label '__tenant_id__'. The proxy that authenticates must check each of them. Off, a bar is a part of a tenant's name."`
-	Tenants          map[string]GatewayTenantConfig `yaml:"tenants,omitempty" doc:"By tenant: its own 'lookback_delta' and 'enable_features', as its Prometheus has them, and its own 'limits'. What is absent is as above; 'enable_features: []' is none; a tenant with 'limits' has those alone."`
+	Tenants          map[string]GatewayTenantConfig `yaml:"tenants,omitempty" doc:"By tenant: its own 'lookback_delta' and 'enable_features', where those that its sidecar reports aren't wanted, and its own 'limits'. With one of the first two, the other is as above if absent; 'enable_features: []' is none; a tenant with 'limits' has those alone."`
 	Limits           QueryLimits                    `yaml:"limits,omitempty"`
 	QueryMemory      size                           `yaml:"query_memory_bytes,omitempty" doc:"Memory that all queries may hold together (samples of heads, pages, results). Beyond it the query that holds most is ended. 0: no bound."`
 	SlowQuery        duration                       `yaml:"slow_query,omitempty" doc:"Queries that take so long are logged, with what they read. 0: none are."`
@@ -145,6 +145,9 @@ func (c *GatewayConfig) engine() gateway.EngineOptions {
 func (c *GatewayConfig) tenants() map[string]gateway.EngineOptions {
 	out := map[string]gateway.EngineOptions{}
 	for name, t := range c.Tenants {
+		if t.LookbackDelta == 0 && t.EnableFeatures == nil {
+			continue // those that its sidecar reports
+		}
 		e := c.engine()
 		if t.LookbackDelta != 0 {
 			e.LookbackDelta = time.Duration(t.LookbackDelta)

@@ -107,7 +107,7 @@ func (p *process) addGateway(st *stores, live *ring.Live, workers plan.Workers) 
 		SlowQuery: time.Duration(c.SlowQuery), Prices: gateway.Prices(c.Prices),
 		Flags: p.shownFlags(), ListenAddress: (*p.flags.web.WebListenAddresses)[0],
 		Revision: revision(), GoVersion: runtime.Version(), Ready: p.isReady,
-		Choices: choice.New(st.index),
+		Choices: choice.New(st.index), Index: st.index,
 	}, storage, live, p.logger, p.reg, p.reg)
 	if err != nil {
 		return nil, err

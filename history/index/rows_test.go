@@ -143,7 +143,11 @@ func FuzzDecodeRows(f *testing.F) {
 	if err != nil {
 		f.Fatal(err)
 	}
-	for _, it := range []Item{it, work[0], encodeGuard(testULID(1), Published)} {
+	engine, err := (&EngineRow{Tenant: "acme", LookbackDelta: 300_000, Features: []string{"a", "b"}}).encode()
+	if err != nil {
+		f.Fatal(err)
+	}
+	for _, it := range []Item{it, work[0], encodeGuard(testULID(1), Published), engine} {
 		f.Add(it.Range, it.Value[:len(it.Value)-4])
 	}
 	f.Fuzz(func(t *testing.T, rng, body []byte) {
@@ -160,6 +164,15 @@ func FuzzDecodeRows(f *testing.F) {
 			}
 			if d := cmp.Diff(r, r2); d != "" {
 				t.Fatal(d)
+			}
+		}
+		if r, err := decodeEngineRow("acme", seal(k, append([]byte(nil), body...))); err == nil {
+			again, err := r.encode()
+			if err != nil {
+				t.Fatalf("decoded row can't be encoded: %v", err)
+			}
+			if r2, err := decodeEngineRow("acme", again); err != nil || !r.Equal(r2) {
+				t.Fatalf("%v, %v, want %v", r2, err, r)
 			}
 		}
 		_, _ = decodeWorkRow(1, 2, seal(k, append([]byte(nil), body...)), nil)

@@ -1,0 +1,193 @@
+package gateway
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"log/slog"
+	"net/http"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/prometheus/common/model"
+
+	"github.com/epimetheus-tsdb/epimetheus/history/index"
+)
+
+const (
+	// reportAge is how long what a tenant's Prometheus was said to have is taken for
+	// true: how long another gateway takes to notice a change.
+	reportAge      = 30 * time.Second
+	reportTimeout  = 2 * time.Second
+	maxReports     = 100_000  // tenants that reports are kept of
+	maxVariants    = 64       // engines with different options
+	maxReportBytes = 64 << 10 // of a request
+)
+
+// EngineReport is the body of POST /api/v1/engine: the flags of a tenant's
+// Prometheus that change what a query means.
+type EngineReport struct {
+	LookbackDelta  model.Duration `json:"lookback_delta"`
+	EnableFeatures []string       `json:"enable_features"` // all of them, known to this gateway or not
+}
+
+// reports are what sidecars have told of their Prometheis' engines, as the index
+// has it. It is safe for concurrent use.
+type reports struct {
+	index  *index.Index // nil: there are none
+	logger *slog.Logger
+
+	mu  sync.Mutex
+	all map[string]*report
+}
+
+type report struct {
+	mu   sync.Mutex // held while the row is read
+	read time.Time
+	row  index.EngineRow // LookbackDelta is 0 if there is none
+}
+
+func (s *reports) of(tenant string) *report {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	r := s.all[tenant]
+	if r == nil {
+		if len(s.all) >= maxReports {
+			clear(s.all) // rare, and costs a row for each tenant that asks again
+		}
+		r = &report{}
+		s.all[tenant] = r
+	}
+	return r
+}
+
+// get returns what is known of a tenant. Where the row can't be read what was
+// known before holds on.
+func (s *reports) get(ctx context.Context, tenant string) (row index.EngineRow, found bool) {
+	if s.index == nil {
+		return row, false
+	}
+	r := s.of(tenant)
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if time.Since(r.read) > reportAge {
+		// Others wait for this read: it doesn't end with the request.
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), reportTimeout)
+		defer cancel()
+		row, _, err := s.index.Engine(ctx, tenant)
+		if err != nil {
+			s.logger.Warn("engine options that the tenant's sidecar reported can't be read, those known before hold on", "tenant", tenant, "err", err)
+		} else {
+			r.row = row
+		}
+		r.read = time.Now()
+	}
+	return r.row, r.row.LookbackDelta > 0
+}
+
+// put stores what a sidecar reports.
+func (s *reports) put(ctx context.Context, row index.EngineRow) error {
+	r := s.of(row.Tenant)
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if err := s.index.PutEngine(ctx, row); err != nil {
+		return err
+	}
+	if !r.row.Equal(row) {
+		s.logger.Info("engine options of the tenant's Prometheus reported", "tenant", row.Tenant,
+			"lookback_delta", time.Duration(row.LookbackDelta)*time.Millisecond, "enable_features", row.Features)
+	}
+	r.row, r.read = row, time.Now()
+	return nil
+}
+
+// with gives the options of a tenant whose Prometheus has these: its lookback
+// delta, and its features beside those that all tenants have.
+func (o EngineOptions) with(row index.EngineRow) EngineOptions {
+	e := EngineOptions{LookbackDelta: time.Duration(row.LookbackDelta) * time.Millisecond, Features: slices.Clone(o.Features)}
+	for _, f := range row.Features {
+		if slices.Contains(Features(), f) && !e.has(f) {
+			e.Features = append(e.Features, f)
+		}
+	}
+	return e
+}
+
+// variantOf gives the API as tenants have it: with the options of the
+// configuration, or those of the tenant's Prometheus. Where several have different
+// ones, it is that of tenants with no options of their own.
+func (a *API) variantOf(ctx context.Context, tenants []string) *variant {
+	v := a.variantOfOne(ctx, tenants[0])
+	for _, t := range tenants[1:] {
+		if a.variantOfOne(ctx, t) != v {
+			return a.variant
+		}
+	}
+	return v
+}
+
+func (a *API) variantOfOne(ctx context.Context, tenant string) *variant {
+	if v := a.tenants[tenant]; v != nil {
+		return v
+	}
+	row, found := a.reports.get(ctx, tenant)
+	if !found {
+		return a.variant
+	}
+	e := a.opts.Engine.with(row)
+	key := e.key()
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	v := a.variants[key]
+	if v == nil {
+		if len(a.variants)-a.configured >= maxVariants {
+			for k, v := range a.variants { // any: it is made anew when it is needed
+				if v.reported {
+					delete(a.variants, k)
+					break
+				}
+			}
+		}
+		// Without metrics: there is no bound on what tenants may report.
+		v = a.newVariant(e, nil, a.gatherer)
+		v.reported = true
+		a.variants[key] = v
+	}
+	return v
+}
+
+// engine is POST engine, as docs/api.md says.
+func (a *API) engine(w http.ResponseWriter, r *http.Request) {
+	if a.reports.index == nil {
+		respondError(w, http.StatusNotImplemented, "unavailable", fmt.Errorf("this gateway takes no reports of engine options"))
+		return
+	}
+	var q EngineReport
+	if err := json.NewDecoder(http.MaxBytesReader(w, r.Body, maxReportBytes)).Decode(&q); err != nil {
+		respondError(w, http.StatusBadRequest, "bad_data", fmt.Errorf("report of engine options: %w", err))
+		return
+	}
+	if n := len(tenantsOf(r.Context())); n > 1 {
+		respondError(w, http.StatusBadRequest, "bad_data", fmt.Errorf("report of engine options for %d tenants: name one in %s", n, TenantHeader))
+		return
+	}
+	slices.Sort(q.EnableFeatures)
+	row := index.EngineRow{
+		Tenant: TenantOf(r.Context()), LookbackDelta: time.Duration(q.LookbackDelta).Milliseconds(), Features: slices.Compact(q.EnableFeatures),
+	}
+	if err := row.Validate(); err != nil {
+		respondError(w, http.StatusBadRequest, "bad_data", err)
+		return
+	}
+	ctx, cancel := context.WithTimeout(r.Context(), claimTimeout)
+	defer cancel()
+	if err := a.reports.put(ctx, row); err != nil {
+		if r.Context().Err() == nil {
+			a.logger.Warn("engine options of a tenant can't be stored", "tenant", row.Tenant, "err", err)
+		}
+		respondError(w, http.StatusServiceUnavailable, "unavailable", err)
+		return
+	}
+	respond(w, struct{}{}, nil)
+}

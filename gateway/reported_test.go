@@ -1,0 +1,104 @@
+package gateway_test
+
+import (
+	"net/http"
+	"net/http/httptest"
+	"net/url"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/prometheus/prometheus/model/labels"
+
+	"github.com/epimetheus-tsdb/epimetheus/gateway"
+	"github.com/epimetheus-tsdb/epimetheus/gateway/gatewaytest"
+	"github.com/epimetheus-tsdb/epimetheus/history/historytest"
+	"github.com/epimetheus-tsdb/epimetheus/history/index"
+)
+
+// TestReportedEngine: queries mean what the flags of the tenant's Prometheus, as its
+// sidecar reports them, make of them.
+func TestReportedEngine(t *testing.T) {
+	c := gatewaytest.New(t, gatewaytest.Options{})
+	for _, tenant := range []string{"a", "b", "configured"} {
+		if err := c.Shipper(tenant).Send(t.Context(), gatewaytest.Sample{Labels: labels.FromStrings("__name__", "up"), T: start, V: 1}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	var fault historytest.Fault
+	x := index.New(&historytest.FaultyRows{Store: &historytest.MemoryRows{}, Decide: func(string, string) historytest.Fault { return fault }})
+	options := gateway.Options{
+		Tenancy: gateway.Header, Index: x,
+		Engine:  gateway.EngineOptions{Features: []string{"search-api"}},
+		Tenants: map[string]gateway.EngineOptions{"configured": {LookbackDelta: time.Minute}},
+	}
+	api := newAPI(t, c, options)
+	do := func(api *gateway.API, method, tenant, path, body string, wantCode int, want string) {
+		t.Helper()
+		req := httptest.NewRequestWithContext(t.Context(), method, "/api/v1"+path, strings.NewReader(body))
+		req.Header.Set(gateway.TenantHeader, tenant)
+		w := httptest.NewRecorder()
+		api.ServeHTTP(w, req)
+		if got := w.Body.String(); w.Code != wantCode || !strings.Contains(got, want) {
+			t.Errorf("%s, %s: %d %s, want %d %s", tenant, path, w.Code, got, wantCode, want)
+		}
+	}
+	report := func(tenant, body string, wantCode int, want string) {
+		t.Helper()
+		do(api, http.MethodPost, tenant, "/engine", body, wantCode, want)
+	}
+	query := func(api *gateway.API, tenant, expr string, wantCode int, want string) {
+		t.Helper()
+		do(api, http.MethodGet, tenant, "/query?time=1700000060&query="+url.QueryEscape(expr), "", wantCode, want)
+	}
+	query(api, "a", "up", http.StatusOK, `"__name__":"up"`)
+	query(api, "a", "mad_over_time(up[5m])", http.StatusBadRequest, "is not enabled")
+
+	report("a", `{"lookback_delta":"30s","enable_features":["promql-experimental-functions","exemplar-storage"]}`, http.StatusOK, "success")
+	report("configured", `{"lookback_delta":"30s","enable_features":[]}`, http.StatusOK, "success")
+	other := newAPI(t, c, options)
+	for _, api := range []*gateway.API{api, other} {
+		query(api, "a", "up", http.StatusOK, `"result":[]`)
+		query(api, "a", "mad_over_time(up[5m])", http.StatusOK, `"0"`)
+		do(api, http.MethodGet, "a", "/status/flags", "", http.StatusOK, `"enable-feature":"search-api,promql-experimental-functions","query.lookback-delta":"30s"`)
+		query(api, "b", "up", http.StatusOK, `"__name__":"up"`)
+		query(api, "b", "mad_over_time(up[5m])", http.StatusBadRequest, "is not enabled")
+		query(api, "configured", "up", http.StatusOK, `"__name__":"up"`)
+	}
+
+	report("b", `{"lookback_delta":"-1s"}`, http.StatusBadRequest, "not a valid duration")
+	report("b", `{"enable_features":["x"]}`, http.StatusBadRequest, "lookback delta of 0 ms")
+	report("b", `{"lookback_delta":"1m","enable_features":[""]}`, http.StatusBadRequest, "is empty")
+	report("b", `{"lookback_delta":"1m","enable_features":["`+strings.Repeat("x", 200)+`"]}`, http.StatusBadRequest, "longer than 128 bytes")
+	report("b", `{`, http.StatusBadRequest, "unexpected EOF")
+	report("", `{"lookback_delta":"1m"}`, http.StatusUnauthorized, "no tenant")
+	fault = historytest.Before
+	report("b", `{"lookback_delta":"30s"}`, http.StatusServiceUnavailable, "unavailable")
+	query(api, "b", "up", http.StatusOK, `"__name__":"up"`)
+	query(newAPI(t, c, options), "a", "up", http.StatusOK, `"__name__":"up"`) // it never knew
+	fault = historytest.None
+	options.Index = nil
+	do(newAPI(t, c, options), http.MethodPost, "a", "/engine", `{"lookback_delta":"1m"}`, http.StatusNotImplemented, "takes no reports")
+}
+
+// TestManyReportedEngines: what tenants report takes no memory without a bound.
+func TestManyReportedEngines(t *testing.T) {
+	c := gatewaytest.New(t, gatewaytest.Options{})
+	api := newAPI(t, c, gateway.Options{Tenancy: gateway.Header, Index: index.New(&historytest.MemoryRows{})})
+	for i := range 200 {
+		tenant := "t" + time.Duration(i).String()
+		for _, r := range []*http.Request{
+			httptest.NewRequestWithContext(t.Context(), http.MethodPost, "/api/v1/engine", strings.NewReader(`{"lookback_delta":"`+(time.Duration(i+1)*time.Second).String()+`"}`)),
+			httptest.NewRequestWithContext(t.Context(), http.MethodGet, "/api/v1/query?query=1", http.NoBody),
+		} {
+			r.Header.Set(gateway.TenantHeader, tenant)
+			w := httptest.NewRecorder()
+			if api.ServeHTTP(w, r); w.Code != http.StatusOK {
+				t.Fatalf("%s %s: %d %s", tenant, r.URL, w.Code, w.Body)
+			}
+		}
+	}
+	if n := api.Engines(); n > 70 {
+		t.Errorf("%d engines are kept", n)
+	}
+}

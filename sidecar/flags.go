@@ -1,0 +1,125 @@
+package sidecar
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net/http"
+	"slices"
+	"strings"
+	"time"
+)
+
+// flagsInterval is how often Prometheus is asked for its flags, which change when it
+// is started anew.
+const flagsInterval = time.Minute
+
+// flags tells gateways with which flags Prometheus evaluates queries, so that they
+// mean the same there: POST /api/v1/engine of docs/api.md.
+type flags struct {
+	url      string   // of the Prometheus; empty: nothing is told
+	gateways []string // base URLs, taken in turn when one fails
+	tenant   string
+	client   *http.Client // for Prometheus
+	gateway  *http.Client
+	logger   *slog.Logger
+	failed   func()
+}
+
+// engineFlags is the body of a report.
+type engineFlags struct {
+	LookbackDelta  string   `json:"lookback_delta"`
+	EnableFeatures []string `json:"enable_features"`
+}
+
+func (f *flags) run(ctx context.Context) {
+	if f.url == "" {
+		return
+	}
+	var told *engineFlags
+	failing, next := false, 0
+	for pause := time.Second; ; {
+		got, err := f.get(ctx)
+		if err == nil && got != nil && (told == nil || got.LookbackDelta != told.LookbackDelta || !slices.Equal(got.EnableFeatures, told.EnableFeatures)) {
+			if err = f.post(ctx, f.gateways[next%len(f.gateways)], got); err == nil {
+				told = got
+			} else {
+				next++
+			}
+		}
+		switch {
+		case ctx.Err() != nil:
+			return
+		case err != nil:
+			f.failed()
+			if !failing {
+				failing = true
+				f.logger.Warn("gateways can't be told Prometheus's flags for queries, trying on: they use what they know", "err", err)
+			}
+			sleep(ctx, pause)
+			pause = min(2*pause, flagsInterval)
+		default:
+			if failing {
+				failing = false
+				f.logger.Info("gateways know Prometheus's flags for queries again")
+			}
+			pause = time.Second
+			sleep(ctx, flagsInterval)
+		}
+	}
+}
+
+// get returns the flags of the running Prometheus; nil for an agent, which evaluates
+// no queries.
+func (f *flags) get(ctx context.Context) (*engineFlags, error) {
+	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+	defer cancel()
+	var answer struct {
+		Data map[string]string `json:"data"`
+	}
+	if err := ask(ctx, f.client, f.url, "/api/v1/status/flags", &answer); err != nil {
+		return nil, fmt.Errorf("ask Prometheus for its flags: %w", err)
+	}
+	if answer.Data == nil {
+		return nil, errors.New("flags that Prometheus answered: no data in them")
+	}
+	e := &engineFlags{LookbackDelta: answer.Data["query.lookback-delta"], EnableFeatures: []string{}}
+	if e.LookbackDelta == "" || answer.Data["agent"] == "true" {
+		return nil, nil
+	}
+	for name := range strings.SplitSeq(answer.Data["enable-feature"], ",") {
+		if name = strings.TrimSpace(name); name != "" {
+			e.EnableFeatures = append(e.EnableFeatures, name)
+		}
+	}
+	return e, nil
+}
+
+func (f *flags) post(ctx context.Context, gateway string, e *engineFlags) error {
+	ctx, cancel := context.WithTimeout(ctx, claimTimeout)
+	defer cancel()
+	body, err := json.Marshal(e)
+	if err != nil {
+		return fmt.Errorf("report of flags: %w", err)
+	}
+	req, err := http.NewRequestWithContext(ctx, http.MethodPost, strings.TrimSuffix(gateway, "/")+"/api/v1/engine", bytes.NewReader(body))
+	if err != nil {
+		return fmt.Errorf("report of flags: %w", err)
+	}
+	req.Header.Set("Content-Type", "application/json")
+	req.Header.Set("X-Scope-OrgID", f.tenant)
+	resp, err := f.gateway.Do(req)
+	if err != nil {
+		return fmt.Errorf("report of flags: %w", err)
+	}
+	defer resp.Body.Close()
+	b, _ := io.ReadAll(io.LimitReader(resp.Body, 4<<10)) // for the error only
+	if resp.StatusCode != http.StatusOK {
+		return fmt.Errorf("report of flags: %s answered %s: %s", gateway, resp.Status, strings.TrimSpace(string(b)))
+	}
+	return nil
+}
