@@ -2,7 +2,7 @@
 # version, built from modules of their own into .tools (never into GOBIN).
 #
 #   make tools          everything that `make test` and `make lint` need
-#   make tools-test     the servers that tests start: S3, DynamoDB, Prometheus, node exporter
+#   make tools-test     the servers that tests start: S3, DynamoDB, memcached, Prometheus, node exporter
 #   make tools-lint     golangci-lint and benchstat
 #   make tools-generate buf and the two protobuf plugins
 #
@@ -26,9 +26,9 @@ TOOLS_PROMETHEUS_LDFLAGS := -s -w \
 
 tools_done = @mkdir -p $(TOOLS_DIR)/stamps && rm -f $(TOOLS_DIR)/stamps/$(1)-* && touch $@
 
-.PHONY: tools tools-test tools-lint tools-generate
+.PHONY: tools tools-test tools-lint tools-generate tools-memcached
 tools: tools-test tools-lint ## install what tests and linters need into .tools
-tools-test: $(TOOLS_STAMP_SERVERS) $(TOOLS_STAMP_DYNALITE)
+tools-test: $(TOOLS_STAMP_SERVERS) $(TOOLS_STAMP_DYNALITE) tools-memcached
 tools-lint: $(TOOLS_STAMP_LINT)
 tools-generate: $(TOOLS_STAMP_GENERATE)
 
@@ -47,6 +47,11 @@ $(TOOLS_STAMP_DYNALITE):
 	cp tools/dynalite/package.json tools/dynalite/package-lock.json $(TOOLS_DIR)/dynalite/
 	cd $(TOOLS_DIR)/dynalite && npm ci --no-audit --no-fund --loglevel=error
 	$(call tools_done,dynalite)
+
+# A package of the system, 1.6 or newer: there is no module of it.
+tools-memcached:
+	@command -v memcached >/dev/null || { [ $$(id -u) = 0 ] && apt-get update -q && apt-get install -qy --no-install-recommends memcached; } || \
+		{ echo "memcached is needed by the tests: apt-get install -y memcached"; exit 1; }
 
 $(TOOLS_STAMP_LINT):
 	@mkdir -p $(TOOLS_BIN)

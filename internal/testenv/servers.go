@@ -119,8 +119,8 @@ func startDynamoDB(t testing.TB, args ...string) *DynamoDBServer {
 	return s
 }
 
-// Memcached starts a memcached and returns its address.
-func Memcached(t testing.TB) (addr string, p *Process) {
+// Memcached starts a memcached, with additional arguments, and returns its address.
+func Memcached(t testing.TB, args ...string) (addr string, p *Process) {
 	t.Helper()
 	path, err := exec.LookPath("memcached")
 	if err != nil {
@@ -128,7 +128,7 @@ func Memcached(t testing.TB) (addr string, p *Process) {
 	}
 	addr = FreeAddr(t)
 	return addr, Start(t, Command{
-		Path: path, Args: []string{"-u", "nobody", "-l", "127.0.0.1", "-p", port(addr), "-m", "64"}, Ready: Listening(addr),
+		Path: path, Args: append([]string{"-u", "nobody", "-l", "127.0.0.1", "-p", port(addr), "-m", "64"}, args...), Ready: Listening(addr),
 	})
 }
 
