@@ -116,7 +116,7 @@ func (s *Snapshot) find(ctx context.Context, bs []*Block, ms []*labels.Matcher, 
 		}
 		lo, hi := bs[i].clip(mint, maxt)
 		for _, e := range pages[j].series.Select(ms, lo, hi) {
-			if bs[i].holds(&e, lo, hi) {
+			if bs[i].holds(&e, lo, hi) && s.shows(&e, lo, hi) {
 				out[i].entries = append(out[i].entries, e)
 				s.Stats.Series.Add(1)
 			}
@@ -163,6 +163,19 @@ func (b *Block) holds(e *chunkfmt.Entry, mint, maxt int64) bool {
 		in := func(c chunkfmt.Chunk) bool { return c.Overlaps(lo, hi) }
 		return lo <= hi && (slices.ContainsFunc(e.Chunks, in) || slices.ContainsFunc(e.Exemplars, in))
 	})
+}
+
+// shows drops those chunks of a series of which all in mint to maxt is hidden. It
+// says whether there are others.
+func (s *Snapshot) shows(e *chunkfmt.Entry, mint, maxt int64) bool {
+	hidden := s.Hidden.Of(e.Labels)
+	if len(hidden) == 0 {
+		return true
+	}
+	gone := func(c chunkfmt.Chunk) bool { return covers(hidden, max(mint, c.MinT), min(maxt, c.MaxT)) }
+	e.Chunks = slices.DeleteFunc(slices.Clone(e.Chunks), gone)
+	e.Exemplars = slices.DeleteFunc(slices.Clone(e.Exemplars), gone)
+	return len(e.Chunks)+len(e.Exemplars) > 0
 }
 
 // prune drops series pages of metrics that carry no label value that could

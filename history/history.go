@@ -23,6 +23,9 @@ type Options struct {
 	// flushed. Rows are kept for at most half of it. 0: rows are not kept.
 	VisibilityDelay time.Duration
 
+	// Retention says how long what a tenant has is kept. nil: all is kept for ever.
+	Retention func(tenant string) Retention
+
 	PageCacheBytes int64 // default 256 MiB; negative: nothing is kept
 	RowCacheBytes  int64 // default 32 MiB; negative: nothing is kept
 	MaxGets        int   // at the same time, of all queries; default 128
@@ -58,6 +61,9 @@ type History struct {
 	rows    *cache.Cache[rowSetKey, *rowSet]
 	gets    chan struct{} // holds one for each GET under way
 	metrics *metrics
+
+	known   atomic.Pointer[knownDeletions]
+	looking chan struct{} // holds one while somebody looks for changes of deletions
 
 	// For tests.
 	now        func() time.Time
@@ -98,7 +104,7 @@ func New(o Options) (*History, error) {
 	}
 	o.Logger = o.Logger.With("component", "history")
 	h := &History{
-		o: o, gets: make(chan struct{}, o.MaxGets), now: time.Now, batchBytes: batchBytes,
+		o: o, looking: make(chan struct{}, 1), gets: make(chan struct{}, o.MaxGets), now: time.Now, batchBytes: batchBytes,
 		pages: cache.New[pageKey, page](o.PageCacheBytes), rows: cache.New[rowSetKey, *rowSet](o.RowCacheBytes),
 		metrics: &metrics{
 			published: prometheus.NewCounter(prometheus.CounterOpts{

@@ -43,6 +43,7 @@ type Series struct {
 	Labels labels.Labels
 
 	mint, maxt int64
+	hidden     []chunkfmt.Range // ascending
 	stats      *Stats
 	parts      []part
 }
@@ -83,7 +84,7 @@ func (s *Snapshot) seriesSet(fs []found, mint, maxt int64) *SeriesSet {
 			}
 			at, added := sets.add(e.Labels)
 			if added {
-				out.series = append(out.series, &Series{Labels: e.Labels, mint: mint, maxt: maxt, stats: s.Stats})
+				out.series = append(out.series, &Series{Labels: e.Labels, mint: mint, maxt: maxt, hidden: s.Hidden.Of(e.Labels), stats: s.Stats})
 			}
 			out.series[at].parts = append(out.series[at].parts, part{block: f.block, chunks: e.Chunks})
 		}
@@ -232,6 +233,7 @@ func (s *Series) Runs(buf *Buffer) ([]*chunkfmt.Series, error) {
 				return nil, err
 			}
 		}
+		Cut(run, s.hidden)
 		n := len(run.Floats.T) + len(run.Histograms.T) + len(run.FloatHistograms.T)
 		s.stats.Samples.Add(int64(n))
 		if n > 0 {
@@ -483,6 +485,7 @@ func (s *Snapshot) Exemplars(ctx context.Context, sets [][]*labels.Matcher, mint
 			es = slices.DeleteFunc(es, func(e exemplar.Exemplar) bool {
 				return e.Ts < max(mint, s.MinT) || e.Ts > min(maxt, s.MaxT) || !p.block.Overlaps(e.Ts, e.Ts)
 			})
+			es = CutExemplars(es, s.Hidden.Of(names.all[p.series]))
 			if len(es) > 0 {
 				runs[p.series] = append(runs[p.series], &chunkfmt.Series{Labels: names.all[p.series], Exemplars: es})
 			}

@@ -45,7 +45,9 @@ type Snapshot struct {
 	Tenant     string
 	MinT, MaxT int64
 	Blocks     []Block // ordered by first time, then id; not to be changed
-	Stats      *Stats
+	// Hidden is what of this time isn't read, though blocks have it.
+	Hidden *Hidden
+	Stats  *Stats
 
 	h *History
 }
@@ -94,18 +96,36 @@ func (h *History) Snapshot(ctx context.Context, tenant string, mint, maxt int64,
 	if mint > maxt {
 		return s, nil
 	}
-	rows, err := h.rowSet(ctx, s.Stats, tenant, mint, maxt, must, since)
+	hidden, err := h.hidden(ctx, tenant)
 	if err != nil {
 		return nil, fmt.Errorf("snapshot of tenant %s: %w", tenant, err)
 	}
-	s.Blocks = blocks(visible(rows.rows, mint, maxt))
+	if s.hide(hidden); s.MinT > maxt {
+		return s, nil
+	}
+	rows, err := h.rowSet(ctx, s.Stats, tenant, s.MinT, maxt, must, since)
+	if err != nil {
+		return nil, fmt.Errorf("snapshot of tenant %s: %w", tenant, err)
+	}
+	s.Blocks = blocks(visible(rows.rows, s.MinT, maxt))
 	s.Stats.Blocks.Store(int64(len(s.Blocks)))
 	return s, nil
 }
 
-// Open makes a snapshot of blocks that another process has listed.
-func (h *History) Open(tenant string, mint, maxt int64, blocks []Block) *Snapshot {
+// hide keeps what is hidden in the snapshot's time, and lets that begin behind the
+// retention.
+func (s *Snapshot) hide(hidden *Hidden) {
+	s.Hidden = hidden.Within(s.MinT, s.MaxT)
+	if s.Hidden != nil {
+		s.MinT = max(s.MinT, s.Hidden.Before)
+	}
+}
+
+// Open makes a snapshot of blocks that another process has listed, of which some
+// is hidden.
+func (h *History) Open(tenant string, mint, maxt int64, blocks []Block, hidden *Hidden) *Snapshot {
 	s := &Snapshot{Tenant: tenant, MinT: mint, MaxT: maxt, Blocks: blocks, Stats: &Stats{}, h: h}
+	s.hide(hidden)
 	s.Stats.Blocks.Store(int64(len(blocks)))
 	return s
 }
@@ -255,6 +275,11 @@ func blocks(rows []index.BlockRow) []Block {
 	return out
 }
 
+// hides says whether all that a block has in mint to maxt is hidden.
+func (s *Snapshot) hides(b *Block, mint, maxt int64) bool {
+	return s.Hidden != nil && !slices.ContainsFunc(b.readable(mint, maxt), func(r chunkfmt.Range) bool { return !s.Hidden.All(r.MinT, r.MaxT) })
+}
+
 // maxLooks is how often a read looks at the rows anew because an object was
 // absent. More than once is rare.
 const maxLooks = 8
@@ -268,7 +293,7 @@ func (s *Snapshot) attempt(ctx context.Context, mint, maxt int64, read func(bloc
 	overlapping := func(all []Block) []*Block {
 		var out []*Block
 		for i := range all {
-			if mint <= maxt && all[i].Overlaps(mint, maxt) {
+			if mint <= maxt && all[i].Overlaps(mint, maxt) && !s.hides(&all[i], mint, maxt) {
 				out = append(out, &all[i])
 			}
 		}

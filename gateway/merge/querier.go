@@ -152,8 +152,10 @@ func (q *Querier) labels(ctx context.Context, name string, hints *storage.LabelH
 	if err != nil {
 		return nil, nil, class(ctx, err)
 	}
-	for _, a := range as {
-		out = append(out, a.value...)
+	if !snap.Hidden.All(q.mint, q.maxt) {
+		for _, a := range as {
+			out = append(out, a.value...)
+		}
 	}
 	slices.Sort(out)
 	out = slices.Compact(out)
@@ -174,6 +176,7 @@ type seriesSet struct {
 	shard, shards uint64
 	left          int              // series that may still be given; -1: all
 	heads         [][]fetch.Series // each ascending in labels; what is left
+	hidden        *history.Hidden  // of heads; history knows of it itself
 	old           *history.SeriesSet
 	more          bool // old has a present series
 
@@ -215,11 +218,11 @@ func (s *seriesSet) Next() bool {
 		if !ok {
 			return false
 		}
-		at := &Series{labels: ls, mint: s.mint, maxt: s.maxt}
+		at := &Series{labels: ls, mint: s.mint, maxt: s.maxt, hidden: s.hidden.Of(ls)}
 		elsewhere := false // it has samples, at other times
 		for i := range s.heads {
 			if h := s.heads[i]; len(h) > 0 && labels.Equal(h[0].Labels, ls) {
-				if slices.ContainsFunc(h[0].Chunks, func(c fetch.Chunk) bool { return c.MinT <= s.maxt && s.mint <= c.MaxT }) {
+				if slices.ContainsFunc(h[0].Chunks, at.shows) {
 					at.heads = append(at.heads, h[0].Chunks)
 				}
 				elsewhere = elsewhere || len(h[0].Chunks) > 0
@@ -290,8 +293,15 @@ func (s *seriesSet) Warnings() annotations.Annotations {
 type Series struct {
 	labels     labels.Labels
 	mint, maxt int64
+	hidden     []chunkfmt.Range
 	heads      [][]fetch.Chunk // of each ingester that has it
 	old        *history.Series // nil: none
+}
+
+// shows says whether a chunk may have samples that are to be read.
+func (s *Series) shows(c fetch.Chunk) bool {
+	mint, maxt := max(c.MinT, s.mint), min(c.MaxT, s.maxt)
+	return mint <= maxt && !history.Covers(s.hidden, mint, maxt)
 }
 
 // samples is about how many there are.
@@ -355,7 +365,9 @@ func (s *Series) Columns(buf *Buffer) (*chunkfmt.Series, error) {
 		if err != nil {
 			return nil, err
 		}
-		runs = append(runs, trim(run, s.mint, s.maxt))
+		run = trim(run, s.mint, s.maxt)
+		history.Cut(run, s.hidden)
+		runs = append(runs, run)
 	}
 	if len(runs) == 0 {
 		return &chunkfmt.Series{}, nil

@@ -52,8 +52,18 @@ func (s *Selection) open(ctx context.Context) {
 		return
 	}
 	tenant := s.q.s.tenantOf(ctx)
+	labelsOnly := s.labelsOnly()
+	if labelsOnly {
+		// Which series have anything left, only their chunks tell.
+		hides, err := s.q.s.history.Hides(ctx, tenant, s.mint, s.maxt)
+		if err != nil {
+			s.err = class(ctx, err)
+			return
+		}
+		labelsOnly = !hides
+	}
 	as, since, warnings, err := ask(ctx, s.q.s.heads, tenant, func(ctx context.Context, c *fetch.Client) ([]fetch.Series, fetch.Header, error) {
-		return c.Select(ctx, fetch.Query{Tenant: tenant, MinT: s.mint, MaxT: s.maxt, Matchers: s.matchers}, s.labelsOnly())
+		return c.Select(ctx, fetch.Query{Tenant: tenant, MinT: s.mint, MaxT: s.maxt, Matchers: s.matchers}, labelsOnly)
 	})
 	if err != nil {
 		s.err = class(ctx, err)
@@ -149,7 +159,7 @@ func (s *Selection) read(ctx context.Context, set *seriesSet, mint, maxt int64) 
 	if set.err = s.err; s.err != nil || mint > maxt {
 		return
 	}
-	set.heads = slices.Clone(s.heads)
+	set.heads, set.hidden = slices.Clone(s.heads), s.snap.Hidden
 	if s.labelsOnly() {
 		lss, err := s.snap.Series(ctx, s.matchers, mint, maxt)
 		if err != nil {

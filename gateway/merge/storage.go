@@ -74,7 +74,11 @@ func (q *exemplarQuerier) Select(mint, maxt int64, sets ...[]*labels.Matcher) ([
 		return nil, class(q.ctx, err)
 	}
 	for _, a := range as {
-		all = append(all, a.value...)
+		for _, s := range a.value {
+			if s.Exemplars = history.CutExemplars(s.Exemplars, snap.Hidden.Of(s.Labels)); len(s.Exemplars) > 0 {
+				all = append(all, s)
+			}
+		}
 	}
 	slices.SortStableFunc(all, func(a, b chunkfmt.Series) int { return labels.Compare(a.Labels, b.Labels) })
 	out := []exemplar.QueryResult{}

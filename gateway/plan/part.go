@@ -95,10 +95,10 @@ func (l *Leaf) only(from, to int) *Leaf {
 	return &out
 }
 
-// key names what a part of a leaf gives, over the blocks that it reads, whatever
+// key names what a part of a leaf gives, over what it reads of the blocks, whatever
 // the query that it is in and however many of the part's steps that has. Nothing
 // else goes into it: the times of the query don't.
-func (l *Leaf) key(tenant string, span, number int64, o options, blocks []history.Block) Key {
+func (l *Leaf) key(tenant string, span, number int64, o options, blocks []history.Block, hidden *history.Hidden) Key {
 	h := sha256.New()
 	fmt.Fprintf(h, "%d\n%q\n%s\n%d %d %d %d %d\n%t %t %t %t %d\n", partialVersion, tenant, l.expr(),
 		l.offset(), l.Range, l.Grid.Step, l.Grid.Start-l.Grid.Start/l.Grid.Step*l.Grid.Step, number,
@@ -113,6 +113,13 @@ func (l *Leaf) key(tenant string, span, number int64, o options, blocks []histor
 		for _, r := range blocks[i].Ranges {
 			b = binary.BigEndian.AppendUint64(b, uint64(r.MinT)) //nolint:gosec // bits
 			b = binary.BigEndian.AppendUint64(b, uint64(r.MaxT)) //nolint:gosec // bits
+		}
+		h.Write(b)
+	}
+	if hidden = hidden.Within(mint, maxt); hidden != nil {
+		b = binary.BigEndian.AppendUint64(append(b[:0], "hidden"...), uint64(hidden.Before)) //nolint:gosec // bits
+		for i := range hidden.Deletions {
+			b = append(b, hidden.Deletions[i].ID[:]...)
 		}
 		h.Write(b)
 	}

@@ -76,7 +76,7 @@ var ErrUnlike = errors.New("worker differs in version or options")
 
 // Version of tasks and of what they give. Gateways of different versions compute
 // their parts themselves.
-const Version = 1
+const Version = 2
 
 // Task is a part of a leaf for another gateway. It has the whole query: a leaf's
 // own text would change the meaning of start() and end(), and the places in
@@ -100,6 +100,8 @@ type Task struct {
 
 	// Blocks that the query reads and the part may need.
 	Blocks []history.Block
+	// Hidden is what of them isn't to be read.
+	Hidden *history.Hidden
 }
 
 // leaf gives the result of the i-th leaf.
@@ -154,7 +156,7 @@ func (q *query) part(ctx context.Context, i int, sel *merge.Selection) (_ *work,
 	w.keys = make([]Key, len(w.parts))
 	for i, p := range w.parts {
 		if !w.fresh[i] {
-			w.keys[i] = l.key(tenant, w.span, p.number, q.opts, sel.Snapshot().Blocks)
+			w.keys[i] = l.key(tenant, w.span, p.number, q.opts, sel.Snapshot().Blocks, sel.Snapshot().Hidden)
 		}
 	}
 	return w, samples, nil
@@ -262,6 +264,7 @@ func (w *work) elsewhere(ctx context.Context, tenant string, i int) error {
 			t.Blocks = append(t.Blocks, b)
 		}
 	}
+	t.Hidden = w.sel.Snapshot().Hidden.Within(mint, maxt)
 	b, err := q.engine.spread.Workers.Run(ctx, w.keys[i], t)
 	switch {
 	case errors.Is(err, ErrHere), errors.Is(err, ErrUnlike):
@@ -395,14 +398,14 @@ func (e *Engine) Work(ctx context.Context, h *history.History, t *Task) ([]byte,
 	only := l.only(t.From, t.To)
 	var key Key
 	if r := e.spread.Results; r != nil {
-		key = l.key(t.Tenant, t.Span, t.Number, q.opts, t.Blocks)
+		key = l.key(t.Tenant, t.Span, t.Number, q.opts, t.Blocks, t.Hidden)
 		if p, ok := r.get(key, only.Grid); ok {
 			return p.marshal(only.Grid)
 		}
 	}
 	ctx, cancel := context.WithTimeout(ctx, e.opts.Timeout)
 	defer cancel()
-	snap := h.Open(t.Tenant, only.mint(), only.maxt(), t.Blocks)
+	snap := h.Open(t.Tenant, only.mint(), only.maxt(), t.Blocks, t.Hidden)
 	p, err := run(ctx, only, q.opts, merge.Historical(ctx, snap, only.mint(), only.maxt(), l.Selector.LabelMatchers), 1)
 	if err != nil {
 		return nil, err

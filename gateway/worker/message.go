@@ -6,6 +6,7 @@ import (
 	"time"
 
 	"github.com/oklog/ulid/v2"
+	"github.com/prometheus/prometheus/model/labels"
 
 	"github.com/epimetheus-tsdb/epimetheus/chunkfmt"
 	"github.com/epimetheus-tsdb/epimetheus/gateway/plan"
@@ -33,7 +34,45 @@ func request(t *plan.Task) *workpb.RunRequest {
 		}
 		r.Blocks[i] = out
 	}
+	if h := t.Hidden; h != nil {
+		r.Before = &h.Before
+		for i := range h.Deletions {
+			d := &h.Deletions[i]
+			out := &workpb.Deletion{Id: d.ID[:], Mint: d.MinT, Maxt: d.MaxT}
+			for _, m := range d.Matchers {
+				out.Matchers = append(out.Matchers, &workpb.Matcher{Type: uint32(m.Type), Name: m.Name, Value: m.Value})
+			}
+			r.Deletions = append(r.Deletions, out)
+		}
+	}
 	return r
+}
+
+// hidden reads what of the blocks isn't to be read.
+func hidden(r *workpb.RunRequest) (*history.Hidden, error) {
+	before := int64(math.MinInt64)
+	if r.Before != nil {
+		before = r.GetBefore()
+	}
+	ds := make([]index.Deletion, len(r.GetDeletions()))
+	for i, d := range r.GetDeletions() {
+		out := &ds[i]
+		if len(d.GetId()) != len(out.ID) || d.GetMint() > d.GetMaxt() {
+			return nil, fmt.Errorf("deletion %d: id of %d bytes, want 16; from %d to %d ms", i, len(d.GetId()), d.GetMint(), d.GetMaxt())
+		}
+		out.ID, out.MinT, out.MaxT = ulid.ULID(d.GetId()), d.GetMint(), d.GetMaxt()
+		for _, m := range d.GetMatchers() {
+			if m.GetType() > uint32(labels.MatchNotRegexp) {
+				return nil, fmt.Errorf("deletion %d: matcher of type %d", i, m.GetType())
+			}
+			matcher, err := labels.NewMatcher(labels.MatchType(m.GetType()), m.GetName(), m.GetValue())
+			if err != nil {
+				return nil, fmt.Errorf("deletion %d: %w", i, err)
+			}
+			out.Matchers = append(out.Matchers, matcher)
+		}
+	}
+	return history.NewHidden(ds, before), nil
 }
 
 // task reads a request. What it says of objects is checked when they are read.
@@ -62,5 +101,7 @@ func task(r *workpb.RunRequest) (*plan.Task, error) {
 			out.Ranges = append(out.Ranges, chunkfmt.Range{MinT: b.GetRanges()[j], MaxT: b.GetRanges()[j+1]})
 		}
 	}
-	return t, nil
+	var err error
+	t.Hidden, err = hidden(r)
+	return t, err
 }

@@ -15,6 +15,7 @@ import (
 
 	"github.com/oklog/ulid/v2"
 	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/prometheus/model/labels"
 	"github.com/stretchr/testify/require"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
@@ -24,6 +25,7 @@ import (
 	"github.com/epimetheus-tsdb/epimetheus/gateway/plan"
 	"github.com/epimetheus-tsdb/epimetheus/gateway/worker"
 	"github.com/epimetheus-tsdb/epimetheus/history"
+	"github.com/epimetheus-tsdb/epimetheus/history/index"
 )
 
 // serve starts gateways that compute parts by run, which is told which they are.
@@ -66,6 +68,10 @@ func task() *plan.Task {
 			ID: ulid.MustNew(1, nil), Object: "blocks/x", ObjectSize: 12, Directory: chunkfmt.Location{Offset: 3, Size: 4},
 			Level: 2, Series: 5, Samples: 6, Ranges: []chunkfmt.Range{{MinT: -7, MaxT: 8}, {MinT: 10, MaxT: 12}},
 		}},
+		Hidden: history.NewHidden([]index.Deletion{
+			{ID: ulid.MustNew(2, nil), MinT: -4, MaxT: 9, Matchers: []*labels.Matcher{labels.MustNewMatcher(labels.MatchNotEqual, "a", "b")}},
+			{ID: ulid.MustNew(3, nil), MinT: 1, MaxT: 1},
+		}, -6),
 	}
 }
 

@@ -133,6 +133,135 @@ func (x *Block) GetRanges() []int64 {
 	return nil
 }
 
+// A deletion: what it hides isn't to be read.
+type Deletion struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            []byte                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	Mint          int64                  `protobuf:"zigzag64,2,opt,name=mint,proto3" json:"mint,omitempty"` // ms
+	Maxt          int64                  `protobuf:"zigzag64,3,opt,name=maxt,proto3" json:"maxt,omitempty"`
+	Matchers      []*Matcher             `protobuf:"bytes,4,rep,name=matchers,proto3" json:"matchers,omitempty"` // none: all series
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Deletion) Reset() {
+	*x = Deletion{}
+	mi := &file_worker_worker_proto_msgTypes[1]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Deletion) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Deletion) ProtoMessage() {}
+
+func (x *Deletion) ProtoReflect() protoreflect.Message {
+	mi := &file_worker_worker_proto_msgTypes[1]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Deletion.ProtoReflect.Descriptor instead.
+func (*Deletion) Descriptor() ([]byte, []int) {
+	return file_worker_worker_proto_rawDescGZIP(), []int{1}
+}
+
+func (x *Deletion) GetId() []byte {
+	if x != nil {
+		return x.Id
+	}
+	return nil
+}
+
+func (x *Deletion) GetMint() int64 {
+	if x != nil {
+		return x.Mint
+	}
+	return 0
+}
+
+func (x *Deletion) GetMaxt() int64 {
+	if x != nil {
+		return x.Maxt
+	}
+	return 0
+}
+
+func (x *Deletion) GetMatchers() []*Matcher {
+	if x != nil {
+		return x.Matchers
+	}
+	return nil
+}
+
+type Matcher struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Type          uint32                 `protobuf:"varint,1,opt,name=type,proto3" json:"type,omitempty"` // 0 =, 1 !=, 2 =~, 3 !~
+	Name          string                 `protobuf:"bytes,2,opt,name=name,proto3" json:"name,omitempty"`
+	Value         string                 `protobuf:"bytes,3,opt,name=value,proto3" json:"value,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Matcher) Reset() {
+	*x = Matcher{}
+	mi := &file_worker_worker_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Matcher) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Matcher) ProtoMessage() {}
+
+func (x *Matcher) ProtoReflect() protoreflect.Message {
+	mi := &file_worker_worker_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Matcher.ProtoReflect.Descriptor instead.
+func (*Matcher) Descriptor() ([]byte, []int) {
+	return file_worker_worker_proto_rawDescGZIP(), []int{2}
+}
+
+func (x *Matcher) GetType() uint32 {
+	if x != nil {
+		return x.Type
+	}
+	return 0
+}
+
+func (x *Matcher) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *Matcher) GetValue() string {
+	if x != nil {
+		return x.Value
+	}
+	return ""
+}
+
 type RunRequest struct {
 	state              protoimpl.MessageState `protogen:"open.v1"`
 	Version            uint32                 `protobuf:"varint,1,opt,name=version,proto3" json:"version,omitempty"`
@@ -153,13 +282,15 @@ type RunRequest struct {
 	From               uint32                 `protobuf:"varint,16,opt,name=from,proto3" json:"from,omitempty"` // steps
 	To                 uint32                 `protobuf:"varint,17,opt,name=to,proto3" json:"to,omitempty"`
 	Blocks             []*Block               `protobuf:"bytes,18,rep,name=blocks,proto3" json:"blocks,omitempty"`
+	Deletions          []*Deletion            `protobuf:"bytes,19,rep,name=deletions,proto3" json:"deletions,omitempty"`    // those that the part may be about
+	Before             *int64                 `protobuf:"zigzag64,20,opt,name=before,proto3,oneof" json:"before,omitempty"` // ms; what is before is past the retention
 	unknownFields      protoimpl.UnknownFields
 	sizeCache          protoimpl.SizeCache
 }
 
 func (x *RunRequest) Reset() {
 	*x = RunRequest{}
-	mi := &file_worker_worker_proto_msgTypes[1]
+	mi := &file_worker_worker_proto_msgTypes[3]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -171,7 +302,7 @@ func (x *RunRequest) String() string {
 func (*RunRequest) ProtoMessage() {}
 
 func (x *RunRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_worker_worker_proto_msgTypes[1]
+	mi := &file_worker_worker_proto_msgTypes[3]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -184,7 +315,7 @@ func (x *RunRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RunRequest.ProtoReflect.Descriptor instead.
 func (*RunRequest) Descriptor() ([]byte, []int) {
-	return file_worker_worker_proto_rawDescGZIP(), []int{1}
+	return file_worker_worker_proto_rawDescGZIP(), []int{3}
 }
 
 func (x *RunRequest) GetVersion() uint32 {
@@ -313,6 +444,20 @@ func (x *RunRequest) GetBlocks() []*Block {
 	return nil
 }
 
+func (x *RunRequest) GetDeletions() []*Deletion {
+	if x != nil {
+		return x.Deletions
+	}
+	return nil
+}
+
+func (x *RunRequest) GetBefore() int64 {
+	if x != nil && x.Before != nil {
+		return *x.Before
+	}
+	return 0
+}
+
 type RunResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Result        []byte                 `protobuf:"bytes,1,opt,name=result,proto3" json:"result,omitempty"`
@@ -322,7 +467,7 @@ type RunResponse struct {
 
 func (x *RunResponse) Reset() {
 	*x = RunResponse{}
-	mi := &file_worker_worker_proto_msgTypes[2]
+	mi := &file_worker_worker_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -334,7 +479,7 @@ func (x *RunResponse) String() string {
 func (*RunResponse) ProtoMessage() {}
 
 func (x *RunResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_worker_worker_proto_msgTypes[2]
+	mi := &file_worker_worker_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -347,7 +492,7 @@ func (x *RunResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RunResponse.ProtoReflect.Descriptor instead.
 func (*RunResponse) Descriptor() ([]byte, []int) {
-	return file_worker_worker_proto_rawDescGZIP(), []int{2}
+	return file_worker_worker_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *RunResponse) GetResult() []byte {
@@ -372,7 +517,16 @@ const file_worker_worker_proto_rawDesc = "" +
 	"\x05level\x18\x06 \x01(\rR\x05level\x12\x16\n" +
 	"\x06series\x18\a \x01(\x04R\x06series\x12\x18\n" +
 	"\asamples\x18\b \x01(\x04R\asamples\x12\x16\n" +
-	"\x06ranges\x18\t \x03(\x12R\x06ranges\"\x88\x04\n" +
+	"\x06ranges\x18\t \x03(\x12R\x06ranges\"{\n" +
+	"\bDeletion\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\fR\x02id\x12\x12\n" +
+	"\x04mint\x18\x02 \x01(\x12R\x04mint\x12\x12\n" +
+	"\x04maxt\x18\x03 \x01(\x12R\x04maxt\x127\n" +
+	"\bmatchers\x18\x04 \x03(\v2\x1b.epimetheus.work.v1.MatcherR\bmatchers\"G\n" +
+	"\aMatcher\x12\x12\n" +
+	"\x04type\x18\x01 \x01(\rR\x04type\x12\x12\n" +
+	"\x04name\x18\x02 \x01(\tR\x04name\x12\x14\n" +
+	"\x05value\x18\x03 \x01(\tR\x05value\"\xec\x04\n" +
 	"\n" +
 	"RunRequest\x12\x18\n" +
 	"\aversion\x18\x01 \x01(\rR\aversion\x12\x16\n" +
@@ -394,7 +548,10 @@ const file_worker_worker_proto_rawDesc = "" +
 	"\x06number\x18\x0f \x01(\x12R\x06number\x12\x12\n" +
 	"\x04from\x18\x10 \x01(\rR\x04from\x12\x0e\n" +
 	"\x02to\x18\x11 \x01(\rR\x02to\x121\n" +
-	"\x06blocks\x18\x12 \x03(\v2\x19.epimetheus.work.v1.BlockR\x06blocks\"%\n" +
+	"\x06blocks\x18\x12 \x03(\v2\x19.epimetheus.work.v1.BlockR\x06blocks\x12:\n" +
+	"\tdeletions\x18\x13 \x03(\v2\x1c.epimetheus.work.v1.DeletionR\tdeletions\x12\x1b\n" +
+	"\x06before\x18\x14 \x01(\x12H\x00R\x06before\x88\x01\x01B\t\n" +
+	"\a_before\"%\n" +
 	"\vRunResponse\x12\x16\n" +
 	"\x06result\x18\x01 \x01(\fR\x06result2N\n" +
 	"\x04Work\x12F\n" +
@@ -412,21 +569,25 @@ func file_worker_worker_proto_rawDescGZIP() []byte {
 	return file_worker_worker_proto_rawDescData
 }
 
-var file_worker_worker_proto_msgTypes = make([]protoimpl.MessageInfo, 3)
+var file_worker_worker_proto_msgTypes = make([]protoimpl.MessageInfo, 5)
 var file_worker_worker_proto_goTypes = []any{
 	(*Block)(nil),       // 0: epimetheus.work.v1.Block
-	(*RunRequest)(nil),  // 1: epimetheus.work.v1.RunRequest
-	(*RunResponse)(nil), // 2: epimetheus.work.v1.RunResponse
+	(*Deletion)(nil),    // 1: epimetheus.work.v1.Deletion
+	(*Matcher)(nil),     // 2: epimetheus.work.v1.Matcher
+	(*RunRequest)(nil),  // 3: epimetheus.work.v1.RunRequest
+	(*RunResponse)(nil), // 4: epimetheus.work.v1.RunResponse
 }
 var file_worker_worker_proto_depIdxs = []int32{
-	0, // 0: epimetheus.work.v1.RunRequest.blocks:type_name -> epimetheus.work.v1.Block
-	1, // 1: epimetheus.work.v1.Work.Run:input_type -> epimetheus.work.v1.RunRequest
-	2, // 2: epimetheus.work.v1.Work.Run:output_type -> epimetheus.work.v1.RunResponse
-	2, // [2:3] is the sub-list for method output_type
-	1, // [1:2] is the sub-list for method input_type
-	1, // [1:1] is the sub-list for extension type_name
-	1, // [1:1] is the sub-list for extension extendee
-	0, // [0:1] is the sub-list for field type_name
+	2, // 0: epimetheus.work.v1.Deletion.matchers:type_name -> epimetheus.work.v1.Matcher
+	0, // 1: epimetheus.work.v1.RunRequest.blocks:type_name -> epimetheus.work.v1.Block
+	1, // 2: epimetheus.work.v1.RunRequest.deletions:type_name -> epimetheus.work.v1.Deletion
+	3, // 3: epimetheus.work.v1.Work.Run:input_type -> epimetheus.work.v1.RunRequest
+	4, // 4: epimetheus.work.v1.Work.Run:output_type -> epimetheus.work.v1.RunResponse
+	4, // [4:5] is the sub-list for method output_type
+	3, // [3:4] is the sub-list for method input_type
+	3, // [3:3] is the sub-list for extension type_name
+	3, // [3:3] is the sub-list for extension extendee
+	0, // [0:3] is the sub-list for field type_name
 }
 
 func init() { file_worker_worker_proto_init() }
@@ -434,13 +595,14 @@ func file_worker_worker_proto_init() {
 	if File_worker_worker_proto != nil {
 		return
 	}
+	file_worker_worker_proto_msgTypes[3].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_worker_worker_proto_rawDesc), len(file_worker_worker_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   3,
+			NumMessages:   5,
 			NumExtensions: 0,
 			NumServices:   1,
 		},
