@@ -9,6 +9,7 @@ import (
 	"math/rand/v2"
 	"net/http"
 	"slices"
+	"sync"
 	"time"
 
 	"github.com/aws/aws-sdk-go-v2/aws"
@@ -304,9 +305,27 @@ func (d *DynamoDB) Delete(ctx context.Context, keys []Key) error {
 	return d.write(ctx, opDelete, writes, make([]int, len(writes)))
 }
 
-// write sends writes in batches, several at a time.
+// write sends writes in batches, several at a time. One that fails doesn't keep the
+// others from being written, but from then on they have only as long as a request
+// may take: when all fail, the caller is to hear of it soon.
 func (d *DynamoDB) write(ctx context.Context, op string, writes []types.WriteRequest, sizes []int) error {
-	g, ctx := errgroup.WithContext(ctx)
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	var mu sync.Mutex
+	var left []Key
+	var first error
+	failed := func(batch []types.WriteRequest, err error) {
+		mu.Lock()
+		defer mu.Unlock()
+		if first == nil {
+			first = err
+			time.AfterFunc(d.o.Timeout, func() { cancel(err) })
+		}
+		for _, w := range batch {
+			left = append(left, keyOf(w))
+		}
+	}
+	var g errgroup.Group
 	g.SetLimit(batchesInFlight)
 	for len(writes) > 0 {
 		n, size := 0, 0
@@ -316,22 +335,55 @@ func (d *DynamoDB) write(ctx context.Context, op string, writes []types.WriteReq
 		}
 		batch := writes[:n:n]
 		writes, sizes = writes[n:], sizes[n:]
-		g.Go(func() error { return d.writeBatch(ctx, op, batch) })
+		g.Go(func() error {
+			if rest, err := d.writeBatch(ctx, op, batch); err != nil {
+				failed(rest, err)
+			}
+			return nil
+		})
 	}
-	return g.Wait()
+	_ = g.Wait() // it has none
+	if first != nil {
+		return &PartialError{Left: left, Err: first}
+	}
+	return nil
 }
 
-func (d *DynamoDB) writeBatch(ctx context.Context, op string, batch []types.WriteRequest) error {
+func keyOf(w types.WriteRequest) Key {
+	attrs := map[string]types.AttributeValue{}
+	if w.PutRequest != nil {
+		attrs = w.PutRequest.Item
+	} else if w.DeleteRequest != nil {
+		attrs = w.DeleteRequest.Key
+	}
+	var k Key
+	if h, ok := attrs[attrHash].(*types.AttributeValueMemberS); ok {
+		k.Hash = h.Value
+	}
+	if r, ok := attrs[attrRange].(*types.AttributeValueMemberB); ok {
+		k.Range = r.Value
+	}
+	return k
+}
+
+// writeBatch gives, with an error, what may not be written.
+func (d *DynamoDB) writeBatch(ctx context.Context, op string, batch []types.WriteRequest) ([]types.WriteRequest, error) {
 	ctx, cancel := d.call(ctx, op)
 	defer cancel()
-	total := len(batch)
+	total, putBack := len(batch), false
+	failed := func(err error) error {
+		if putBack && ctx.Err() != nil {
+			err = fmt.Errorf("%d of %d rows still put back for lack of capacity: %w", len(batch), total, err)
+		}
+		return d.error(op, err)
+	}
 	for attempt := 0; ; attempt++ {
 		out, err := d.client.BatchWriteItem(ctx, &dynamodb.BatchWriteItemInput{
 			RequestItems:           map[string][]types.WriteRequest{d.o.Table: batch},
 			ReturnConsumedCapacity: types.ReturnConsumedCapacityTotal,
 		})
 		if err != nil {
-			return d.error(op, err)
+			return batch, failed(err)
 		}
 		for i := range out.ConsumedCapacity {
 			d.charge("write", &out.ConsumedCapacity[i])
@@ -343,11 +395,12 @@ func (d *DynamoDB) writeBatch(ctx context.Context, op string, batch []types.Writ
 		batch = left
 		if len(batch) == 0 {
 			d.metrics.rows.WithLabelValues(op).Add(float64(total))
-			return nil
+			return nil, nil
 		}
+		putBack = true
 		d.metrics.unprocessed.Add(float64(len(batch)))
 		if err := sleep(ctx, backoff(attempt)); err != nil {
-			return d.error(op, fmt.Errorf("%d of %d rows still put back for lack of capacity: %w", len(batch), total, err))
+			return batch, failed(err)
 		}
 	}
 }

@@ -14,6 +14,19 @@ import (
 // ErrConflict is what PutIf wraps when the row holds something else than the caller expected.
 var ErrConflict = errors.New("row was changed meanwhile")
 
+// PartialError is what Put may return: rows other than those that it names are
+// written. Of any other error of Put nothing follows.
+type PartialError struct {
+	Left []Key
+	Err  error // of one of them
+}
+
+func (e *PartialError) Error() string {
+	return fmt.Sprintf("%d rows not written, such as that of %.40q: %v", len(e.Left), e.Left[0].Hash, e.Err)
+}
+
+func (e *PartialError) Unwrap() error { return e.Err }
+
 // ErrNoTable is what every call wraps when the table is absent.
 var ErrNoTable = errors.New("table does not exist")
 
@@ -52,7 +65,8 @@ type Query struct {
 // returns nil; when it returns an error any part of it may have happened, and the
 // caller repeats it: every call here may be repeated.
 type Store interface {
-	// Put writes rows, in no particular order, over what is there.
+	// Put writes rows, in no particular order, over what is there. Its error may be
+	// a *PartialError.
 	Put(ctx context.Context, items []Item) error
 
 	// PutIf writes a row only if its value is old, or only if it is absent where
