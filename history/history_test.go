@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"math"
 	"math/rand/v2"
 	"os"
@@ -594,7 +595,8 @@ func TestPublishSurvivesFaults(t *testing.T) {
 			b, summary := encode(t, data, chunkfmt.WriterOptions{})
 			id := ulid.Make()
 			err := h.Publish(t.Context(), id, b, summary)
-			if wantErr := nth < 4; (err != nil) != wantErr || err != nil && !errors.Is(err, historytest.ErrInjected) {
+			// Rows that can't be written all at once are written tenant by tenant.
+			if wantErr := nth < 4 && nth != 2; (err != nil) != wantErr || err != nil && !errors.Is(err, historytest.ErrInjected) {
 				t.Fatalf("fault %d at call %d: %v", fault, nth, err)
 			}
 			st.setFault(nil)
@@ -650,6 +652,149 @@ func TestPublishOfACondemnedBlock(t *testing.T) {
 	w := index.NewWorkRow(id)
 	if work, err := x.Work(t.Context(), w.Day, w.Shard); err != nil || len(work) != 0 {
 		t.Errorf("work rows %+v, %v", work, err)
+	}
+}
+
+// held is what index rows can't be written of.
+type held struct {
+	mu      sync.Mutex
+	tenants map[string]bool
+}
+
+func (h *held) set(tenants ...string) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.tenants = map[string]bool{}
+	for _, t := range tenants {
+		h.tenants["b/"+t] = true
+	}
+}
+
+func (h *held) is(hash string) bool {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.tenants[hash]
+}
+
+// The rows of tenants that can't be written hold nobody else back, come later, and
+// if compaction was faster leave nothing behind.
+func TestRowsOfSomeTenants(t *testing.T) {
+	data := tenantSeries{}
+	for i := range 60 {
+		data[fmt.Sprintf("t%02d", i)] = []*chunkfmt.Series{floats(1000, 1000, 10, constant(1), "__name__", "m")}
+	}
+	b, summary := encode(t, data, chunkfmt.WriterOptions{})
+	for _, whole := range []bool{false, true} {
+		t.Run(fmt.Sprintf("whole requests fail: %v", whole), func(t *testing.T) {
+			st := localStores(t)
+			var held held
+			rows := &historytest.HeldRows{Store: st.rows, Held: held.is, Whole: whole}
+			x := index.New(rows)
+			h := st.open(t, func(o *Options) { o.VisibilityDelay, o.Index = 0, x })
+			visible := func() (out []string) {
+				for tenant := range data {
+					if s := snapshot(t, h, tenant, 0, 20_000); len(s.Blocks) > 0 {
+						wantSeries(t, selectAll(t, s, 0, 20_000), data[tenant])
+						out = append(out, tenant)
+					}
+				}
+				slices.Sort(out)
+				return out
+			}
+			left := func(err error, published bool) []string {
+				t.Helper()
+				var e *RowsError
+				if !errors.As(err, &e) || e.Published != published || !errors.Is(err, historytest.ErrInjected) {
+					t.Fatalf("%v, want rows that are left", err)
+				}
+				return slices.Sorted(maps.Keys(e.Tenants))
+			}
+			id := ulid.Make()
+
+			// None: the block isn't published.
+			held.set(slices.Collect(maps.Keys(data))...)
+			if got := left(h.Publish(t.Context(), id, b, summary), false); len(got) != 60 || len(visible()) != 0 {
+				t.Errorf("left %v, visible %v", got, visible())
+			}
+			if s, err := x.GuardState(t.Context(), id); s != 0 || err != nil {
+				t.Errorf("guard row of a block without rows: %s, %v", s, err)
+			}
+
+			// All but some.
+			held.set("t03", "t41")
+			if got := left(h.Publish(t.Context(), id, b, summary), true); !slices.Equal(got, []string{"t03", "t41"}) {
+				t.Errorf("left %v", got)
+			}
+			if s, err := x.GuardState(t.Context(), id); s != index.Published || err != nil {
+				t.Errorf("guard row: %s, %v", s, err)
+			}
+			if got := visible(); len(got) != 58 || slices.Contains(got, "t03") {
+				t.Errorf("visible: %v", got)
+			}
+
+			// One of them.
+			held.set("t41")
+			if got := left(h.PublishRows(t.Context(), id, summary, []string{"t03", "t41"}), true); !slices.Equal(got, []string{"t41"}) {
+				t.Errorf("left %v", got)
+			}
+			if got := visible(); len(got) != 59 || !slices.Contains(got, "t03") {
+				t.Errorf("visible: %v", got)
+			}
+
+			// A compaction is about to replace the block: it isn't known yet what of the
+			// rows is left in the end.
+			held.set()
+			w := index.NewWorkRow(id)
+			w.Object, w.ObjectSize = ObjectKey(id), summary.Size
+			idle := index.Job{Level: 1}
+			job := index.Job{Level: 1, State: index.JobCommitted, ID: ulid.Make(), Sources: []index.JobSource{{BlockRef: w.Ref()}}}
+			if err := x.SwapJob(t.Context(), idle, job); err != nil {
+				t.Fatal(err)
+			}
+			if err := h.PublishRows(t.Context(), id, summary, []string{"t41"}); err == nil || errors.As(err, new(*RowsError)) {
+				t.Errorf("during a compaction: %v", err)
+			}
+			// It has.
+			if err := x.Condemn(t.Context(), id); err != nil {
+				t.Fatal(err)
+			}
+			if err := x.SwapJob(t.Context(), job, index.Job{Level: 1, ID: job.ID}); err != nil {
+				t.Fatal(err)
+			}
+			if err := h.PublishRows(t.Context(), id, summary, []string{"t41"}); err != nil {
+				t.Error(err)
+			}
+			if got := visible(); len(got) != 59 || slices.Contains(got, "t41") {
+				t.Errorf("rows of a block that was replaced: %v", got)
+			}
+		})
+	}
+}
+
+// Rows that were written while compaction replaced the block don't stay.
+func TestRowsTooLate(t *testing.T) {
+	st := localStores(t)
+	b, summary := encode(t, tenantSeries{"a": {floats(0, 1, 3, constant(1), "__name__", "m")}, "b": {floats(0, 1, 3, constant(1), "__name__", "m")}}, chunkfmt.WriterOptions{})
+	id := ulid.Make()
+	h := st.open(t, func(o *Options) { o.VisibilityDelay = 0 })
+	if err := h.Publish(t.Context(), id, b, summary); err != nil {
+		t.Fatal(err)
+	}
+	x := index.New(st.rows)
+	st.setFault(func(op, key string) historytest.Fault {
+		if op == "Put" && key == "b/b" { // between its looks
+			st.setFault(nil)
+			if err := x.Condemn(t.Context(), id); err != nil {
+				t.Error(err)
+			}
+		}
+		return historytest.None
+	})
+	if err := h.PublishRows(t.Context(), id, summary, []string{"b"}); err != nil {
+		t.Fatal(err)
+	}
+	if rows, err := x.AllBlocks(t.Context(), "b"); err != nil || len(rows) != 0 {
+		t.Errorf("rows of a block that was replaced: %v, %v", rows, err)
 	}
 }
 

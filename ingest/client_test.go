@@ -7,11 +7,14 @@ import (
 	"io"
 	"math"
 	"net"
+	"os"
 	"slices"
+	"strings"
 	"sync/atomic"
 	"testing"
 	"time"
 
+	"github.com/oklog/ulid/v2"
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/testutil"
 	"github.com/prometheus/common/model"
@@ -26,6 +29,7 @@ import (
 	"github.com/epimetheus-tsdb/epimetheus/history"
 	"github.com/epimetheus-tsdb/epimetheus/history/historytest"
 	"github.com/epimetheus-tsdb/epimetheus/history/index"
+	"github.com/epimetheus-tsdb/epimetheus/history/object"
 	"github.com/epimetheus-tsdb/epimetheus/ingest/fetch"
 	"github.com/epimetheus-tsdb/epimetheus/ingest/ship"
 	"github.com/epimetheus-tsdb/epimetheus/ingest/ship/shippb"
@@ -44,7 +48,11 @@ type env struct {
 	// decide says what happens to a call of the object or row store; nil: it
 	// works.
 	decide atomic.Pointer[historytest.Decide]
+	index  *index.Index
+	held   atomic.Pointer[[]string] // tenants whose rows can't be written
 }
+
+func (e *env) hold(tenants ...string) { e.held.Store(&tenants) }
 
 func (e *env) faults(d historytest.Decide) {
 	if d == nil {
@@ -56,6 +64,22 @@ func (e *env) faults(d historytest.Decide) {
 
 func start(t *testing.T, o Options) *env {
 	t.Helper()
+	return startOn(t, o, newStores(t))
+}
+
+// stores are what ingesters of a test have in common.
+type stores struct {
+	objects object.Store
+	rows    index.Store
+}
+
+func newStores(t *testing.T) stores {
+	t.Helper()
+	return stores{historytest.Files(t, prometheus.NewRegistry()), historytest.Bolt(t, prometheus.NewRegistry())}
+}
+
+func startOn(t *testing.T, o Options, on stores) *env {
+	t.Helper()
 	e := &env{t: t, reg: prometheus.NewRegistry()}
 	decide := func(op, key string) historytest.Fault {
 		if d := e.decide.Load(); d != nil {
@@ -63,17 +87,21 @@ func start(t *testing.T, o Options) *env {
 		}
 		return historytest.None
 	}
-	objects := &historytest.FaultyObjects{Store: historytest.Files(t, prometheus.NewRegistry()), Decide: decide}
-	rows := &historytest.FaultyRows{Store: historytest.Bolt(t, prometheus.NewRegistry()), Decide: decide}
+	objects := &historytest.FaultyObjects{Store: on.objects, Decide: decide}
+	rows := &historytest.HeldRows{Store: &historytest.FaultyRows{Store: on.rows, Decide: decide}, Held: func(hash string) bool {
+		held := e.held.Load()
+		return held != nil && slices.Contains(*held, strings.TrimPrefix(hash, "b/"))
+	}}
+	e.index = index.New(rows)
 	var err error
 	e.history, err = history.New(history.Options{
-		Objects: objects, Index: index.New(rows), Logger: promslog.NewNopLogger(), Registerer: prometheus.NewRegistry(),
+		Objects: objects, Index: e.index, Logger: promslog.NewNopLogger(), Registerer: prometheus.NewRegistry(),
 	})
 	if err != nil {
 		t.Fatal(err)
 	}
 	o.Member, o.RowWidth = "ingester-0", index.Width
-	if e.Ingester, err = New(o, e.history.Publish, promslog.NewNopLogger(), e.reg); err != nil {
+	if e.Ingester, err = New(o, e.history, promslog.NewNopLogger(), e.reg); err != nil {
 		t.Fatal(err)
 	}
 	if e.log != nil {
@@ -311,5 +339,22 @@ func (c *client) ends(want codes.Code) {
 			}
 			return
 		}
+	}
+}
+
+// condemn says of a block what a sweeper says.
+func (e *env) condemn(id ulid.ULID) error {
+	_, err := e.index.Guard(e.t.Context(), id, index.Condemned)
+	return err
+}
+
+func queryAll(tenant string) fetch.Query {
+	return fetch.Query{Tenant: tenant, MinT: math.MinInt64, MaxT: math.MaxInt64}
+}
+
+func remove(t *testing.T, path string) {
+	t.Helper()
+	if err := os.Remove(path); err != nil {
+		t.Fatal(err)
 	}
 }

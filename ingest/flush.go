@@ -20,10 +20,17 @@ import (
 	"github.com/epimetheus-tsdb/epimetheus/ingest/head"
 )
 
-// Publish stores a block and makes it visible: object, then rows, then guard.
-// It may be called again with the same id and bytes after an error. When it
-// returns nil the block is durable. It is history.History.Publish.
-type Publish func(ctx context.Context, id ulid.ULID, data []byte, summary *chunkfmt.Summary) error
+// Publisher makes blocks durable. It is history.History.
+type Publisher interface {
+	// Publish stores a block and makes it visible: object, then rows, then guard.
+	// It may be called again with the same id and bytes after an error. When it
+	// returns nil the block is durable, after a *history.RowsError it is for all
+	// tenants but those named there.
+	Publish(ctx context.Context, id ulid.ULID, data []byte, summary *chunkfmt.Summary) error
+	// PublishRows makes a block that is there durable for tenants that Publish has
+	// left, but for those that a *history.RowsError names.
+	PublishRows(ctx context.Context, id ulid.ULID, summary *chunkfmt.Summary, tenants []string) error
+}
 
 // maxBlockBytes is where a flush goes on in another block.
 const maxBlockBytes = 128 << 20
@@ -100,8 +107,8 @@ func encodeExcept(g *head.Generation, except map[string]error, window int64, max
 // flusher rotates the head and publishes what was in it.
 type flusher struct {
 	head       *head.Head
-	publish    Publish
-	flushed    func(generation uint64, except map[string]error) // it is durable, but for these tenants
+	publisher  Publisher
+	flushed    func(d durability, failed map[string]error) // failed can't be durable, ever
 	interval   time.Duration
 	window     int64 // ms
 	visibility time.Duration
@@ -114,9 +121,15 @@ type flusher struct {
 	flushing sync.Mutex // held during a flush
 	pending  []*pending // frozen and not published, oldest first
 
-	mu      sync.Mutex
-	err     error       // of the last attempt to publish; nil if it worked
-	waiting []published // until the visibility delay has passed, oldest first
+	retrying chan struct{} // room for one: who tries blocks again that are held back
+	telling  chan struct{} // room for one: who tells what is durable
+	anew     chan struct{} // room for one: there is another one that is held back
+
+	mu         sync.Mutex
+	err        error        // of the last attempt to publish; nil if it worked
+	generation uint64       // flushed, but for what is held back
+	held       []*heldBlock // ascending in generation
+	waiting    []published  // until the visibility delay has passed, oldest first
 }
 
 // pending is a frozen generation on its way into blocks.
@@ -126,14 +139,19 @@ type pending struct {
 	encoded   bool
 	blocks    []block
 	failed    map[string]error // tenants that could not be encoded
-	published int              // blocks
+	published int              // blocks, held back or not
+	held      []*heldBlock
 	byTenant  map[string][]ulid.ULID
 	size      int // bytes published
 }
 
+// published is what a generation has of a tenant, or, if that is empty, of all but
+// those held back.
 type published struct {
-	g  *head.Generation
-	at time.Time
+	g      *head.Generation
+	tenant string
+	held   map[string]bool
+	at     time.Time
 }
 
 type flushMetrics struct {
@@ -141,6 +159,7 @@ type flushMetrics struct {
 	samples, bytes   prometheus.Counter
 	blocks, failures prometheus.Counter
 	unencodable      prometheus.Counter
+	held, heldBytes  prometheus.Gauge
 }
 
 func newFlushMetrics(reg prometheus.Registerer) *flushMetrics {
@@ -160,13 +179,19 @@ func newFlushMetrics(reg prometheus.Registerer) *flushMetrics {
 			Name: "epimetheus_ingester_flushed_blocks_total", Help: "Blocks made durable.",
 		}),
 		failures: prometheus.NewCounter(prometheus.CounterOpts{
-			Name: "epimetheus_ingester_flush_failures_total", Help: "Attempts to publish a block that failed; they are repeated.",
+			Name: "epimetheus_ingester_flush_failures_total", Help: "Attempts to publish a block that failed, for all or some tenants; they are repeated.",
 		}),
 	}
 	m.unencodable = prometheus.NewCounter(prometheus.CounterOpts{
 		Name: "epimetheus_ingester_unencodable_tenants_total", Help: "Times that the samples of a tenant could not be made a block: a bug. Its sources send them again.",
 	})
-	reg.MustRegister(m.duration, m.samples, m.bytes, m.blocks, m.failures, m.unencodable)
+	m.held = prometheus.NewGauge(prometheus.GaugeOpts{
+		Name: "epimetheus_ingester_held_tenants", Help: "Tenants whose rows of the index could not be written at the last flush. They are tried again, and hold back only themselves.",
+	})
+	m.heldBytes = prometheus.NewGauge(prometheus.GaugeOpts{
+		Name: "epimetheus_ingester_held_bytes", Help: "Memory of the head that tenants take which are held back, what they have in its current generation included.",
+	})
+	reg.MustRegister(m.heldBytes, m.duration, m.samples, m.bytes, m.blocks, m.failures, m.unencodable, m.held)
 	return m
 }
 
@@ -229,56 +254,84 @@ func (f *flusher) flushOne(ctx context.Context, p *pending) error {
 	}
 	for p.published < len(p.blocks) {
 		b := &p.blocks[p.published]
-		if err := f.publishOne(ctx, b); err != nil {
+		held, err := f.publishOne(ctx, b)
+		if err != nil {
 			return err
 		}
 		for _, t := range b.summary.Tenants {
 			p.byTenant[t.Tenant] = append(p.byTenant[t.Tenant], b.id)
 		}
 		p.size += len(b.data)
+		if held != nil {
+			x := &heldBlock{g: p.g, block: *b, tenants: held.Tenants, byTenant: p.byTenant}
+			if held.Published {
+				x.data = nil
+			}
+			p.held = append(p.held, x)
+		}
 		b.data = nil
 		p.published++
 	}
-	f.head.Published(p.g, p.byTenant)
+	held, done := map[string]bool{}, map[string][]ulid.ULID{}
+	for _, b := range p.held {
+		for tenant := range b.tenants {
+			held[tenant] = true
+		}
+	}
+	for tenant, ids := range p.byTenant {
+		if !held[tenant] {
+			done[tenant] = ids
+		}
+	}
+	f.head.Published(p.g, done)
 	f.mu.Lock()
-	f.waiting = append(f.waiting, published{p.g, time.Now()})
+	f.held = append(f.held, p.held...)
+	f.generation = p.g.ID()
+	f.waiting = append(f.waiting, published{g: p.g, held: held, at: time.Now()})
 	f.mu.Unlock()
-	f.flushed(p.g.ID(), p.failed)
+	f.tell(p.failed)
+	if len(held) > 0 {
+		select {
+		case f.anew <- struct{}{}:
+		default:
+		}
+	}
 	f.last.Store(time.Now().UnixMilli())
 	f.metrics.duration.Observe(time.Since(p.at).Seconds())
 	f.metrics.samples.Add(float64(p.g.Samples()))
 	f.metrics.bytes.Add(float64(p.size))
 	f.metrics.blocks.Add(float64(len(p.blocks)))
 	if len(p.blocks) > 0 {
-		f.logger.Info("flushed", "generation", p.g.ID(), "tenants", len(p.byTenant), "samples", p.g.Samples(),
+		f.logger.Info("flushed", "generation", p.g.ID(), "tenants", len(p.byTenant), "held_back", len(held), "samples", p.g.Samples(),
 			"blocks", len(p.blocks), "size_bytes", p.size, "duration", time.Since(p.at))
 	}
 	return nil
 }
 
-// publishOne tries with jittered, growing pauses until it works or ctx ends.
-func (f *flusher) publishOne(ctx context.Context, b *block) error {
+// publishOne tries with jittered, growing pauses until it works or ctx ends. It
+// works too if it does but for the rows of some tenants, or for all rows.
+func (f *flusher) publishOne(ctx context.Context, b *block) (held *history.RowsError, _ error) {
 	pause := 200 * time.Millisecond
 	for try := 1; ; try++ {
-		err := f.publish(ctx, b.id, b.data, b.summary)
+		err := f.publisher.Publish(ctx, b.id, b.data, b.summary)
+		left := errors.As(err, &held)
 		f.mu.Lock()
-		f.err = err
+		if f.err = err; left {
+			f.err = nil
+		}
 		f.mu.Unlock()
 		if err == nil {
-			return nil
+			return nil, nil
 		}
 		f.metrics.failures.Inc()
-		if errors.Is(err, history.ErrCondemned) {
-			// A sweeper took the interrupted block for an orphan: it goes under
-			// another name.
-			id, idErr := ulid.New(ulid.Timestamp(time.Now()), rand.Reader)
-			if idErr != nil {
-				return fmt.Errorf("new block id: %w", idErr)
-			}
-			b.id = id
+		if left {
+			return held, nil
+		}
+		if err := b.rename(err); err != nil {
+			return nil, err
 		}
 		if ctx.Err() != nil {
-			return errors.Join(context.Cause(ctx), err)
+			return nil, errors.Join(context.Cause(ctx), err)
 		}
 		if try == 1 || try%20 == 0 {
 			f.logger.Warn("block not published, trying on: nothing is lost, but memory fills up meanwhile",
@@ -286,11 +339,23 @@ func (f *flusher) publishOne(ctx context.Context, b *block) error {
 		}
 		select {
 		case <-ctx.Done():
-			return errors.Join(context.Cause(ctx), err)
+			return nil, errors.Join(context.Cause(ctx), err)
 		case <-time.After(pause/2 + mrand.N(pause)):
 		}
 		pause = min(2*pause, 10*time.Second)
 	}
+}
+
+// rename gives a block another id if it wasn't published because a sweeper took
+// what an interrupted attempt had left for an orphan.
+func (b *block) rename(err error) error {
+	if !errors.Is(err, history.ErrCondemned) {
+		return nil
+	}
+	if b.id, err = ulid.New(ulid.Timestamp(time.Now()), rand.Reader); err != nil {
+		return fmt.Errorf("new block id: %w", err)
+	}
+	return nil
 }
 
 // failing returns why blocks can't be published at present, or nil.
@@ -311,6 +376,6 @@ func (f *flusher) drop(now time.Time) {
 	f.waiting = f.waiting[n:]
 	f.mu.Unlock()
 	for _, p := range gone {
-		f.head.Drop(p.g)
+		f.head.Drop(p.g, func(tenant string) bool { return p.held[tenant] || p.tenant != "" && p.tenant != tenant })
 	}
 }

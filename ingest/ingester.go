@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"sync/atomic"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -89,10 +90,12 @@ type Ingester struct {
 	fetch   *fetcher
 	flush   *flusher
 	logger  *slog.Logger
+
+	crowded atomic.Pointer[map[string]bool] // tenants that may take nothing new; as of a second ago
 }
 
 // New makes an ingester; it starts nothing.
-func New(o Options, publish Publish, logger *slog.Logger, reg prometheus.Registerer) (*Ingester, error) {
+func New(o Options, publisher Publisher, logger *slog.Logger, reg prometheus.Registerer) (*Ingester, error) {
 	o.setDefaults()
 	if err := o.Validate(); err != nil {
 		return nil, err
@@ -116,13 +119,15 @@ func New(o Options, publish Publish, logger *slog.Logger, reg prometheus.Registe
 		process: process, member: o.Member, head: h, log: i.log, window: 4 << 20, limits: o.Limits, logger: logger, now: time.Now,
 		metrics: newReceiveMetrics(reg), sessions: map[sessionID]*session{}, rewinds: map[string]int{}, sources: sources{tenants: map[string][]source{}}, admit: i.admit,
 	}
+	i.receive.durable.Store(&durability{generation: first - 1})
 	i.receive.starting.Store(i.log != nil)
 	i.fetch.starting.Store(i.log != nil)
 	i.fetch.resending = i.receive.resending
 	i.fetch.process, i.fetch.sources = i.receive.process[:], &i.receive.sources
 	i.flush = &flusher{
-		head: h, publish: publish, flushed: i.durable, interval: o.FlushInterval, window: o.RowWidth,
+		head: h, publisher: publisher, flushed: i.durable, interval: o.FlushInterval, window: o.RowWidth, generation: first - 1,
 		visibility: o.VisibilityDelay, logger: logger, metrics: newFlushMetrics(reg), now: make(chan struct{}, 1),
+		retrying: make(chan struct{}, 1), telling: make(chan struct{}, 1), anew: make(chan struct{}, 1),
 	}
 	gauge := func(name, help string, v func(head.Size) float64) {
 		reg.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: name, Help: help}, func() float64 { return v(h.Size()) }))
@@ -168,20 +173,33 @@ func (i *Ingester) Drain() { i.receive.draining.Store(true) }
 
 // Flush makes all durable that has been received by now.
 func (i *Ingester) Flush(ctx context.Context) error {
-	return i.flush.flush(ctx)
+	if err := i.flush.flush(ctx); err != nil {
+		return err
+	}
+	if !i.flush.retryUntil(ctx, heldPauseMin) {
+		n, tenant, err := i.flush.heldBack()
+		return fmt.Errorf("rows of %d tenants, such as %q: %w", n, tenant, err)
+	}
+	return nil
 }
 
-// durable tells sessions that a generation is durable, and lets go of its log. The
-// log knows before they do: what a source was told must hold after a restart. The
-// sessions of tenants that it is not durable for end: their sources send again.
-func (i *Ingester) durable(generation uint64, except map[string]error) {
-	for tenant := range except {
+// durable tells sessions what is durable, and lets go of its logs. The log knows
+// before they do: what a source was told must hold after a restart. The sessions of
+// tenants for which something can't be durable end: their sources send again.
+func (i *Ingester) durable(d durability, failed map[string]error) {
+	for tenant := range failed {
 		i.receive.endSessions(tenant)
 	}
 	if i.log != nil {
-		i.log.Durable(generation)
+		held := map[uint64][]string{}
+		for tenant, gs := range d.held {
+			for _, g := range gs {
+				held[g] = append(held[g], tenant)
+			}
+		}
+		i.log.Durable(d.generation, held)
 	}
-	i.receive.flushed(generation)
+	i.receive.flushed(&d)
 	if i.log != nil {
 		i.log.Remove()
 	}
@@ -224,6 +242,10 @@ func (i *Ingester) run(ctx context.Context) error {
 	g, gctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return i.flush.run(gctx) })
 	g.Go(func() error {
+		i.flush.retry(gctx)
+		return nil
+	})
+	g.Go(func() error {
 		tick, seldom := time.NewTicker(time.Second), time.NewTicker(time.Minute)
 		defer seldom.Stop()
 		defer tick.Stop()
@@ -246,7 +268,7 @@ func (i *Ingester) run(ctx context.Context) error {
 	}
 	fctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), i.opts.FinalFlush)
 	defer cancel()
-	if err := i.flush.flush(fctx); err != nil {
+	if err := i.Flush(fctx); err != nil {
 		return fmt.Errorf("last flush: %w (the sources send these samples again)", err)
 	}
 	tctx, cancelTold := context.WithTimeout(fctx, toldTimeout)
@@ -262,6 +284,12 @@ func (i *Ingester) note() {
 	h.Note("flush", err != nil, "blocks can't be written, fresh samples stay in memory and are safe at their sources: %v", err)
 	held := size.Bytes + i.receive.announced.Load()
 	h.Note("full", held >= i.opts.MaxBytes, "the head is full (%d of %d bytes): samples wait at their sources until a flush has worked", held, i.opts.MaxBytes)
+	n, tenant, why := i.flush.heldBack()
+	h.Note("held", n > 0, "the index rows of %d tenants can't be written, such as of %q: their samples stay in memory and are safe at their sources: %v", n, tenant, why)
+	crowded, bytes := i.flush.crowd(i.opts.MaxBytes)
+	i.crowded.Store(&crowded)
+	i.flush.metrics.heldBytes.Set(float64(bytes))
+	h.Note("crowded", len(crowded) > 0, "samples of %d tenants wait at their sources, since as much of theirs is held back as may be", len(crowded))
 	if i.log != nil {
 		err := i.log.Err()
 		h.Note("log", err != nil, "the commit log is not written until the next flush, a crash would have sources send again: %v", err)
@@ -269,13 +297,15 @@ func (i *Ingester) note() {
 	h.Note("again", i.receive.anyResending(), "a source is sending again what an ingester lost, or has been out of reach for less than %s", sessionTTL)
 }
 
-// admit waits while the head is full, and starts a flush where one is due.
-func (i *Ingester) admit(ctx context.Context) error {
+// admit waits while the head is full, or too much of the tenant is held back, and
+// starts a flush where one is due.
+func (i *Ingester) admit(ctx context.Context, tenant string) error {
 	for {
 		if i.head.Current().Bytes() >= i.opts.FlushBytes {
 			i.flush.trigger()
 		}
-		if i.head.Size().Bytes+i.receive.announced.Load() < i.opts.MaxBytes {
+		crowded := i.crowded.Load()
+		if i.head.Size().Bytes+i.receive.announced.Load() < i.opts.MaxBytes && (crowded == nil || !(*crowded)[tenant]) {
 			return nil
 		}
 		select {

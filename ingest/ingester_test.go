@@ -29,6 +29,17 @@ import (
 	"github.com/epimetheus-tsdb/epimetheus/ingest/ship/shippb"
 )
 
+// publishFunc is a Publisher that leaves no rows.
+type publishFunc func(ctx context.Context, id ulid.ULID, data []byte, summary *chunkfmt.Summary) error
+
+func (f publishFunc) Publish(ctx context.Context, id ulid.ULID, data []byte, summary *chunkfmt.Summary) error {
+	return f(ctx, id, data, summary)
+}
+
+func (f publishFunc) PublishRows(context.Context, ulid.ULID, *chunkfmt.Summary, []string) error {
+	return errors.New("no rows were left")
+}
+
 func flush(t *testing.T, e *env) {
 	t.Helper()
 	if err := e.Flush(t.Context()); err != nil {
@@ -391,13 +402,13 @@ func TestInterruptedFlushGoesOn(t *testing.T) {
 // A block that a sweeper has condemned goes out under another id.
 func TestCondemnedBlock(t *testing.T) {
 	var ids []ulid.ULID
-	i, err := New(Options{Member: "m", RowWidth: index.Width}, func(_ context.Context, id ulid.ULID, _ []byte, _ *chunkfmt.Summary) error {
+	i, err := New(Options{Member: "m", RowWidth: index.Width}, publishFunc(func(_ context.Context, id ulid.ULID, _ []byte, _ *chunkfmt.Summary) error {
 		ids = append(ids, id)
 		if len(ids) == 1 {
 			return fmt.Errorf("publish: %w", history.ErrCondemned)
 		}
 		return nil
-	}, promslog.NewNopLogger(), prometheus.NewRegistry())
+	}), promslog.NewNopLogger(), prometheus.NewRegistry())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -463,7 +474,7 @@ func TestRotationDuringAppends(t *testing.T) {
 func TestFullHeadHoldsBack(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		i, err := New(Options{Member: "m", RowWidth: index.Width, FlushBytes: 500, MaxBytes: 1000},
-			func(context.Context, ulid.ULID, []byte, *chunkfmt.Summary) error { return nil },
+			publishFunc(func(context.Context, ulid.ULID, []byte, *chunkfmt.Summary) error { return nil }),
 			promslog.NewNopLogger(), prometheus.NewRegistry())
 		if err != nil {
 			t.Fatal(err)
@@ -474,7 +485,7 @@ func TestFullHeadHoldsBack(t *testing.T) {
 			refs.Announce(n, labels.FromStrings(model.MetricNameLabel, fmt.Sprint("m", n)), false)
 			cols.Floats.Ref, cols.Floats.T, cols.Floats.V = append(cols.Floats.Ref, n), append(cols.Floats.T, 1), append(cols.Floats.V, 1)
 		}
-		if err := i.admit(t.Context()); err != nil {
+		if err := i.admit(t.Context(), "a"); err != nil {
 			t.Fatal(err)
 		}
 		i.head.Append("a", &refs, &head.Batch{Columns: cols})
@@ -482,7 +493,7 @@ func TestFullHeadHoldsBack(t *testing.T) {
 			t.Fatalf("the head counts %d bytes", i.Size().Bytes)
 		}
 		admitted := make(chan error, 2)
-		go func() { admitted <- i.admit(t.Context()) }()
+		go func() { admitted <- i.admit(t.Context(), "a") }()
 		time.Sleep(time.Minute)
 		synctest.Wait()
 		select {
@@ -498,7 +509,7 @@ func TestFullHeadHoldsBack(t *testing.T) {
 			t.Fatal("admitted while the frozen generation is there")
 		}
 		ctx, cancel := context.WithCancel(t.Context())
-		go func() { admitted <- i.admit(ctx) }()
+		go func() { admitted <- i.admit(ctx, "a") }()
 		cancel()
 		if err := <-admitted; err == nil {
 			t.Error("a wait that was cancelled ended without an error")
@@ -522,12 +533,12 @@ func TestRun(t *testing.T) {
 			return slices.Clone(samples)
 		}
 		i, err := New(Options{Member: "m", RowWidth: index.Width, FlushInterval: 10 * time.Minute, FlushBytes: 100_000, VisibilityDelay: time.Minute},
-			func(_ context.Context, _ ulid.ULID, _ []byte, s *chunkfmt.Summary) error {
+			publishFunc(func(_ context.Context, _ ulid.ULID, _ []byte, s *chunkfmt.Summary) error {
 				mu.Lock()
 				defer mu.Unlock()
 				samples = append(samples, s.Tenants[0].Samples)
 				return nil
-			}, promslog.NewNopLogger(), prometheus.NewRegistry())
+			}), promslog.NewNopLogger(), prometheus.NewRegistry())
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -543,7 +554,7 @@ func TestRun(t *testing.T) {
 				cols.Floats.Ref, cols.Floats.T, cols.Floats.V = append(cols.Floats.Ref, ref), append(cols.Floats.T, 1), append(cols.Floats.V, 1)
 			}
 			i.head.Append("a", &refs, &head.Batch{Columns: cols})
-			if err := i.admit(t.Context()); err != nil {
+			if err := i.admit(t.Context(), "a"); err != nil {
 				t.Error(err)
 			}
 			synctest.Wait()
@@ -581,7 +592,7 @@ func TestRun(t *testing.T) {
 func TestLastFlushIsBounded(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		i, err := New(Options{Member: "m", RowWidth: index.Width, FinalFlush: 5 * time.Second},
-			func(context.Context, ulid.ULID, []byte, *chunkfmt.Summary) error { return historytest.ErrInjected },
+			publishFunc(func(context.Context, ulid.ULID, []byte, *chunkfmt.Summary) error { return historytest.ErrInjected }),
 			promslog.NewNopLogger(), prometheus.NewRegistry())
 		if err != nil {
 			t.Fatal(err)
@@ -683,7 +694,7 @@ func TestSessionsEnd(t *testing.T) {
 	if n := e.counted("epimetheus_ingester_announced_bytes"); n < 200 {
 		t.Errorf("%v bytes announced", n)
 	}
-	e.durable(e.head.Rotate().ID(), map[string]error{"bad": errors.New("test")})
+	e.durable(durability{generation: e.head.Rotate().ID()}, map[string]error{"bad": errors.New("test")})
 	good.await(1, 1)
 	bad.ends(codes.NotFound)
 	if n := e.counted("epimetheus_ingester_announced_bytes"); n > 200 {

@@ -50,8 +50,8 @@ type receiver struct {
 	process  [16]byte // that sessions are with
 	member   string
 	head     *head.Head
-	log      *commitlog.Log              // nil: there is none
-	admit    func(context.Context) error // waits while the head is full
+	log      *commitlog.Log                                 // nil: there is none
+	admit    func(ctx context.Context, tenant string) error // waits while the head is full
 	window   uint64
 	limits   Limits
 	logger   *slog.Logger
@@ -60,8 +60,8 @@ type receiver struct {
 	draining atomic.Bool
 	starting atomic.Bool // the commit log has not been replayed
 
-	durable   atomic.Uint64 // generations up to this one
-	announced atomic.Int64  // bytes that all sessions' refs take, about
+	durable   atomic.Pointer[durability]
+	announced atomic.Int64 // bytes that all sessions' refs take, about
 
 	mu       sync.Mutex
 	sessions map[sessionID]*session
@@ -348,9 +348,9 @@ func (r *receiver) acknowledged(s *session) uint64 {
 	return min(s.received, max(s.logged.Load(), s.durable))
 }
 
-// flushed tells all sessions that generations up to the one given are durable.
-func (r *receiver) flushed(generation uint64) {
-	r.durable.Store(generation)
+// flushed tells all sessions what is durable.
+func (r *receiver) flushed(d *durability) {
+	r.durable.Store(d)
 	r.mu.Lock()
 	all := make([]*session, 0, len(r.sessions))
 	for _, s := range r.sessions {
@@ -358,7 +358,7 @@ func (r *receiver) flushed(generation uint64) {
 	}
 	r.mu.Unlock()
 	for _, s := range all {
-		s.flushed(generation)
+		s.flushed(d.of(s.id.tenant))
 	}
 }
 
@@ -474,7 +474,7 @@ func (r *receiver) receive(ctx context.Context, ss shippb.Ship_StreamServer, s *
 			silence.Reset(silenceLimit)
 			switch m := m.Message.(type) {
 			case *shippb.ToIngester_Batch:
-				if err := r.admit(ctx); err != nil {
+				if err := r.admit(ctx, s.id.tenant); err != nil {
 					return err
 				}
 				if r.log != nil {
@@ -555,7 +555,7 @@ func (r *receiver) apply(s *session, b *shippb.Batch, dec *ship.Decoder, cols *s
 	for _, ref := range b.Withdraw {
 		s.refs.Withdraw(ref)
 	}
-	s.applied(b.Seq, res.Generation, r.durable.Load())
+	s.applied(b.Seq, res.Generation, r.durable.Load().of(s.id.tenant))
 	r.metrics.batches.WithLabelValues("applied").Inc()
 	r.metrics.bytes.Add(float64(encoded))
 	r.metrics.samples.WithLabelValues("in_order").Add(float64(res.Appended))

@@ -38,8 +38,9 @@ func TestWaitForRoomIsNoSilence(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := &receiver{
 			head: e.head, metrics: e.receive.metrics, now: time.Now,
-			admit: func(context.Context) error { time.Sleep(2 * silenceLimit); return nil },
+			admit: func(context.Context, string) error { time.Sleep(2 * silenceLimit); return nil },
 		}
+		r.durable.Store(&durability{})
 		ctx, cancel := context.WithCancel(t.Context())
 		defer cancel()
 		q := &quiet{msgs: make(chan *shippb.ToIngester, 1), ctx: ctx}

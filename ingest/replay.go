@@ -82,7 +82,7 @@ func (i *Ingester) Replay(ctx context.Context) error {
 	}
 	began := time.Now()
 	p := &replay{
-		receiver: i.receive, head: i.head, generation: i.log.First(), durable: i.log.DurableGeneration(),
+		receiver: i.receive, head: i.head, generation: i.log.First(), durableOf: i.log.DurableOf,
 		sessions: map[sessionID]*replayed{},
 	}
 	oldest := began
@@ -116,8 +116,8 @@ func (i *Ingester) Replay(ctx context.Context) error {
 type replay struct {
 	receiver   *receiver
 	head       *head.Head
-	generation uint64 // that all goes to
-	durable    uint64 // of the logs' generations
+	generation uint64                     // that all goes to
+	durableOf  func(tenant string) uint64 // of the logs' generations
 	sessions   map[sessionID]*replayed
 	ours       bool // the file being read is of the log's process
 
@@ -174,12 +174,17 @@ func (p *replay) file(ctx context.Context, l *commitlog.Log, generation uint64) 
 	byIndex := map[uint64]place{}
 	worker := map[*replayed]chan task{}
 	var scratch commitlog.Scratch
+	only := l.Only(generation)
+	durable := func(tenant string) bool { return only != nil && !slices.Contains(only, tenant) }
 	err = l.Read(ctx, generation, func(h commitlog.Header) {
 		created, p.ours = h.Created, h.Process == l.Process()
 	}, func(rec *commitlog.Record) {
 		switch rec.Kind {
 		case commitlog.KindMetadata:
 			// At once: it is older than what batches behind it say.
+			if durable(rec.Tenant) {
+				return
+			}
 			if err := rec.Metadata(&scratch, func(m commitlog.Metadata) {
 				p.head.AddFamily(rec.Tenant, head.Family{Name: m.Family, Metric: m.Metric, Metadata: metadata.Metadata{
 					Type: model.MetricType(m.Type), Unit: m.Unit, Help: m.Help,
@@ -189,6 +194,10 @@ func (p *replay) file(ctx context.Context, l *commitlog.Log, generation uint64) 
 			}
 			return
 		case commitlog.KindSession:
+			if durable(rec.Session.Tenant) {
+				byIndex[rec.Index] = place{}
+				return
+			}
 			id := sessionID{tenant: rec.Session.Tenant, id: rec.Session.ID}
 			s := p.sessions[id]
 			if s == nil {
@@ -203,6 +212,10 @@ func (p *replay) file(ctx context.Context, l *commitlog.Log, generation uint64) 
 		at, ok := byIndex[rec.Index]
 		if !ok {
 			p.skip()
+			return
+		}
+		if at.s == nil {
+			rec.Release() // it is durable
 			return
 		}
 		at.worker <- task{at.s, rec}
@@ -433,7 +446,7 @@ func (w *replayWorker) session(s *replayed, rec *commitlog.Session) {
 	switch {
 	case s.received > 0 && s.received == rec.First-1:
 		// It goes on, whole or broken.
-	case rec.Previous <= w.durable:
+	case rec.Previous <= w.durableOf(s.id.tenant):
 		s.received, s.durable, s.generation, s.broken = rec.First-1, rec.First-1, rec.Previous, false
 	default:
 		s.received, s.broken = rec.First-1, true

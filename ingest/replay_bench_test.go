@@ -71,7 +71,7 @@ func shipped(c gen.Config, send func(*shippb.Batch)) (samples int) {
 func benchIngester(tb testing.TB, dir string) *Ingester {
 	tb.Helper()
 	i, err := New(Options{Member: "m", RowWidth: index.Width, CommitLog: dir, FlushBytes: 1 << 40, MaxBytes: 1 << 40},
-		func(context.Context, ulid.ULID, []byte, *chunkfmt.Summary) error { return nil },
+		publishFunc(func(context.Context, ulid.ULID, []byte, *chunkfmt.Summary) error { return nil }),
 		promslog.NewNopLogger(), prometheus.NewRegistry())
 	if err != nil {
 		tb.Fatal(err)

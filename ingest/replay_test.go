@@ -290,7 +290,7 @@ func TestFullDisk(t *testing.T) {
 	resumes(crash(t, dir), map[string]uint64{"whole": 2})
 
 	// Once it is durable all are whole.
-	e.durable(frozen.ID(), nil)
+	e.durable(durability{generation: frozen.ID()}, nil)
 	for n, seq := range map[string]uint64{"whole": 2, "torn": 4, "new": 2} {
 		cs[n].await(seq, seq-1)
 	}

@@ -97,7 +97,7 @@ func (p *process) addIngester(st *stores, rf *grpcFlags, id string, live *ring.L
 		Member: id, RowWidth: index.Width,
 		FlushInterval: time.Duration(c.FlushInterval), FlushBytes: int64(c.FlushBytes), MaxBytes: int64(c.MaxBytes),
 		VisibilityDelay: time.Duration(c.VisibilityDelay), Limits: c.Limits, CommitLog: logDir,
-	}, st.history.Publish, p.logger, p.reg)
+	}, st.history, p.logger, p.reg)
 	if err != nil {
 		return err
 	}

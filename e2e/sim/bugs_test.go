@@ -29,7 +29,7 @@ type bug struct {
 	first   uint64     // seed to begin with
 	inside  inside.Bug // where there is no seam
 	setUp   func(*world)
-	wrap    func(b *bug, n *node, next ingest.Publish) ingest.Publish
+	wrap    func(b *bug, n *node, next publish) publish
 	falsify func(b *bug, n *node, s *session, a *shippb.Ack) // s is locked
 
 	started sync.WaitGroup
@@ -43,11 +43,24 @@ func (b *bug) prepare(w *world) {
 	}
 }
 
-func (b *bug) publish(n *node, next ingest.Publish) ingest.Publish {
+// publish is that method of an ingest.Publisher.
+type publish func(ctx context.Context, id ulid.ULID, data []byte, sum *chunkfmt.Summary) error
+
+// publisher is history as a process publishes to it.
+type publisher struct {
+	*history.History
+	publish publish
+}
+
+func (p publisher) Publish(ctx context.Context, id ulid.ULID, data []byte, sum *chunkfmt.Summary) error {
+	return p.publish(ctx, id, data, sum)
+}
+
+func (b *bug) publisher(n *node, h *history.History) ingest.Publisher {
 	if b == nil || b.wrap == nil {
-		return next
+		return h
 	}
-	return b.wrap(b, n, next)
+	return publisher{h, b.wrap(b, n, h.Publish)}
 }
 
 func (b *bug) ack(n *node, s *session, a *shippb.Ack) {
@@ -87,7 +100,7 @@ func bugs() []*bug {
 	return []*bug{
 		{
 			name: "durable before the row", first: 1,
-			wrap: func(b *bug, n *node, next ingest.Publish) ingest.Publish {
+			wrap: func(b *bug, n *node, next publish) publish {
 				return func(_ context.Context, id ulid.ULID, data []byte, sum *chunkfmt.Summary) error {
 					b.after(n, time.Second, func() error { return next(context.Background(), id, data, sum) })
 					return nil
@@ -114,7 +127,7 @@ func bugs() []*bug {
 			// A block that can't be published is put aside, and the next goes first.
 			// Only when that is there, both are called durable.
 			name: "generation 6 durable before 5", first: 1,
-			wrap: func(b *bug, n *node, next ingest.Publish) ingest.Publish {
+			wrap: func(b *bug, n *node, next publish) publish {
 				odd := false
 				return func(ctx context.Context, id ulid.ULID, data []byte, sum *chunkfmt.Summary) error {
 					if odd = !odd; odd {
@@ -149,6 +162,7 @@ func bugs() []*bug {
 		{
 			name: "a segment replaced under the reader", first: 3, inside: inside.SameFile,
 		},
+		{name: "generation 6 durable before 5 for the held-back tenant", first: 10, inside: inside.HeldIsDurable},
 		{name: "a hole in the commit log", first: 4, inside: inside.HoleInLog},
 	}
 }

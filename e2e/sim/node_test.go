@@ -62,8 +62,21 @@ func (w *world) store(dead *atomic.Bool) (*history.History, error) {
 	}
 	return history.New(history.Options{
 		Objects: &historytest.FaultyObjects{Store: &w.objects, Decide: decide},
-		Index:   index.New(&historytest.FaultyRows{Store: &w.rows, Decide: decide}),
+		Index:   index.New(&heldRows{historytest.HeldRows{Store: &historytest.FaultyRows{Store: &w.rows, Decide: decide}, Held: w.faults.held}, &w.faults}),
 	})
+}
+
+// heldRows asks the faults how much of a request fails.
+type heldRows struct {
+	historytest.HeldRows
+	faults *faults
+}
+
+func (h *heldRows) Put(ctx context.Context, items []index.Item) error {
+	h.faults.mu.Lock()
+	rows := historytest.HeldRows{Store: h.Store, Held: h.Held, Whole: h.faults.whole}
+	h.faults.mu.Unlock()
+	return rows.Put(ctx, items)
 }
 
 // startNode starts a process at an address, and makes it known.
@@ -83,7 +96,7 @@ func (w *world) startNode(id, address string) error {
 		n.left = n.disk.dir
 		o.CommitLog, o.CommitLogFiles.Create = n.disk.dir, n.disk.create
 	}
-	if n.ing, err = ingest.New(o, w.bug.publish(n, h.Publish), w.logger.With("owner", id), prometheus.NewRegistry()); err != nil {
+	if n.ing, err = ingest.New(o, w.bug.publisher(n, h), w.logger.With("owner", id), prometheus.NewRegistry()); err != nil {
 		return err
 	}
 	n.takeOver(before)

@@ -27,6 +27,7 @@ var actions = []action{
 	{"ring endpoint", 1, (*world).disturbRing},
 	{"disk", 5, (*world).disturbDisk},
 	{"stores", 5, (*world).disturbStores},
+	{"rows of a tenant", 3, (*world).holdRows},
 	{"segment", 2, (*world).rollSegment},
 	{"truncate", 2, (*world).truncateWAL},
 	{"burst", 2, (*world).burst},
@@ -320,6 +321,15 @@ func (w *world) disturbStores() string {
 	})
 	w.later(d, "stores are well again", w.faults.off)
 	return fmt.Sprintf("stores are %s for %v", how, d)
+}
+
+// holdRows lets writes of the rows of one tenant fail, for long.
+func (w *world) holdRows() string {
+	t, d := pick(w.rng, w.tenants...), between(w.rng, 5*time.Second, 90*time.Second)
+	whole := w.rng.IntN(3) == 0
+	w.faults.set(func(f *faults) { f.tenant, f.whole = t, whole })
+	w.later(d, "rows of "+t+" can be written again", func() { w.faults.set(func(f *faults) { f.tenant = "" }) })
+	return fmt.Sprintf("rows of %s can't be written for %v, nor those with them: %v", t, d, whole)
 }
 
 // sources

@@ -19,6 +19,16 @@ type faults struct {
 	slowness                  time.Duration
 	// Per mille of the reads that give bytes other than those written.
 	damaged int
+
+	// The rows of this tenant can't be written, nor, with whole, what is written with them.
+	tenant string
+	whole  bool
+}
+
+func (f *faults) held(hash string) bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.tenant != "" && hash == "b/"+f.tenant
 }
 
 func (f *faults) set(change func(*faults)) {

@@ -88,17 +88,11 @@ func New(t testing.TB, o Options) *Cluster {
 		Objects: objects, Index: index.New(c.bolt), VisibilityDelay: o.VisibilityDelay, Registerer: reg,
 	})
 	must(err)
-	publish := func(ctx context.Context, id ulid.ULID, data []byte, sum *chunkfmt.Summary) error {
-		if o.BeforePublish != nil {
-			o.BeforePublish()
-		}
-		return c.History.Publish(ctx, id, data, sum)
-	}
 	for i := range o.Ingesters {
 		id := fmt.Sprintf("ingester-%d", i)
 		ing, err := ingest.New(ingest.Options{
 			Member: id, RowWidth: history.Window, VisibilityDelay: o.VisibilityDelay, FlushInterval: 24 * time.Hour,
-		}, publish, logger, prometheus.NewRegistry())
+		}, publisher{c.History, o.BeforePublish}, logger, prometheus.NewRegistry())
 		must(err)
 		c.Ingesters = append(c.Ingesters, ing)
 		if o.Run {
@@ -207,4 +201,18 @@ func (c *Cluster) Close() error {
 		errs = append(errs, c.bolt.Close())
 	})
 	return errors.Join(errs...)
+}
+
+// publisher is a History that says when a block is about to be published.
+type publisher struct {
+	*history.History
+	before func() // may be nil
+}
+
+// Publish implements ingest.Publisher.
+func (p publisher) Publish(ctx context.Context, id ulid.ULID, data []byte, sum *chunkfmt.Summary) error {
+	if p.before != nil {
+		p.before()
+	}
+	return p.History.Publish(ctx, id, data, sum)
 }

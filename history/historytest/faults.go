@@ -173,3 +173,36 @@ func (f *FaultyRows) Query(ctx context.Context, q index.Query) ([]index.Item, er
 func (f *FaultyRows) Delete(ctx context.Context, keys []index.Key) error {
 	return do(f.Decide, "Delete", hashOf(keys), func() error { return f.Store.Delete(ctx, keys) })
 }
+
+// HeldRows is an index.Store in which rows of some hash keys can't be written.
+type HeldRows struct {
+	index.Store
+	Held  func(hash string) bool
+	Whole bool // nor can rows that are written together with such
+}
+
+// Put implements index.Store.
+func (h *HeldRows) Put(ctx context.Context, items []index.Item) error {
+	var rest []index.Item
+	var left []index.Key
+	for _, it := range items {
+		if h.Held(it.Hash) {
+			left = append(left, it.Key)
+		} else {
+			rest = append(rest, it)
+		}
+	}
+	if len(left) == 0 {
+		return h.Store.Put(ctx, items)
+	}
+	err := injected("Put", left[0].Hash)
+	if h.Whole {
+		return err
+	}
+	if len(rest) > 0 {
+		if err := h.Store.Put(ctx, rest); err != nil {
+			return err
+		}
+	}
+	return &index.PartialError{Left: left, Err: err}
+}

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"math"
+	"slices"
 
 	"github.com/oklog/ulid/v2"
 )
@@ -34,7 +35,8 @@ type Index struct {
 // New makes an Index over a Store.
 func New(s Store) *Index { return &Index{store: s} }
 
-// PutBlocks writes block rows, in no particular order.
+// PutBlocks writes block rows, in no particular order. Of its error, Left says what
+// is not written.
 func (x *Index) PutBlocks(ctx context.Context, rows []BlockRow) error {
 	items := make([]Item, len(rows))
 	for i := range rows {
@@ -44,6 +46,20 @@ func (x *Index) PutBlocks(ctx context.Context, rows []BlockRow) error {
 		}
 	}
 	return x.store.Put(ctx, items)
+}
+
+// Left gives of the rows that PutBlocks was called with those that are perhaps not
+// written, from the error that it returned.
+func Left(rows []BlockRow, err error) []BlockRow {
+	var partial *PartialError
+	if !errors.As(err, &partial) {
+		return rows
+	}
+	left := map[string]bool{}
+	for _, k := range partial.Left {
+		left[k.Hash] = true
+	}
+	return slices.DeleteFunc(slices.Clone(rows), func(r BlockRow) bool { return !left[blockHash(r.Tenant)] })
 }
 
 // Blocks returns the block rows of a tenant that overlap mint to maxt, both

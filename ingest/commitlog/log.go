@@ -26,10 +26,11 @@ import (
 )
 
 const (
-	version   = 1
-	stateName = "state.json"
-	lockName  = "lock"
-	suffix    = ".log"
+	version     = 1
+	versionHeld = 2 // of state.json, where something is held back
+	stateName   = "state.json"
+	lockName    = "lock"
+	suffix      = ".log"
 
 	maxQueued = 32 << 20 // bytes
 	syncEvery = time.Second
@@ -69,14 +70,18 @@ type Log struct {
 
 	process [16]byte
 	first   uint64 // generation of what is appended first
-	replay  []uint64
-	indexes atomic.Uint64 // given out
-	entries sync.Pool     // of *Entry
+	// As it was when the log was opened.
+	durableAtStart uint64
+	heldAtStart    held
+	replay         []uint64
+	indexes        atomic.Uint64 // given out
+	entries        sync.Pool     // of *Entry
 
 	work chan struct{} // room for one: something is queued
 
 	mu       sync.Mutex
 	durable  uint64           // generations up to this one
+	held     held             // but not for these tenants
 	files    map[uint64]*file // by generation
 	queue    []segment        // not yet written, in the order of Append
 	spare    []segment        // memory for the next queue
@@ -86,6 +91,10 @@ type Log struct {
 	newest   uint64           // generation of the newest file
 	stateDue bool             // state.json is behind durable
 }
+
+// held are tenants, ascending, that generations aren't durable for although others
+// are, and newer ones.
+type held map[uint64][]string
 
 // segment is a run of entries for one generation.
 type segment struct {
@@ -146,6 +155,7 @@ type state struct {
 	Version int    `json:"version"`
 	Process string `json:"process"`
 	Durable uint64 `json:"durable"`
+	Held    held   `json:"held,omitempty"`
 }
 
 // Open locks the directory, which it makes, and reads which log it holds. Close
@@ -199,18 +209,19 @@ func (l *Log) readState() error {
 	if err == nil {
 		var s state
 		err = json.Unmarshal(b, &s)
-		if err == nil && s.Version != version {
-			return fmt.Errorf("commit log: %s is of version %d, this program knows version %d: stop the ingester with the newer program, which empties the log, or remove %s", path, s.Version, version, l.dir)
+		if err == nil && s.Version != version && s.Version != versionHeld {
+			return fmt.Errorf("commit log: %s is of version %d, this program knows versions up to %d: stop the ingester with the newer program, which empties the log, or remove %s", path, s.Version, versionHeld, l.dir)
 		}
 		var id []byte
 		if err == nil {
 			id, err = hex.DecodeString(s.Process)
 		}
-		if err == nil && (len(id) != len(l.process) || s.Durable > maxGeneration) {
+		if err == nil && (len(id) != len(l.process) || s.Durable > maxGeneration || !s.Held.valid(s.Durable)) {
 			err = errors.New("impossible values")
 		}
 		if err == nil {
-			l.process, l.durable = [16]byte(id), s.Durable
+			l.process, l.durable, l.held = [16]byte(id), s.Durable, s.Held
+			l.durableAtStart, l.heldAtStart = s.Durable, s.Held
 			return nil
 		}
 	}
@@ -220,15 +231,29 @@ func (l *Log) readState() error {
 	if _, err := rand.Read(l.process[:]); err != nil {
 		return fmt.Errorf("commit log: process id: %w", err)
 	}
-	if err := l.writeState(0); err != nil {
+	if err := l.writeState(0, nil); err != nil {
 		return fmt.Errorf("commit log: %w", err)
 	}
 	return nil
 }
 
+// valid says whether all generations are up to the one given, and have tenants.
+func (h held) valid(durable uint64) bool {
+	for g, tenants := range h {
+		if g == 0 || g > durable || len(tenants) == 0 || !slices.IsSorted(tenants) {
+			return false
+		}
+	}
+	return true
+}
+
 // writeState replaces state.json.
-func (l *Log) writeState(durable uint64) error {
-	b, err := json.Marshal(state{Version: version, Process: hex.EncodeToString(l.process[:]), Durable: durable})
+func (l *Log) writeState(durable uint64, h held) error {
+	st := state{Version: version, Process: hex.EncodeToString(l.process[:]), Durable: durable, Held: h}
+	if len(h) > 0 {
+		st.Version = versionHeld
+	}
+	b, err := json.Marshal(st)
 	if err != nil {
 		return fmt.Errorf("state: %w", err)
 	}
@@ -267,7 +292,7 @@ func (l *Log) list() error {
 		if err != nil || g == 0 || g >= maxGeneration || e.Name() != name(g) {
 			return fmt.Errorf("commit log: %s is no name of a log: move it elsewhere", filepath.Join(l.dir, e.Name()))
 		}
-		if g <= l.durable {
+		if g <= l.durable && l.held[g] == nil {
 			os.Remove(filepath.Join(l.dir, e.Name()))
 			continue
 		}
@@ -347,7 +372,7 @@ func (l *Log) Append(generation uint64, e *Entry, done func()) {
 func (l *Log) enqueue(generation uint64, e *Entry, done func()) bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if l.stopped || generation <= l.durable {
+	if l.stopped || !l.wanted(generation) {
 		return false
 	}
 	f := l.files[generation]
@@ -380,12 +405,17 @@ func (l *Log) enqueue(generation uint64, e *Entry, done func()) bool {
 	return true
 }
 
+// wanted says whether the log of a generation is needed. The caller holds l.mu.
+func (l *Log) wanted(generation uint64) bool {
+	return generation > l.durable || l.held[generation] != nil
+}
+
 // Open says whether entries for a generation are still taken.
 func (l *Log) Open(generation uint64) bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	f := l.files[generation]
-	return !l.stopped && generation > l.durable && (f == nil || !f.ended.Load())
+	return !l.stopped && l.wanted(generation) && (f == nil || !f.ended.Load())
 }
 
 // Replayed notes what came of a replay, for metrics.
@@ -577,18 +607,43 @@ func syncDir(dir string) error {
 	return d.Sync()
 }
 
-// Durable notes that generations up to the one given are durable. After it has
-// returned, sources may be told; Remove removes their logs.
-func (l *Log) Durable(generation uint64) {
+// Durable notes that generations up to the one given are durable, except some for
+// the tenants held back. After it has returned, sources may be told; Remove removes
+// the logs that nobody needs.
+func (l *Log) Durable(generation uint64, heldBack map[uint64][]string) {
 	l.mu.Lock()
 	l.durable = max(l.durable, generation)
+	next := held{}
+	for g, tenants := range heldBack {
+		next[g] = slices.Sorted(slices.Values(tenants))
+	}
+	// What was replayed is in the first generation now. What could not be, since
+	// its log was gone, stays too: the sessions that miss it are to be told apart.
+	for _, g := range l.replay {
+		if before := l.heldAtStart[g]; before == nil && l.durable >= l.first && next[l.first] != nil {
+			next[g] = next[l.first]
+		}
+	}
+	for g, before := range l.heldAtStart {
+		if l.durable >= l.first {
+			before = slices.DeleteFunc(slices.Clone(before), func(t string) bool { return !slices.Contains(next[l.first], t) })
+		}
+		if len(before) > 0 {
+			next[g] = before
+		}
+	}
+	l.held = next
 	generation = l.durable
 	stopped := l.stopped
 	l.mu.Unlock()
 	if stopped {
 		return // the directory may be another's
 	}
-	if err := l.writeState(generation); err != nil {
+	l.saveState(generation, next)
+}
+
+func (l *Log) saveState(generation uint64, h held) {
+	if err := l.writeState(generation, h); err != nil {
 		// Remove makes room, and tries again.
 		l.logger.Warn("state of the commit log not written: after a crash sources may have to send again", "generation", generation, "err", err)
 		l.mu.Lock()
@@ -597,27 +652,30 @@ func (l *Log) Durable(generation uint64) {
 	}
 }
 
-// Remove removes the logs of generations that are durable.
+// Remove removes the logs that nobody needs.
 func (l *Log) Remove() {
 	l.mu.Lock()
 	if l.stopped {
 		l.mu.Unlock()
 		return
 	}
-	durable, due := l.durable, l.stateDue
+	durable, heldBack, due := l.durable, l.held, l.stateDue
 	l.stateDue = false
 	var gone []*file
 	for g, f := range l.files {
-		if g <= durable {
+		if !l.wanted(g) {
 			delete(l.files, g)
 			gone = append(gone, f)
 		}
 	}
 	var paths []string
-	for len(l.replay) > 0 && l.replay[0] <= durable {
-		paths = append(paths, l.path(l.replay[0]))
-		l.replay = l.replay[1:]
-	}
+	l.replay = slices.DeleteFunc(l.replay, func(g uint64) bool {
+		if l.wanted(g) {
+			return false
+		}
+		paths = append(paths, l.path(g))
+		return true
+	})
 	for _, f := range gone {
 		f.ended.Store(true)
 		if f.f != nil {
@@ -632,6 +690,6 @@ func (l *Log) Remove() {
 		}
 	}
 	if due {
-		l.Durable(durable)
+		l.saveState(durable, heldBack)
 	}
 }

@@ -79,7 +79,7 @@ func TestGenerations(t *testing.T) {
 	mustAdd(l, 1, 1, "a")
 	mustAdd(l, 2, 2, "b")
 	mustAdd(l, 1, 3, "c") // it was applied before the rotation, and comes late
-	l.Durable(1)
+	l.Durable(1, nil)
 	mustAdd(l, 1, 4, "late") // durable: nobody needs it
 	l.Remove()
 	mustAdd(l, 1, 5, "later")
@@ -94,8 +94,8 @@ func TestGenerations(t *testing.T) {
 	if l.Process() != process {
 		t.Error("another process")
 	}
-	if d := cmp.Diff([]uint64{2, 3}, l.Files()); d != "" || l.First() != 4 || l.DurableGeneration() != 1 {
-		t.Errorf("first %d, durable %d, files %s", l.First(), l.DurableGeneration(), d)
+	if d := cmp.Diff([]uint64{2, 3}, l.Files()); d != "" || l.First() != 4 || l.DurableOf("a") != 1 {
+		t.Errorf("first %d, durable %d, files %s", l.First(), l.DurableOf("a"), d)
 	}
 	for g, want := range map[uint64][]string{2: {"2b"}, 3: {"6d"}} {
 		got, err := found(t, l, g)
@@ -104,7 +104,7 @@ func TestGenerations(t *testing.T) {
 		}
 	}
 	// What was found belongs to the first generation of this process.
-	l.Durable(4)
+	l.Durable(4, nil)
 	l.Remove()
 	if names, _ := filepath.Glob(filepath.Join(dir, "*.log")); len(names) != 0 {
 		t.Errorf("left: %v", names)
@@ -160,8 +160,8 @@ func TestStateOfAnotherKind(t *testing.T) {
 	write("00000009.log", "EPICLOG2 and what else there may be")
 	refused("version '2'")
 	os.Remove(filepath.Join(dir, "00000009.log"))
-	write(stateName, `{"version":2}`)
-	refused("version 2")
+	write(stateName, `{"version":3}`)
+	refused("version 3")
 }
 
 // sample is the log of one generation with all kinds of records, and where each
@@ -362,7 +362,7 @@ func TestNoNewFile(t *testing.T) {
 	if l.Err() == nil {
 		t.Error("no error")
 	}
-	l.Durable(1)
+	l.Durable(1, nil)
 	l.Remove()
 	if l.Err() != nil {
 		t.Errorf("after the generation is durable: %v", l.Err())
@@ -439,7 +439,7 @@ func TestRotationDuringAppends(t *testing.T) {
 		for current.Load() <= g {
 			time.Sleep(100 * time.Microsecond)
 		}
-		l.Durable(g)
+		l.Durable(g, nil)
 		l.Remove()
 		last = g
 	}
@@ -450,8 +450,8 @@ func TestRotationDuringAppends(t *testing.T) {
 	}
 	l = open(t, dir, Options{})
 	defer l.Close()
-	if l.DurableGeneration() != last || len(l.Files()) > 0 && l.Files()[0] <= last {
-		t.Errorf("durable %d, files %v", l.DurableGeneration(), l.Files())
+	if l.DurableOf("a") != last || len(l.Files()) > 0 && l.Files()[0] <= last {
+		t.Errorf("durable %d, files %v", l.DurableOf("a"), l.Files())
 	}
 	for _, g := range l.Files() {
 		if _, err := found(t, l, g); err != nil {

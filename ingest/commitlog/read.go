@@ -9,6 +9,7 @@ import (
 	"hash/crc32"
 	"io"
 	"os"
+	"slices"
 	"sync"
 	"time"
 )
@@ -81,11 +82,20 @@ func (e *HoleError) Unwrap() error { return e.Err }
 // Files are the generations whose logs are to be replayed, ascending.
 func (l *Log) Files() []uint64 { return l.replay }
 
-// DurableGeneration is the newest generation known to be durable.
-func (l *Log) DurableGeneration() uint64 {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.durable
+// Only is for which tenants what the log of a generation holds is not durable; nil:
+// for all.
+func (l *Log) Only(generation uint64) []string { return l.heldAtStart[generation] }
+
+// DurableOf is the newest generation up to which all of a tenant was durable when
+// the log was opened.
+func (l *Log) DurableOf(tenant string) uint64 {
+	durable := l.durableAtStart
+	for g, tenants := range l.heldAtStart {
+		if slices.Contains(tenants, tenant) {
+			durable = min(durable, g-1)
+		}
+	}
+	return durable
 }
 
 // Read reads the log of a generation: begin is called with its header, then fn

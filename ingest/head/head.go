@@ -1,6 +1,7 @@
 package head
 
 import (
+	"maps"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -53,7 +54,7 @@ func newGeneration(id uint64, previous *Generation) *Generation {
 // ID counts generations, from 1 or from what NewAt was given.
 func (g *Generation) ID() uint64 { return g.id }
 
-// Samples is how many samples were appended.
+// Samples is how many samples were appended, without those that were dropped.
 func (g *Generation) Samples() int64 { return g.samples.Load() }
 
 // Bytes is about how much memory the generation takes.
@@ -256,8 +257,11 @@ func (h *Head) Append(tenant string, refs *Refs, b *Batch) Result {
 		a.t.observe(a.mint, a.maxt)
 	}
 	g.bytes.Add(int64(a.grown))
+	t.bytes.Add(int64(a.grown))
 	g.series.Add(int64(a.created))
-	g.samples.Add(int64(a.result.Appended + a.result.Late))
+	n := int64(a.result.Appended + a.result.Late)
+	g.samples.Add(n)
+	t.samples.Add(n)
 	return a.result
 }
 
@@ -436,27 +440,42 @@ func (h *Head) Current() *Generation {
 	return h.generations[len(h.generations)-1]
 }
 
-// Published notes the blocks, by tenant, that a frozen generation went to and
-// whose rows are written.
+// Published notes blocks, by tenant, that a frozen generation went to and whose
+// rows are written. What was noted of other tenants stays.
 func (h *Head) Published(g *Generation, blocks map[string][]ulid.ULID) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	g.blocks = blocks
+	if g.blocks == nil {
+		g.blocks = map[string][]ulid.ULID{}
+	}
+	maps.Copy(g.blocks, blocks)
 }
 
-// Drop lets go of a frozen generation: readers find its samples in blocks.
-func (h *Head) Drop(g *Generation) {
+// Drop lets go of what a frozen generation has of all tenants but those to keep:
+// readers find it in blocks.
+func (h *Head) Drop(g *Generation, keep func(tenant string) bool) {
+	gone := map[string]*tenantHead{}
+	g.mu.Lock()
+	for name, t := range g.tenants {
+		if keep == nil || !keep(name) {
+			gone[name] = t
+			delete(g.tenants, name)
+			delete(g.blocks, name)
+		}
+	}
+	left := len(g.tenants)
+	g.mu.Unlock()
 	h.mu.Lock()
-	h.generations = slices.DeleteFunc(slices.Clone(h.generations), func(x *Generation) bool { return x == g })
+	if left == 0 {
+		h.generations = slices.DeleteFunc(slices.Clone(h.generations), func(x *Generation) bool { return x == g })
+	}
 	for _, x := range h.generations {
 		if x.previous == g {
 			x.previous = nil
 		}
 	}
 	h.mu.Unlock()
-	g.mu.RLock()
-	defer g.mu.RUnlock()
-	for _, t := range g.tenants {
+	for _, t := range gone {
 		t.mu.RLock()
 		for _, s := range t.series {
 			l := t.lock(s)
@@ -465,7 +484,18 @@ func (h *Head) Drop(g *Generation) {
 			l.Unlock()
 		}
 		t.mu.RUnlock()
+		g.bytes.Add(-t.bytes.Load())
+		g.samples.Add(-t.samples.Load())
 	}
+}
+
+// TenantBytes is about how much memory a generation takes for a tenant.
+func (g *Generation) TenantBytes(tenant string) int64 {
+	t := g.tenant(tenant)
+	if t == nil {
+		return 0
+	}
+	return t.bytes.Load()
 }
 
 // readable gives the generations that readers see, oldest first.

@@ -184,7 +184,7 @@ func TestGenerations(t *testing.T) {
 		t.Error(d)
 	}
 	h.Published(g, nil)
-	h.Drop(g)
+	h.Drop(g, nil)
 	got := all(t, h, "a")
 	if len(got) != 1 || !slices.Equal(got[up.String()].Floats.T, []int64{2}) {
 		t.Errorf("after the drop: %v", got)

@@ -235,7 +235,7 @@ func runModel(t *testing.T, seed uint64) {
 			m.generations = append(m.generations, map[string]map[string]map[int64]sample{})
 		case k < 92: // drop the oldest
 			if len(frozen) > 0 {
-				h.Drop(frozen[0])
+				h.Drop(frozen[0], nil)
 				frozen, m.generations = frozen[1:], m.generations[1:]
 			}
 		default: // read

@@ -4,6 +4,7 @@ import (
 	"maps"
 	"slices"
 	"sync"
+	"sync/atomic"
 
 	"github.com/prometheus/prometheus/model/labels"
 	"github.com/prometheus/prometheus/model/metadata"
@@ -21,6 +22,8 @@ const (
 // tenantHead is what a generation holds of one tenant.
 type tenantHead struct {
 	generation uint32
+
+	bytes, samples atomic.Int64 // bytes about
 
 	mu       sync.RWMutex
 	byHash   hashIndex                      // of series
@@ -276,7 +279,9 @@ func (h *Head) AddFamily(tenant string, f Family) {
 	defer h.mu.RUnlock()
 	g := h.generations[len(h.generations)-1]
 	t, _ := g.getOrCreateTenant(tenant)
-	g.bytes.Add(int64(t.addFamily(f)))
+	grown := int64(t.addFamily(f))
+	g.bytes.Add(grown)
+	t.bytes.Add(grown)
 }
 
 func (t *tenantHead) addFamily(f Family) (grown int) {

@@ -21,6 +21,9 @@ const (
 	// HoleInLog goes on with a commit log after a write that failed, and neither a
 	// replay nor a session that goes on takes notice of batches that are missing.
 	HoleInLog
+	// HeldIsDurable tells the sessions of a tenant that is held back what is durable
+	// by the newest generation alone.
+	HeldIsDurable
 )
 
 var present atomic.Int32 //nolint:gochecknoglobals // so that no other code has to know of it
