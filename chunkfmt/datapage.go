@@ -19,6 +19,7 @@ const (
 	KindHistogram      Kind = 2
 	KindFloatHistogram Kind = 3
 	KindExemplar       Kind = 4
+	KindWindows        Kind = 5 // summaries of windows, in pages of their own
 )
 
 func (k Kind) String() string {
@@ -31,6 +32,8 @@ func (k Kind) String() string {
 		return "float histogram"
 	case KindExemplar:
 		return "exemplar"
+	case KindWindows:
+		return "windows"
 	default:
 		return fmt.Sprintf("kind %d", byte(k))
 	}

@@ -8,6 +8,8 @@ import (
 
 	"github.com/prometheus/common/model"
 	"github.com/prometheus/prometheus/model/labels"
+
+	"github.com/epimetheus-tsdb/epimetheus/chunkfmt/rollup"
 )
 
 // The parsers check the CRC of a page first, so the fuzzer gives the body of a
@@ -19,7 +21,7 @@ func bodies(tb testing.TB) map[pageType][][]byte {
 	out := map[pageType][][]byte{}
 	for seed := range uint64(4) {
 		r := rand.New(rand.NewPCG(seed, 7))
-		block, _ := writeBlock(tb, randomBlock(r, 2, 12), WriterOptions{Uncompressed: true, PageSeries: 6 + int(seed)*10, PageBytes: 3000})
+		block, _ := writeBlock(tb, randomBlock(r, 2, 12), WriterOptions{Uncompressed: true, PageSeries: 6 + int(seed)*10, PageBytes: 3000, Rollups: seed%2 == 0})
 		for b := block[headerSize : len(block)-trailerSize]; len(b) > 0; {
 			typ := pageType(b[0]) &^ pageZstd
 			body, rest, err := openPage(b, typ)
@@ -85,6 +87,62 @@ func FuzzDataPage(f *testing.F) {
 	})
 }
 
+func FuzzWindowPage(f *testing.F) {
+	r := rand.New(rand.NewPCG(1, 21))
+	var sum rollup.Summariser
+	for n := range 6 {
+		p := windowBuilder{width: []int64{rollup.Short, rollup.Long}[n%2]}
+		for k := range 4 {
+			w := oddWindows(r, p.width)
+			if n >= 2 {
+				w = &rollup.Windows{}
+				sum.Summarise(w, regularSeries(r, 60_000).Samples(), p.width)
+			}
+			p.add(w, 0, min(w.Len(), 20+40*k))
+		}
+		body, err := onlyPage(p.appendTo(nil), pageWindows)
+		if err != nil {
+			f.Fatal(err)
+		}
+		f.Add(body, uint16(rollup.AllColumns))
+	}
+	f.Fuzz(func(t *testing.T, body []byte, columns uint16) {
+		p, err := ParseWindowPage(appendPage(nil, pageWindows, body, false))
+		wantCorrupt(t, err)
+		if err != nil {
+			return
+		}
+		cols := rollup.Columns(columns) & rollup.AllColumns
+		var dec WindowDecoder
+		var all, one rollup.Windows
+		for i := range min(p.Len(), 20) {
+			n := all.Len()
+			one.Clear()
+			err := dec.Decode(p, i, cols, &one)
+			wantCorrupt(t, err)
+			if err2 := dec.Decode(p, i, cols, &all); (err == nil) != (err2 == nil) {
+				t.Fatal(err, err2)
+			}
+			if err != nil {
+				if all.Len() != n {
+					t.Fatal("windows of a bad chunk")
+				}
+				continue
+			}
+			if one.Len() != p.Windows(i) || all.Len() != n+one.Len() {
+				t.Fatalf("%d windows", one.Len())
+			}
+			for k, end := range one.End {
+				in := func(x int64) bool { return x > end-p.Width() && x <= end }
+				if end%p.Width() != 0 || k > 0 && one.End[k-1] >= end || !one.Flags[k].Valid() ||
+					cols&rollup.First != 0 && !in(one.FirstT[k]) || cols&rollup.Prev != 0 && !in(one.PrevT[k]) || cols&rollup.Last != 0 && !in(one.LastT[k]) {
+					t.Fatalf("window %d: %+v", k, one)
+				}
+			}
+		}
+	})
+}
+
 func FuzzSeriesPage(f *testing.F) {
 	for _, b := range bodies(f)[pageSeries] {
 		f.Add(b)
@@ -99,7 +157,7 @@ func FuzzSeriesPage(f *testing.F) {
 		if err != nil {
 			return
 		}
-		p.Select(nil, math.MinInt64, math.MaxInt64)
+		p.SelectWindows(nil, math.MinInt64, math.MaxInt64, rollup.Short)
 		for _, e := range p.Select(ms, 0, 100000) {
 			for _, c := range e.Chunks {
 				if !c.Overlaps(0, 100000) {

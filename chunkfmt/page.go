@@ -53,6 +53,7 @@ const (
 	pageLabelValues pageType = 5
 	pageDirectory   pageType = 6
 	pageFooter      pageType = 7
+	pageWindows     pageType = 8
 
 	pageZstd pageType = 0x80 // the body is its length and a zstd frame
 )

@@ -10,6 +10,8 @@ import (
 	"github.com/prometheus/common/model"
 	"github.com/prometheus/prometheus/model/labels"
 	"github.com/prometheus/prometheus/model/metadata"
+
+	"github.com/epimetheus-tsdb/epimetheus/chunkfmt/rollup"
 )
 
 // Chunk says where a run of samples of one series lies.
@@ -36,6 +38,11 @@ type Entry struct {
 	// Exemplars are the chunks of exemplars that overlap the time asked for,
 	// ascending.
 	Exemplars []Chunk
+	// Windows are chunks of summaries of windows, of the width that was asked for;
+	// ascending. Their times are those of the windows, whole, and Samples is how
+	// many windows have some. Where they are, they tell of all samples of the series
+	// in the block.
+	Windows []Chunk
 }
 
 // Parts of a series page, each a number, a length in bytes and as many bytes.
@@ -45,6 +52,8 @@ const (
 	partExemplars = 2
 	partMetadata  = 3
 	partFamilies  = 4
+	partShort     = 5
+	partLong      = 6
 )
 
 // absent is the id of a label that a series does not have.
@@ -56,6 +65,8 @@ type SeriesPage struct {
 	series    int
 	chunks    chunkPart
 	exemplars chunkPart
+	short     chunkPart // summaries of windows
+	long      chunkPart
 	metas     []metadata.Metadata
 	families  []string // of metas; nil if all have their metric's name
 	metaOf    []uint32 // per series, 0 for none, else index+1 into metas
@@ -132,6 +143,10 @@ func ParseSeriesPage(b []byte) (*SeriesPage, error) {
 			p.chunks = c.chunkPart(p.series)
 		case partExemplars:
 			p.exemplars = c.chunkPart(p.series)
+		case partShort:
+			p.short = c.chunkPart(p.series)
+		case partLong:
+			p.long = c.chunkPart(p.series)
 		case partMetadata:
 			p.metadata(c)
 		case partFamilies:
@@ -332,6 +347,19 @@ func (p *SeriesPage) Len() int { return p.series }
 // in mint to maxt, both included, in order of metric name, then labels. Each
 // matcher is evaluated once for each distinct value in the page.
 func (p *SeriesPage) Select(ms []*labels.Matcher, mint, maxt int64) []Entry {
+	return p.SelectWindows(ms, mint, maxt, 0)
+}
+
+// SelectWindows is Select, with the chunks of summaries of windows of a width in
+// ms, rollup.Short or rollup.Long; of none, for 0.
+func (p *SeriesPage) SelectWindows(ms []*labels.Matcher, mint, maxt, width int64) []Entry {
+	var windows *chunkPart
+	switch width {
+	case rollup.Short:
+		windows = &p.short
+	case rollup.Long:
+		windows = &p.long
+	}
 	keep := p.match(ms)
 	var out []Entry
 	var builder labels.ScratchBuilder
@@ -340,6 +368,9 @@ func (p *SeriesPage) Select(ms []*labels.Matcher, mint, maxt int64) []Entry {
 			continue
 		}
 		if e, ok := p.Entry(i, mint, maxt, &builder); ok {
+			if windows != nil {
+				e.Windows = windows.select1(i, mint, maxt)
+			}
 			out = append(out, e)
 		}
 	}
@@ -471,6 +502,8 @@ type seriesBuilder struct {
 	byName    map[string]*nameBuilder
 	chunks    chunkBuilder
 	exemplars chunkBuilder
+	short     chunkBuilder
+	long      chunkBuilder
 	metas     map[familyMetadata]uint32
 	metaBytes []byte
 	families  []byte
@@ -599,8 +632,8 @@ func (b *chunkBuilder) data() Location {
 	return l
 }
 
-func (b *chunkBuilder) append(dst []byte) []byte {
-	dst = binary.AppendUvarint(dst, uint64(b.offset))
+func (b *chunkBuilder) bytes() []byte {
+	dst := binary.AppendUvarint(nil, uint64(b.offset))
 	dst = binary.AppendUvarint(dst, uint64(len(b.sizes)))
 	for i := range b.sizes {
 		dst = binary.AppendUvarint(dst, uint64(b.sizes[i]))
@@ -631,9 +664,9 @@ func (b *seriesBuilder) appendTo(dst []byte, compress bool) []byte {
 	for _, n := range b.names {
 		body = n.append(body, b.series)
 	}
-	body = appendPart(body, partChunks, b.chunks.append(nil))
+	body = appendPart(body, partChunks, b.chunks.bytes())
 	if b.exemplars.total > 0 {
-		body = appendPart(body, partExemplars, b.exemplars.append(nil))
+		body = appendPart(body, partExemplars, b.exemplars.bytes())
 	}
 	if len(b.metas) > 0 {
 		metas := binary.AppendUvarint(nil, uint64(len(b.metas)))
@@ -642,6 +675,12 @@ func (b *seriesBuilder) appendTo(dst []byte, compress bool) []byte {
 		if b.named {
 			body = appendPart(body, partFamilies, b.families)
 		}
+	}
+	if b.short.total > 0 {
+		body = appendPart(body, partShort, b.short.bytes())
+	}
+	if b.long.total > 0 {
+		body = appendPart(body, partLong, b.long.bytes())
 	}
 	return appendPage(dst, pageSeries, body, compress)
 }

@@ -11,6 +11,8 @@ import (
 
 	"github.com/prometheus/common/model"
 	"github.com/prometheus/prometheus/model/labels"
+
+	"github.com/epimetheus-tsdb/epimetheus/chunkfmt/rollup"
 )
 
 // WriterOptions tune a Writer; the zero value is right for most.
@@ -21,6 +23,8 @@ type WriterOptions struct {
 	// Window is the width in ms of the windows (a, b], aligned to the epoch,
 	// by which TenantSummary.Windows tells times apart; 0 for one window.
 	Window int64
+	// Rollups adds summaries of windows, where they are smaller than the samples.
+	Rollups bool
 	// Uncompressed leaves series, label and directory pages uncompressed.
 	// Samples are packed all the same.
 	Uncompressed bool
@@ -47,6 +51,10 @@ const smallTenant = 32 << 10
 // series.
 const maxSeriesBytes = 4 << 20
 
+// maxWindowBytes is how much of pages of windows is held before the series page
+// that names them is ended.
+const maxWindowBytes = 16 << 20
+
 // Writer writes one block front to back. It holds one data page and the series
 // and label pages of one tenant in memory. After an error it is of no more use,
 // and neither is what it wrote. Not safe for concurrent use.
@@ -59,8 +67,8 @@ type Writer struct {
 	// Of the tenant being written.
 	open    bool
 	tenant  TenantSummary
-	windows map[int64]Range
-	metric  string // of the last series
+	times   map[int64]Range // by window of WriterOptions.Window
+	metric  string          // of the last series
 	last    labels.Labels
 	labels  labelBuilder
 	pages   []PageRef // their offsets are relative to the start of indexes
@@ -72,6 +80,7 @@ type Writer struct {
 	classic   classic
 	exemplars pageBuilder
 	exPages   [][]byte // that follow the data pages
+	windows   windowsWriter
 	buf       []byte
 
 	tenants []TenantSummary
@@ -81,6 +90,7 @@ type Writer struct {
 func NewWriter(w io.Writer, o WriterOptions) *Writer {
 	o.setDefaults()
 	out := &Writer{w: w, o: o}
+	out.windows.short.width, out.windows.long.width = rollup.Short, rollup.Long
 	out.write([]byte(magic))
 	return out
 }
@@ -110,6 +120,7 @@ func (w *Writer) Size() int64 {
 	for _, p := range w.exPages {
 		n += int64(len(p))
 	}
+	n += int64(w.windows.bytes + w.windows.short.size() + w.windows.long.size())
 	if w.series != nil {
 		n += int64(16 * w.series.series)
 	}
@@ -137,14 +148,14 @@ func (w *Writer) add(tenant string, s *Series) error {
 		w.endTenant()
 		w.open = true
 		w.tenant = TenantSummary{Tenant: string([]byte(tenant)), Range: Range{math.MaxInt64, math.MinInt64}}
-		w.windows = map[int64]Range{}
+		w.times = map[int64]Range{}
 	case tenant < w.tenant.Tenant:
 		return fmt.Errorf("%w: tenant %q behind %q", ErrOrder, tenant, w.tenant.Tenant)
 	default:
 		if o := cmp.Or(cmp.Compare(metric, w.metric), labels.Compare(s.Labels, w.last)); o <= 0 {
 			return fmt.Errorf("%w: tenant %q: series %s behind %s", ErrOrder, tenant, s.Labels, w.last)
 		}
-		if n := w.series; n != nil && (n.series >= w.o.PageSeries || n.series >= w.o.PageSeries/2 && metric != w.metric || n.bytes > maxSeriesBytes) {
+		if n := w.series; n != nil && (n.series >= w.o.PageSeries || n.series >= w.o.PageSeries/2 && metric != w.metric || n.bytes > maxSeriesBytes || w.windows.bytes > maxWindowBytes) {
 			w.endSeriesPage()
 		}
 	}
@@ -158,6 +169,11 @@ func (w *Writer) add(tenant string, s *Series) error {
 	w.series.addLabels(s.Labels)
 	w.series.addMetadata(s.Metadata, s.Family)
 	w.addChunks(s)
+	if w.o.Rollups {
+		w.windows.add(w.series, s, w.o.PageBytes)
+	} else {
+		w.windows.none(w.series)
+	}
 	w.series.series++
 	w.tenant.Series++
 	return w.err
@@ -305,10 +321,10 @@ func (w *Writer) noteTimes(t []int64) {
 			})
 		}
 		r := Range{t[0], t[n-1]}
-		if had, ok := w.windows[k]; ok {
+		if had, ok := w.times[k]; ok {
 			r.add(had)
 		}
-		w.windows[k] = r
+		w.times[k] = r
 		t = t[n:]
 	}
 }
@@ -340,6 +356,7 @@ func (w *Writer) endSeriesPage() {
 		w.writePage("exemplar", p)
 	}
 	w.exPages = nil
+	w.windows.endSeriesPage(w)
 	start := len(w.indexes)
 	w.indexes = b.appendTo(w.indexes, !w.o.Uncompressed)
 	if len(w.indexes) == start {
@@ -361,8 +378,8 @@ func (w *Writer) endTenant() {
 		w.tenant.Range = Range{}
 	}
 	w.tenant.Windows = []Range{w.tenant.Range}
-	if len(w.windows) > 0 {
-		w.tenant.Windows = slices.SortedFunc(maps.Values(w.windows), func(a, b Range) int { return cmp.Compare(a.MinT, b.MinT) })
+	if len(w.times) > 0 {
+		w.tenant.Windows = slices.SortedFunc(maps.Values(w.times), func(a, b Range) int { return cmp.Compare(a.MinT, b.MinT) })
 	}
 	for i := range w.pages {
 		if w.pages[i].Times.MinT > w.pages[i].Times.MaxT {

@@ -32,6 +32,7 @@ type Encoder struct {
 	sorted, deltas, values, lens, scaled []int64
 	ints, diff, residuals                []int64
 	exceptions                           []int
+	noise                                bool // see AppendNoise
 }
 
 // Decoder decodes columns. It keeps scratch memory between calls; the zero

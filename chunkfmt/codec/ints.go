@@ -52,6 +52,15 @@ func (e *Encoder) AppendInts(dst []byte, v []int64) []byte {
 	}
 }
 
+// AppendNoise is AppendInts for integers of which a look at the differences
+// wouldn't pay: they are differences already.
+func (e *Encoder) AppendNoise(dst []byte, v []int64) []byte {
+	e.noise = true
+	dst = e.AppendInts(dst, v)
+	e.noise = false
+	return dst
+}
+
 // sample is a stretch from the middle of v.
 func sample(v []int64) []int64 {
 	if len(v) <= sampleLen {
@@ -121,6 +130,9 @@ func (e *Encoder) cost(v []int64) int {
 }
 
 func (e *Encoder) packedOrDelta(v []int64) (cost int, delta bool) {
+	if e.noise {
+		return e.blocksCost(v), false
+	}
 	e.deltas = appendDeltas(e.deltas[:0], v)
 	plain := e.blocksCost(v)
 	diff := e.blocksCost(e.deltas) + 1 + bits.Len64(uint64(v[0]^v[0]>>63))/7
@@ -211,7 +223,10 @@ func commonDivisor(v []int64) uint64 {
 
 // appendPlain encodes without looking for runs or divisors.
 func (e *Encoder) appendPlain(dst []byte, v []int64) []byte {
-	_, delta := e.packedOrDelta(sample(v))
+	delta := false
+	if !e.noise {
+		_, delta = e.packedOrDelta(sample(v))
+	}
 	if !delta {
 		return e.appendBlocks(append(dst, formPacked), v)
 	}

@@ -72,7 +72,7 @@ func (e *Encoder) chooseFrame(v []int64) frame {
 	}
 	best.fewer(len(v), w0, &up, lo, 0)
 	best.fewer(len(v), w0, &down, hi, 1)
-	if w0 >= 4 && e.twoSided(v, w0) {
+	if w0 >= 4 && !e.noise && e.twoSided(v, w0) {
 		e.window(v, w0, &best)
 	}
 	return best

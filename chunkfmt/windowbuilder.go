@@ -1,0 +1,341 @@
+package chunkfmt
+
+import (
+	"encoding/binary"
+	"slices"
+
+	"github.com/epimetheus-tsdb/epimetheus/chunkfmt/codec"
+	"github.com/epimetheus-tsdb/epimetheus/chunkfmt/rollup"
+)
+
+// minPerWindow is how many samples windows have on average that pay: with fewer,
+// the samples themselves take less.
+const minPerWindow = 8
+
+// windowsWriter makes the pages of windows of one series page.
+type windowsWriter struct {
+	summariser            rollup.Summariser
+	shortRows, longRows   rollup.Windows
+	short, long           windowBuilder
+	shortPages, longPages [][]byte
+	bytes                 int // of pages
+}
+
+// none notes that the next series has no windows.
+func (w *windowsWriter) none(b *seriesBuilder) {
+	b.short.perSeries = append(b.short.perSeries, 0)
+	b.long.perSeries = append(b.long.perSeries, 0)
+}
+
+// add summarises the next series.
+func (w *windowsWriter) add(b *seriesBuilder, s *Series, pageBytes int) {
+	samples := s.Samples()
+	if len(samples.Histograms) > 0 || len(samples.T) < minPerWindow {
+		w.none(b) // no function could do without the samples
+		return
+	}
+	w.shortRows.Clear()
+	w.longRows.Clear()
+	w.summariser.Summarise(&w.shortRows, samples, rollup.Short)
+	rollup.Widen(&w.longRows, &w.shortRows, rollup.Long)
+	put := func(to *chunkBuilder, page *windowBuilder, rows *rollup.Windows, pages *[][]byte) {
+		before := to.total
+		if len(samples.T) >= minPerWindow*len(rows.End) {
+			for i, j := 0, 0; i < len(rows.End); i = j {
+				j = min(i+maxRunWindows, len(rows.End))
+				page.add(rows, i, j)
+				to.add(KindWindows, Range{rows.End[i] - page.width + 1, rows.End[j-1]}, j-i)
+				if page.size() >= pageBytes {
+					w.endPage(to, page, pages)
+				}
+			}
+		}
+		to.perSeries = binary.AppendUvarint(to.perSeries, uint64(to.total-before))
+	}
+	put(&b.short, &w.short, &w.shortRows, &w.shortPages)
+	put(&b.long, &w.long, &w.longRows, &w.longPages)
+}
+
+func (w *windowsWriter) endPage(to *chunkBuilder, page *windowBuilder, pages *[][]byte) {
+	if page.chunks == 0 {
+		return
+	}
+	b := page.appendTo(nil)
+	to.endPage(0, int64(len(b)))
+	*pages = append(*pages, b)
+	w.bytes += len(b)
+}
+
+// endSeriesPage writes the pages.
+func (w *windowsWriter) endSeriesPage(to *Writer) {
+	b := to.series
+	w.endPage(&b.long, &w.long, &w.longPages)
+	w.endPage(&b.short, &w.short, &w.shortPages)
+	b.long.offset = to.off
+	for _, p := range w.longPages {
+		to.writePage("windows", p)
+	}
+	b.short.offset = to.off
+	for _, p := range w.shortPages {
+		to.writePage("windows", p)
+	}
+	w.longPages, w.shortPages, w.bytes = nil, nil, 0
+}
+
+// windowBuilder collects the chunks of one page of windows.
+type windowBuilder struct {
+	width  int64
+	enc    codec.Encoder
+	shapes []builtShape
+	known  map[uint64][]int // hash of a shape → candidates in shapes
+	last   int              // of shapes, most often that of the next chunk too
+	bytes  int              // of shapes
+	heads  []byte           // table of chunks
+	chunks int
+	bodies []byte
+
+	first, lastV, prev, least, most, ints, deltas []int64
+	parts                                         []byte
+}
+
+// builtShape is when there were samples in some windows.
+type builtShape struct {
+	w rollup.Windows // the columns of times
+	b []byte
+}
+
+// size is about how large the page is so far, in bytes.
+func (p *windowBuilder) size() int { return len(p.heads) + len(p.bodies) + p.bytes }
+
+// add appends a chunk of the windows of w from i up to, without, j.
+func (p *windowBuilder) add(w *rollup.Windows, i, j int) {
+	shape := p.shape(w, i, j)
+	start := len(p.bodies)
+	p.values(w, i, j)
+	p.heads = binary.AppendUvarint(p.heads, uint64(shape))
+	p.heads = binary.AppendUvarint(p.heads, uint64(len(p.bodies)-start))
+	p.chunks++
+}
+
+// shape returns the index of the times, which are stored once.
+func (p *windowBuilder) shape(w *rollup.Windows, i, j int) int {
+	same := func(k int) bool {
+		s := &p.shapes[k].w
+		return slices.Equal(s.End, w.End[i:j]) && slices.Equal(s.Count, w.Count[i:j]) && slices.Equal(s.Flags, w.Flags[i:j]) &&
+			slices.Equal(s.FirstT, w.FirstT[i:j]) && slices.Equal(s.PrevT, w.PrevT[i:j]) && slices.Equal(s.LastT, w.LastT[i:j])
+	}
+	if p.last < len(p.shapes) && same(p.last) {
+		return p.last
+	}
+	h := uint64(j - i)
+	for _, x := range []int64{w.FirstT[i], w.LastT[i], w.FirstT[(i+j)/2], w.LastT[(i+j)/2], w.FirstT[j-1], w.LastT[j-1]} {
+		h = (h ^ uint64(x)) * 0x9e3779b97f4a7c15
+	}
+	for _, k := range p.known[h] {
+		if same(k) {
+			p.last = k
+			return k
+		}
+	}
+	if p.known == nil {
+		p.known = map[uint64][]int{}
+	}
+	p.last = len(p.shapes)
+	p.known[h] = append(p.known[h], p.last)
+	s := builtShape{w: rollup.Windows{
+		End: slices.Clone(w.End[i:j]), Count: slices.Clone(w.Count[i:j]), Flags: slices.Clone(w.Flags[i:j]),
+		FirstT: slices.Clone(w.FirstT[i:j]), PrevT: slices.Clone(w.PrevT[i:j]), LastT: slices.Clone(w.LastT[i:j]),
+	}}
+	s.b = p.appendShape(nil, &s.w)
+	p.shapes = append(p.shapes, s)
+	p.bytes += len(s.b) + 4
+	return p.last
+}
+
+func (p *windowBuilder) appendShape(dst []byte, w *rollup.Windows) []byte {
+	column := func(value func(i int) int64) []int64 {
+		p.ints = p.ints[:0]
+		for i := range w.End {
+			p.ints = append(p.ints, value(i))
+		}
+		return p.ints
+	}
+	dst = p.enc.AppendTimes(dst, column(func(i int) int64 { return w.End[i] / p.width }))
+	dst = p.enc.AppendNoise(dst, column(func(i int) int64 { return int64(w.Count[i]) }))
+	dst = p.enc.AppendNoise(dst, column(func(i int) int64 { return int64(w.Flags[i]) }))
+	dst = p.enc.AppendNoise(dst, column(func(i int) int64 {
+		if w.Count[i] == 0 {
+			return 0
+		}
+		return w.FirstT[i] - (w.End[i] - p.width + 1)
+	}))
+	dst = p.enc.AppendNoise(dst, column(func(i int) int64 { return w.End[i] - w.LastT[i] }))
+	return p.enc.AppendNoise(dst, column(func(i int) int64 { return w.LastT[i] - w.PrevT[i] }))
+}
+
+// values appends the values of windows to the bodies of chunks.
+func (p *windowBuilder) values(w *rollup.Windows, i, j int) {
+	head := byte(apart)
+	if scale, ok := codec.Scale(w.FirstV[i:j], w.PrevV[i:j], w.LastV[i:j], w.Min[i:j], w.Max[i:j]); ok {
+		if !p.scaled(w, i, j, scale) { // too many digits
+			scale = codec.BitsScale
+			p.scaled(w, i, j, scale)
+		}
+		head = scale
+	}
+	var sizes [windowParts]int
+	b := p.parts[:0]
+	for k := range sizes {
+		from := len(b)
+		if head == apart {
+			b = p.appendApart(b, k, w, i, j)
+		} else {
+			b = p.appendScaled(b, k, head, w, i, j)
+		}
+		sizes[k] = len(b) - from
+	}
+	p.parts = b
+	p.bodies = append(p.bodies, head)
+	for _, n := range sizes[:windowParts-1] {
+		p.bodies = binary.AppendUvarint(p.bodies, uint64(n))
+	}
+	p.bodies = append(p.bodies, b...)
+}
+
+// scaled takes the values that are samples as integers. It reports false if there
+// are such as have none.
+func (p *windowBuilder) scaled(w *rollup.Windows, i, j int, scale byte) bool {
+	for _, c := range []struct {
+		ints *[]int64
+		v    []float64
+	}{{&p.first, w.FirstV}, {&p.lastV, w.LastV}, {&p.prev, w.PrevV}, {&p.least, w.Min}, {&p.most, w.Max}} {
+		var ok bool
+		if *c.ints, ok = codec.ScaledInts((*c.ints)[:0], c.v[i:j], scale); !ok {
+			return false
+		}
+	}
+	for k, n := range w.Count[i:j] {
+		if n == 0 { // like the one before
+			x := int64(0)
+			if k > 0 {
+				x = p.lastV[k-1]
+			}
+			p.first[k], p.lastV[k], p.prev[k], p.least[k], p.most[k] = x, x, x, x, x
+		}
+	}
+	return true
+}
+
+// appendScaled appends a part of a chunk whose values are integers.
+func (p *windowBuilder) appendScaled(b []byte, part int, scale byte, w *rollup.Windows, i, j int) []byte {
+	n := j - i
+	column := func(value func(k int) int64) []int64 {
+		p.deltas = p.deltas[:0]
+		for k := range n {
+			p.deltas = append(p.deltas, value(k))
+		}
+		return p.deltas
+	}
+	switch part {
+	case partEnds:
+		b = binary.AppendVarint(b, p.first[0])
+		b = p.enc.AppendNoise(b, column(func(k int) int64 {
+			if k == 0 {
+				return 0
+			}
+			return p.first[k] - p.lastV[k-1]
+		})[1:])
+		return p.enc.AppendNoise(b, column(func(k int) int64 { return p.lastV[k] - p.first[k] }))
+	case partReset:
+		return p.appendForm(b, scale, w.Reset[i:j], func(int) int64 { return 0 })
+	case partPrev:
+		return p.enc.AppendNoise(b, column(func(k int) int64 { return p.lastV[k] - p.prev[k] }))
+	case partExtrema:
+		b = p.enc.AppendNoise(b, column(func(k int) int64 { return min(p.first[k], p.lastV[k]) - p.least[k] }))
+		return p.enc.AppendNoise(b, column(func(k int) int64 { return p.most[k] - max(p.first[k], p.lastV[k]) }))
+	case partSum:
+		return p.appendForm(b, scale, w.Sum[i:j], func(k int) int64 { return expectedSum(w.Count[i+k], p.least[k], p.most[k]) })
+	}
+	return p.appendApart(b, part, w, i, j)
+}
+
+// appendForm appends a column as integers less what is expected, if its values are
+// decimals of the scale, as floats otherwise.
+func (p *windowBuilder) appendForm(b []byte, scale byte, v []float64, expected func(k int) int64) []byte {
+	if scale != codec.BitsScale {
+		var ok bool
+		if p.ints, ok = codec.ScaledInts(p.ints[:0], v, scale); ok {
+			for k := range p.ints {
+				p.ints[k] -= expected(k)
+			}
+			return p.enc.AppendNoise(append(b, formInts), p.ints)
+		}
+	}
+	return p.enc.AppendFloats(append(b, formFloats), v)
+}
+
+// appendApart appends a part of a chunk whose columns are stored each for itself.
+func (p *windowBuilder) appendApart(b []byte, part int, w *rollup.Windows, i, j int) []byte {
+	switch part {
+	case partEnds:
+		return p.enc.AppendFloats(p.enc.AppendFloats(b, w.FirstV[i:j]), w.LastV[i:j])
+	case partReset:
+		return p.enc.AppendFloats(b, w.Reset[i:j])
+	case partPrev:
+		return p.enc.AppendFloats(b, w.PrevV[i:j])
+	case partExtrema:
+		return p.enc.AppendFloats(p.enc.AppendFloats(b, w.Min[i:j]), w.Max[i:j])
+	case partSum:
+		return p.enc.AppendFloats(b, w.Sum[i:j])
+	case partCounts:
+		p.ints = p.ints[:0]
+		for _, x := range w.Resets[i:j] {
+			p.ints = append(p.ints, int64(x))
+		}
+		b = p.enc.AppendNoise(b, p.ints)
+		most, all := uint64(0), uint64(0)
+		for k := i; k < j; k++ {
+			most += uint64(max(w.Count[k], 1) - 1)
+			all += uint64(w.Changes[k])
+		}
+		form := byte(changesPlain)
+		if all > most/2 {
+			form = changesLess
+		}
+		p.ints = p.ints[:0]
+		for k := i; k < j; k++ {
+			x := int64(w.Changes[k])
+			if form == changesLess && w.Count[k] > 0 {
+				x = int64(w.Count[k]-1) - x
+			}
+			p.ints = append(p.ints, x)
+		}
+		return p.enc.AppendNoise(append(b, form), p.ints)
+	case partMoment:
+		if p.width == rollup.Long {
+			b = p.enc.AppendFloats(b, w.M2[i:j])
+		}
+	}
+	return b
+}
+
+// appendTo appends the page to dst and makes p ready for the next.
+func (p *windowBuilder) appendTo(dst []byte) []byte {
+	b := binary.AppendUvarint(p.parts[:0], uint64(p.width))
+	b = binary.AppendUvarint(b, uint64(len(p.shapes)))
+	for i := range p.shapes {
+		b = binary.AppendUvarint(b, uint64(len(p.shapes[i].w.End)))
+		b = binary.AppendUvarint(b, uint64(len(p.shapes[i].b)))
+	}
+	b = binary.AppendUvarint(b, uint64(p.chunks))
+	b = append(b, p.heads...)
+	for i := range p.shapes {
+		b = append(b, p.shapes[i].b...)
+	}
+	b = append(b, p.bodies...)
+	p.parts = b
+	clear(p.shapes)
+	p.shapes, p.heads, p.bodies, p.chunks, p.bytes, p.last = p.shapes[:0], p.heads[:0], p.bodies[:0], 0, 0, 0
+	clear(p.known)
+	return appendPage(dst, pageWindows, b, false)
+}

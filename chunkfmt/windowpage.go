@@ -1,0 +1,516 @@
+package chunkfmt
+
+import (
+	"encoding/binary"
+	"fmt"
+	"math"
+
+	"github.com/epimetheus-tsdb/epimetheus/chunkfmt/codec"
+	"github.com/epimetheus-tsdb/epimetheus/chunkfmt/rollup"
+)
+
+// maxRunWindows is how many windows a chunk of them holds at most: more than a
+// week has of five minutes.
+const maxRunWindows = 4096
+
+// apart is the head of a chunk of windows whose columns of values are stored each
+// for itself; any other is the scale of the integers that they are.
+const apart = 0xff
+
+// Forms of the columns of sums and resets in a chunk that isn't apart.
+const (
+	formFloats = 0 // a column of floats
+	formInts   = 1 // integers of the chunk's scale; sums less the count times half of min plus max
+)
+
+// Forms of the column of changes.
+const (
+	changesPlain = 0
+	changesLess  = 1 // how many less there are than could be
+)
+
+// WindowPage is a parsed page of window summaries. It is safe for concurrent use.
+type WindowPage struct {
+	id     uint64 // of this page in the memory of decoders
+	width  int64
+	shapes []timesColumn // what is said of when there were samples
+	chunks []windowChunk
+	body   []byte
+}
+
+type windowChunk struct {
+	shape     uint32
+	from, end uint32
+}
+
+// ParseWindowPage checks a page of windows. The page keeps b and must not outlive
+// changes to it.
+func ParseWindowPage(b []byte) (*WindowPage, error) {
+	body, err := onlyPage(b, pageWindows)
+	if err != nil {
+		return nil, fmt.Errorf("windows page: %w", err)
+	}
+	p := &WindowPage{id: pageIDs.Add(1)}
+	c := cursor{b: body}
+	if p.width = int64(c.bounded("width", maxWidth)); p.width == 0 {
+		c.fail("width is 0")
+	}
+	p.shapes = make([]timesColumn, c.count(2))
+	sizes := make([]uint64, len(p.shapes))
+	for i := range p.shapes {
+		p.shapes[i].n = c.bounded("windows of a chunk", maxRunWindows)
+		sizes[i] = c.uvarint()
+	}
+	p.chunks = make([]windowChunk, c.count(2))
+	for i := range p.chunks {
+		k := &p.chunks[i]
+		if k.shape = uint32(c.bounded("shape", math.MaxInt32)); k.shape >= uint32(len(p.shapes)) {
+			c.fail("chunk %d names shape %d of %d", i, k.shape, len(p.shapes))
+		}
+		k.end = uint32(c.bounded("bytes of a chunk", MaxPage)) // for now its size
+		if c.err != nil {
+			break
+		}
+	}
+	for i, n := range sizes {
+		if n > uint64(len(c.b)) {
+			c.fail("shape of %d bytes, %d left", n, len(c.b))
+			break
+		}
+		p.shapes[i].b = c.bytes(int(n))
+	}
+	// With all its capacity, so that unpacking may load beyond the end of a chunk.
+	p.body = c.b
+	from := uint32(0)
+	for i := range p.chunks {
+		k := &p.chunks[i]
+		if k.end > uint32(len(p.body))-from {
+			c.fail("chunk of %d bytes, %d left", k.end, uint32(len(p.body))-from)
+			break
+		}
+		k.from, k.end = from, from+k.end
+		from = k.end
+	}
+	if c.err == nil {
+		c.b = c.b[from:]
+	}
+	if err := c.end(); err != nil {
+		return nil, fmt.Errorf("windows page: %w", err)
+	}
+	return p, nil
+}
+
+// maxWidth is the widest window, in ms: a day.
+const maxWidth = 24 * 3600 * 1000
+
+// Width is that of all windows in the page, in ms.
+func (p *WindowPage) Width() int64 { return p.width }
+
+// Len is the number of chunks in the page.
+func (p *WindowPage) Len() int { return len(p.chunks) }
+
+// Windows is the number of windows in chunk i, known before it is decoded; 0 if
+// there is no such chunk.
+func (p *WindowPage) Windows(i int) int {
+	if i < 0 || i >= len(p.chunks) {
+		return 0
+	}
+	return p.shapes[p.chunks[i].shape].n
+}
+
+// WindowDecoder decodes chunks of windows. It keeps memory between calls, and
+// remembers the times of the page it worked on last: neighbouring series share
+// them. The zero value is ready. Not safe for concurrent use.
+type WindowDecoder struct {
+	codec codec.Decoder
+	page  uint64   // id
+	known []uint32 // by shape: where it lies in times, plus one; 0: not known
+	times rollup.Windows
+
+	first, last, ints, least, most []int64
+	dropped                        []float64
+}
+
+// rememberedWindows bounds the windows whose times a decoder remembers.
+const rememberedWindows = 1 << 16
+
+// Decode appends the windows of chunk i of p to dst: End, Count, Flags and the
+// columns cols, which are those that dst has if it has windows already. If it
+// returns an error, dst is as before.
+func (d *WindowDecoder) Decode(p *WindowPage, i int, cols rollup.Columns, dst *rollup.Windows) error {
+	if i < 0 || i >= len(p.chunks) {
+		return fmt.Errorf("windows page: %w", corrupt("chunk %d of %d", i, len(p.chunks)))
+	}
+	k := &p.chunks[i]
+	at, err := d.shape(p, k.shape)
+	if err == nil {
+		n := p.shapes[k.shape].n
+		out := *dst
+		// Only the columns of times are in d.times.
+		out.End = append(out.End, d.times.End[at:at+n]...)
+		out.Count = append(out.Count, d.times.Count[at:at+n]...)
+		out.Flags = append(out.Flags, d.times.Flags[at:at+n]...)
+		if cols&rollup.First != 0 {
+			out.FirstT = append(out.FirstT, d.times.FirstT[at:at+n]...)
+		}
+		if cols&rollup.Prev != 0 {
+			out.PrevT = append(out.PrevT, d.times.PrevT[at:at+n]...)
+		}
+		if cols&rollup.Last != 0 {
+			out.LastT = append(out.LastT, d.times.LastT[at:at+n]...)
+		}
+		if err = d.values(p.body[k.from:k.end], cols, &out, n); err == nil {
+			*dst = out
+			return nil
+		}
+	}
+	return fmt.Errorf("windows page: chunk %d: %w", i, err)
+}
+
+// shape gives where a shape of p lies in d.times.
+func (d *WindowDecoder) shape(p *WindowPage, shape uint32) (at int, err error) {
+	n := p.shapes[shape].n
+	if d.page != p.id || len(d.times.End)+n > rememberedWindows {
+		d.page = p.id
+		d.times.Clear()
+		if cap(d.known) < len(p.shapes) {
+			d.known = make([]uint32, len(p.shapes))
+		}
+		d.known = d.known[:len(p.shapes)]
+		clear(d.known)
+	}
+	if k := d.known[shape]; k > 0 {
+		return int(k - 1), nil
+	}
+	at = len(d.times.End)
+	if err := d.decodeShape(p.shapes[shape].b, n, p.width); err != nil {
+		d.page = 0 // what was appended is in the way
+		return 0, err
+	}
+	d.known[shape] = uint32(at + 1)
+	return at, nil
+}
+
+// decodeShape appends the times of n windows to d.times, and checks them.
+func (d *WindowDecoder) decodeShape(b []byte, n int, width int64) error {
+	w, at := &d.times, len(d.times.End)
+	var err error
+	column := func(into []int64) []int64 {
+		if err == nil {
+			into, b, err = d.codec.Ints(into[:0], b, n)
+		}
+		return into
+	}
+	if w.End, b, err = d.codec.Times(w.End, b, n); err != nil {
+		return err
+	}
+	count, flags := column(d.first), column(d.last)
+	first, last, prev := column(d.ints), column(d.least), column(d.most)
+	d.first, d.last, d.ints, d.least, d.most = count, flags, first, last, prev
+	if err != nil {
+		return err
+	}
+	if len(b) > 0 {
+		return corrupt("%d bytes behind a shape", len(b))
+	}
+	limit := math.MaxInt64 / width
+	before := -limit
+	for i := range n {
+		end := w.End[at+i]
+		if end <= before || end >= limit {
+			return corrupt("windows out of order")
+		}
+		before = end
+		end *= width
+		f, l, v := first[i], last[i], prev[i]
+		// From the start of the window, exclusive, to its end.
+		if f < 0 || l < 0 || v < 0 || f >= width || l >= width || v > width-1-l-f || count[i] < 0 || count[i] > width ||
+			flags[i] < 0 || flags[i] > math.MaxUint8 || !rollup.Flags(flags[i]).Valid() ||
+			count[i] == 0 && f|l|v != 0 {
+			return corrupt("window %d is of no samples", i)
+		}
+		w.End[at+i] = end
+		w.Count = append(w.Count, uint32(count[i]))
+		w.Flags = append(w.Flags, rollup.Flags(flags[i]))
+		w.LastT = append(w.LastT, end-l)
+		w.PrevT = append(w.PrevT, end-l-v)
+		if count[i] == 0 {
+			w.FirstT = append(w.FirstT, end)
+		} else {
+			w.FirstT = append(w.FirstT, end-width+1+f)
+		}
+	}
+	return nil
+}
+
+// Parts of a chunk, each with its size before them but for the last: what isn't
+// asked for is skipped.
+const (
+	partEnds    = iota // first, last
+	partReset          // reset
+	partPrev           // prev
+	partExtrema        // min, max
+	partSum            // sum
+	partCounts         // resets, changes
+	partMoment         // m2, if there is one
+	windowParts
+)
+
+// needs are the parts that have to be decoded for columns.
+func needs(cols rollup.Columns, head byte) (parts [windowParts]bool) {
+	has := func(c rollup.Columns) bool { return cols&c != 0 }
+	parts[partSum] = has(rollup.Sum)
+	parts[partExtrema] = has(rollup.Min|rollup.Max) || parts[partSum] && head != apart
+	parts[partReset] = has(rollup.Reset)
+	parts[partPrev] = has(rollup.Prev)
+	parts[partEnds] = has(rollup.First|rollup.Last) || head != apart && (parts[partPrev] || parts[partExtrema])
+	parts[partCounts] = has(rollup.Resets | rollup.Changes)
+	parts[partMoment] = has(rollup.M2)
+	return parts
+}
+
+// values appends the columns of values to w, whose last n windows have their
+// times.
+func (d *WindowDecoder) values(b []byte, cols rollup.Columns, w *rollup.Windows, n int) error {
+	c := cursor{b: b}
+	head := c.byte()
+	var part [windowParts][]byte
+	var size [windowParts - 1]int
+	for i := range size {
+		size[i] = c.bounded("part", uint64(len(b)))
+	}
+	for i := range size {
+		part[i] = c.bytes(size[i])
+	}
+	if c.err != nil {
+		return c.err
+	}
+	part[windowParts-1] = c.b
+	v := windowValues{WindowDecoder: d, w: w, at: len(w.End) - n, n: n, head: head}
+	need := needs(cols, head)
+	read := [windowParts]func(b []byte, cols rollup.Columns) ([]byte, error){
+		v.endsPart, v.resetPart, v.prevPart, v.extremaPart, v.sumPart, v.countsPart, v.momentPart,
+	}
+	for i, is := range need {
+		if !is {
+			continue
+		}
+		rest, err := read[i](part[i], cols)
+		if err != nil {
+			return err
+		}
+		if len(rest) > 0 {
+			return corrupt("%d bytes behind part %d", len(rest), i)
+		}
+	}
+	return nil
+}
+
+// windowValues decodes the values of n windows, which begin at index at of w.
+type windowValues struct {
+	*WindowDecoder
+	w     *rollup.Windows
+	at, n int
+	head  byte
+}
+
+// floats appends integers of the chunk's scale as floats, 0 where there are no
+// samples.
+func (v *windowValues) floats(dst []float64, ints []int64) ([]float64, error) {
+	at := len(dst)
+	dst = extend(dst, v.n)
+	if !codec.ScaledFloats(dst[at:], ints, v.head) {
+		return dst, corrupt("scale %d", v.head)
+	}
+	for i, n := range v.w.Count[v.at:] {
+		if n == 0 {
+			dst[at+i] = 0
+		}
+	}
+	return dst, nil
+}
+
+// extend makes s longer by n elements, whatever they are.
+func extend[E any](s []E, n int) []E {
+	at := len(s)
+	if cap(s)-at < n {
+		s = append(make([]E, 0, max(at+n, 2*cap(s))), s...)
+	}
+	return s[:at+n]
+}
+
+// column appends a column of floats that is stored for itself.
+func (v *windowValues) column(dst *[]float64, b []byte, wanted bool) ([]byte, error) {
+	if !wanted {
+		var err error
+		v.dropped, b, err = v.codec.Floats(v.dropped[:0], b, v.n)
+		return b, err
+	}
+	out, rest, err := v.codec.Floats(*dst, b, v.n)
+	*dst = out
+	return rest, err
+}
+
+func (v *windowValues) endsPart(b []byte, cols rollup.Columns) (rest []byte, err error) {
+	w := v.w
+	if v.head == apart {
+		if b, err = v.column(&w.FirstV, b, cols&rollup.First != 0); err != nil {
+			return nil, err
+		}
+		return v.column(&w.LastV, b, cols&rollup.Last != 0)
+	}
+	start, k := binary.Varint(b)
+	if k <= 0 {
+		return nil, corrupt("bad varint")
+	}
+	// first is where it is from the last before, last where that is from first.
+	if v.first, b, err = v.codec.Ints(append(v.first[:0], 0), b[k:], v.n-1); err != nil {
+		return nil, err
+	}
+	if v.last, b, err = v.codec.Ints(v.last[:0], b, v.n); err != nil {
+		return nil, err
+	}
+	at := start
+	first, last := v.first[:v.n], v.last[:v.n]
+	for i := range first {
+		at += first[i]
+		first[i] = at
+		at += last[i]
+		last[i] = at
+	}
+	if cols&rollup.First != 0 {
+		if w.FirstV, err = v.floats(w.FirstV, first); err != nil {
+			return nil, err
+		}
+	}
+	if cols&rollup.Last != 0 {
+		w.LastV, err = v.floats(w.LastV, last)
+	}
+	return b, err
+}
+
+func (v *windowValues) prevPart(b []byte, _ rollup.Columns) (rest []byte, err error) {
+	if v.head == apart {
+		return v.column(&v.w.PrevV, b, true)
+	}
+	if v.ints, b, err = v.codec.Ints(v.ints[:0], b, v.n); err != nil {
+		return nil, err
+	}
+	prev := v.ints[:v.n]
+	for i, l := range v.last[:v.n] {
+		prev[i] = l - prev[i]
+	}
+	v.w.PrevV, err = v.floats(v.w.PrevV, prev)
+	return b, err
+}
+
+func (v *windowValues) extremaPart(b []byte, cols rollup.Columns) (rest []byte, err error) {
+	w := v.w
+	if v.head == apart {
+		if b, err = v.column(&w.Min, b, cols&rollup.Min != 0); err != nil {
+			return nil, err
+		}
+		return v.column(&w.Max, b, cols&rollup.Max != 0)
+	}
+	if v.least, b, err = v.codec.Ints(v.least[:0], b, v.n); err != nil {
+		return nil, err
+	}
+	if v.most, b, err = v.codec.Ints(v.most[:0], b, v.n); err != nil {
+		return nil, err
+	}
+	least, most := v.least[:v.n], v.most[:v.n]
+	last := v.last[:v.n]
+	for i, f := range v.first[:v.n] {
+		least[i] = min(f, last[i]) - least[i]
+		most[i] += max(f, last[i])
+	}
+	if cols&rollup.Min != 0 {
+		if w.Min, err = v.floats(w.Min, least); err != nil {
+			return nil, err
+		}
+	}
+	if cols&rollup.Max != 0 {
+		w.Max, err = v.floats(w.Max, most)
+	}
+	return b, err
+}
+
+func (v *windowValues) sumPart(b []byte, _ rollup.Columns) (rest []byte, err error) {
+	if v.head == apart {
+		return v.column(&v.w.Sum, b, true)
+	}
+	ints, b, err := v.form(&v.w.Sum, b)
+	if err != nil || ints == nil {
+		return b, err
+	}
+	least, most := v.least[:v.n], v.most[:v.n]
+	for i, n := range v.w.Count[v.at:] {
+		ints[i] += expectedSum(n, least[i], most[i])
+	}
+	v.w.Sum, err = v.floats(v.w.Sum, ints)
+	return b, err
+}
+
+// expectedSum is about what so many values between two are together.
+func expectedSum(n uint32, least, most int64) int64 { return int64(n) * (least + most) / 2 }
+
+// form decodes a column that is of floats or of integers, in the latter case gives
+// those.
+func (v *windowValues) form(dst *[]float64, b []byte) (ints []int64, rest []byte, err error) {
+	if len(b) == 0 {
+		return nil, nil, corrupt("ends early")
+	}
+	switch {
+	case b[0] == formFloats:
+		rest, err = v.column(dst, b[1:], true)
+		return nil, rest, err
+	case b[0] == formInts && v.head != codec.BitsScale:
+		v.ints, rest, err = v.codec.Ints(v.ints[:0], b[1:], v.n)
+		return v.ints, rest, err
+	}
+	return nil, nil, corrupt("column of form %d", b[0])
+}
+
+func (v *windowValues) resetPart(b []byte, _ rollup.Columns) (rest []byte, err error) {
+	if v.head == apart {
+		return v.column(&v.w.Reset, b, true)
+	}
+	ints, b, err := v.form(&v.w.Reset, b)
+	if err != nil || ints == nil {
+		return b, err
+	}
+	v.w.Reset, err = v.floats(v.w.Reset, ints)
+	return b, err
+}
+
+func (v *windowValues) countsPart(b []byte, cols rollup.Columns) (rest []byte, err error) {
+	w := v.w
+	if v.ints, b, err = v.codec.Ints(v.ints[:0], b, v.n); err != nil {
+		return nil, err
+	}
+	if cols&rollup.Resets != 0 {
+		for _, x := range v.ints {
+			w.Resets = append(w.Resets, uint32(x))
+		}
+	}
+	if len(b) == 0 || b[0] > changesLess {
+		return nil, corrupt("form of changes")
+	}
+	less := b[0] == changesLess
+	if v.ints, b, err = v.codec.Ints(v.ints[:0], b[1:], v.n); err != nil {
+		return nil, err
+	}
+	if cols&rollup.Changes != 0 {
+		for i, x := range v.ints {
+			if n := w.Count[v.at+i]; less && n > 0 {
+				x = int64(n-1) - x
+			}
+			w.Changes = append(w.Changes, uint32(x))
+		}
+	}
+	return b, nil
+}
+
+func (v *windowValues) momentPart(b []byte, _ rollup.Columns) (rest []byte, err error) {
+	return v.column(&v.w.M2, b, true)
+}

@@ -1,0 +1,366 @@
+package chunkfmt
+
+import (
+	"fmt"
+	"math"
+	"math/rand/v2"
+	"slices"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/prometheus/common/model"
+	"github.com/prometheus/prometheus/model/histogram"
+	"github.com/prometheus/prometheus/model/labels"
+
+	"github.com/epimetheus-tsdb/epimetheus/chunkfmt/rollup"
+)
+
+// sameWindows compares bit for bit.
+func sameWindows(a, b *rollup.Windows) string {
+	bits := func(a, b []float64) bool {
+		return (a == nil) == (b == nil) && slices.EqualFunc(a, b, func(x, y float64) bool { return math.Float64bits(x) == math.Float64bits(y) })
+	}
+	if slices.Equal(a.End, b.End) && slices.Equal(a.Count, b.Count) && slices.Equal(a.Flags, b.Flags) && a.Columns() == b.Columns() &&
+		slices.Equal(a.FirstT, b.FirstT) && slices.Equal(a.PrevT, b.PrevT) && slices.Equal(a.LastT, b.LastT) &&
+		bits(a.FirstV, b.FirstV) && bits(a.PrevV, b.PrevV) && bits(a.LastV, b.LastV) && bits(a.Sum, b.Sum) && bits(a.Min, b.Min) && bits(a.Max, b.Max) &&
+		bits(a.Reset, b.Reset) && bits(a.M2, b.M2) && slices.Equal(a.Resets, b.Resets) && slices.Equal(a.Changes, b.Changes) {
+		return ""
+	}
+	return cmp.Diff(a, b, cmp.Comparer(func(x, y float64) bool { return math.Float64bits(x) == math.Float64bits(y) }))
+}
+
+// project leaves the columns that were asked for.
+func project(w *rollup.Windows, cols rollup.Columns) *rollup.Windows {
+	out := &rollup.Windows{}
+	out.Append(w, 0, w.Len(), cols)
+	return out
+}
+
+// regularSeries is scraped at an interval of ms, with gaps, and has values of some kind.
+func regularSeries(r *rand.Rand, interval int64) *Series {
+	s := &Series{}
+	t := 1_700_000_000_000 + r.Int64N(interval)
+	kind, odd, gaps := r.IntN(9), r.IntN(4), r.IntN(3)
+	x := float64(r.IntN(1000))
+	for range 20 + r.IntN(3000) {
+		switch kind {
+		case 0:
+			x = 7
+		case 1, 2:
+			if x += float64(r.IntN(50)); r.IntN(300) == 0 {
+				x = 0
+			}
+		case 3:
+			x = math.Round(x*100+r.NormFloat64()*50) / 100
+		case 4:
+			x = r.NormFloat64()
+		case 5:
+			x += r.Float64()
+		case 6:
+			x = float64(r.Int64() >> r.IntN(60))
+		case 7:
+			x = math.Pow(2, float64(r.IntN(2000)-1000))
+		case 8:
+			x = float64(r.IntN(2))
+		}
+		v := x
+		if odd == 1 && r.IntN(100) == 0 || odd == 2 && r.IntN(3) == 0 {
+			v = oddFloat(r)
+		}
+		s.Floats.T, s.Floats.V = append(s.Floats.T, t), append(s.Floats.V, v)
+		if t += interval; r.IntN(25) == 0 {
+			t += r.Int64N(40)
+		}
+		if gaps == 1 && r.IntN(100) == 0 {
+			t += r.Int64N(100 * interval)
+		}
+	}
+	return s
+}
+
+// oddWindows are such as no samples give: any values at all.
+func oddWindows(r *rand.Rand, width int64) *rollup.Windows {
+	w := &rollup.Windows{}
+	end := (r.Int64N(2000) - 1000) * width
+	for range 1 + r.IntN(600) {
+		end += width * (1 + r.Int64N(3)*r.Int64N(2))
+		n := uint32(r.IntN(30))
+		var v [7]float64
+		first, prev, last := end, end, end
+		if n > 0 {
+			first = end - width + 1 + r.Int64N(width)
+			last = first + r.Int64N(end-first+1)
+			prev = first + r.Int64N(last-first+1)
+			for i := range v {
+				if v[i] = math.Round(r.NormFloat64()*1000) / 10; r.IntN(30) == 0 {
+					v[i] = oddFloat(r)
+				}
+			}
+		}
+		w.End, w.Count, w.Flags = append(w.End, end), append(w.Count, n), append(w.Flags, rollup.Flags(r.IntN(16)))
+		w.FirstT, w.PrevT, w.LastT = append(w.FirstT, first), append(w.PrevT, prev), append(w.LastT, last)
+		w.FirstV, w.PrevV, w.LastV = append(w.FirstV, v[0]), append(w.PrevV, v[1]), append(w.LastV, v[2])
+		w.Sum, w.Min, w.Max, w.Reset = append(w.Sum, v[3]), append(w.Min, v[4]), append(w.Max, v[5]), append(w.Reset, v[6])
+		w.Resets, w.Changes = append(w.Resets, r.Uint32()>>r.IntN(32)), append(w.Changes, r.Uint32()>>r.IntN(32))
+		w.M2 = append(w.M2, v[6])
+	}
+	return w
+}
+
+// TestWindowPage writes and reads windows, all columns and some of them, appended
+// to each other.
+func TestWindowPage(t *testing.T) {
+	r := rand.New(rand.NewPCG(1, 20))
+	var sum rollup.Summariser
+	for n := range 300 {
+		var in []*rollup.Windows
+		p := windowBuilder{width: rollup.Long}
+		if n%2 == 0 {
+			p.width = rollup.Short
+		}
+		for k := range 8 {
+			w := &rollup.Windows{}
+			if n%5 == 4 {
+				w = oddWindows(r, p.width)
+			} else {
+				sum.Summarise(w, regularSeries(r, []int64{1000, 15_000, 60_000, 600_000}[k%4]).Samples(), p.width)
+			}
+			if n%7 == 6 && k > 0 && w.Len() == in[0].Len() {
+				w.End, w.Count, w.Flags, w.FirstT, w.PrevT, w.LastT = in[0].End, in[0].Count, in[0].Flags, in[0].FirstT, in[0].PrevT, in[0].LastT
+			}
+			in = append(in, w)
+			for i := 0; i < w.Len(); i += maxRunWindows {
+				p.add(w, i, min(w.Len(), i+maxRunWindows))
+			}
+		}
+		page, err := ParseWindowPage(p.appendTo(nil))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if page.Width() != p.width {
+			t.Fatal(page.Width())
+		}
+		var dec WindowDecoder
+		for cols := range []rollup.Columns{0, 0, 0} {
+			which := rollup.AllColumns
+			if cols > 0 {
+				which = rollup.Columns(r.IntN(int(rollup.AllColumns) + 1))
+			}
+			if p.width == rollup.Short {
+				which &^= rollup.M2
+			}
+			chunk := 0
+			for _, w := range in {
+				got := &rollup.Windows{}
+				for got.Len() < w.Len() {
+					if page.Windows(chunk) == 0 {
+						t.Fatalf("chunk %d has none", chunk)
+					}
+					if err := dec.Decode(page, chunk, which, got); err != nil {
+						t.Fatal(err)
+					}
+					chunk++
+				}
+				if d := sameWindows(project(w, which), got); d != "" {
+					t.Fatalf("round %d, columns %b: %s", n, which, d)
+				}
+			}
+			if chunk != page.Len() {
+				t.Fatalf("%d chunks of %d", chunk, page.Len())
+			}
+		}
+		if err := dec.Decode(page, page.Len(), 0, &rollup.Windows{}); err == nil {
+			t.Fatal("a chunk behind the last")
+		}
+	}
+}
+
+// readWindows reads all windows of a width in a block, by tenant and series.
+func readWindows(tb testing.TB, block []byte, width int64, cols rollup.Columns) map[string]*rollup.Windows {
+	tb.Helper()
+	f, err := ParseFooter(block, int64(len(block)))
+	if err != nil {
+		tb.Fatal(err)
+	}
+	out := map[string]*rollup.Windows{}
+	var dec WindowDecoder
+	for _, tenant := range f.Tenants {
+		d, err := ParseDirectory(at(block, tenant.Directory))
+		if err != nil {
+			tb.Fatal(err)
+		}
+		for _, ref := range d.Pages(nil, math.MinInt64, math.MaxInt64) {
+			p, err := ParseSeriesPage(at(block, ref.Location))
+			if err != nil {
+				tb.Fatal(err)
+			}
+			for _, e := range p.SelectWindows(nil, math.MinInt64, math.MaxInt64, width) {
+				w := &rollup.Windows{}
+				for _, c := range e.Windows {
+					page, err := ParseWindowPage(at(block, c.Page))
+					if err != nil {
+						tb.Fatal(err)
+					}
+					n := w.Len()
+					if err := dec.Decode(page, c.Index, cols, w); err != nil {
+						tb.Fatal(err)
+					}
+					if w.Len()-n != c.Samples || w.End[n]-width+1 != c.MinT || w.End[w.Len()-1] != c.MaxT || c.Kind != KindWindows {
+						tb.Fatalf("chunk %+v has %d windows", c, w.Len()-n)
+					}
+				}
+				if w.Len() > 0 {
+					out[tenant.Tenant+e.Labels.String()] = w
+				}
+			}
+		}
+	}
+	return out
+}
+
+// TestRollups compares the windows in a block with what is made of its samples.
+func TestRollups(t *testing.T) {
+	r := rand.New(rand.NewPCG(2, 20))
+	var in []tenantSeries
+	for i := range 60 {
+		s := regularSeries(r, []int64{1000, 15_000, 60_000, 600_000}[i%4])
+		s.Labels = labels.FromStrings(model.MetricNameLabel, fmt.Sprintf("m%02d", i/20), "i", fmt.Sprintf("%02d", i))
+		if i%15 == 3 {
+			s.Histograms.T, s.Histograms.H = []int64{s.Floats.T[0] - 1}, []*histogram.Histogram{randomHistogram(r)}
+		}
+		in = append(in, tenantSeries{fmt.Sprintf("t%d", i/30), s})
+	}
+	plain, _ := writeBlock(t, in, WriterOptions{PageSeries: 7, PageBytes: 4000})
+	block, _ := writeBlock(t, in, WriterOptions{PageSeries: 7, PageBytes: 4000, Rollups: true})
+	without, err := readBlock(plain, nil, math.MinInt64, math.MaxInt64)
+	if err != nil {
+		t.Fatal(err)
+	}
+	with, err := readBlock(block, nil, math.MinInt64, math.MaxInt64)
+	if err != nil || len(with) != len(without) {
+		t.Fatal(err, len(with), len(without))
+	}
+	for i := range with {
+		if !equalSeries(with[i].s, in[i].s) {
+			t.Fatalf("series %d differs", i)
+		}
+	}
+	short, long := readWindows(t, block, rollup.Short, rollup.AllColumns&^rollup.M2), readWindows(t, block, rollup.Long, rollup.AllColumns)
+	var sum rollup.Summariser
+	n := 0
+	for _, ts := range in {
+		var wantShort, wantLong rollup.Windows
+		sum.Summarise(&wantShort, ts.s.Samples(), rollup.Short)
+		rollup.Widen(&wantLong, &wantShort, rollup.Long)
+		for _, x := range []struct{ want, got *rollup.Windows }{
+			{project(&wantShort, rollup.AllColumns&^rollup.M2), short[ts.tenant+ts.s.Labels.String()]}, {&wantLong, long[ts.tenant+ts.s.Labels.String()]},
+		} {
+			if pays := len(ts.s.Histograms.T) == 0 && len(ts.s.Floats.T) >= minPerWindow*x.want.Len(); !pays {
+				if x.got != nil {
+					t.Errorf("%s has windows", ts.s.Labels)
+				}
+				continue
+			}
+			n++
+			if x.got == nil {
+				t.Fatalf("%s has no windows", ts.s.Labels)
+			}
+			if d := sameWindows(x.want, x.got); d != "" {
+				t.Fatalf("%s: %s", ts.s.Labels, d)
+			}
+		}
+	}
+	if n < 60 || n > 110 {
+		t.Errorf("%d of 120 have windows", n)
+	}
+}
+
+// BenchmarkDeep measures how large a block of a week is, with its indexes, and
+// with rollups, and how fast those are written and read.
+func BenchmarkDeep(b *testing.B) {
+	const week = 7 * 24 * 3600 / 15
+	mix := benchSets(week)[0]
+	var in []tenantSeries
+	for _, s := range mix.series {
+		in = append(in, tenantSeries{"t", s})
+	}
+	n := float64(mix.samples())
+	plain, _ := writeBlock(b, in, WriterOptions{})
+	var block []byte
+	for _, rollups := range []bool{false, true} {
+		b.Run(fmt.Sprintf("write/rollups=%v", rollups), func(b *testing.B) {
+			for b.Loop() {
+				block, _ = writeBlock(b, in, WriterOptions{Rollups: rollups})
+			}
+			b.ReportMetric(n*float64(b.N)/b.Elapsed().Seconds()/1e6, "Msamples/s")
+			b.ReportMetric(float64(len(block))/n, "B/sample")
+		})
+	}
+	for _, width := range []int64{rollup.Short, rollup.Long} {
+		type chunk struct {
+			page  *WindowPage
+			index int
+		}
+		var chunks []chunk
+		pages := map[int64]*WindowPage{}
+		bytes := 0
+		f, err := ParseFooter(block, int64(len(block)))
+		if err != nil {
+			b.Fatal(err)
+		}
+		d, err := ParseDirectory(at(block, f.Tenants[0].Directory))
+		if err != nil {
+			b.Fatal(err)
+		}
+		for _, ref := range d.Pages(nil, math.MinInt64, math.MaxInt64) {
+			sp, err := ParseSeriesPage(at(block, ref.Location))
+			if err != nil {
+				b.Fatal(err)
+			}
+			for _, e := range sp.SelectWindows(nil, math.MinInt64, math.MaxInt64, width) {
+				for _, c := range e.Windows {
+					if pages[c.Page.Offset] == nil {
+						bytes += int(c.Page.Size)
+						if pages[c.Page.Offset], err = ParseWindowPage(at(block, c.Page)); err != nil {
+							b.Fatal(err)
+						}
+					}
+					chunks = append(chunks, chunk{pages[c.Page.Offset], c.Index})
+				}
+			}
+		}
+		for _, x := range []struct {
+			name string
+			cols rollup.Columns
+		}{
+			{"rate", rollup.First | rollup.Last | rollup.Reset},
+			{"last", rollup.Last},
+			{"irate", rollup.Prev | rollup.Last},
+			{"avg", rollup.Sum},
+			{"max", rollup.Max},
+			{"all", rollup.AllColumns &^ rollup.M2},
+		} {
+			b.Run(fmt.Sprintf("read/width=%s/cols=%s", time.Duration(width)*time.Millisecond, x.name), func(b *testing.B) {
+				var dec WindowDecoder
+				var w rollup.Windows
+				windows := 0
+				b.ReportAllocs()
+				for b.Loop() {
+					windows = 0
+					for _, c := range chunks {
+						w.Clear()
+						if err := dec.Decode(c.page, c.index, x.cols, &w); err != nil {
+							b.Fatal(err)
+						}
+						windows += w.Len()
+					}
+				}
+				b.ReportMetric(float64(windows)*float64(b.N)/b.Elapsed().Seconds()/1e6, "Mwindows/s")
+				b.ReportMetric(float64(bytes)/float64(windows), "B/window")
+				b.ReportMetric(float64(bytes)/n, "B/sample")
+				b.ReportMetric(float64(len(block)-len(plain))/n, "B/sample-of-all-rollups")
+			})
+		}
+	}
+}
