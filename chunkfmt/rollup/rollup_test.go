@@ -43,7 +43,7 @@ func TestSummarise(t *testing.T) {
 		Resets:  []uint32{0, 0, 1, 0, 0, 0, 0, 0, 0},
 		Reset:   []float64{0, 0, 5, 0, nan, 0, 0, 0, 0},
 		Changes: []uint32{0, 0, 2, 0, 0, 3, 1, 1, 0},
-		M2:      []float64{0, 0, 6, 0, nan, nan, nan, 0.005000000000000001, 0},
+		M2:      []float64{0, 0, 6, 0, nan, nan, nan, 0.005000000000002558, 0},
 	}
 	var sum Summariser
 	got := &Windows{}

@@ -100,7 +100,7 @@ func total(v []float64, decimals int) (sum, rest float64) {
 // moment is the sum of the squares of the differences to the mean: in two passes,
 // with the correction for what the mean was rounded by (Chan, Golub and LeVeque,
 // "Algorithms for computing the sample variance", 1983, the corrected two-pass
-// algorithm).
+// algorithm). It isn't 0: there are values that differ.
 func moment(v []float64, sum, rest float64) float64 {
 	n := float64(len(v))
 	mean := sum/n + rest/n
@@ -110,5 +110,17 @@ func moment(v []float64, sum, rest float64) float64 {
 		squares += d * d
 		off += d
 	}
-	return max(0, squares-off*off/n)
+	return max(shorten(squares-off*off/n), math.SmallestNonzeroFloat64)
+}
+
+// tinyMoment: what is less has been made of squares that lost digits, or vanished.
+const tinyMoment = 0x1p-900
+
+// shorten rounds to 40 bits, of 53: what follows is noise, and costs bytes.
+func shorten(x float64) float64 {
+	const cut = 1<<13 - 1
+	if x-x != 0 {
+		return x
+	}
+	return math.Float64frombits((math.Float64bits(x) + (cut+1)/2) &^ cut)
 }

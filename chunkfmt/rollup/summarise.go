@@ -29,6 +29,7 @@ type Summariser struct {
 	v      []float64
 	st     []int64
 	events []event
+	lost   []float64 // in resets, of one window
 }
 
 // event is a sample of which the floats alone tell nothing.
@@ -57,7 +58,7 @@ func (s *Summariser) Summarise(dst *Windows, samples *Samples, width int64) {
 		dst.FirstT[i], dst.PrevT[i], dst.LastT[i] = end, end, end
 		last := int64(math.MinInt64)
 		if n > 0 {
-			dst.summarise(i, t[:n], v[:n], d)
+			s.lost = dst.summarise(i, t[:n], v[:n], d, s.lost[:0])
 			last = t[n-1]
 			if st != nil {
 				for _, x := range st[:n] {
@@ -151,8 +152,9 @@ func (s *Summariser) histograms(samples *Samples) {
 }
 
 // summarise fills in window i, of at least one float, with decimals as decimals
-// gives them. The flags that it knows of are added.
-func (w *Windows) summarise(i int, t []int64, v []float64, decimals int) {
+// gives them. The flags that it knows of are added. What was lost in resets is put
+// into lost.
+func (w *Windows) summarise(i int, t []int64, v []float64, decimals int, lost []float64) []float64 {
 	n := len(v)
 	prev := max(0, n-2)
 	w.Count[i] = uint32(n) //nolint:gosec // a window has fewer milliseconds
@@ -160,13 +162,12 @@ func (w *Windows) summarise(i int, t []int64, v []float64, decimals int) {
 	w.PrevT[i], w.PrevV[i] = t[prev], v[prev]
 	w.LastT[i], w.LastV[i] = t[n-1], v[n-1]
 
-	before, least, greatest, lost := v[0], v[0], v[0], 0.
-	var resets, changes uint32
+	before, least, greatest := v[0], v[0], v[0]
+	changes := uint32(0)
 	for _, x := range v[1:] {
 		if x != before {
 			if x < before {
-				resets++
-				lost += before
+				lost = append(lost, before)
 			}
 			if x == x || before == before {
 				changes++
@@ -180,16 +181,21 @@ func (w *Windows) summarise(i int, t []int64, v []float64, decimals int) {
 		}
 		before = x
 	}
-	w.Min[i], w.Max[i], w.Resets[i], w.Reset[i], w.Changes[i] = least, greatest, resets, lost, changes
+	w.Min[i], w.Max[i], w.Changes[i] = least, greatest, changes
+	w.Resets[i] = uint32(len(lost)) //nolint:gosec // fewer than there are floats
 	if !(least > -hugeFloat && greatest < hugeFloat) && hasHuge(v) {
 		w.setHuge(i)
-		return
+		return lost
+	}
+	if len(lost) > 0 {
+		w.Reset[i], _ = total(lost, decimals)
 	}
 	sum, rest := total(v, decimals)
 	w.Sum[i] = sum
 	if changes > 0 || least-least != 0 {
 		w.M2[i] = moment(v, sum, rest)
 	}
+	return lost
 }
 
 func (w *Windows) setHuge(i int) {

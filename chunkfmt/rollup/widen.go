@@ -1,24 +1,28 @@
 package rollup
 
+import "math"
+
 // Widen appends to dst the windows of a width that windows w, all columns of them,
 // make together. The width is a multiple of theirs. What comes out is what Summarise
 // would give, but for Sum and M2, which may be rounded otherwise. They are to be
 // later than those that dst has.
 func Widen(dst, w *Windows, width int64) {
 	d := decimals(w.Sum)
+	var lost []float64
 	for from := 0; from < len(w.End); {
 		end := EndOf(w.End[from], width)
 		to := from + 1
 		for to < len(w.End) && w.End[to] <= end {
 			to++
 		}
-		dst.combine(w, from, to, end, d)
+		lost = dst.combine(w, from, to, end, d, lost[:0])
 		from = to
 	}
 }
 
-// combine appends the window that the windows from up to, without, to make.
-func (w *Windows) combine(of *Windows, from, to int, end int64, decimals int) {
+// combine appends the window that the windows from up to, without, to make. Sum and
+// Reset have perhaps so many decimals. What was lost in resets is put into lost.
+func (w *Windows) combine(of *Windows, from, to int, end int64, decimals int, lost []float64) []float64 {
 	i := w.grow(1)
 	w.End[i] = end
 	w.FirstT[i], w.PrevT[i], w.LastT[i] = end, end, end
@@ -35,7 +39,7 @@ func (w *Windows) combine(of *Windows, from, to int, end int64, decimals int) {
 			last, first := w.LastV[i], of.FirstV[j]
 			if first < last {
 				w.Resets[i]++
-				w.Reset[i] += last
+				lost = append(lost, last)
 			}
 			if differ(last, first) {
 				w.Changes[i]++
@@ -55,18 +59,24 @@ func (w *Windows) combine(of *Windows, from, to int, end int64, decimals int) {
 		w.Count[i] += of.Count[j]
 		w.LastT[i], w.LastV[i] = of.LastT[j], of.LastV[j]
 		w.Resets[i] += of.Resets[j]
-		w.Reset[i] += of.Reset[j]
+		if of.Reset[j] != 0 {
+			lost = append(lost, of.Reset[j])
+		}
 		w.Changes[i] += of.Changes[j]
 	}
 	switch {
 	case w.Count[i] == 0:
-		return
+		return lost
 	case w.Flags[i]&Huge != 0:
 		w.setHuge(i)
-		return
+		return lost
 	}
 	w.Sum[i], _ = total(of.Sum[from:to], decimals)
-	w.M2[i] = of.moment(from, to, w.Sum[i]/float64(w.Count[i]))
+	if len(lost) > 0 {
+		w.Reset[i], _ = total(lost, decimals)
+	}
+	w.M2[i] = shorten(of.moment(from, to, w.Sum[i]/float64(w.Count[i])))
+	return lost
 }
 
 // differ: changes() counts it.
@@ -101,5 +111,5 @@ func (w *Windows) moment(from, to int, mean float64) float64 {
 	if equal {
 		return 0
 	}
-	return squares
+	return max(squares, math.SmallestNonzeroFloat64)
 }

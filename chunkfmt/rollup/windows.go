@@ -38,13 +38,15 @@ type Windows struct {
 	// Min and Max are NaN only if all floats are; of equal ones (0 and -0) the first.
 	Min, Max []float64
 	// Resets counts the floats that are less than the one before, in the window; Reset
-	// is the sum of those before: what a counter lost. Nothing is less than NaN.
+	// is the sum of those before, as exact as Sum: what a counter lost. Nothing is less
+	// than NaN.
 	Resets []uint32
 	Reset  []float64
 	// Changes counts the floats that differ from the one before, in the window. All
 	// NaN are alike.
 	Changes []uint32
-	// M2 is the sum of the squares of the differences to the mean, which is Sum/Count;
+	// M2 is the sum of the squares of the differences to the mean, which is Sum/Count,
+	// rounded to 40 bits; 0 only if all are equal,
 	// NaN if there is a NaN or an infinity. Stored for Long alone.
 	M2 []float64
 }
