@@ -31,12 +31,12 @@ demo: build $(TOOLS_STAMP_SERVERS) ## run Epimetheus beside a real Prometheus (D
 		-node-exporter $(DEMO_NODE_EXPORTER) -sidecar $(DEMO_SIDECAR) $(if $(DEMO_FOR),-for $(DEMO_FOR))
 
 # The race detector's own tables overflow in bubbles of testing/synctest as long as the
-# simulation's (golang/go#78156): that one runs without it. What it simulates has
+# simulations' (golang/go#78156): those run without it. What they simulate has
 # tests with it.
 .PHONY: test
-test: tools-test ## every test, unit to end to end, with the race detector but for the simulation
-	go test -race -timeout 20m $$(go list ./... | grep -v /e2e/sim$$)
-	go test -timeout 10m ./e2e/sim
+test: tools-test ## every test, unit to end to end, with the race detector but for the simulations
+	go test -race -timeout 20m $$(go list ./... | grep -v -e /e2e/sim$$ -e /e2e/cost$$)
+	go test -timeout 10m ./e2e/sim ./e2e/cost
 
 .PHONY: e2e
 e2e: tools-test ## the built binary against real Prometheis, object stores and indexes that fail
@@ -77,6 +77,11 @@ sim: ## simulate the write path: SEED= (20 seeds if empty), STEPS=; see docs/sim
 .PHONY: sim-long
 sim-long: ## simulate N= seeds of STEPS= steps each
 	go test ./e2e/sim -run 'TestSim$$' -count 1 -timeout 0 -sim.steps $(STEPS) -sim.n $(N)
+
+COST_FLAGS ?=
+.PHONY: cost
+cost: ## what stated fleets cost on AWS, from a simulation of weeks (minutes; COST_FLAGS="-cost.million-puts 5 …" for other prices)
+	go test ./e2e/cost -run TestCost -count 1 -timeout 60m -cost.full $(COST_FLAGS)
 
 .PHONY: bench
 bench: tools ## the benchmarks that docs/benchmarks.md shows (half an hour)
