@@ -20,6 +20,7 @@ import (
 
 	"github.com/oklog/ulid/v2"
 	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/common/model"
 	"github.com/prometheus/prometheus/model/labels"
 
 	"github.com/epimetheus-tsdb/epimetheus/chunkfmt"
@@ -154,7 +155,7 @@ func streams(f fleet, tenant int, c gen.Config) []*stream {
 	for i, s := range all[from:min(len(all), from+f.simSeries)] {
 		b := labels.NewScratchBuilder(len(s.Labels))
 		for _, l := range s.Labels {
-			if l.Name == labels.MetricName {
+			if l.Name == model.MetricNameLabel {
 				l.Value += fmt.Sprintf("_%d", i%groups)
 			}
 			b.Add(l.Name, l.Value)
@@ -165,7 +166,7 @@ func streams(f fleet, tenant int, c gen.Config) []*stream {
 		out = append(out, one)
 	}
 	slices.SortFunc(out, func(a, b *stream) int {
-		if c := strings.Compare(a.labels.Get(labels.MetricName), b.labels.Get(labels.MetricName)); c != 0 {
+		if c := strings.Compare(a.labels.Get(model.MetricNameLabel), b.labels.Get(model.MetricNameLabel)); c != 0 {
 			return c
 		}
 		return labels.Compare(a.labels, b.labels)
