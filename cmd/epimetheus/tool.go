@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"math"
 	"net/http"
 	"os"
 	"os/signal"
@@ -63,6 +62,8 @@ func addTool(app *kingpin.Application, commands map[string]command) {
 	addOrphans(tool, commands)
 	addStatus(tool, commands)
 	addAudit(tool, commands)
+	addImport(tool, commands)
+	addExport(tool, commands)
 }
 
 func addOrphans(tool *kingpin.CmdClause, commands map[string]command) {
@@ -172,10 +173,11 @@ func addAudit(tool *kingpin.CmdClause, commands map[string]command) {
 			return fmt.Errorf("--gateway: %w", err)
 		}
 		defer dst.Close()
+		b := newBar(os.Stderr)
 		o := audit.Options{
 			MinT: mint, MaxT: maxt, Window: window, MaxReports: most,
 			Report:   func(d audit.Difference) { fmt.Println(d) },
-			Progress: progress(os.Stderr),
+			Progress: func(done float64, r audit.Result) { b.draw(done, fmt.Sprintf("%d samples", r.Compared)) },
 		}
 		if walDir == "" && isDir(prom) {
 			walDir = prom
@@ -184,7 +186,7 @@ func addAudit(tool *kingpin.CmdClause, commands map[string]command) {
 			o.Logged = audit.NewWAL(walDir, ls)
 		}
 		r, err := audit.Run(ctx, src, dst, o)
-		fmt.Fprintln(os.Stderr)
+		b.end()
 		if err != nil {
 			return err
 		}
@@ -230,19 +232,4 @@ func parseTime(s string, now time.Time) (int64, error) {
 		return now.Add(-d).UnixMilli(), nil
 	}
 	return 0, fmt.Errorf("%q is neither a time such as 2026-01-02T15:04:05Z nor a duration such as 2h", s)
-}
-
-// progress draws a bar on a terminal, and nothing elsewhere.
-func progress(w *os.File) func(float64, audit.Result) {
-	fi, err := w.Stat()
-	if err != nil || fi.Mode()&os.ModeCharDevice == 0 {
-		return nil
-	}
-	return func(done float64, r audit.Result) { drawProgress(w, done, r) }
-}
-
-func drawProgress(w io.Writer, done float64, r audit.Result) {
-	const width = 40
-	n := int(math.Round(done * width))
-	fmt.Fprintf(w, "\r[%s%s] %3.0f %%  %d samples", strings.Repeat("#", n), strings.Repeat(".", width-n), 100*done, r.Compared)
 }

@@ -1,0 +1,428 @@
+package transfer
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"maps"
+	"math"
+	"os"
+	"path/filepath"
+	"slices"
+	"time"
+
+	"github.com/oklog/ulid/v2"
+	"github.com/prometheus/prometheus/model/labels"
+	"github.com/prometheus/prometheus/storage"
+	"github.com/prometheus/prometheus/tsdb"
+	"github.com/prometheus/prometheus/tsdb/chunkenc"
+	"github.com/prometheus/prometheus/tsdb/chunks"
+	"github.com/prometheus/prometheus/tsdb/fileutil"
+	tsdbindex "github.com/prometheus/prometheus/tsdb/index"
+	"github.com/prometheus/prometheus/tsdb/tombstones"
+
+	"github.com/epimetheus-tsdb/epimetheus/chunkfmt"
+	"github.com/epimetheus-tsdb/epimetheus/history"
+)
+
+// ExportOptions of an Export. History, Tenant and Dir are needed.
+type ExportOptions struct {
+	History    *history.History
+	Tenant     string
+	MinT, MaxT int64 // of samples, ms, inclusive
+
+	// Selectors are sets of matchers. Series that match all of one of them are
+	// exported; none: all series.
+	Selectors [][]*labels.Matcher
+
+	// External are labels that go into the meta.json of each block, where Thanos
+	// looks for them: only series that have all of them are exported, without them.
+	External map[string]string
+
+	Dir   string        // that the blocks are put in; it is made if it isn't there, and has to be empty
+	Range time.Duration // of a block, aligned to the epoch; default 1 day
+
+	// Report is called for each block that is there; it may be nil.
+	Report func(Exported)
+}
+
+// Exported is a block that was written.
+type Exported struct {
+	Dir              string
+	MinTime, MaxTime int64 // ms
+	Series, Samples  uint64
+
+	// Done is the share of the time that is exported, 0 to 1.
+	Done float64
+}
+
+// ExportResult counts what was written.
+type ExportResult struct {
+	Blocks          int
+	Series, Samples uint64 // series once for each block that has it
+}
+
+const (
+	defaultExportRange = 24 * time.Hour
+	minExportRange     = 2 * time.Hour
+	// maxExportRange is what Prometheus compacts to at the most.
+	maxExportRange = 31 * 24 * time.Hour
+	// openBlocks is how many are written at the same time; each takes 20 MiB for
+	// buffers alone.
+	openBlocks = 12
+)
+
+// Validate reports what is missing or impossible.
+func (o *ExportOptions) Validate() error {
+	switch {
+	case o.History == nil || o.Tenant == "" || o.Dir == "":
+		return errors.New("export: a history, a tenant and a directory are needed")
+	case o.MinT > o.MaxT:
+		return fmt.Errorf("export: from %d to %d ms", o.MinT, o.MaxT)
+	case o.Range < minExportRange || o.Range > maxExportRange || o.Range%minExportRange != 0:
+		return fmt.Errorf("export: blocks of %s: a multiple of %s up to %s is possible", o.Range, minExportRange, maxExportRange)
+	}
+	return nil
+}
+
+// Export writes what history has of a tenant in a time as blocks of Prometheus.
+// What ingesters have not flushed yet isn't in it, nor are exemplars and metadata,
+// which such blocks can't hold. A block is there whole or not at all.
+func Export(ctx context.Context, o ExportOptions) (*ExportResult, error) {
+	if o.Range == 0 {
+		o.Range = defaultExportRange
+	}
+	if err := o.Validate(); err != nil {
+		return nil, err
+	}
+	if o.Report == nil {
+		o.Report = func(Exported) {}
+	}
+	if err := os.MkdirAll(o.Dir, 0o755); err != nil {
+		return nil, fmt.Errorf("export: %w", err)
+	}
+	entries, err := os.ReadDir(o.Dir)
+	if err != nil {
+		return nil, fmt.Errorf("export: %w", err)
+	}
+	if len(entries) > 0 {
+		return nil, fmt.Errorf("export: %s is not empty: blocks of an earlier export would be there twice", o.Dir)
+	}
+	e := &exporter{o: &o, width: o.Range.Milliseconds()}
+	var external []*labels.Matcher
+	for _, name := range slices.Sorted(maps.Keys(o.External)) {
+		m, err := labels.NewMatcher(labels.MatchEqual, name, o.External[name])
+		if err != nil {
+			return nil, fmt.Errorf("export: %w", err)
+		}
+		external = append(external, m)
+	}
+	for _, ms := range o.Selectors {
+		e.selectors = append(e.selectors, slices.Concat(ms, external))
+	}
+	if len(o.Selectors) == 0 {
+		e.selectors = [][]*labels.Matcher{external}
+	}
+	all, err := o.History.Snapshot(ctx, o.Tenant, o.MinT, o.MaxT, nil, time.Time{})
+	if err != nil {
+		return nil, err
+	}
+	// Pages are best read once: a pass goes as far as a page may, or to where too
+	// many blocks would be open.
+	pass := e.width
+	for _, w := range []int64{history.Window, (24 * time.Hour).Milliseconds()} {
+		if w%e.width == 0 && w/e.width <= openBlocks {
+			pass = max(pass, w)
+		}
+	}
+	mint, maxt := int64(math.MaxInt64), int64(math.MinInt64)
+	for _, b := range all.Blocks {
+		mint, maxt = min(mint, b.Ranges[0].MinT), max(maxt, b.Ranges[len(b.Ranges)-1].MaxT)
+	}
+	mint, maxt = max(mint, o.MinT), min(maxt, o.MaxT)
+	for start := floor(mint, pass); start <= maxt; start += pass {
+		from, to := max(start, mint), min(start+pass-1, maxt)
+		if !slices.ContainsFunc(all.Blocks, func(b history.Block) bool { return b.Overlaps(from, to) }) {
+			continue // years may be empty
+		}
+		e.share = float64(to-mint+1) / float64(maxt-mint+1)
+		if err := e.pass(ctx, from, to); err != nil {
+			return &e.result, err
+		}
+	}
+	return &e.result, nil
+}
+
+func floor(t, width int64) int64 {
+	d := t - t%width
+	if t%width < 0 {
+		d -= width
+	}
+	return d
+}
+
+type exporter struct {
+	o         *ExportOptions
+	width     int64               // ms
+	selectors [][]*labels.Matcher // at least one
+	open      []*blockWriter      // ascending by time
+	share     float64
+	result    ExportResult
+}
+
+// pass exports the samples of mint to maxt, both included.
+func (e *exporter) pass(ctx context.Context, mint, maxt int64) (err error) {
+	snap, err := e.o.History.Snapshot(ctx, e.o.Tenant, mint, maxt, nil, time.Time{})
+	if err != nil {
+		return err
+	}
+	symbols, err := e.symbols(ctx, snap)
+	if err != nil || symbols == nil {
+		return err
+	}
+	defer func() {
+		for _, b := range e.open {
+			err = errors.Join(err, b.abandon())
+		}
+		e.open = nil
+	}()
+	var sets []*history.SeriesSet // those that stand at a series
+	for _, ms := range e.selectors {
+		set, err := snap.Select(ctx, ms, mint, maxt)
+		if err != nil {
+			return err
+		}
+		if set.Next(ctx) {
+			sets = append(sets, set)
+		} else if err := set.Err(); err != nil {
+			return err
+		}
+	}
+	var buf history.Buffer
+	for len(sets) > 0 {
+		s := slices.MinFunc(sets, func(a, b *history.SeriesSet) int { return labels.Compare(a.At().Labels, b.At().Labels) }).At()
+		runs, err := s.Runs(&buf)
+		if err != nil {
+			return err
+		}
+		if err := e.series(ctx, s.Labels, chunkfmt.Merge(runs...), symbols); err != nil {
+			return fmt.Errorf("series %s: %w", s.Labels, err)
+		}
+		left := sets[:0]
+		for _, set := range sets {
+			if !labels.Equal(set.At().Labels, s.Labels) || set.Next(ctx) {
+				left = append(left, set)
+			} else if err := set.Err(); err != nil {
+				return err
+			}
+		}
+		sets = left
+	}
+	for len(e.open) > 0 {
+		b := e.open[0]
+		done, err := b.close()
+		if err != nil {
+			return err
+		}
+		e.open = e.open[1:]
+		done.Done = e.share
+		e.result.Blocks++
+		e.result.Series += done.Series
+		e.result.Samples += done.Samples
+		e.o.Report(done)
+	}
+	return nil
+}
+
+// symbols are all strings in the labels of the series in a snapshot, with which an
+// index begins; nil if there are no series.
+func (e *exporter) symbols(ctx context.Context, snap *history.Snapshot) ([]string, error) {
+	some := false
+	set := map[string]struct{}{"": {}}
+	for _, ms := range e.selectors {
+		series, err := snap.Series(ctx, ms, snap.MinT, snap.MaxT)
+		if err != nil {
+			return nil, err
+		}
+		some = some || len(series) > 0
+		for _, ls := range series {
+			ls.Range(func(l labels.Label) { set[l.Name], set[l.Value] = struct{}{}, struct{}{} })
+		}
+	}
+	if !some {
+		return nil, nil
+	}
+	return slices.Sorted(maps.Keys(set)), nil
+}
+
+// series adds a series to the blocks that it has samples for.
+func (e *exporter) series(ctx context.Context, ls labels.Labels, s *chunkfmt.Series, symbols []string) error {
+	if len(e.o.External) > 0 {
+		b := labels.NewBuilder(ls)
+		for name := range e.o.External {
+			b.Del(name)
+		}
+		ls = b.Labels()
+	}
+	it := &samples{s: s}
+	for {
+		t := it.peek()
+		if t == math.MaxInt64 {
+			return nil
+		}
+		start := floor(t, e.width)
+		it.until = start + e.width
+		i, ok := slices.BinarySearchFunc(e.open, start, func(b *blockWriter, start int64) int {
+			return int(max(-1, min(1, b.meta.MinTime-start)))
+		})
+		if !ok {
+			b, err := e.create(ctx, start, symbols)
+			if err != nil {
+				return err
+			}
+			e.open = slices.Insert(e.open, i, b)
+		}
+		if err := e.open[i].add(ls, it); err != nil {
+			return err
+		}
+	}
+}
+
+// blockWriter writes a block, series by series.
+type blockWriter struct {
+	parent, tmp string
+	external    map[string]string
+	meta        tsdb.BlockMeta
+	chunks      *chunks.Writer
+	index       *tsdbindex.Writer
+	encode      chunks.Iterator
+	metas       []chunks.Meta
+}
+
+func (e *exporter) create(ctx context.Context, start int64, symbols []string) (_ *blockWriter, err error) {
+	id, err := ulid.New(ulid.Now(), rand.Reader)
+	if err != nil {
+		return nil, fmt.Errorf("id of a block: %w", err)
+	}
+	b := &blockWriter{
+		// Prometheus removes what has such a name.
+		parent: e.o.Dir, tmp: filepath.Join(e.o.Dir, id.String()+".tmp-for-creation"), external: e.o.External,
+		meta: tsdb.BlockMeta{
+			ULID: id, MinTime: start, MaxTime: start + e.width, Version: 1,
+			Compaction: tsdb.BlockMetaCompaction{Level: 1, Sources: []ulid.ULID{id}},
+		},
+	}
+	if err := os.Mkdir(b.tmp, 0o755); err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, b.abandon())
+		}
+	}()
+	if b.chunks, err = chunks.NewWriter(filepath.Join(b.tmp, "chunks")); err != nil {
+		return nil, err
+	}
+	if b.index, err = tsdbindex.NewWriter(ctx, filepath.Join(b.tmp, "index")); err != nil {
+		return nil, err
+	}
+	for _, s := range symbols {
+		if err := b.index.AddSymbol(s); err != nil {
+			return nil, err
+		}
+	}
+	return b, nil
+}
+
+// add adds the samples that it gives next.
+func (b *blockWriter) add(ls labels.Labels, it *samples) error {
+	series := &storage.SeriesEntry{
+		Lset: ls, SampleIteratorFn: func(chunkenc.Iterator) chunkenc.Iterator { return it },
+	}
+	b.encode = storage.NewSeriesToChunkEncoder(series).Iterator(b.encode)
+	b.metas = b.metas[:0]
+	for b.encode.Next() {
+		b.metas = append(b.metas, b.encode.At())
+	}
+	if err := b.encode.Err(); err != nil {
+		return err
+	}
+	if err := b.chunks.WriteChunks(b.metas...); err != nil {
+		return err
+	}
+	if err := b.index.AddSeries(storage.SeriesRef(b.meta.Stats.NumSeries), ls, b.metas...); err != nil { //nolint:gosec // below 2^32
+		return err
+	}
+	st := &b.meta.Stats
+	st.NumSeries++
+	st.NumChunks += uint64(len(b.metas))
+	for _, m := range b.metas {
+		n := uint64(m.Chunk.NumSamples()) //nolint:gosec // not negative
+		st.NumSamples += n
+		switch m.Chunk.Encoding() {
+		case chunkenc.EncXOR, chunkenc.EncXOR2:
+			st.NumFloatSamples += n
+		default:
+			st.NumHistogramSamples += n
+		}
+	}
+	return nil
+}
+
+// thanosMeta is what Thanos adds to meta.json.
+type thanosMeta struct {
+	Version    int               `json:"version"`
+	Labels     map[string]string `json:"labels"`
+	Downsample struct {
+		Resolution int64 `json:"resolution"`
+	} `json:"downsample"`
+	Source string `json:"source"`
+}
+
+// close finishes the block and gives it its name.
+func (b *blockWriter) close() (_ Exported, err error) {
+	for _, c := range []interface{ Close() error }{b.chunks, b.index} {
+		if err := c.Close(); err != nil {
+			return Exported{}, fmt.Errorf("block %s: %w", b.meta.ULID, err)
+		}
+	}
+	b.chunks, b.index = nil, nil
+	meta := struct {
+		tsdb.BlockMeta
+		Thanos *thanosMeta `json:"thanos,omitempty"`
+	}{BlockMeta: b.meta}
+	if len(b.external) > 0 {
+		meta.Thanos = &thanosMeta{Version: 1, Labels: b.external, Source: "epimetheus"}
+	}
+	raw, err := json.MarshalIndent(meta, "", "\t")
+	if err == nil {
+		err = os.WriteFile(filepath.Join(b.tmp, metaFile), raw, 0o644) //nolint:gosec // as Prometheus's
+	}
+	if err == nil {
+		_, err = tombstones.WriteFile(slog.New(slog.DiscardHandler), b.tmp, tombstones.NewMemTombstones())
+	}
+	dir := filepath.Join(b.parent, b.meta.ULID.String())
+	if err == nil {
+		err = fileutil.Replace(b.tmp, dir)
+	}
+	if err != nil {
+		return Exported{}, fmt.Errorf("block %s: %w", b.meta.ULID, err)
+	}
+	return Exported{
+		Dir: dir, MinTime: b.meta.MinTime, MaxTime: b.meta.MaxTime, Series: b.meta.Stats.NumSeries, Samples: b.meta.Stats.NumSamples,
+	}, nil
+}
+
+// abandon removes what there is of the block.
+func (b *blockWriter) abandon() error {
+	if b.chunks != nil {
+		_ = b.chunks.Close() // what it has written goes
+	}
+	if b.index != nil {
+		_ = b.index.Close()
+	}
+	return os.RemoveAll(b.tmp)
+}
