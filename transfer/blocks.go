@@ -121,7 +121,7 @@ func (d directory) List(context.Context) (blocks []Block, bad []*BlockError, err
 	if _, err := os.Stat(filepath.Join(d.dir, metaFile)); err == nil {
 		b, err := readMeta(d.dir)
 		if err != nil {
-			return nil, []*BlockError{{d.dir, err}}, nil
+			return nil, []*BlockError{{d.dir, err}}, nil //nolint:nilerr // it is in bad
 		}
 		return []Block{b}, nil, nil
 	}

@@ -148,8 +148,7 @@ func Import(ctx context.Context, o ImportOptions) (*ImportResult, error) {
 			return r, context.Cause(ctx)
 		}
 		i.done = done + b.Samples
-		var failed *BlockError
-		if errors.As(err, &failed) {
+		if _, ok := errors.AsType[*BlockError](err); ok {
 			r.Failed++
 			o.Report(Event{Block: b, Kind: Failed, Err: err, Done: i.done, All: i.all})
 			continue
@@ -318,7 +317,7 @@ func (r *reading) settle(ctx context.Context) error {
 // pass imports the samples of mint to maxt, both included, in ms.
 func (r *reading) pass(ctx context.Context, list *list, mint, maxt int64) (err error) {
 	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
-	r.open, err = backfill.Open(backfill.Block{ULID: r.block.ULID, Dir: r.dir}, mint, maxt)
+	r.open, err = backfill.Open(backfill.Block{ULID: r.block.ULID, Dir: r.dir}, mint, maxt) //nolint:contextcheck // nothing in it waits
 	if err != nil {
 		return &BlockError{r.block.ULID.String(), err}
 	}
@@ -328,7 +327,7 @@ func (r *reading) pass(ctx context.Context, list *list, mint, maxt int64) (err e
 		ref = r.row.Ref
 	}
 	for {
-		unit, next, bad, err := list.unit(ref, mint, maxt, r.external, r.o.unitSamples)
+		unit, next, bad, err := list.unit(ctx, ref, mint, maxt, r.external, r.o.unitSamples)
 		if err != nil {
 			return &BlockError{r.block.ULID.String(), err}
 		}
@@ -447,7 +446,7 @@ func first(s *chunkfmt.Series) int64 {
 // read gives the samples of a series, one window after the other. What it gives
 // is valid until the call returns.
 func (r *reading) read(ctx context.Context, l listed, give func(*chunkfmt.Series) error) error {
-	if err := r.open.Seek(uint64(l.ref)); err != nil {
+	if err := r.open.Seek(uint64(l.ref)); err != nil { //nolint:contextcheck // nothing in it waits
 		return &BlockError{r.block.ULID.String(), err}
 	}
 	r.buf.reset(l.labels)
@@ -517,13 +516,13 @@ func recovered(err *error) {
 // unit lists the series from a ref on that may have samples in mint to maxt, as
 // many as make a unit, in history's order. next is where the following one begins.
 // bad are series that can't be read; if there are neither, that was all.
-func (l *list) unit(ref uint64, mint, maxt int64, external labels.Labels, samples int) (unit []listed, next uint64, bad []error, err error) {
+func (l *list) unit(ctx context.Context, ref uint64, mint, maxt int64, external labels.Labels, samples int) (unit []listed, next uint64, bad []error, err error) {
 	defer recovered(&err)
 	if ref > math.MaxUint32 { // refs have 32 bits, and Seek cuts them off
 		return nil, ref, nil, nil
 	}
 	name, value := tsdbindex.AllPostingsKey()
-	p, err := l.index.Postings(context.Background(), name, value) // nothing waits here
+	p, err := l.index.Postings(ctx, name, value)
 	if err != nil {
 		return nil, 0, nil, fmt.Errorf("list of series: %w", err)
 	}
