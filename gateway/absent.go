@@ -29,8 +29,8 @@ func (noScraping) DroppedAlertmanagers() []*url.URL     { return nil }
 func (noScraping) RuleGroups() []*rules.Group           { return nil }
 func (noScraping) AlertingRules() []*rules.AlertingRule { return nil }
 
-// noTSDB stands for the local database that a gateway hasn't. The admin API is
-// off, so that nothing of it is called but what is harmless.
+// noTSDB stands for the local database that a gateway hasn't. Of the admin API, what
+// is off or our own doesn't call it.
 type noTSDB struct{}
 
 var errNoTSDB = errors.New("a gateway has no database of its own")

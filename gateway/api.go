@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net/http"
+	"strings"
 	"sync"
 	"time"
 
@@ -65,6 +66,8 @@ type Options struct {
 	// Index keeps what sidecars report of their Prometheis' engines; without it
 	// reports are answered with 501.
 	Index *index.Index
+	// Deletions is for the admin API; without it, that is off.
+	Deletions Deletions
 }
 
 func (o *Options) setDefaults() {
@@ -152,6 +155,12 @@ func New(o Options, s Storage, live *ring.Live, logger *slog.Logger, reg prometh
 		a.ours[method+" /query_explain"] = a.whenReady(a.explain("/query"))
 		a.ours[method+" /query_range_explain"] = a.whenReady(a.explain("/query_range"))
 	}
+	for _, method := range []string{http.MethodPost, http.MethodPut} {
+		a.ours[method+" /admin/tsdb/clean_tombstones"] = a.admin(a.cleanTombstones)
+		a.ours[method+" /admin/tsdb/snapshot"] = a.wrap(a.snapshot)
+	}
+	a.ours["GET /admin/tsdb/deletions"] = a.admin(a.deletions)
+	a.ours["POST /admin/tsdb/deletions/cancel"] = a.admin(a.cancelDeletion)
 	root := route.New()
 	root.Get("/federate", a.whenReady(httputil.CompressionHandler{Handler: http.HandlerFunc(a.federate)}.ServeHTTP))
 	mux := http.NewServeMux()
@@ -178,6 +187,10 @@ func (a *API) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 
 // serveV1 serves paths below /api/v1.
 func (a *API) serveV1(w http.ResponseWriter, r *http.Request) {
+	if names := tenantsOf(r.Context()); len(names) > 1 && strings.HasPrefix(r.URL.Path, "/admin/") {
+		respondError(w, http.StatusBadRequest, "bad_data", fmt.Errorf("an admin request for %d tenants: name one in %s", len(names), TenantHeader))
+		return
+	}
 	if h := a.ours[r.Method+" "+r.URL.Path]; h != nil {
 		h(w, r)
 		return

@@ -105,7 +105,13 @@ func dataset() []gatewaytest.Sample {
 // toPrometheus starts a Prometheus that has the samples.
 func toPrometheus(t *testing.T, ss []gatewaytest.Sample, features ...string) *testenv.PrometheusServer {
 	t.Helper()
-	p := testenv.Prometheus(t, "", "global: {}\n", "--web.enable-remote-write-receiver", "--enable-feature="+strings.Join(append(features, "exemplar-storage"), ","))
+	return toPrometheusWith(t, ss, "--enable-feature="+strings.Join(append(features, "exemplar-storage"), ","))
+}
+
+// toPrometheusWith gives it flags.
+func toPrometheusWith(t *testing.T, ss []gatewaytest.Sample, args ...string) *testenv.PrometheusServer {
+	t.Helper()
+	p := testenv.Prometheus(t, "", "global: {}\n", append(args, "--web.enable-remote-write-receiver")...)
 	var req prompb.WriteRequest
 	for _, s := range ss {
 		ts := prompb.TimeSeries{Labels: prompb.FromLabels(s.Labels, nil)}

@@ -124,6 +124,7 @@ func (a *API) newVariant(e EngineOptions, reg prometheus.Registerer, gatherer pr
 	registry := features.NewRegistry()
 	engine := newEngine(o, &e, parse, registry, a.logger, reg)
 	offered(registry, &e)
+	registry.Set(features.API, "admin", o.Deletions != nil)
 	flags := maps.Clone(o.Flags)
 	flags["query.lookback-delta"] = model.Duration(e.LookbackDelta).String()
 	flags["enable-feature"] = strings.Join(e.Features, ",")
@@ -137,7 +138,7 @@ func (a *API) newVariant(e EngineOptions, reg prometheus.Registerer, gatherer pr
 			flags,
 			v1.GlobalURLOptions{ListenAddress: o.ListenAddress, Host: o.ListenAddress, Scheme: "http"},
 			a.whenReady,
-			noTSDB{}, "", false, e.has("search-api"), maxSearchLimit,
+			a.tsdb(), "", o.Deletions != nil, e.has("search-api"), maxSearchLimit,
 			a.logger,
 			func(context.Context) v1.RulesRetriever { return noScraping{} },
 			5e7, 10, 1<<20, // Prometheus's defaults for remote read
@@ -189,7 +190,7 @@ func offered(r features.Collector, e *EngineOptions) {
 	for _, name := range v1.FuzzAlgorithms() {
 		r.Enable(features.API, "search_fuzz_alg_"+name)
 	}
-	for _, name := range []string{"lifecycle", "admin", "remote_write_receiver", "otlp_write_receiver"} {
+	for _, name := range []string{"lifecycle", "remote_write_receiver", "otlp_write_receiver"} {
 		r.Set(features.API, name, false)
 	}
 	r.Set(features.API, "query_cost", e.has("query-cost"))

@@ -10,6 +10,7 @@ import (
 func addAll(app *kingpin.Application, commands map[string]command) {
 	cmd := app.Command("all", "An ingester, a gateway and a compactor in one process, on a data directory.")
 	wf, rf := addWebFlags(cmd, ":9009"), addGRPCFlags(cmd, ":9010", "sidecars and gateways")
+	admin := addAdminFlag(cmd)
 	commands[cmd.FullCommand()] = func(g *global) error {
 		p, err := newProcess("all", g, wf)
 		if err != nil {
@@ -32,7 +33,7 @@ func addAll(app *kingpin.Application, commands map[string]command) {
 		}); err != nil {
 			return err
 		}
-		if _, err := p.addGateway(st, live, nil); err != nil {
+		if _, err := p.addGateway(st, live, nil, *admin); err != nil {
 			return err
 		}
 		if p.config.Compactor.Enabled {

@@ -30,6 +30,7 @@ import (
 func addGateway(app *kingpin.Application, commands map[string]command) {
 	cmd := app.Command("gateway", "Answer the Prometheus HTTP API over ingesters and history.")
 	wf, rf, gf := addWebFlags(cmd, ":9009"), addGRPCFlags(cmd, ":9014", "other gateways"), addGossipFlags(cmd)
+	admin := addAdminFlag(cmd)
 	commands[cmd.FullCommand()] = func(g *global) error {
 		p, err := newProcess("gateway", g, wf)
 		if err != nil {
@@ -62,7 +63,7 @@ func addGateway(app *kingpin.Application, commands map[string]command) {
 			return out
 		}, p.logger, p.reg, dialOptions()...)
 		st.closers = append(st.closers, pool.Close)
-		api, err := p.addGateway(st, live, pool)
+		api, err := p.addGateway(st, live, pool, *admin)
 		if err != nil {
 			return err
 		}
@@ -89,8 +90,14 @@ func dialOptions() []grpc.DialOption {
 	}
 }
 
-// addGateway adds the API. workers is nil where there are no other gateways.
-func (p *process) addGateway(st *stores, live *ring.Live, workers plan.Workers) (*gateway.API, error) {
+// addAdminFlag is Prometheus's flag.
+func addAdminFlag(cmd *kingpin.CmdClause) *bool {
+	return cmd.Flag("web.enable-admin-api", "Enable API endpoints for admin control actions: to delete series, and to list and cancel deletions.").Bool()
+}
+
+// addGateway adds the API. workers is nil where there are no other gateways; admin
+// turns on the admin API.
+func (p *process) addGateway(st *stores, live *ring.Live, workers plan.Workers, admin bool) (*gateway.API, error) {
 	heads := merge.NewHeads(live, p.logger, p.reg, dialOptions()...)
 	st.closers = append(st.closers, heads.Close)
 	storage := merge.New(heads, st.history, gateway.TenantOf)
@@ -99,15 +106,19 @@ func (p *process) addGateway(st *stores, live *ring.Live, workers plan.Workers) 
 	if err != nil {
 		return nil, err
 	}
+	var deletions gateway.Deletions
+	if admin {
+		deletions = st.history
+	}
 	api, err := gateway.New(gateway.Options{
 		Tenancy: p.config.Tenancy, QueryTimeout: time.Duration(c.QueryTimeout), MaxSamples: c.MaxSamples,
 		Engine: c.engine(), Tenants: c.tenants(), TenantFederation: c.TenantFederation,
 		Spread: plan.Spread{Results: results, Workers: workers},
 		Limits: c.Limits.limits(), TenantLimits: c.tenantLimits(), Memory: account.NewMemory(int64(c.QueryMemory), p.reg),
 		SlowQuery: time.Duration(c.SlowQuery), Prices: gateway.Prices(c.Prices),
-		Flags: p.shownFlags(), ListenAddress: (*p.flags.web.WebListenAddresses)[0],
+		Flags: p.shownFlags(admin), ListenAddress: (*p.flags.web.WebListenAddresses)[0],
 		Revision: revision(), GoVersion: runtime.Version(), Ready: p.isReady,
-		Choices: choice.New(st.index), Index: st.index,
+		Choices: choice.New(st.index), Deletions: deletions, Index: st.index,
 	}, storage, live, p.logger, p.reg, p.reg)
 	if err != nil {
 		return nil, err
@@ -139,12 +150,13 @@ func ringConditions(r *ring.Ring) []health.Condition {
 }
 
 // shownFlags are the flags that clients look at, by Prometheus's names.
-func (p *process) shownFlags() map[string]string {
+func (p *process) shownFlags(admin bool) map[string]string {
 	c := p.config.Gateway
 	return map[string]string{
-		"query.timeout":      c.QueryTimeout.String(),
-		"query.max-samples":  strconv.Itoa(c.MaxSamples),
-		"web.listen-address": (*p.flags.web.WebListenAddresses)[0],
+		"query.timeout":        c.QueryTimeout.String(),
+		"query.max-samples":    strconv.Itoa(c.MaxSamples),
+		"web.enable-admin-api": strconv.FormatBool(admin),
+		"web.listen-address":   (*p.flags.web.WebListenAddresses)[0],
 	}
 }
 
