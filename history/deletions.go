@@ -39,11 +39,11 @@ func (h *History) hidden(ctx context.Context, tenant string) (*Hidden, error) {
 	if err != nil {
 		return nil, err
 	}
-	r := Retention{}
-	if h.o.Retention != nil {
-		r = h.o.Retention(tenant)
+	var r *Retentions
+	if h.o.Retentions != nil {
+		r = h.o.Retentions()
 	}
-	return NewHidden(k.tenants[tenant], r.Horizon(h.now())), nil
+	return NewHidden(k.tenants[tenant], r.Of(tenant).Horizon(h.now())), nil
 }
 
 // Hides says whether anything of a tenant is hidden in mint to maxt, both included,

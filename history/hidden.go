@@ -27,6 +27,36 @@ func (r Retention) Horizon(now time.Time) int64 {
 	return now.Add(-r.Raw).Truncate(time.Minute).UnixMilli()
 }
 
+// Retentions says how long samples are kept. nil: for ever.
+type Retentions struct {
+	Default Retention
+	Tenants map[string]Retention // of those that have their own
+}
+
+// Of a tenant.
+func (r *Retentions) Of(tenant string) Retention {
+	if r == nil {
+		return Retention{}
+	}
+	if own, ok := r.Tenants[tenant]; ok {
+		return own
+	}
+	return r.Default
+}
+
+// None says that all is kept for ever.
+func (r *Retentions) None() bool {
+	if r == nil {
+		return true
+	}
+	for _, own := range r.Tenants {
+		if own != (Retention{}) {
+			return false
+		}
+	}
+	return r.Default == Retention{}
+}
+
 // Hidden is what of a tenant is not to be read, whether heads or blocks have it:
 // what was deleted, and what is past the retention. nil hides nothing. It doesn't
 // change, and is safe for concurrent use.

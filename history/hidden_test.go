@@ -235,11 +235,8 @@ func TestPastRetention(t *testing.T) {
 	st := localStores(t)
 	now := time.UnixMilli(1_700_000_000_000).Truncate(time.Minute)
 	h := st.open(t, func(o *Options) {
-		o.Retention = func(tenant string) Retention {
-			if tenant == "short" {
-				return Retention{Raw: time.Hour}
-			}
-			return Retention{}
+		o.Retentions = func() *Retentions {
+			return &Retentions{Tenants: map[string]Retention{"short": {Raw: time.Hour}}}
 		}
 	})
 	h.now = func() time.Time { return now }

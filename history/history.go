@@ -23,13 +23,14 @@ type Options struct {
 	// flushed. Rows are kept for at most half of it. 0: rows are not kept.
 	VisibilityDelay time.Duration
 
-	// Retention says how long what a tenant has is kept. nil: all is kept for ever.
-	Retention func(tenant string) Retention
+	// Retentions gives how long what tenants have is kept at present. nil: for ever.
+	Retentions func() *Retentions
 
 	PageCacheBytes int64 // default 256 MiB; negative: nothing is kept
 	RowCacheBytes  int64 // default 32 MiB; negative: nothing is kept
 	MaxGets        int   // at the same time, of all queries; default 128
 
+	Now        func() time.Time // default time.Now
 	Logger     *slog.Logger
 	Registerer prometheus.Registerer
 }
@@ -96,6 +97,9 @@ func New(o Options) (*History, error) {
 	if o.MaxGets == 0 {
 		o.MaxGets = defaultMaxGets
 	}
+	if o.Now == nil {
+		o.Now = time.Now
+	}
 	if o.Logger == nil {
 		o.Logger = slog.New(slog.DiscardHandler)
 	}
@@ -104,7 +108,7 @@ func New(o Options) (*History, error) {
 	}
 	o.Logger = o.Logger.With("component", "history")
 	h := &History{
-		o: o, looking: make(chan struct{}, 1), gets: make(chan struct{}, o.MaxGets), now: time.Now, batchBytes: batchBytes,
+		o: o, looking: make(chan struct{}, 1), gets: make(chan struct{}, o.MaxGets), now: o.Now, batchBytes: batchBytes,
 		pages: cache.New[pageKey, page](o.PageCacheBytes), rows: cache.New[rowSetKey, *rowSet](o.RowCacheBytes),
 		metrics: &metrics{
 			published: prometheus.NewCounter(prometheus.CounterOpts{

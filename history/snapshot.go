@@ -107,7 +107,7 @@ func (h *History) Snapshot(ctx context.Context, tenant string, mint, maxt int64,
 	if err != nil {
 		return nil, fmt.Errorf("snapshot of tenant %s: %w", tenant, err)
 	}
-	s.Blocks = blocks(visible(rows.rows, s.MinT, maxt))
+	s.Blocks = Blocks(visible(rows.rows, s.MinT, maxt))
 	s.Stats.Blocks.Store(int64(len(s.Blocks)))
 	return s, nil
 }
@@ -247,8 +247,9 @@ func visible(rows []index.BlockRow, mint, maxt int64) []index.BlockRow {
 	return out
 }
 
-// blocks puts the rows of a block together.
-func blocks(rows []index.BlockRow) []Block {
+// Blocks puts the rows of a tenant, ascending, together by their blocks, ordered as in
+// a Snapshot.
+func Blocks(rows []index.BlockRow) []Block {
 	out := make([]Block, 0, len(rows))
 	at := make(map[ulid.ULID]int, len(rows))
 	for i := range rows { // ascending by MaxT
@@ -326,7 +327,7 @@ func (s *Snapshot) attempt(ctx context.Context, mint, maxt int64, read func(bloc
 			condemned[r.Block] = true
 		}
 		rest := slices.DeleteFunc(rows.rows, func(r index.BlockRow) bool { return condemned[r.Block] })
-		err = read(overlapping(blocks(visible(rest, s.MinT, s.MaxT))))
+		err = read(overlapping(Blocks(visible(rest, s.MinT, s.MaxT))))
 	}
 	return err
 }

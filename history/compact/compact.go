@@ -46,6 +46,12 @@ type Options struct {
 	Lease     time.Duration // after so long without a sign of life another takes over; default 5 min
 	OrphanAge time.Duration // of objects that nobody has published, before they go; default 24 h
 
+	// Retentions gives how long what tenants have is kept at present. nil: for ever.
+	Retentions func() *history.Retentions
+	// CleanAge is after what time what is deleted is removed from blocks of the last
+	// level, where nobody has asked for it earlier; default 24 h.
+	CleanAge time.Duration
+
 	MaxSources int // blocks merged at the same time; default 64
 
 	Logger     *slog.Logger
@@ -58,6 +64,7 @@ const (
 	defaultOwnBlockBytes = 64 << 20
 	defaultInterval      = time.Minute
 	defaultLease         = 5 * time.Minute
+	defaultCleanAge      = 24 * time.Hour
 	defaultMaxSources    = 64
 
 	// readBudget is how many bytes of ranges all sources of a merge hold together.
@@ -82,6 +89,10 @@ func (o *Options) setDefaults() {
 	o.Interval = cmp.Or(o.Interval, defaultInterval)
 	o.Lease = cmp.Or(o.Lease, defaultLease)
 	o.OrphanAge = cmp.Or(o.OrphanAge, DefaultOrphanAge)
+	o.CleanAge = cmp.Or(o.CleanAge, defaultCleanAge)
+	if o.Retentions == nil {
+		o.Retentions = func() *history.Retentions { return nil }
+	}
 	o.MaxSources = cmp.Or(o.MaxSources, defaultMaxSources)
 	if o.Logger == nil {
 		o.Logger = slog.New(slog.DiscardHandler)
@@ -98,7 +109,7 @@ func (o *Options) Validate() error {
 		return errors.New("compact: an object store, an index and a directory are needed")
 	case o.Grace <= 0:
 		return errors.New("compact: a grace longer than the longest query is needed")
-	case o.MaxBlockBytes < 0 || o.OwnBlockBytes < 0 || o.Interval < 0 || o.Lease < 0 || o.OrphanAge < 0 || o.MaxSources < 0:
+	case o.MaxBlockBytes < 0 || o.OwnBlockBytes < 0 || o.Interval < 0 || o.Lease < 0 || o.OrphanAge < 0 || o.CleanAge < 0 || o.MaxSources < 0:
 		return errors.New("compact: sizes, times and numbers can't be negative")
 	case o.MaxSources == 1:
 		return errors.New("compact: one block at a time can't be merged with anything")
@@ -139,6 +150,7 @@ type Compactor struct {
 	condemned map[ulid.ULID]time.Time // orphans, and since when it has been known that they are condemned
 	strikes   map[ulid.ULID]int       // how often a block could not be read
 	swept     time.Time
+	cleaner   cleaner
 
 	mu     sync.Mutex
 	status Status
@@ -193,6 +205,10 @@ func New(o Options) (*Compactor, error) {
 		o: o, owner: id.String(), logger: o.Logger.With("component", "compactor"), now: time.Now, entropy: rand.Reader,
 		seen: map[slotKey]sighting{}, condemned: map[ulid.ULID]time.Time{}, strikes: map[ulid.ULID]int{},
 	}
+	// What it reads of blocks is read once.
+	if c.cleaner.reader, err = history.New(history.Options{Objects: o.Objects, Index: o.Index, PageCacheBytes: -1, RowCacheBytes: -1, Logger: o.Logger}); err != nil {
+		return nil, fmt.Errorf("compact: %w", err)
+	}
 	if c.metrics, err = newMetrics(o.Registerer, len(o.Ranges)); err != nil {
 		return nil, fmt.Errorf("compact: %w", err)
 	}
@@ -245,11 +261,17 @@ func (c *Compactor) Round(ctx context.Context) (worked bool, err error) {
 			errs = append(errs, fmt.Errorf("job %s of level %d: %w", j.ID, j.Level, err))
 		}
 	}
-	for _, g := range c.groups(v) {
+	if err := c.survey(ctx, v); err != nil {
+		errs = append(errs, fmt.Errorf("look for what is deleted or past the retention: %w", err))
+	}
+	for _, g := range append(c.groups(v), c.cleanGroups(v)...) {
 		done, err := c.tryGroup(ctx, v, g)
 		if err != nil {
-			c.metrics.jobs.WithLabelValues(levelLabel(g.level), "failed").Inc()
-			errs = append(errs, fmt.Errorf("compaction to level %d of %d blocks: %w", g.level, len(g.sources), err))
+			c.metrics.jobs.WithLabelValues(levelLabel(g.makes), "failed").Inc()
+			errs = append(errs, fmt.Errorf("compaction to level %d of %d blocks: %w", g.makes, len(g.sources), err))
+		}
+		if done && g.clean {
+			delete(c.cleaner.todo, g.sources[0].Block)
 		}
 		if worked = worked || done; worked || ctx.Err() != nil {
 			break
@@ -287,13 +309,29 @@ func (c *Compactor) Conditions() []health.Condition {
 	return out
 }
 
+// hidden is what compaction drops at present.
+func (c *Compactor) hidden(ctx context.Context) (func(tenant string) *history.Hidden, error) {
+	rows, err := c.o.Index.AllDeletions(ctx)
+	if err != nil {
+		return nil, err
+	}
+	ds := make(map[string][]index.Deletion, len(rows))
+	for _, r := range rows {
+		ds[r.Tenant] = r.Deletions
+	}
+	retentions, now := c.o.Retentions(), c.now()
+	return func(tenant string) *history.Hidden {
+		return history.NewHidden(ds[tenant], retentions.Of(tenant).Horizon(now))
+	}, nil
+}
+
 // Level bounds and widths are in ms.
 
 // width of the windows that the blocks of a level are cut by. Flushes don't end
 // on bounds, so those of the first level are only cut where the second will be:
 // cutting them at both ends of two hours would make two of each.
 func (c *Compactor) width(level index.Level) int64 {
-	i := int(level) - 1
+	i := int(min(level, c.top())) - 1
 	if i == 0 && len(c.o.Ranges) > 1 {
 		i = 1
 	}
@@ -306,7 +344,11 @@ func (c *Compactor) top() index.Level { return index.Level(len(c.o.Ranges)) } //
 // level and puts those into the object store; nothing of them is visible.
 func (c *Compactor) mergeInto(ctx context.Context, level index.Level, blocks []index.JobSource, beat func(context.Context) error) (_ []index.CompactedRow, taken int, err error) {
 	each := min(max(readBudget/int64(4*len(blocks)), minRead), maxRead)
-	m := &merger{}
+	hidden, err := c.hidden(ctx)
+	if err != nil {
+		return nil, 0, err
+	}
+	m := &merger{hidden: hidden}
 	for _, b := range blocks {
 		s, err := openSource(ctx, c.o.Objects, b.BlockRef, each)
 		if err != nil {

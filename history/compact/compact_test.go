@@ -33,7 +33,7 @@ func newWorld(t *testing.T, objects object.Store, rows index.Store) *world {
 	t.Helper()
 	w := &world{objects: objects, index: index.New(rows), now: time.Date(2026, 6, 1, 0, 0, 0, 0, time.UTC)}
 	var err error
-	if w.history, err = history.New(history.Options{Objects: objects, Index: w.index}); err != nil {
+	if w.history, err = history.New(history.Options{Objects: objects, Index: w.index, Now: func() time.Time { return w.now }}); err != nil {
 		t.Fatal(err)
 	}
 	w.c, err = New(Options{Objects: objects, Index: w.index, Dir: t.TempDir(), Grace: 10 * time.Minute, OrphanAge: 100 * 24 * time.Hour})

@@ -20,5 +20,10 @@
 // The order of writing, and why it is safe, is in docs/formats/index.md and
 // docs/decisions/0008-compaction.md; TestSimulation tries it.
 //
+// Deletion and retention. Merges drop what is deleted, or past the retention, when
+// they begin. Blocks that have some of it and won't be merged soon are cleaned: a job
+// with one source, and outputs of the same level or none. See
+// docs/decisions/0011-deletion.md.
+//
 // A sweep removes objects that nobody has published within a day.
 package compact

@@ -47,7 +47,7 @@ func (c *Compactor) tryGroup(ctx context.Context, v *view, g *group) (bool, erro
 	// What was seen before the slot was ours may be done already.
 	worked, err := c.run(ctx, &j, g)
 	if errors.Is(err, errLost) {
-		c.metrics.jobs.WithLabelValues(levelLabel(g.level), "lost").Inc()
+		c.metrics.jobs.WithLabelValues(levelLabel(g.makes), "lost").Inc()
 		return worked, nil
 	}
 	if j.State == index.JobMerging {
@@ -94,14 +94,17 @@ func (c *Compactor) run(ctx context.Context, j *index.Job, g *group) (bool, erro
 	if err != nil {
 		return false, err
 	}
-	i := slices.IndexFunc(c.groups(v), func(h *group) bool {
+	var sources []index.JobSource
+	if g.clean {
+		if again := c.cleanGroup(v, g.sources[0]); again != nil && again.slotKey == g.slotKey {
+			sources = again.sources
+		}
+	} else if i := slices.IndexFunc(c.groups(v), func(h *group) bool {
 		return h.level == g.level && h.window == g.window && h.tenant == g.tenant
-	})
-	if i < 0 {
-		return false, nil
+	}); i >= 0 {
+		sources = c.groups(v)[i].sources
 	}
-	sources, err := c.published(ctx, c.groups(v)[i].sources)
-	if err != nil {
+	if sources, err = c.published(ctx, sources); err != nil {
 		return false, err
 	}
 	start := c.now()
@@ -129,7 +132,7 @@ func (c *Compactor) run(ctx context.Context, j *index.Job, g *group) (bool, erro
 			return false, nil
 		}
 		var taken int
-		outputs, taken, err = c.mergeInto(ctx, j.Level, sources, beat)
+		outputs, taken, err = c.mergeInto(ctx, g.makes, sources, beat)
 		if err == nil {
 			sources = sources[:taken] // the others are next
 			break
@@ -165,11 +168,15 @@ func (c *Compactor) run(ctx context.Context, j *index.Job, g *group) (bool, erro
 	if err := c.publish(ctx, *j); err != nil {
 		return false, err
 	}
-	c.metrics.jobs.WithLabelValues(levelLabel(j.Level), "done").Inc()
-	c.metrics.duration.WithLabelValues(levelLabel(j.Level)).Observe(c.now().Sub(start).Seconds())
+	c.metrics.jobs.WithLabelValues(levelLabel(g.makes), "done").Inc()
+	c.metrics.duration.WithLabelValues(levelLabel(g.makes)).Observe(c.now().Sub(start).Seconds())
 	var size int64
 	for _, o := range outputs {
 		size += o.ObjectSize
+	}
+	if g.clean {
+		c.logger.Info("cleaned", "level", g.makes, "source", g.sources[0].Block, "blocks", len(outputs), "size_bytes", size, "duration", c.now().Sub(start))
+		return true, nil
 	}
 	c.logger.Info("compacted", "level", j.Level, "window_end", windowEnd(g.window, c.o.Ranges[j.Level-1].Milliseconds()), "tenant", g.tenant,
 		"sources", len(sources), "blocks", len(outputs), "size_bytes", size, "duration", c.now().Sub(start))
@@ -271,8 +278,9 @@ func (c *Compactor) publish(ctx context.Context, j index.Job) error {
 		}
 		return err
 	}
-	if j.Level < c.top() {
-		if err := c.o.Index.PutCompacted(ctx, j.Outputs); err != nil {
+	again := slices.DeleteFunc(slices.Clone(j.Outputs), func(o index.CompactedRow) bool { return o.Level >= c.top() })
+	if len(again) > 0 {
+		if err := c.o.Index.PutCompacted(ctx, again); err != nil {
 			return fmt.Errorf("work rows: %w", err)
 		}
 	}

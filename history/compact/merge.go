@@ -9,6 +9,7 @@ import (
 	"github.com/prometheus/prometheus/model/labels"
 
 	"github.com/epimetheus-tsdb/epimetheus/chunkfmt"
+	"github.com/epimetheus-tsdb/epimetheus/history"
 )
 
 // sink takes what a merge gives.
@@ -24,10 +25,12 @@ type sink interface {
 // with its samples, and what sources hold.
 type merger struct {
 	sources []*source
-	heap    []*source // of those that have series of the tenant left, the least first
-	equal   []*source // those that have the present series
+	hidden  func(tenant string) *history.Hidden // what is to be dropped; nil: nothing
+	heap    []*source                           // of those that have series of the tenant left, the least first
+	equal   []*source                           // those that have the present series
 	runs    []*run
 	out     []*chunkfmt.Series
+	drop    *history.Hidden // of the present tenant
 
 	samples int64 // read
 }
@@ -65,6 +68,10 @@ func (m *merger) merge(ctx context.Context, mint, maxt int64, to sink) error {
 func (m *merger) mergeTenant(ctx context.Context, tenant string, to sink) error {
 	var size float64
 	m.heap = m.heap[:0]
+	if m.hidden != nil && m.gone(tenant) {
+		m.leave(tenant)
+		return nil
+	}
 	for _, s := range m.sources {
 		if t, ok := s.at(); !ok || t != tenant {
 			continue
@@ -116,12 +123,34 @@ func (m *merger) mergeTenant(ctx context.Context, tenant string, to sink) error 
 			}
 		}
 	}
+	m.leave(tenant)
+	return nil
+}
+
+// leave ends a tenant.
+func (m *merger) leave(tenant string) {
 	for _, s := range m.sources {
 		if t, ok := s.at(); ok && t == tenant {
 			s.nextTenant()
 		}
 	}
-	return nil
+}
+
+// gone finds out what of a tenant is to be dropped, and says whether all is.
+func (m *merger) gone(tenant string) bool {
+	m.drop = m.hidden(tenant)
+	if m.drop == nil {
+		return false
+	}
+	mint, maxt := int64(math.MaxInt64), int64(math.MinInt64)
+	for _, s := range m.sources {
+		if t, ok := s.at(); ok && t == tenant {
+			x := &s.tenants[s.tenant]
+			mint, maxt = min(mint, max(s.mint, x.MinT)), max(maxt, min(s.maxt, x.MaxT))
+		}
+	}
+	m.drop = m.drop.Within(mint, maxt)
+	return m.drop.All(mint, maxt)
 }
 
 // tenantBytes is about how much of the source the present tenant takes.
@@ -207,6 +236,7 @@ func (m *merger) read(ctx context.Context) (*chunkfmt.Series, error) {
 		m.out = append(m.out, rest, &chunkfmt.Series{})
 	}
 	out := chunkfmt.Merge(m.out...)
+	history.Cut(out, m.drop.Of(rest.Labels))
 	out.Labels, out.Metadata, out.Family = rest.Labels, newest.entry.Metadata, newest.entry.Family
 	return out, nil
 }

@@ -90,6 +90,7 @@ type view struct {
 	compacted []index.CompactedRow
 	jobs      []index.Job
 	busy      map[ulid.ULID]bool // sources and outputs of jobs
+	aside     map[ulid.ULID]bool
 }
 
 func (v *view) job(k slotKey) index.Job {
@@ -113,7 +114,7 @@ const (
 // look lists work rows, then jobs: a block whose job has ended in between is no
 // longer busy, and is what its work row says.
 func (c *Compactor) look(ctx context.Context) (*view, error) {
-	v := &view{busy: map[ulid.ULID]bool{}}
+	v := &view{busy: map[ulid.ULID]bool{}, aside: map[ulid.ULID]bool{}}
 	if err := c.lookForFlushes(ctx, v); err != nil {
 		return nil, err
 	}
@@ -127,6 +128,9 @@ func (c *Compactor) look(ctx context.Context) (*view, error) {
 	aside, err := c.o.Index.Aside(ctx)
 	if err != nil {
 		return nil, err
+	}
+	for _, a := range aside {
+		v.aside[a.Block] = true
 	}
 	now, unfinished := c.now(), 0
 	for _, j := range v.jobs {
@@ -207,9 +211,11 @@ func (c *Compactor) lookForFlushes(ctx context.Context, v *view) error {
 // group are blocks that are to be merged with each other.
 type group struct {
 	slotKey
+	makes   index.Level // that the outputs have: that of the slot, but of a block that is cleaned its own
 	window  int64
 	tenant  string // that has blocks of its own; else empty
 	sources []index.JobSource
+	clean   bool // one block, that is written again without what is deleted
 }
 
 // Slots of a level: so many groups can be worked on at the same time.
@@ -232,7 +238,7 @@ func (c *Compactor) groups(v *view) []*group {
 		}
 		g := all[k]
 		if g == nil {
-			g = &group{slotKey: slotKey{k.level, slotOf(k.level, k.window, k.tenant)}, window: k.window, tenant: k.tenant}
+			g = &group{slotKey: slotKey{k.level, slotOf(k.level, k.window, k.tenant)}, makes: k.level, window: k.window, tenant: k.tenant}
 			all[k] = g
 		}
 		g.sources = append(g.sources, s)

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"maps"
+	"math"
 	"math/rand/v2"
 	"slices"
 	"strings"
@@ -18,6 +19,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/common/model"
 	"github.com/prometheus/prometheus/model/labels"
+	"github.com/prometheus/prometheus/promql/parser"
 
 	"github.com/epimetheus-tsdb/epimetheus/chunkfmt"
 	"github.com/epimetheus-tsdb/epimetheus/history"
@@ -35,8 +37,10 @@ var (
 // virtual time, one operation on a store at a time, in an order that the seed
 // decides. Operations fail before or after their effect, writes of rows are done
 // by halves, processes die at any of them or stand still for a while. Every read
-// sees each durable sample once. At the end, when all has had its time, there is
-// nothing but the blocks of the last level and their rows.
+// sees each durable sample once. Series are deleted meanwhile, and one tenant has a
+// retention: no read sees what was deleted before it began, or is past the retention,
+// and all else. At the end, when all has had its time, there is nothing but the blocks
+// of the last level and their rows, without anything that was deleted.
 func TestSimulation(t *testing.T) {
 	seeds := []uint64{*simSeed}
 	if *simSeed == 0 {
@@ -80,10 +84,98 @@ type sim struct {
 	expiry  time.Time
 
 	started, durable map[string]map[string]map[int64]bool // tenant, series, time
+	deletions        []*simDeletion
 	reads, samples   int
 	ops              int
 	counts           map[string]int
 	regs             []*prometheus.Registry
+}
+
+// simDeletion is a deletion that somebody has asked for.
+type simDeletion struct {
+	index.Deletion
+	tenant   string
+	acked    bool // and is in force
+	released bool // it may have been cancelled
+}
+
+// simRetention is that of tenant t1.
+const simRetention = 30 * time.Hour
+
+func simRetentions() *history.Retentions {
+	return &history.Retentions{Tenants: map[string]history.Retention{"t1": {Raw: simRetention}}}
+}
+
+func simRetentionsOnce() func() *history.Retentions {
+	r := simRetentions()
+	return func() *history.Retentions { return r }
+}
+
+func parseLabels(t *testing.T, text string) labels.Labels {
+	t.Helper()
+	ls, err := parser.NewParser(parser.Options{}).ParseMetric(text)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return ls
+}
+
+// gone says of a sample whether it must not be read, or need not be.
+func (s *sim) gone(tenant string, ls labels.Labels, t int64, now time.Time) (must, may bool) {
+	if t < simRetentions().Of(tenant).Horizon(now) {
+		return true, true
+	}
+	for _, d := range s.deletions {
+		if d.tenant == tenant && d.Overlaps(t, t) && d.Matches(ls) {
+			may = true
+			must = must || d.acked && !d.released
+		}
+	}
+	return must, may
+}
+
+// admin deletes, and cancels now and then.
+func (s *sim) admin(name string) {
+	a := &actor{sim: s, name: name, faulty: true}
+	s.spawn(a, func() {
+		for {
+			a.sleep(time.Duration(s.r.Int64N(int64(2 * time.Hour))))
+			if s.ending {
+				return
+			}
+			a.dead, a.frozen = false, time.Time{}
+			h := s.history(a)
+			if n := len(s.deletions); n > 0 && s.r.IntN(4) == 0 {
+				if d := s.deletions[s.r.IntN(n)]; d.acked {
+					d.released = true // from now on it may be
+					if err := h.Cancel(context.Background(), d.tenant, d.ID); err == nil {
+						s.counts["cancelled"]++
+					}
+				}
+				continue
+			}
+			maxt := s.now.UnixMilli() - s.r.Int64N(5*hour)
+			d := &simDeletion{tenant: fmt.Sprintf("t%d", s.r.IntN(5)), Deletion: index.Deletion{MinT: maxt - s.r.Int64N(10*hour), MaxT: maxt}}
+			switch s.r.IntN(6) {
+			case 0: // the tenant
+				d.MinT = math.MinInt64
+			case 1:
+				d.Matchers = []*labels.Matcher{labels.MustNewMatcher(labels.MatchEqual, model.MetricNameLabel, "m0")}
+				d.MinT = math.MinInt64
+			default:
+				d.Matchers = []*labels.Matcher{labels.MustNewMatcher(labels.MatchRegexp, "i", "[0-2]")}
+			}
+			s.deletions = append(s.deletions, d)
+			id, err := h.Delete(context.Background(), d.tenant, d.MinT, d.MaxT, d.Matchers...)
+			if err == nil {
+				d.ID, d.acked = id, true
+				s.counts["deleted"]++
+				if s.r.IntN(2) == 0 {
+					_ = h.Clean(context.Background(), d.tenant)
+				}
+			}
+		}
+	})
 }
 
 // ask is what an actor waits for: its turn.
@@ -479,6 +571,7 @@ func (s *sim) history(a *actor) *history.History {
 	reg := prometheus.NewRegistry()
 	h, err := history.New(history.Options{
 		Objects: &simObjects{s.objects, a}, Index: index.New(&simRows{s.rows, a}), PageCacheBytes: -1, RowCacheBytes: -1, Registerer: reg,
+		Retentions: simRetentionsOnce(), Now: func() time.Time { return s.now },
 	})
 	s.regs = append(s.regs, reg)
 	if err != nil {
@@ -492,8 +585,13 @@ func (s *sim) compactor(a *actor) *Compactor {
 		Objects: &simObjects{s.objects, a}, Index: index.New(&simRows{s.rows, a}), Dir: s.t.TempDir(),
 		Ranges: []time.Duration{time.Hour, 4 * time.Hour, 24 * time.Hour}, MaxBlockBytes: 20_000, OwnBlockBytes: 3000,
 		Grace: simGrace, Interval: simInterval, Lease: simLease, OrphanAge: simOrphan, MaxSources: 12,
+		Retentions: simRetentionsOnce(), CleanAge: 5 * time.Hour,
 	})
 	if err != nil {
+		s.t.Fatal(err)
+	}
+	// It reads several pages at a time, in an order that no seed decides.
+	if c.cleaner.reader, err = history.New(history.Options{Objects: s.objects, Index: index.New(s.rows), PageCacheBytes: -1, RowCacheBytes: -1}); err != nil {
 		s.t.Fatal(err)
 	}
 	c.now = func() time.Time { return s.now }
@@ -556,6 +654,11 @@ func (s *sim) read(a *actor, h *history.History) {
 	for key, ts := range s.durable[tenant] {
 		want[key] = maps.Clone(ts)
 	}
+	acked := map[*simDeletion]bool{}
+	for _, d := range s.deletions {
+		acked[d] = d.acked
+	}
+	began := s.now
 	if s.readers++; s.readers == 1 {
 		s.expiry = s.now.Add(simGrace * 9 / 10)
 	}
@@ -581,7 +684,8 @@ func (s *sim) read(a *actor, h *history.History) {
 		if len(runs) == 0 {
 			continue
 		}
-		one, key := chunkfmt.Merge(runs...), set.At().Labels.String()
+		ls := set.At().Labels
+		one, key := chunkfmt.Merge(runs...), ls.String()
 		if got[key] != nil {
 			s.t.Errorf("series %s comes twice", key)
 		}
@@ -592,6 +696,14 @@ func (s *sim) read(a *actor, h *history.History) {
 			}
 			got[key][t] = true
 			s.samples++
+			if t < simRetentions().Of(tenant).Horizon(began) {
+				s.t.Errorf("%s at %d is past the retention", key, t)
+			}
+			for _, d := range s.deletions {
+				if d.tenant == tenant && acked[d] && !d.released && d.Overlaps(t, t) && d.Matches(ls) {
+					s.t.Errorf("%s: %s of %s at %d was deleted: %+v", s.now, key, tenant, t, d)
+				}
+			}
 			if !s.started[tenant][key][t] || one.Floats.V[i] != valueAt(key, t) {
 				s.t.Errorf("%s at %d: %v was never written", key, t, one.Floats.V[i])
 			}
@@ -605,7 +717,9 @@ func (s *sim) read(a *actor, h *history.History) {
 	for key, ts := range want {
 		for t := range ts {
 			if t >= mint && t <= maxt && !got[key][t] {
-				missing++
+				if _, may := s.gone(tenant, parseLabels(s.t, key), t, s.now); !may {
+					missing++
+				}
 			}
 		}
 	}
@@ -631,6 +745,7 @@ func (s *sim) run() {
 	s.compact("compactor-2", ended)
 	s.reader(ended)
 	s.reader(ended)
+	s.admin("admin")
 	s.schedule()
 	if s.t.Failed() {
 		return
@@ -644,6 +759,68 @@ func (s *sim) run() {
 	s.schedule()
 	s.checkEnd()
 	s.t.Logf("%d operations, %d reads of %d samples, %v", s.ops, s.reads, s.samples, s.counts)
+}
+
+// checkLeft compares all that is in objects with what should be.
+func (s *sim) checkLeft(x *index.Index) {
+	ctx := s.t.Context()
+	left := 0
+	for tenant, series := range s.durable {
+		rows, err := x.AllBlocks(ctx, tenant)
+		if err != nil {
+			s.t.Fatal(err)
+		}
+		rows = slices.DeleteFunc(rows, func(r index.BlockRow) bool {
+			_, err := s.objects.Size(ctx, r.Object)
+			return err != nil
+		})
+		h, err := history.New(history.Options{Objects: s.objects, Index: x})
+		if err != nil {
+			s.t.Fatal(err)
+		}
+		set, err := h.Open(tenant, math.MinInt64, math.MaxInt64, history.Blocks(rows), nil).Select(ctx, nil, math.MinInt64, math.MaxInt64)
+		if err != nil {
+			s.t.Fatal(err)
+		}
+		got := map[string]map[int64]bool{}
+		for set.Next(ctx) {
+			runs, err := set.At().Runs(&history.Buffer{})
+			if err != nil {
+				s.t.Fatal(err)
+			}
+			ls := set.At().Labels
+			got[ls.String()] = map[int64]bool{}
+			for _, t := range chunkfmt.Merge(runs...).Floats.T {
+				got[ls.String()][t] = true
+				left++
+				if must, _ := s.gone(tenant, ls, t, s.now); must {
+					s.t.Errorf("%s of %s at %d is deleted, and in an object", ls, tenant, t)
+				}
+			}
+		}
+		if err := set.Err(); err != nil {
+			s.t.Fatal(err)
+		}
+		for key, ts := range series {
+			ls := parseLabels(s.t, key)
+			for t := range ts {
+				if _, may := s.gone(tenant, ls, t, s.now); !may && !got[key][t] {
+					s.t.Errorf("%s of %s at %d is lost", key, tenant, t)
+				}
+			}
+		}
+		ds, err := x.Deletions(ctx, tenant)
+		if err != nil {
+			s.t.Fatal(err)
+		}
+		for _, d := range ds.Deletions {
+			if d.Gone == 0 {
+				s.t.Errorf("deletion %+v of %s: nobody has noted that nothing is left", d, tenant)
+			}
+			s.counts["in force"]++
+		}
+	}
+	s.counts["left"] = left
 }
 
 // checkEnd sees that objects and rows fit each other and nothing else is left.
@@ -671,6 +848,7 @@ func (s *sim) checkEnd() {
 			}
 		}
 	}
+	s.checkLeft(x)
 	if err := s.objects.List(ctx, "", func(i object.Info) error {
 		if named[i.Key] == 0 {
 			s.t.Errorf("object %s has no row", i.Key)

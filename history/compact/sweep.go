@@ -36,19 +36,13 @@ func Orphans(ctx context.Context, objects object.Store, x *index.Index, now time
 		}
 	}
 	var old []index.BlockRef
-	prefix := strings.TrimSuffix(history.ObjectKey(ulid.ULID{}), ulid.ULID{}.String())
-	err = objects.List(ctx, prefix, func(i object.Info) error {
-		id, err := ulid.ParseStrict(strings.TrimPrefix(i.Key, prefix))
-		if err != nil || i.Key != history.ObjectKey(id) || named[id] {
-			return nil //nolint:nilerr // not a block, not ours
+	err = eachBlock(ctx, objects, func(b index.BlockRef, modified time.Time) {
+		if !named[b.Block] && now.Sub(modified) >= age && now.Sub(ulid.Time(b.Block.Time())) >= age {
+			old = append(old, b)
 		}
-		if now.Sub(i.Modified) >= age && now.Sub(ulid.Time(id.Time())) >= age {
-			old = append(old, index.BlockRef{Block: id, Object: i.Key, ObjectSize: i.Size})
-		}
-		return nil
 	})
 	if err != nil {
-		return nil, fmt.Errorf("list blocks: %w", err)
+		return nil, err
 	}
 	var out []Orphan
 	for _, b := range old {
@@ -61,6 +55,22 @@ func Orphans(ctx context.Context, objects object.Store, x *index.Index, now time
 		}
 	}
 	return out, nil
+}
+
+// eachBlock calls fn with all objects of blocks, and when they were written.
+func eachBlock(ctx context.Context, objects object.Store, fn func(b index.BlockRef, modified time.Time)) error {
+	prefix := strings.TrimSuffix(history.ObjectKey(ulid.ULID{}), ulid.ULID{}.String())
+	err := objects.List(ctx, prefix, func(i object.Info) error {
+		id, err := ulid.ParseStrict(strings.TrimPrefix(i.Key, prefix))
+		if err == nil && i.Key == history.ObjectKey(id) { // else it is not ours
+			fn(index.BlockRef{Block: id, Object: i.Key, ObjectSize: i.Size}, i.Modified)
+		}
+		return nil
+	})
+	if err != nil {
+		return fmt.Errorf("list blocks: %w", err)
+	}
+	return nil
 }
 
 // sweep condemns orphans, and deletes those that were condemned a grace ago.

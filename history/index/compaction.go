@@ -83,7 +83,7 @@ type JobSource struct {
 // Job is a compaction in one of a fixed number of slots. It is changed by Swap
 // only, so whoever changes it knows what it was.
 type Job struct {
-	Level Level // that the outputs have
+	Level Level // that the outputs have, but for a block that is cleaned
 	Slot  uint8 // with Level, the row's key
 	State JobState
 	Owner string // who merges, while State is JobMerging

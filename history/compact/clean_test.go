@@ -1,0 +1,226 @@
+package compact
+
+import (
+	"bytes"
+	"fmt"
+	"math"
+	"testing"
+	"time"
+
+	"github.com/prometheus/prometheus/model/exemplar"
+	"github.com/prometheus/prometheus/model/labels"
+
+	"github.com/epimetheus-tsdb/epimetheus/chunkfmt"
+	"github.com/epimetheus-tsdb/epimetheus/history"
+	"github.com/epimetheus-tsdb/epimetheus/history/historytest"
+	"github.com/epimetheus-tsdb/epimetheus/history/index"
+	"github.com/epimetheus-tsdb/epimetheus/history/object"
+)
+
+// bytesOf are all objects one after the other.
+func bytesOf(t *testing.T, objects object.Store) []byte {
+	t.Helper()
+	var all []byte
+	if err := objects.List(t.Context(), "", func(i object.Info) error {
+		b, err := objects.GetRange(t.Context(), i.Key, 0, i.Size)
+		all = append(all, b...)
+		return err
+	}); err != nil {
+		t.Fatal(err)
+	}
+	return all
+}
+
+func (w *world) traces(t *testing.T, tenant string) []Trace {
+	t.Helper()
+	out, err := Traces(t.Context(), w.objects, w.index, tenant, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return out
+}
+
+// samplesOf counts what blocks have of a tenant, whatever hides it.
+func (w *world) samplesOf(t *testing.T, tenant string, ms ...*labels.Matcher) (n int) {
+	t.Helper()
+	rows, err := w.index.AllBlocks(t.Context(), tenant)
+	if err != nil {
+		t.Fatal(err)
+	}
+	set, err := w.history.Open(tenant, math.MinInt64, math.MaxInt64, history.Blocks(rows), nil).Select(t.Context(), ms, math.MinInt64, math.MaxInt64)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for set.Next(t.Context()) {
+		runs, err := set.At().Runs(&history.Buffer{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if len(runs) > 0 {
+			n += len(chunkfmt.Merge(runs...).Floats.T)
+		}
+	}
+	if set.Err() != nil {
+		t.Fatal(set.Err())
+	}
+	return n
+}
+
+func (w *world) deletions(t *testing.T, tenant string) []index.Deletion {
+	t.Helper()
+	ds, err := w.history.Deletions(t.Context(), tenant)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return ds
+}
+
+// TestClean: what is deleted is gone from blocks of the last level, a day after, or
+// soon where somebody asks for it; a tenant that is deleted, from blocks that it
+// shares with others, which keep what is theirs.
+func TestClean(t *testing.T) {
+	onStores(t, func(t *testing.T, objects object.Store, rows index.Store) {
+		w := newWorld(t, objects, rows)
+		at := w.now
+		secret := func(i int, from int64) *chunkfmt.Series {
+			s := &chunkfmt.Series{Labels: labels.FromStrings("__name__", "m", "user", fmt.Sprintf("secret-%d", i))}
+			for ts := from; ts < from+hour; ts += minute {
+				s.Floats.T, s.Floats.V = append(s.Floats.T, ts), append(s.Floats.V, float64(ts%1000))
+			}
+			s.Exemplars = []exemplar.Exemplar{{Ts: from, HasTs: true, Labels: labels.FromStrings("trace", "of"+s.Labels.Get("user"))}}
+			return s
+		}
+		all := func() content {
+			c := content{}
+			for _, tenant := range []string{"shared-a", "shared-b"} {
+				for i := range 3 {
+					c.add(tenant, secret(i, at.UnixMilli()))
+				}
+			}
+			return c
+		}
+		w.flush(t, all())
+		w.pass(t, 16*24*time.Hour, 6*time.Hour)
+		if got := w.levels(t, "shared-a"); len(got) != 1 || got[3] != 1 {
+			t.Fatalf("before: rows by level %v", got)
+		}
+		del := func(tenant string, maxt int64, ms ...*labels.Matcher) {
+			t.Helper()
+			if _, err := w.history.Delete(t.Context(), tenant, math.MinInt64, maxt, ms...); err != nil {
+				t.Fatal(err)
+			}
+		}
+		user := func(i int) *labels.Matcher {
+			return labels.MustNewMatcher(labels.MatchEqual, "user", fmt.Sprintf("secret-%d", i))
+		}
+		// Half of one, and all of another.
+		del("shared-a", at.UnixMilli()+hour/2-1, user(0))
+		del("shared-a", w.now.UnixMilli(), user(1))
+		w.pass(t, 20*time.Hour, time.Hour)
+		if n := w.samplesOf(t, "shared-a"); n != 180 {
+			t.Errorf("within a day: %d samples, want those that there were", n)
+		}
+		w.pass(t, 24*time.Hour, time.Hour)
+		if n := w.samplesOf(t, "shared-a"); n != 90 {
+			t.Errorf("after a day: %d samples, want 90", n)
+		}
+		if n := w.samplesOf(t, "shared-b"); n != 180 {
+			t.Errorf("another tenant has %d samples, want 180", n)
+		}
+		if got := w.levels(t, "shared-a"); len(got) != 1 || got[3] != 1 {
+			t.Errorf("after: rows by level %v", got)
+		}
+		w.pass(t, 14*time.Hour, time.Hour)
+		for _, d := range w.deletions(t, "shared-a") {
+			if d.Gone == 0 {
+				t.Errorf("nobody has noted that nothing is left of %+v", d)
+			}
+		}
+		// It is sent again: hidden, and dropped as soon as it is merged.
+		w.flush(t, all())
+		w.pass(t, 4*time.Hour, 10*time.Minute)
+		if n := w.samplesOf(t, "shared-a", user(1)); n != 0 {
+			t.Errorf("%d samples are back", n)
+		}
+
+		// Soon, at all levels.
+		del("shared-a", w.now.UnixMilli(), user(0))
+		del("shared-b", w.now.UnixMilli())
+		for _, tenant := range []string{"shared-a", "shared-b"} {
+			if err := w.history.Clean(t.Context(), tenant); err != nil {
+				t.Fatal(err)
+			}
+		}
+		w.pass(t, 3*time.Hour, 5*time.Minute)
+		if n := w.samplesOf(t, "shared-a"); n != 60 {
+			t.Errorf("of the last series there are %d samples, want 60", n)
+		}
+		b := bytesOf(t, objects)
+		for _, gone := range []string{"secret-0", "secret-1", "shared-b"} {
+			if bytes.Contains(b, []byte(gone)) {
+				t.Errorf("%q is in an object", gone)
+			}
+		}
+		if !bytes.Contains(b, []byte("shared-a")) {
+			t.Error("names can't be found in objects at all")
+		}
+		if got := w.traces(t, "shared-b"); len(got) != 0 {
+			t.Errorf("the tenant that is deleted: %+v", got)
+		}
+		if got := w.traces(t, "shared-a"); len(got) < 4 {
+			t.Errorf("of the other there are only %+v", got)
+		}
+		for _, d := range append(w.deletions(t, "shared-a"), w.deletions(t, "shared-b")...) {
+			if d.Gone == 0 {
+				t.Errorf("nobody has noted that nothing is left of %+v", d)
+			}
+		}
+	})
+}
+
+// TestRetention: a block goes when all of it is past the retention, and a tenant goes
+// from a block that it shares, whatever level the block is of; nothing that isn't.
+func TestRetention(t *testing.T) {
+	w := newWorld(t, &historytest.MemoryObjects{}, &historytest.MemoryRows{})
+	rs := &history.Retentions{Tenants: map[string]history.Retention{"days": {Raw: 3 * 24 * time.Hour}}}
+	w.c.o.Retentions = func() *history.Retentions { return rs }
+	tenants := []string{"days", "weeks", "ever"}
+	start := w.now
+	for range 10 { // days
+		c := content{}
+		for _, tenant := range tenants {
+			s := &chunkfmt.Series{Labels: labels.FromStrings("__name__", "m")}
+			for ts := w.now.UnixMilli() + 1; ts <= w.now.Add(24*time.Hour).UnixMilli(); ts += hour {
+				s.Floats.T, s.Floats.V = append(s.Floats.T, ts), append(s.Floats.V, 1)
+			}
+			c.add(tenant, s)
+		}
+		w.now = w.now.Add(24 * time.Hour)
+		w.flush(t, c)
+		w.now = w.now.Add(-24 * time.Hour)
+		w.pass(t, 24*time.Hour, time.Hour)
+	}
+	// A day's block goes when its last sample is three days old, and half a day later at most.
+	if n := w.samplesOf(t, "days"); n < 3*24 || n > 5*24 {
+		t.Errorf("of three days' retention %d hours are left", n)
+	}
+	if n := w.samplesOf(t, "weeks"); n != 10*24 {
+		t.Errorf("without a retention %d hours are left, want all", n)
+	}
+	// It is changed at run time.
+	rs = &history.Retentions{Default: history.Retention{Raw: 14 * 24 * time.Hour}, Tenants: map[string]history.Retention{"ever": {}, "days": rs.Tenants["days"]}}
+	w.pass(t, 8*24*time.Hour, time.Hour)
+	if n, past := w.samplesOf(t, "weeks"), int(w.now.Add(-14*24*time.Hour).Sub(start)/time.Hour); n < 10*24-past || n > 10*24 {
+		t.Errorf("of two weeks' retention %d hours are left, %d of 240 are past it", n, past)
+	}
+	if got := w.traces(t, "days"); len(got) != 0 {
+		t.Errorf("of three days' retention there is still %+v", got)
+	}
+	w.pass(t, 20*24*time.Hour, 2*time.Hour)
+	if got := w.traces(t, "weeks"); len(got) != 0 {
+		t.Errorf("of two weeks' retention there is still %+v", got)
+	}
+	if n := w.samplesOf(t, "ever"); n != 10*24 {
+		t.Errorf("of what is kept for ever %d hours are left", n)
+	}
+}
