@@ -31,13 +31,23 @@ type PageRef struct {
 	Times       Range    // of all its samples and exemplars
 	Series      uint64
 	Samples     uint64
+	Short, Long Summarised
 
 	// Bytes is the page itself, if it came with the directory; else nil.
 	Bytes []byte
 }
 
+// Summarised says of windows of one width how many there are summaries of, and of
+// how many samples those were made.
+type Summarised struct {
+	Windows, Samples uint64
+}
+
 // Lists of pages in a directory. A reader skips those it does not know.
-const listSeries = 1
+const (
+	listSeries  = 1
+	listWindows = 2
+)
 
 // ParseDirectory checks the bytes at a TenantSummary's Directory. The result
 // keeps b.
@@ -54,9 +64,16 @@ func ParseDirectory(b []byte) (*Directory, error) {
 		d.Labels = Location{Offset: c.offset(), Size: int64(size)}
 	}
 	c.parts(func(list int, c *cursor) {
-		if list == listSeries {
+		switch list {
+		case listSeries:
 			d.pages = c.pageRefs()
-		} else {
+		case listWindows:
+			for i := range d.pages {
+				p := &d.pages[i]
+				p.Short = Summarised{Windows: c.uvarint(), Samples: c.uvarint()}
+				p.Long = Summarised{Windows: c.uvarint(), Samples: c.uvarint()}
+			}
+		default:
 			c.b = nil
 		}
 	})
@@ -179,8 +196,26 @@ func (d *Directory) append(dst []byte, offset int64, compress bool) []byte {
 			list = binary.AppendUvarint(list, p.Samples)
 		}
 		body = appendPart(body, listSeries, list)
+		body = d.appendWindows(body)
 	}
 	return appendPage(dst, pageDirectory, body, compress)
+}
+
+// appendWindows appends the list of windows, if there are any.
+func (d *Directory) appendWindows(body []byte) []byte {
+	var list []byte
+	some := false
+	for i := range d.pages {
+		for _, x := range []Summarised{d.pages[i].Short, d.pages[i].Long} {
+			list = binary.AppendUvarint(list, x.Windows)
+			list = binary.AppendUvarint(list, x.Samples)
+			some = some || x != Summarised{}
+		}
+	}
+	if !some {
+		return body
+	}
+	return appendPart(body, listWindows, list)
 }
 
 // Footer tells which tenants a block holds.

@@ -157,7 +157,12 @@ func FuzzSeriesPage(f *testing.F) {
 		if err != nil {
 			return
 		}
-		p.SelectWindows(nil, math.MinInt64, math.MaxInt64, rollup.Short)
+		p.Select(nil, math.MinInt64, math.MaxInt64)
+		for _, e := range p.SelectWindows(nil, 0, 100000, rollup.Short) {
+			if n := len(e.Chunks(0, 100000)); n == 0 || !e.Times.Overlaps(0, 100000) {
+				t.Fatalf("%d chunks, %v", n, e.Times)
+			}
+		}
 		for _, e := range p.Select(ms, 0, 100000) {
 			for _, c := range e.Chunks {
 				if !c.Overlaps(0, 100000) {

@@ -38,11 +38,6 @@ type Entry struct {
 	// Exemplars are the chunks of exemplars that overlap the time asked for,
 	// ascending.
 	Exemplars []Chunk
-	// Windows are chunks of summaries of windows, of the width that was asked for;
-	// ascending. Their times are those of the windows, whole, and Samples is how
-	// many windows have some. Where they are, they tell of all samples of the series
-	// in the block.
-	Windows []Chunk
 }
 
 // Parts of a series page, each a number, a length in bytes and as many bytes.
@@ -347,19 +342,6 @@ func (p *SeriesPage) Len() int { return p.series }
 // in mint to maxt, both included, in order of metric name, then labels. Each
 // matcher is evaluated once for each distinct value in the page.
 func (p *SeriesPage) Select(ms []*labels.Matcher, mint, maxt int64) []Entry {
-	return p.SelectWindows(ms, mint, maxt, 0)
-}
-
-// SelectWindows is Select, with the chunks of summaries of windows of a width in
-// ms, rollup.Short or rollup.Long; of none, for 0.
-func (p *SeriesPage) SelectWindows(ms []*labels.Matcher, mint, maxt, width int64) []Entry {
-	var windows *chunkPart
-	switch width {
-	case rollup.Short:
-		windows = &p.short
-	case rollup.Long:
-		windows = &p.long
-	}
 	keep := p.match(ms)
 	var out []Entry
 	var builder labels.ScratchBuilder
@@ -368,11 +350,60 @@ func (p *SeriesPage) SelectWindows(ms []*labels.Matcher, mint, maxt, width int64
 			continue
 		}
 		if e, ok := p.Entry(i, mint, maxt, &builder); ok {
-			if windows != nil {
-				e.Windows = windows.select1(i, mint, maxt)
-			}
 			out = append(out, e)
 		}
+	}
+	return out
+}
+
+// WindowEntry is what a series page says of one series to those who would rather
+// read summaries of windows than samples.
+type WindowEntry struct {
+	Labels labels.Labels
+	// Times are those of the chunks of samples that overlap the time asked for.
+	Times Range
+	// Windows are the chunks of summaries that overlap it, ascending. Their times
+	// are those of whole windows, and Samples is how many windows hold some. Where
+	// there are such chunks, they tell of all samples of the series in the block.
+	Windows []Chunk
+
+	page   *SeriesPage
+	series int
+}
+
+// Chunks are the chunks of samples that overlap mint to maxt, both included.
+func (e *WindowEntry) Chunks(mint, maxt int64) []Chunk {
+	return e.page.chunks.select1(e.series, mint, maxt)
+}
+
+// SelectWindows is Select for windows of a width in ms, rollup.Short or rollup.Long:
+// of the series that have samples in that time.
+func (p *SeriesPage) SelectWindows(ms []*labels.Matcher, mint, maxt, width int64) []WindowEntry {
+	windows := &p.short
+	if width == rollup.Long {
+		windows = &p.long
+	}
+	keep := p.match(ms)
+	n := 0
+	for _, ok := range keep {
+		if ok {
+			n++
+		}
+	}
+	out := make([]WindowEntry, 0, n)
+	chunks := make([]Chunk, 0, n) // of all: most series have one
+	var builder labels.ScratchBuilder
+	for i, ok := range keep {
+		if !ok {
+			continue
+		}
+		times, ok := p.chunks.times(i, mint, maxt)
+		if !ok {
+			continue
+		}
+		from := len(chunks)
+		chunks = windows.appendTo(chunks, i, mint, maxt)
+		out = append(out, WindowEntry{Labels: p.labels(i, &builder), Times: times, Windows: chunks[from:len(chunks):len(chunks)], page: p, series: i})
 	}
 	return out
 }
@@ -451,10 +482,13 @@ func (p *SeriesPage) match(ms []*labels.Matcher) []bool {
 
 // select1 gives the chunks of one series that overlap the range.
 func (p *chunkPart) select1(series int, mint, maxt int64) []Chunk {
+	return p.appendTo(nil, series, mint, maxt)
+}
+
+func (p *chunkPart) appendTo(out []Chunk, series int, mint, maxt int64) []Chunk {
 	if len(p.of) == 0 {
-		return nil
+		return out
 	}
-	var out []Chunk
 	from, to := p.of[series], p.of[series+1]
 	for i := from; i < to; i++ {
 		ref := p.chunks[i]
@@ -472,6 +506,22 @@ func (p *chunkPart) select1(series int, mint, maxt int64) []Chunk {
 		})
 	}
 	return out
+}
+
+// times gives the first and last time of the chunks of one series that overlap the
+// range; false if none does.
+func (p *chunkPart) times(series int, mint, maxt int64) (r Range, some bool) {
+	if len(p.of) == 0 {
+		return r, false
+	}
+	r = Range{math.MaxInt64, math.MinInt64}
+	for _, ref := range p.chunks[p.of[series]:p.of[series+1]] {
+		if s := &p.spans[ref.span]; s.Overlaps(mint, maxt) {
+			r.add(s.Range)
+			some = true
+		}
+	}
+	return r, some
 }
 
 // LabelNames returns the names of the labels in the page, ascending.
@@ -513,6 +563,8 @@ type seriesBuilder struct {
 	last      string
 	times     Range
 	samples   uint64
+
+	shortOf, longOf Summarised
 }
 
 type familyMetadata struct {

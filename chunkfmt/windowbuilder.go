@@ -38,9 +38,11 @@ func (w *windowsWriter) add(b *seriesBuilder, s *Series, pageBytes int) {
 	w.longRows.Clear()
 	w.summariser.Summarise(&w.shortRows, samples, rollup.Short)
 	rollup.Widen(&w.longRows, &w.shortRows, rollup.Long)
-	put := func(to *chunkBuilder, page *windowBuilder, rows *rollup.Windows, pages *[][]byte) {
+	put := func(to *chunkBuilder, of *Summarised, page *windowBuilder, rows *rollup.Windows, pages *[][]byte) {
 		before := to.total
 		if len(samples.T) >= minPerWindow*len(rows.End) {
+			of.Windows += uint64(len(rows.End))
+			of.Samples += uint64(len(samples.T))
 			for i, j := 0, 0; i < len(rows.End); i = j {
 				j = min(i+maxRunWindows, len(rows.End))
 				page.add(rows, i, j)
@@ -52,8 +54,8 @@ func (w *windowsWriter) add(b *seriesBuilder, s *Series, pageBytes int) {
 		}
 		to.perSeries = binary.AppendUvarint(to.perSeries, uint64(to.total-before))
 	}
-	put(&b.short, &w.short, &w.shortRows, &w.shortPages)
-	put(&b.long, &w.long, &w.longRows, &w.longPages)
+	put(&b.short, &b.shortOf, &w.short, &w.shortRows, &w.shortPages)
+	put(&b.long, &b.longOf, &w.long, &w.longRows, &w.longPages)
 }
 
 func (w *windowsWriter) endPage(to *chunkBuilder, page *windowBuilder, pages *[][]byte) {

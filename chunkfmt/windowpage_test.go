@@ -185,6 +185,7 @@ func readWindows(tb testing.TB, block []byte, width int64, cols rollup.Columns) 
 	}
 	out := map[string]*rollup.Windows{}
 	var dec WindowDecoder
+	var said, found uint64
 	for _, tenant := range f.Tenants {
 		d, err := ParseDirectory(at(block, tenant.Directory))
 		if err != nil {
@@ -194,6 +195,10 @@ func readWindows(tb testing.TB, block []byte, width int64, cols rollup.Columns) 
 			p, err := ParseSeriesPage(at(block, ref.Location))
 			if err != nil {
 				tb.Fatal(err)
+			}
+			said += ref.Short.Windows
+			if width == rollup.Long {
+				said += ref.Long.Windows - ref.Short.Windows
 			}
 			for _, e := range p.SelectWindows(nil, math.MinInt64, math.MaxInt64, width) {
 				w := &rollup.Windows{}
@@ -210,11 +215,15 @@ func readWindows(tb testing.TB, block []byte, width int64, cols rollup.Columns) 
 						tb.Fatalf("chunk %+v has %d windows", c, w.Len()-n)
 					}
 				}
+				found += uint64(w.Len())
 				if w.Len() > 0 {
 					out[tenant.Tenant+e.Labels.String()] = w
 				}
 			}
 		}
+	}
+	if said != found {
+		tb.Fatalf("directories say %d windows, there are %d", said, found)
 	}
 	return out
 }

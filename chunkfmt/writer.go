@@ -364,7 +364,7 @@ func (w *Writer) endSeriesPage() {
 	}
 	w.pages = append(w.pages, PageRef{
 		Location: Location{Offset: int64(start), Size: int64(len(w.indexes) - start)}, Data: b.chunks.data(),
-		FirstMetric: b.first, LastMetric: b.last, Times: b.times, Series: uint64(b.series), Samples: b.samples,
+		FirstMetric: b.first, LastMetric: b.last, Times: b.times, Series: uint64(b.series), Samples: b.samples, Short: b.shortOf, Long: b.longOf,
 	})
 	w.series = nil
 }

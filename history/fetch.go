@@ -40,10 +40,11 @@ const (
 	labelValuesPage
 	seriesPage
 	dataPage
+	windowPage
 )
 
 func (k pageKind) String() string {
-	return [...]string{"page", "directory", "label page", "label values", "series page", "data page"}[k]
+	return [...]string{"page", "directory", "label page", "label values", "series page", "data page", "windows page"}[k]
 }
 
 // page is a parsed page: one of its fields is set, by its kind.
@@ -53,6 +54,7 @@ type page struct {
 	values    *chunkfmt.LabelValues
 	series    *chunkfmt.SeriesPage
 	data      *chunkfmt.DataPage
+	windows   *chunkfmt.WindowPage
 }
 
 // pageKey: objects never change, so a page is known by its place.
@@ -93,6 +95,10 @@ func (w *want) parse(b []byte) (p page, size int64, err error) {
 	case seriesPage:
 		if p.series, err = chunkfmt.ParseSeriesPage(b); err == nil {
 			size = 4*size + 80*int64(p.series.Len())
+		}
+	case windowPage:
+		if p.windows, err = chunkfmt.ParseWindowPage(b); err == nil {
+			size += 64 * int64(p.windows.Len())
 		}
 	default:
 		if p.data, err = chunkfmt.ParseDataPage(b); err == nil {

@@ -77,10 +77,32 @@ type found struct {
 // mint to maxt, for each block. seriesRuns bounds the GETs of series pages of one
 // block; 0 is no bound.
 func (s *Snapshot) find(ctx context.Context, bs []*Block, ms []*labels.Matcher, mint, maxt int64, seriesRuns int) ([]found, error) {
+	out := make([]found, len(bs))
+	for i, b := range bs {
+		out[i].block = b
+	}
+	err := s.seriesPages(ctx, bs, ms, mint, maxt, seriesRuns, func(i int, p *chunkfmt.SeriesPage, lo, hi int64) {
+		for _, e := range p.Select(ms, lo, hi) {
+			if bs[i].holds(&e, lo, hi) && s.shows(&e, lo, hi) {
+				out[i].entries = append(out[i].entries, e)
+				s.Stats.Series.Add(1)
+			}
+		}
+	})
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+// seriesPages calls read for each series page that may have series that match all
+// of ms in mint to maxt, and which of bs it is of, in order; lo to hi is what of that
+// time is to be read from the block. seriesRuns is as for find.
+func (s *Snapshot) seriesPages(ctx context.Context, bs []*Block, ms []*labels.Matcher, mint, maxt int64, seriesRuns int, read func(i int, p *chunkfmt.SeriesPage, lo, hi int64)) error {
 	mint, maxt = max(mint, s.MinT), min(maxt, s.MaxT)
 	dirs, err := s.directories(ctx, bs)
 	if err != nil {
-		return nil, err
+		return err
 	}
 	refs := make([][]chunkfmt.PageRef, len(bs))
 	for i, b := range bs {
@@ -88,7 +110,7 @@ func (s *Snapshot) find(ctx context.Context, bs []*Block, ms []*labels.Matcher, 
 		refs[i] = dirs[i].Pages(ms, lo, hi)
 	}
 	if err := s.prune(ctx, bs, dirs, refs, ms); err != nil {
-		return nil, err
+		return err
 	}
 	var wants []want
 	var of []int
@@ -96,7 +118,7 @@ func (s *Snapshot) find(ctx context.Context, bs []*Block, ms []*labels.Matcher, 
 		for _, r := range refs[i] {
 			w, err := b.want(seriesPage, r.Location)
 			if err != nil {
-				return nil, err
+				return err
 			}
 			w.bytes = r.Bytes
 			wants, of = append(wants, w), append(of, i)
@@ -104,33 +126,33 @@ func (s *Snapshot) find(ctx context.Context, bs []*Block, ms []*labels.Matcher, 
 	}
 	pages, err := s.h.fetch(ctx, s.Stats, fetching{runs: seriesRuns}, wants)
 	if err != nil {
-		return nil, err
-	}
-	out := make([]found, len(bs))
-	for i, b := range bs {
-		out[i].block = b
+		return err
 	}
 	for j, i := range of {
 		if err := ctx.Err(); err != nil {
-			return nil, context.Cause(ctx)
+			return context.Cause(ctx)
 		}
 		lo, hi := bs[i].clip(mint, maxt)
-		for _, e := range pages[j].series.Select(ms, lo, hi) {
-			if bs[i].holds(&e, lo, hi) && s.shows(&e, lo, hi) {
-				out[i].entries = append(out[i].entries, e)
-				s.Stats.Series.Add(1)
-			}
-		}
+		read(i, pages[j].series, lo, hi)
 	}
-	return out, nil
+	return nil
 }
 
 // Estimate says about how many samples a Select would read, from directories
 // alone: at least as many as there are, but that the samples of a page are taken to
 // be spread evenly over its time.
 func (s *Snapshot) Estimate(ctx context.Context, ms []*labels.Matcher, mint, maxt int64) (samples int64, err error) {
-	err = s.attempt(ctx, mint, maxt, func(bs []*Block) error {
-		samples = 0
+	err = s.estimate(ctx, ms, mint, maxt, func(r *chunkfmt.PageRef, part float64) {
+		samples += int64(part * float64(r.Samples))
+	}, func() { samples = 0 })
+	return samples, err
+}
+
+// estimate calls add for each series page that may match, with how much of it lies
+// in the time asked for; and again, after clear.
+func (s *Snapshot) estimate(ctx context.Context, ms []*labels.Matcher, mint, maxt int64, add func(r *chunkfmt.PageRef, part float64), clear func()) error {
+	return s.attempt(ctx, mint, maxt, func(bs []*Block) error {
+		clear()
 		dirs, err := s.directories(ctx, bs)
 		if err != nil {
 			return err
@@ -138,13 +160,11 @@ func (s *Snapshot) Estimate(ctx context.Context, ms []*labels.Matcher, mint, max
 		for i, b := range bs {
 			lo, hi := b.clip(max(mint, s.MinT), min(maxt, s.MaxT))
 			for _, r := range dirs[i].Pages(ms, lo, hi) {
-				part := float64(min(hi, r.Times.MaxT)-max(lo, r.Times.MinT)+1) / float64(r.Times.MaxT-r.Times.MinT+1)
-				samples += int64(part * float64(r.Samples))
+				add(&r, float64(min(hi, r.Times.MaxT)-max(lo, r.Times.MinT)+1)/float64(r.Times.MaxT-r.Times.MinT+1))
 			}
 		}
 		return nil
 	})
-	return samples, err
 }
 
 // clip cuts a range to what is to be read from the block at all.

@@ -160,4 +160,5 @@ type Stats struct {
 	PagesCached  atomic.Int64 // pages that were at hand, or loaded by another query
 	Series       atomic.Int64 // series found, one for each block that has it
 	Samples      atomic.Int64 // samples decoded
+	Windows      atomic.Int64 // summaries of windows decoded, instead of samples
 }

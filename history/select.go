@@ -33,7 +33,7 @@ type SeriesSet struct {
 // heldPage is a page that series hold on to.
 type heldPage struct {
 	want
-	data *chunkfmt.DataPage
+	page
 }
 
 // Series is a series with its samples, still encoded: it takes about as much
@@ -44,8 +44,12 @@ type Series struct {
 
 	mint, maxt int64
 	hidden     []chunkfmt.Range // ascending
-	stats      *Stats
+	s          *Snapshot
 	parts      []part
+
+	// Of SelectWindows: what is read, and from which parts, ascending and disjoint.
+	summaries Summaries
+	pieces    []piece
 }
 
 // part is what one block has of a series.
@@ -53,6 +57,13 @@ type part struct {
 	block  *Block
 	chunks []chunkfmt.Chunk
 	pages  []*heldPage // of each chunk
+
+	// Of SelectWindows. Windows stand for the samples in covered, ascending whole
+	// windows; chunks are those that have others.
+	entry       chunkfmt.WindowEntry
+	windows     []chunkfmt.Chunk
+	windowPages []*heldPage
+	covered     []chunkfmt.Range
 }
 
 // Select returns the series that match all of ms and may have samples in mint to
@@ -84,7 +95,7 @@ func (s *Snapshot) seriesSet(fs []found, mint, maxt int64) *SeriesSet {
 			}
 			at, added := sets.add(e.Labels)
 			if added {
-				out.series = append(out.series, &Series{Labels: e.Labels, mint: mint, maxt: maxt, hidden: s.Hidden.Of(e.Labels), stats: s.Stats})
+				out.series = append(out.series, &Series{Labels: e.Labels, mint: mint, maxt: maxt, hidden: s.Hidden.Of(e.Labels), s: s})
 			}
 			out.series[at].parts = append(out.series[at].parts, part{block: f.block, chunks: e.Chunks})
 		}
@@ -126,26 +137,39 @@ func (ss *SeriesSet) load(ctx context.Context) error {
 	ss.pages = map[pageKey]*heldPage{}
 	var absent []*heldPage
 	var size int64
+	hold := func(b *Block, kind pageKind, chunks []chunkfmt.Chunk) ([]*heldPage, error) {
+		if len(chunks) == 0 {
+			return nil, nil
+		}
+		pages := make([]*heldPage, len(chunks))
+		for c := range chunks {
+			w, err := b.want(kind, chunks[c].Page)
+			if err != nil {
+				return nil, err
+			}
+			held, ok := ss.pages[w.key()]
+			if !ok {
+				if held, ok = before[w.key()]; !ok {
+					held = &heldPage{want: w}
+					absent = append(absent, held)
+					size += w.at.Size
+				}
+				ss.pages[w.key()] = held
+			}
+			pages[c] = held
+		}
+		return pages, nil
+	}
+	var err error
 	n := ss.loaded
 	for ; n < len(ss.series) && (size < ss.s.h.batchBytes || n == ss.loaded); n++ {
 		for p := range ss.series[n].parts {
 			pt := &ss.series[n].parts[p]
-			pt.pages = make([]*heldPage, len(pt.chunks))
-			for c, chunk := range pt.chunks {
-				w, err := pt.block.want(dataPage, chunk.Page)
-				if err != nil {
-					return err
-				}
-				held, ok := ss.pages[w.key()]
-				if !ok {
-					if held, ok = before[w.key()]; !ok {
-						held = &heldPage{want: w}
-						absent = append(absent, held)
-						size += w.at.Size
-					}
-					ss.pages[w.key()] = held
-				}
-				pt.pages[c] = held
+			if pt.pages, err = hold(pt.block, dataPage, pt.chunks); err != nil {
+				return err
+			}
+			if pt.windowPages, err = hold(pt.block, windowPage, pt.windows); err != nil {
+				return err
 			}
 		}
 	}
@@ -158,7 +182,7 @@ func (ss *SeriesSet) load(ctx context.Context) error {
 		return err
 	}
 	for i, held := range absent {
-		held.data = pages[i].data
+		held.page = pages[i]
 	}
 	ss.loaded = n
 	ss.bytes += size
@@ -177,21 +201,23 @@ func (ss *SeriesSet) Bytes() int64 { return ss.bytes }
 // what a caller holds that keeps no series.
 func (ss *SeriesSet) Held() int64 { return ss.held }
 
-// Samples is about how many samples Runs will give, known without decoding.
+// Samples is about how many samples Runs will give, and Windows windows, known
+// without decoding.
 func (s *Series) Samples() int {
 	n := 0
-	for _, p := range s.parts {
-		for _, c := range p.chunks {
+	for i := range s.parts {
+		for _, c := range s.parts[i].chunks {
 			n += c.Samples
 		}
 	}
-	return n
+	return n + s.windows()
 }
 
 // Buffer is memory that one goroutine decodes series into, again and again.
 type Buffer struct {
-	runs []*runBuffer
-	dec  chunkfmt.Decoder
+	runs    []*runBuffer
+	dec     chunkfmt.Decoder
+	windows windowBuffer
 }
 
 // runBuffer has room for one run. The columns of the run may become parts of t
@@ -235,7 +261,7 @@ func (s *Series) Runs(buf *Buffer) ([]*chunkfmt.Series, error) {
 		}
 		Cut(run, s.hidden)
 		n := len(run.Floats.T) + len(run.Histograms.T) + len(run.FloatHistograms.T)
-		s.stats.Samples.Add(int64(n))
+		s.s.Stats.Samples.Add(int64(n))
 		if n > 0 {
 			out = append(out, run)
 		}
@@ -255,6 +281,9 @@ func (s *Series) plan() []runPlan {
 	var out []runPlan
 	for i := range s.parts { // ascending by the blocks' first times
 		p := &s.parts[i]
+		if len(p.chunks) == 0 {
+			continue // windows stand for all
+		}
 		mint, maxt, floats := p.chunks[0].MinT, p.chunks[0].MaxT, 0
 		for _, c := range p.chunks {
 			mint, maxt = min(mint, c.MinT), max(maxt, c.MaxT)
@@ -276,7 +305,7 @@ func (s *Series) plan() []runPlan {
 // decode appends the part's samples in mint to maxt to run, which ends before it
 // starts.
 func (p *part) decode(dec *chunkfmt.Decoder, run *chunkfmt.Series, mint, maxt int64) error {
-	in := p.block.readable(mint, maxt)
+	in := subtract(p.block.readable(mint, maxt), p.covered)
 	whole := !slices.ContainsFunc(p.chunks, func(c chunkfmt.Chunk) bool {
 		return !slices.ContainsFunc(in, func(r chunkfmt.Range) bool { return r.MinT <= c.MinT && c.MaxT <= r.MaxT })
 	})

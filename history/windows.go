@@ -1,0 +1,338 @@
+package history
+
+import (
+	"cmp"
+	"context"
+	"fmt"
+	"math"
+	"slices"
+	"sort"
+
+	"github.com/prometheus/prometheus/model/labels"
+
+	"github.com/epimetheus-tsdb/epimetheus/chunkfmt"
+	"github.com/epimetheus-tsdb/epimetheus/chunkfmt/rollup"
+)
+
+// Summaries are what SelectWindows reads in place of samples.
+type Summaries struct {
+	Width   int64 // of windows, in ms: rollup.Short or rollup.Long
+	Columns rollup.Columns
+	// Elsewhere gives ranges of time in which others than blocks may have samples of
+	// a series: in a window that one of them touches, samples are read. nil: there are
+	// none.
+	Elsewhere func(labels.Labels) []chunkfmt.Range
+}
+
+// piece is a run of whole windows that are read from one part.
+type piece struct {
+	chunkfmt.Range
+	part int
+}
+
+// SelectWindows is Select, where summaries of windows stand for samples as far as
+// may be: Series.Windows gives those, Series.Runs the samples of the rest of the
+// time.
+//
+// A window is given if a single block alone has chunks of the series in it, nothing
+// of it is hidden, and nobody else has samples there. Windows that end behind maxt
+// are not; the first may begin before mint: of what it says, only that is to be used
+// which is about the time from mint on, for what others have of it before isn't looked
+// for.
+func (s *Snapshot) SelectWindows(ctx context.Context, ms []*labels.Matcher, mint, maxt int64, of Summaries) (*SeriesSet, error) {
+	var set *SeriesSet
+	err := s.attempt(ctx, mint, maxt, func(bs []*Block) error {
+		set = &SeriesSet{s: s}
+		var sets labelSets
+		lo, hi := max(mint, s.MinT), min(maxt, s.MaxT)
+		err := s.seriesPages(ctx, bs, ms, mint, maxt, 0, func(i int, p *chunkfmt.SeriesPage, from, to int64) {
+			for _, e := range p.SelectWindows(ms, from, to, of.Width) {
+				if len(bs[i].Ranges) > 1 && !bs[i].holds(&chunkfmt.Entry{Chunks: e.Chunks(from, to)}, from, to) {
+					continue
+				}
+				hidden := s.Hidden.Of(e.Labels)
+				if covers(hidden, max(from, e.Times.MinT), min(to, e.Times.MaxT)) {
+					continue
+				}
+				s.Stats.Series.Add(1)
+				at, added := sets.add(e.Labels)
+				if added {
+					set.series = append(set.series, &Series{Labels: e.Labels, mint: lo, maxt: hi, hidden: hidden, s: s, summaries: of})
+				}
+				set.series[at].parts = append(set.series[at].parts, part{block: bs[i], entry: e})
+			}
+		})
+		if err != nil {
+			return err
+		}
+		for _, series := range set.series {
+			series.cover()
+		}
+		slices.SortFunc(set.series, func(a, b *Series) int { return labels.Compare(a.Labels, b.Labels) })
+		return set.load(ctx)
+	})
+	if err != nil {
+		return nil, err
+	}
+	return set, nil
+}
+
+// widen makes a range one of whole windows.
+func widen(r chunkfmt.Range, width int64) chunkfmt.Range {
+	if r.MinT > math.MinInt64+2*width {
+		r.MinT = rollup.EndOf(r.MinT, width) - width + 1
+	}
+	if r.MaxT < math.MaxInt64-2*width {
+		r.MaxT = rollup.EndOf(r.MaxT, width)
+	}
+	return r
+}
+
+// cover decides which windows are read from which part, and of which time samples.
+func (s *Series) cover() {
+	width := s.summaries.Width
+	asked := chunkfmt.Range{MinT: s.mint, MaxT: s.maxt}
+	clip := func(r chunkfmt.Range) chunkfmt.Range {
+		return chunkfmt.Range{MinT: max(r.MinT, asked.MinT), MaxT: min(r.MaxT, asked.MaxT)}
+	}
+	// Windows that may be read: those that end in the time asked for.
+	within := widen(asked, width)
+	if within.MaxT > asked.MaxT {
+		within.MaxT -= width
+	}
+	var voids []chunkfmt.Range // for all parts
+	note := func(rs []chunkfmt.Range) {
+		for _, r := range rs {
+			if r = clip(r); r.MinT <= r.MaxT {
+				voids = append(voids, widen(r, width))
+			}
+		}
+	}
+	note(s.hidden)
+	if s.summaries.Elsewhere != nil {
+		note(s.summaries.Elsewhere(s.Labels))
+	}
+	times := make([]chunkfmt.Range, len(s.parts)) // windows in which there may be samples
+	for i := range s.parts {
+		times[i] = widen(clip(s.parts[i].entry.Times), width)
+	}
+	alone := apart(times)
+	for i := range s.parts {
+		p := &s.parts[i]
+		if n := len(p.entry.Windows); n > 0 {
+			may := chunkfmt.Range{MinT: max(p.entry.Windows[0].MinT, within.MinT), MaxT: min(p.entry.Windows[n-1].MaxT, within.MaxT)}
+			for _, r := range p.block.Ranges {
+				r = widen(r, width)
+				if r = (chunkfmt.Range{MinT: max(r.MinT, may.MinT), MaxT: min(r.MaxT, may.MaxT)}); r.MinT <= r.MaxT {
+					p.covered = append(p.covered, r)
+				}
+			}
+		}
+		if len(p.covered) > 0 && (len(voids) > 0 || !alone[i]) {
+			all := slices.Clone(voids)
+			if !alone[i] {
+				all = s.others(all, i, times, clip)
+			}
+			p.covered = subtract(union(p.covered), union(all))
+		}
+		for _, r := range p.covered {
+			s.pieces = append(s.pieces, piece{r, i})
+		}
+		if r := clip(p.entry.Times); !covers(p.covered, r.MinT, r.MaxT) {
+			p.chunks = slices.DeleteFunc(p.entry.Chunks(s.mint, s.maxt), func(c chunkfmt.Chunk) bool {
+				r := clip(chunkfmt.Range{MinT: c.MinT, MaxT: c.MaxT})
+				return covers(p.covered, r.MinT, r.MaxT) || covers(s.hidden, r.MinT, r.MaxT)
+			})
+		}
+		p.windows = p.entry.Windows
+		if len(p.covered) == 0 {
+			p.windows = nil
+		} else if n := len(p.windows); p.covered[0].MinT > p.windows[0].MaxT || p.covered[len(p.covered)-1].MaxT < p.windows[n-1].MinT {
+			p.windows = slices.DeleteFunc(slices.Clone(p.windows), func(c chunkfmt.Chunk) bool {
+				return !slices.ContainsFunc(p.covered, func(r chunkfmt.Range) bool { return r.Overlaps(c.MinT, c.MaxT) })
+			})
+		}
+	}
+	if !slices.IsSortedFunc(s.pieces, byStart) {
+		slices.SortFunc(s.pieces, byStart)
+	}
+}
+
+func byStart(a, b piece) int { return cmp.Compare(a.MinT, b.MinT) }
+
+// apart says of each range whether none of the others touches it, as far as that is
+// quickly seen: they ascend, in the usual case.
+func apart(rs []chunkfmt.Range) []bool {
+	out := make([]bool, len(rs))
+	end := int64(math.MinInt64)
+	for i, r := range rs {
+		out[i] = i == 0 || r.MinT > end
+		end = max(end, r.MaxT)
+	}
+	start := int64(math.MaxInt64)
+	for i := len(rs) - 1; i >= 0; i-- {
+		out[i] = out[i] && (i == len(rs)-1 || rs[i].MaxT < start)
+		start = min(start, rs[i].MinT)
+	}
+	return out
+}
+
+// others appends the windows in which other parts than the i-th have chunks; times
+// are those of all parts.
+func (s *Series) others(out []chunkfmt.Range, i int, times []chunkfmt.Range, clip func(chunkfmt.Range) chunkfmt.Range) []chunkfmt.Range {
+	for k := range s.parts {
+		if k == i || !times[k].Overlaps(times[i].MinT, times[i].MaxT) {
+			continue
+		}
+		for _, c := range s.parts[k].entry.Chunks(s.mint, s.maxt) {
+			out = append(out, widen(clip(chunkfmt.Range{MinT: c.MinT, MaxT: c.MaxT}), s.summaries.Width))
+		}
+	}
+	return out
+}
+
+// subtract leaves of ranges, which ascend, what is in none of others, which ascend
+// and don't touch each other.
+func subtract(rs, others []chunkfmt.Range) []chunkfmt.Range {
+	if len(others) == 0 {
+		return rs
+	}
+	var out []chunkfmt.Range
+	for _, r := range rs {
+		gone := false
+		for _, o := range others {
+			if !o.Overlaps(r.MinT, r.MaxT) {
+				continue
+			}
+			if o.MinT > r.MinT {
+				out = append(out, chunkfmt.Range{MinT: r.MinT, MaxT: o.MinT - 1})
+			}
+			if gone = o.MaxT >= r.MaxT; gone {
+				break
+			}
+			r.MinT = o.MaxT + 1
+		}
+		if !gone {
+			out = append(out, r)
+		}
+	}
+	return out
+}
+
+// windows is about how many windows Windows will give.
+func (s *Series) windows() int {
+	n := 0
+	for _, p := range s.pieces {
+		for _, c := range s.parts[p.part].windows {
+			if overlap := min(c.MaxT, p.MaxT) - max(c.MinT, p.MinT); overlap > 0 {
+				n += min(c.Samples, int(overlap/s.summaries.Width)+1)
+			}
+		}
+	}
+	return n
+}
+
+// windowBuffer is memory that windows are decoded into.
+type windowBuffer struct {
+	dec     chunkfmt.WindowDecoder
+	out     rollup.Windows
+	scratch rollup.Windows
+	covered []chunkfmt.Range
+}
+
+// Windows decodes the windows that SelectWindows has found, ascending, with the
+// columns that were asked for. They stand for all samples in covered, which are
+// whole windows, ascending and apart; Runs gives those of the rest. What is returned
+// lies in buf, and is good until Windows is called again with it; it isn't to be
+// changed.
+func (s *Series) Windows(buf *Buffer) (w *rollup.Windows, covered []chunkfmt.Range, err error) {
+	b := &buf.windows
+	b.out.Clear()
+	b.covered = b.covered[:0]
+	for _, p := range s.pieces {
+		pt := &s.parts[p.part]
+		for i := range pt.windows {
+			c := &pt.windows[i]
+			if !c.Overlaps(p.MinT, p.MaxT) {
+				continue
+			}
+			if err := pt.windowPages[i].decodeWindows(b, c, &s.summaries, p.Range); err != nil {
+				return nil, nil, err
+			}
+		}
+		if n := len(b.covered); n > 0 && b.covered[n-1].MaxT+1 == p.MinT {
+			b.covered[n-1].MaxT = p.MaxT
+		} else {
+			b.covered = append(b.covered, p.Range)
+		}
+	}
+	s.s.Stats.Windows.Add(int64(b.out.Len()))
+	return &b.out, b.covered, nil
+}
+
+// decodeWindows appends those windows of a chunk to b.out that lie in a range.
+func (h *heldPage) decodeWindows(b *windowBuffer, c *chunkfmt.Chunk, of *Summaries, in chunkfmt.Range) error {
+	fail := func(err error) error { return h.error(fmt.Errorf("chunk %d: %w", c.Index, err)) }
+	if w := h.windows.Width(); w != of.Width {
+		return fail(fmt.Errorf("%w: it has windows of %d ms, its series page says %d", chunkfmt.ErrCorrupt, w, of.Width))
+	}
+	into, whole := &b.out, in.MinT <= c.MinT && c.MaxT <= in.MaxT
+	if !whole {
+		b.scratch.Clear()
+		into = &b.scratch
+	}
+	n := into.Len()
+	if err := b.dec.Decode(h.windows, c.Index, of.Columns, into); err != nil {
+		return fail(err)
+	}
+	end := into.End[n:]
+	switch k := len(end); {
+	case k != c.Samples || k == 0:
+		return fail(fmt.Errorf("%w: it has %d windows, its series page says %d", chunkfmt.ErrCorrupt, k, c.Samples))
+	case end[0]-of.Width+1 != c.MinT || end[k-1] != c.MaxT:
+		return fail(fmt.Errorf("%w: its windows span %d to %d, its series page says %d to %d", chunkfmt.ErrCorrupt, end[0]-of.Width+1, end[k-1], c.MinT, c.MaxT))
+	case whole && n > 0 && into.End[n-1] >= end[0]:
+		return fail(fmt.Errorf("%w: it starts before the chunk before it ends", chunkfmt.ErrCorrupt))
+	}
+	if !whole {
+		from := sort.Search(len(end), func(i int) bool { return end[i] >= in.MinT })
+		to := sort.Search(len(end), func(i int) bool { return end[i] > in.MaxT })
+		b.out.Append(into, from, max(from, to), of.Columns)
+	}
+	return nil
+}
+
+// Raw decodes all samples in mint to maxt, both included, of a series that
+// SelectWindows gave, those in windows too. It fetches their pages. What it gives is
+// as from Runs.
+func (s *Series) Raw(ctx context.Context, buf *Buffer, mint, maxt int64) ([]*chunkfmt.Series, error) {
+	raw := &Series{Labels: s.Labels, mint: max(mint, s.mint), maxt: min(maxt, s.maxt), hidden: s.hidden, s: s.s}
+	if raw.mint > raw.maxt {
+		return nil, nil
+	}
+	for i := range s.parts {
+		if cs := s.parts[i].entry.Chunks(raw.mint, raw.maxt); len(cs) > 0 {
+			raw.parts = append(raw.parts, part{block: s.parts[i].block, chunks: cs})
+		}
+	}
+	set := &SeriesSet{s: s.s, series: []*Series{raw}}
+	if err := set.load(ctx); err != nil {
+		return nil, err
+	}
+	return raw.Runs(buf)
+}
+
+// EstimateWindows says about how many windows, and samples beside them, a
+// SelectWindows would read, from directories alone, as Estimate does; overlaps of
+// blocks don't count.
+func (s *Snapshot) EstimateWindows(ctx context.Context, ms []*labels.Matcher, mint, maxt, width int64) (windows, samples int64, err error) {
+	err = s.estimate(ctx, ms, mint, maxt, func(r *chunkfmt.PageRef, part float64) {
+		of := r.Short
+		if width == rollup.Long {
+			of = r.Long
+		}
+		windows += int64(math.Ceil(part * float64(of.Windows)))
+		samples += int64(part * float64(r.Samples-min(r.Samples, of.Samples)))
+	}, func() { windows, samples = 0, 0 })
+	return windows, samples, err
+}

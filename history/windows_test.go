@@ -1,0 +1,261 @@
+package history
+
+import (
+	"fmt"
+	"math"
+	"math/rand/v2"
+	"slices"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/prometheus/prometheus/model/histogram"
+	"github.com/prometheus/prometheus/model/labels"
+	"github.com/prometheus/prometheus/tsdb/tsdbutil"
+
+	"github.com/epimetheus-tsdb/epimetheus/chunkfmt"
+	"github.com/epimetheus-tsdb/epimetheus/chunkfmt/rollup"
+	"github.com/epimetheus-tsdb/epimetheus/history/index"
+)
+
+// between is what of a series lies in a range, or with outside, in none of ranges.
+func between(s *chunkfmt.Series, outside bool, ranges ...chunkfmt.Range) *chunkfmt.Series {
+	out := &chunkfmt.Series{Labels: s.Labels}
+	in := func(t int64) bool { return covers(ranges, t, t) != outside }
+	for i, t := range s.Floats.T {
+		if in(t) {
+			out.Floats.T, out.Floats.V = append(out.Floats.T, t), append(out.Floats.V, s.Floats.V[i])
+		}
+	}
+	for i, t := range s.Histograms.T {
+		if in(t) {
+			out.Histograms.T, out.Histograms.H = append(out.Histograms.T, t), append(out.Histograms.H, s.Histograms.H[i])
+		}
+	}
+	return out
+}
+
+// sameSamples compares times and values.
+func sameSamples(a, b *chunkfmt.Series) bool {
+	return slices.Equal(a.Floats.T, b.Floats.T) && slices.Equal(a.Histograms.T, b.Histograms.T) &&
+		slices.EqualFunc(a.Floats.V, b.Floats.V, func(x, y float64) bool { return math.Float64bits(x) == math.Float64bits(y) })
+}
+
+func merged(runs []*chunkfmt.Series) *chunkfmt.Series {
+	if len(runs) == 0 {
+		return &chunkfmt.Series{}
+	}
+	return chunkfmt.Merge(runs...)
+}
+
+// TestSelectWindows reads random blocks of several days, with late samples, copies,
+// parts that others have taken over, and parts that are hidden. Windows and the
+// samples beside them are to be the same as what a Select gives of the time, and
+// there are to be windows of most of the time in which a block is alone.
+func TestSelectWindows(t *testing.T) {
+	const day = 24 * rollup.Long
+	start := 2800*Window - 2*day // a week begins within
+	r := rand.New(rand.NewPCG(11, 3))
+	for round := range 60 {
+		st := localStores(t)
+		h := st.open(t, func(o *Options) { o.VisibilityDelay = 0 })
+		clean := round%3 == 0
+		var all []*chunkfmt.Series
+		for i := range 5 {
+			s := &chunkfmt.Series{Labels: labels.FromStrings("__name__", fmt.Sprint("m", i/2), "i", fmt.Sprint(i))}
+			interval := []int64{15_000, 30_000, 60_000, 600_000, 30_000}[i]
+			at := start + r.Int64N(interval)
+			if !clean && r.IntN(3) == 0 {
+				at += r.Int64N(3 * day)
+			}
+			v := 0.
+			for ; at <= start+4*day; at += interval {
+				if v += float64(r.IntN(10)); r.IntN(300) == 0 {
+					v = 0
+				}
+				if !clean && r.IntN(500) == 0 {
+					at += r.Int64N(6 * rollup.Long)
+				}
+				x := v
+				if r.IntN(200) == 0 {
+					x = math.Float64frombits(0x7ff0000000000002)
+				}
+				s.Floats.T, s.Floats.V = append(s.Floats.T, at), append(s.Floats.V, x)
+			}
+			if i == 4 && !clean {
+				s.Histograms.T, s.Histograms.H = []int64{start + 1000}, []*histogram.Histogram{tsdbutil.GenerateTestHistogram(1)}
+			}
+			all = append(all, s)
+		}
+		put := func(rollups bool, ranges ...chunkfmt.Range) {
+			var of []*chunkfmt.Series
+			for _, s := range all {
+				if s = between(s, false, ranges...); len(s.Floats.T)+len(s.Histograms.T) > 0 {
+					of = append(of, s)
+				}
+			}
+			if len(of) > 0 {
+				publishWith(t, h, tenantSeries{"a": of}, chunkfmt.WriterOptions{PageBytes: 8 << 10, PageSeries: 3, ChunkSamples: 50 + r.IntN(2000), Rollups: rollups})
+			}
+		}
+		wide := r.IntN(4) == 0
+		if wide {
+			put(true, chunkfmt.Range{MinT: start + 1, MaxT: start + 4*day})
+		} else {
+			for d := range int64(4) {
+				put(clean || r.IntN(4) > 0, chunkfmt.Range{MinT: start + d*day + 1, MaxT: start + (d+1)*day})
+			}
+		}
+		if !clean {
+			for range r.IntN(4) { // late samples, and copies
+				from := start + r.Int64N(4*day)
+				put(r.IntN(2) == 0, chunkfmt.Range{MinT: from, MaxT: from + r.Int64N(rollup.Long)})
+			}
+		}
+		if wide && r.IntN(2) == 0 { // another block stands for the days before the week's end
+			bs := snapshot(t, h, "a", 0, math.MaxInt64).Blocks
+			b := bs[slices.IndexFunc(bs, func(b Block) bool { return len(b.Ranges) == 2 })]
+			if err := index.New(st.rows).DeleteBlocks(t.Context(), "a", []index.RowID{{MaxT: b.Ranges[0].MaxT, Block: b.ID}}); err != nil {
+				t.Fatal(err)
+			}
+			put(false, chunkfmt.Range{MinT: start + 1, MaxT: start + day})
+			clean = false
+		}
+		for range 6 {
+			mint := start + r.Int64N(3*day)
+			maxt := mint + r.Int64N(start+4*day-mint+1)
+			snap := snapshot(t, h, "a", mint, maxt)
+			of := Summaries{Width: rollup.Short, Columns: rollup.AllColumns &^ rollup.M2}
+			if r.IntN(2) == 0 {
+				of = Summaries{Width: rollup.Long, Columns: rollup.AllColumns}
+			}
+			var voids []chunkfmt.Range
+			if !clean && r.IntN(3) == 0 {
+				a := start + r.Int64N(4*day)
+				voids = append(voids, chunkfmt.Range{MinT: a, MaxT: a + r.Int64N(1000)})
+				of.Elsewhere = func(labels.Labels) []chunkfmt.Range { return voids }
+			}
+			if !clean && r.IntN(3) == 0 {
+				a := start + r.Int64N(4*day)
+				snap.Hidden = NewHidden([]index.Deletion{{MinT: a, MaxT: a + r.Int64N(day), Matchers: []*labels.Matcher{eq("__name__", "m1")}}}, start+r.Int64N(2)*r.Int64N(day))
+			}
+			compareWindows(t, snap, of, voids, mint, maxt, clean)
+			if t.Failed() {
+				t.Fatalf("round %d, %d to %d, hidden %+v, elsewhere %v", round, mint, maxt, snap.Hidden, voids)
+			}
+		}
+	}
+}
+
+func compareWindows(t *testing.T, snap *Snapshot, of Summaries, voids []chunkfmt.Range, mint, maxt int64, clean bool) {
+	t.Helper()
+	want := map[string]*chunkfmt.Series{}
+	for _, s := range selectAll(t, snap, mint, maxt) {
+		want[s.Labels.String()] = s
+	}
+	set, err := snap.SelectWindows(t.Context(), nil, mint, maxt, of)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var buf Buffer
+	var sum rollup.Summariser
+	windows, samples, most := 0, 0, 0
+	before := snap.Stats.Windows.Load()
+	for set.Next(t.Context()) {
+		s := set.At()
+		w, covered, err := s.Windows(&buf)
+		if err != nil {
+			t.Fatal(err)
+		}
+		runs, err := s.Runs(&buf)
+		if err != nil {
+			t.Fatal(err)
+		}
+		rest := merged(runs)
+		full := want[s.Labels.String()]
+		delete(want, s.Labels.String())
+		if full == nil {
+			full = &chunkfmt.Series{}
+		}
+		if !sameSamples(rest, between(full, true, covered...)) {
+			t.Errorf("%v: %d samples beside windows, want %d; covered %v", s.Labels, len(rest.Floats.T), len(between(full, true, covered...).Floats.T), covered)
+		}
+		expect := &rollup.Windows{}
+		for i, c := range covered {
+			if (c.MinT-1)%of.Width != 0 || c.MaxT%of.Width != 0 || c.MaxT > maxt || c.MinT <= mint-of.Width || c.MinT > c.MaxT || i > 0 && covered[i-1].MaxT+1 >= c.MinT {
+				t.Errorf("covered are %v", covered)
+			}
+			if slices.ContainsFunc(voids, func(r chunkfmt.Range) bool { return r.Overlaps(max(c.MinT, mint), c.MaxT) }) {
+				t.Errorf("covered are %v, though others have samples there", covered)
+			}
+			from := c.MinT
+			if c.MinT < mint {
+				// Of the first window, only what is about the time from mint on is true.
+				from += of.Width
+				if k := w.Len(); k > 0 && w.End[0] < from {
+					*w = *after(w, 1, of.Columns)
+				}
+			}
+			if from <= c.MaxT {
+				sum.Summarise(expect, between(full, false, chunkfmt.Range{MinT: from, MaxT: c.MaxT}).Samples(), of.Width)
+			}
+		}
+		if of.Width == rollup.Long {
+			// As the writer makes them.
+			var short rollup.Windows
+			for _, c := range covered {
+				sum.Summarise(&short, between(full, false, chunkfmt.Range{MinT: max(c.MinT, mintOf(mint, of.Width)), MaxT: c.MaxT}).Samples(), rollup.Short)
+			}
+			expect.Clear()
+			rollup.Widen(expect, &short, rollup.Long)
+		}
+		expect = after(expect, 0, of.Columns)
+		if d := cmp.Diff(expect, after(w, 0, of.Columns), cmp.Comparer(func(a, b float64) bool { return math.Float64bits(a) == math.Float64bits(b) })); d != "" {
+			t.Errorf("%v: windows in %v differ (-want +got):\n%s", s.Labels, covered, d)
+		}
+		windows, samples = windows+w.Len(), samples+len(rest.Floats.T)
+		if len(full.Floats.T) >= 20*int((maxt-mint)/of.Width+1) {
+			most += max(0, int((maxt-mint)/of.Width)-1)
+		}
+		a := mint + (maxt-mint)/3
+		b := a + (maxt-a)/2
+		if runs, err = s.Raw(t.Context(), &buf, a, b); err != nil {
+			t.Fatal(err)
+		}
+		if !sameSamples(merged(runs), between(full, false, chunkfmt.Range{MinT: a, MaxT: b})) {
+			t.Errorf("%v: other samples in %d to %d", s.Labels, a, b)
+		}
+		if t.Failed() {
+			return
+		}
+	}
+	if set.Err() != nil {
+		t.Fatal(set.Err())
+	}
+	for ls := range want {
+		t.Errorf("series %s is missing", ls)
+	}
+	if clean && windows < most*8/10 {
+		t.Errorf("%d windows, at least %d are possible; and %d samples", windows, most, samples)
+	}
+	if n := snap.Stats.Windows.Load() - before; n < int64(windows) {
+		t.Errorf("%d windows counted of %d", n, windows)
+	}
+	if clean {
+		w, n, err := snap.EstimateWindows(t.Context(), nil, mint, maxt, of.Width)
+		if err != nil || w < int64(windows)*9/10 || w > int64(windows)*3/2+20*5 || n > int64(2*samples+20_000) {
+			t.Errorf("estimate of %d windows and %d samples, %v: there are %d and %d", w, n, err, windows, samples)
+		}
+	}
+}
+
+// mintOf is the first ms of the first window that begins at mint or later.
+func mintOf(mint, width int64) int64 {
+	return rollup.EndOf(mint-1, width) + 1
+}
+
+// after copies the windows from the i-th on.
+func after(w *rollup.Windows, i int, cols rollup.Columns) *rollup.Windows {
+	out := &rollup.Windows{}
+	out.Append(w, i, w.Len(), cols)
+	return out
+}
