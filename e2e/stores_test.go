@@ -1,10 +1,12 @@
 package e2e
 
 import (
+	"fmt"
 	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -198,6 +200,92 @@ func TestStoresFail(t *testing.T) {
 		if f.seen[k] == 0 {
 			t.Errorf("fault %d did not happen", k)
 		}
+	}
+}
+
+// TestTenantHeldBack: the index throttles the rows of one tenant, for many flushes.
+// The other's samples become durable, and nobody waits for long. Ingesters are killed
+// meanwhile and replay, one loses its disk, one is told to stop; then the rows can be
+// written again. Nothing is missing, extra or different, of either.
+func TestTenantHeldBack(t *testing.T) {
+	t.Parallel()
+	var held atomic.Bool
+	s3, db := testenv.S3(t), testenv.DynamoDBOn(t, t.TempDir())
+	s := startShape(t, s3, db, shape{db: historytest.DynamoDBHolding(t, db.Endpoint, func(hash string) bool { return held.Load() && hash == "b/team-a" })})
+	began := time.Now().Add(-time.Second)
+	a, b := startTenant(t, s, "team-a", ""), startTenant(t, s, "team-b", "")
+	audit := func() {
+		t.Helper()
+		for _, n := range []*tenant{a, b} {
+			auditLive(t, s, n, s.gateways[0].url, began, time.Now())
+		}
+	}
+	holding := func() {
+		t.Helper()
+		held.Store(true)
+		for _, m := range s.ingesters {
+			metricIs(t, 2*time.Minute, m.url, "epimetheus_ingester_held_tenants", func(v float64) bool { return v == 1 })
+		}
+	}
+	pause(t.Context(), 12*time.Second)
+
+	step(t, "the rows of a tenant are throttled")
+	holding()
+	eventually(t, 3*time.Minute, "what is durable of the other tenant to get ahead", func() error {
+		open := [2]float64{}
+		for i, n := range []*tenant{a, b} {
+			var err error
+			if open[i], err = metric(t.Context(), n.sidecar.url, "epimetheus_sidecar_open_ranges"); err != nil {
+				return err
+			}
+		}
+		if open[0] < open[1]+8 {
+			return fmt.Errorf("%v ranges of the one and %v of the other tenant are open", open[0], open[1])
+		}
+		return nil
+	})
+	audit()
+
+	step(t, "ingesters are killed: one comes back with its disk, one without")
+	for _, m := range s.ingesters[:2] {
+		m.Kill()
+	}
+	wipe(t, s.ingesters[1].dir)
+	for _, m := range s.ingesters[:2] {
+		m.restart(t)
+	}
+	audit()
+
+	step(t, "one is told to stop")
+	holding()
+	if err := s.ingesters[2].Signal(syscall.SIGTERM); err != nil {
+		t.Fatal(err)
+	}
+	select {
+	case <-s.ingesters[2].Done():
+	case <-time.After(2 * time.Minute): // it tries for one
+	}
+	if _, err := s.ingesters[2].Stop(); err != nil {
+		t.Fatal(err)
+	}
+	if out := s.ingesters[2].Output(); !strings.Contains(out, `last flush: rows of 1 tenants, such as \"team-a\"`) {
+		t.Errorf("it doesn't say whose samples are to be sent again:\n%s", out)
+	}
+	s.ingesters[2].restart(t)
+	audit()
+
+	step(t, "the rows can be written again")
+	held.Store(false)
+	for _, m := range s.ingesters {
+		metricIs(t, 2*time.Minute, m.url, "epimetheus_ingester_held_tenants", func(v float64) bool { return v == 0 })
+	}
+	audit()
+	for _, n := range []*tenant{a, b} {
+		keptAccount(t, n)
+		n.sidecar.stop(t)
+	}
+	for _, m := range s.ingesters {
+		m.stop(t)
 	}
 }
 

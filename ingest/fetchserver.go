@@ -15,6 +15,7 @@ import (
 	"github.com/epimetheus-tsdb/epimetheus/ingest/fetch"
 	"github.com/epimetheus-tsdb/epimetheus/ingest/fetch/fetchpb"
 	"github.com/epimetheus-tsdb/epimetheus/ingest/head"
+	"github.com/epimetheus-tsdb/epimetheus/ingest/ring"
 )
 
 // messageBytes is about how much a message of an answer holds.
@@ -27,6 +28,7 @@ type fetcher struct {
 	resending func(tenant string) bool // sources have ranges to send again
 	starting  atomic.Bool              // the commit log has not been replayed
 	process   []byte
+	ring      *ring.Live // nil: none
 	sources   *sources
 	requests  *prometheus.CounterVec
 }
@@ -167,6 +169,9 @@ func (f *fetcher) header(tenant string, h fetch.Header) *fetchpb.Header {
 	p := &fetchpb.Header{HasSamples: h.HasSamples, Oldest: h.Oldest, Newest: h.Newest, Resending: f.resending(tenant), Process: f.process, Coverage: f.sources.coverage(tenant, time.Now())}
 	for _, b := range h.Blocks {
 		p.Blocks = append(p.Blocks, b[:])
+	}
+	if f.ring != nil {
+		p.Members = f.ring.Ring().Digests()
 	}
 	return p
 }

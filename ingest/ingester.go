@@ -17,6 +17,7 @@ import (
 	"github.com/epimetheus-tsdb/epimetheus/ingest/commitlog"
 	"github.com/epimetheus-tsdb/epimetheus/ingest/fetch/fetchpb"
 	"github.com/epimetheus-tsdb/epimetheus/ingest/head"
+	"github.com/epimetheus-tsdb/epimetheus/ingest/ring"
 	"github.com/epimetheus-tsdb/epimetheus/ingest/ship/shippb"
 	"github.com/epimetheus-tsdb/epimetheus/internal/health"
 )
@@ -37,6 +38,9 @@ type Options struct {
 	VisibilityDelay time.Duration
 	FinalFlush      time.Duration // the time for the last flush on the way out; 1 minute by default
 	Limits          Limits
+	// Ring is what this process knows of the ring: readers that know less learn of
+	// it. Nil: nothing.
+	Ring *ring.Live
 
 	// CommitLog is the directory of the commit log; empty: there is none.
 	CommitLog string
@@ -122,7 +126,7 @@ func New(o Options, publisher Publisher, logger *slog.Logger, reg prometheus.Reg
 	i.receive.durable.Store(&durability{generation: first - 1})
 	i.receive.starting.Store(i.log != nil)
 	i.fetch.starting.Store(i.log != nil)
-	i.fetch.resending = i.receive.resending
+	i.fetch.resending, i.fetch.ring = i.receive.resending, o.Ring
 	i.fetch.process, i.fetch.sources = i.receive.process[:], &i.receive.sources
 	i.flush = &flusher{
 		head: h, publisher: publisher, flushed: i.durable, interval: o.FlushInterval, window: o.RowWidth, generation: first - 1,

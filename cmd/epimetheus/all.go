@@ -1,6 +1,8 @@
 package main
 
 import (
+	"context"
+
 	"github.com/alecthomas/kingpin/v2"
 
 	"github.com/epimetheus-tsdb/epimetheus/ingest"
@@ -22,14 +24,9 @@ func addAll(app *kingpin.Application, commands map[string]command) {
 		}
 		defer st.close()
 		live := &ring.Live{}
-		if err := p.addIngester(st, rf, "all", live, func(m ring.Member, _ *ingest.Ingester) (func(ring.State) error, error) {
-			// A ring of one needs no gossip.
-			set := func(s ring.State) error {
-				m.State = s
-				live.Set(ring.NewSnapshot([]ring.Member{m}))
-				return nil
-			}
-			return set, set(ring.Joining)
+		if err := p.addIngester(st, rf, "all", live, func(m ring.Member, _ *ingest.Ingester) (membership, error) {
+			a := &alone{m, live}
+			return a, a.SetState(ring.Joining)
 		}); err != nil {
 			return err
 		}
@@ -44,3 +41,20 @@ func addAll(app *kingpin.Application, commands map[string]command) {
 		return p.run()
 	}
 }
+
+// alone is the membership in a ring of one, which needs no gossip.
+type alone struct {
+	member ring.Member
+	live   *ring.Live
+}
+
+// SetState implements membership.
+func (a *alone) SetState(s ring.State) error {
+	m := a.member
+	m.State = s
+	a.live.Set(ring.NewSnapshot([]ring.Member{m}))
+	return nil
+}
+
+// Settle implements membership.
+func (*alone) Settle(context.Context) {}

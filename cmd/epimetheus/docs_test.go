@@ -140,12 +140,8 @@ func metricsPage(t *testing.T) string {
 	}
 	defer st.close()
 	live := &ring.Live{}
-	if err := p.addIngester(st, &grpcFlags{listen: "127.0.0.1:0"}, "x", live, func(m ring.Member, _ *ingest.Ingester) (func(ring.State) error, error) {
-		members, err := p.addGossip(&gossipFlags{id: "x", listen: "127.0.0.1:0"}, live, gossip.Options{Member: m})
-		if err != nil {
-			return nil, err
-		}
-		return members.SetState, nil
+	if err := p.addIngester(st, &grpcFlags{listen: "127.0.0.1:0"}, "x", live, func(m ring.Member, _ *ingest.Ingester) (membership, error) {
+		return p.addGossip(&gossipFlags{id: "x", listen: "127.0.0.1:0"}, live, gossip.Options{Member: m})
 	}); err != nil {
 		t.Fatal(err)
 	}

@@ -68,12 +68,8 @@ func addIngester(app *kingpin.Application, commands map[string]command) {
 			// A container's own file system, most likely: gone when it restarts.
 			p.config.Ingester.CommitLog = false
 		}
-		if err := p.addIngester(st, rf, gf.id, live, func(m ring.Member, ing *ingest.Ingester) (func(ring.State) error, error) {
-			g, err := p.addGossip(gf, live, gossip.Options{Member: m, Resending: ing.Resending})
-			if err != nil {
-				return nil, err
-			}
-			return g.SetState, nil
+		if err := p.addIngester(st, rf, gf.id, live, func(m ring.Member, ing *ingest.Ingester) (membership, error) {
+			return p.addGossip(gf, live, gossip.Options{Member: m, Resending: ing.Resending})
 		}); err != nil {
 			return err
 		}
@@ -85,9 +81,16 @@ func addIngester(app *kingpin.Application, commands map[string]command) {
 // flush.
 const leaveNotice = 2 * time.Second
 
-// addIngester adds an ingester. join makes its member known, adds what keeps it
-// so, and gives the way to change its state.
-func (p *process) addIngester(st *stores, rf *grpcFlags, id string, live *ring.Live, join func(m ring.Member, ing *ingest.Ingester) (func(ring.State) error, error)) error {
+// membership is an ingester's place on the ring.
+type membership interface {
+	SetState(s ring.State) error
+	// Settle waits until it is known to all, or ctx ends.
+	Settle(ctx context.Context)
+}
+
+// addIngester adds an ingester. join makes its member known, and adds what keeps
+// it so.
+func (p *process) addIngester(st *stores, rf *grpcFlags, id string, live *ring.Live, join func(m ring.Member, ing *ingest.Ingester) (membership, error)) error {
 	c := p.config.Ingester
 	logDir := ""
 	if c.CommitLog {
@@ -96,7 +99,7 @@ func (p *process) addIngester(st *stores, rf *grpcFlags, id string, live *ring.L
 	ing, err := ingest.New(ingest.Options{
 		Member: id, RowWidth: index.Width,
 		FlushInterval: time.Duration(c.FlushInterval), FlushBytes: int64(c.FlushBytes), MaxBytes: int64(c.MaxBytes),
-		VisibilityDelay: time.Duration(c.VisibilityDelay), Limits: c.Limits, CommitLog: logDir,
+		VisibilityDelay: time.Duration(c.VisibilityDelay), Limits: c.Limits, CommitLog: logDir, Ring: live,
 	}, st.history, p.logger, p.reg)
 	if err != nil {
 		return err
@@ -110,26 +113,27 @@ func (p *process) addIngester(st *stores, rf *grpcFlags, id string, live *ring.L
 		return fmt.Errorf("--grpc.advertise-address: %w", err)
 	}
 	// The ingester is stopped first, while all that it needs still runs.
-	var setState func(ring.State) error
+	var place membership
 	p.addRun("ingester", func(ctx context.Context) error {
 		// Until then it is joining: it gets nothing, and queries know of it.
 		if err := ing.Replay(ctx); err != nil {
 			p.logger.Info("stopped before the commit log was replayed; the next start does it", "err", err)
 			return nil
 		}
-		if err := setState(ring.Active); err != nil {
+		place.Settle(ctx)
+		if err := place.SetState(ring.Active); err != nil {
 			return err
 		}
 		if err := ing.Run(ctx); err != nil {
 			return err // what is not flushed is missed: to the others it vanishes
 		}
-		if err := setState(ring.Left); err != nil {
+		if err := place.SetState(ring.Left); err != nil {
 			p.logger.Warn("end of the last flush not announced: queries will warn for a while", "err", err)
 		}
 		return nil
 	}, func() {
 		ing.Drain()
-		if err := setState(ring.Leaving); err != nil {
+		if err := place.SetState(ring.Leaving); err != nil {
 			p.logger.Warn("leaving not announced", "err", err)
 		}
 		time.Sleep(leaveNotice)
@@ -137,7 +141,7 @@ func (p *process) addIngester(st *stores, rf *grpcFlags, id string, live *ring.L
 	server := newGRPCServer()
 	ing.Register(server)
 	p.addGRPC(server, l)
-	if setState, err = join(ring.Member{ID: id, Address: address, Zone: p.config.Ring.Zone, Process: ing.Process(), Memory: ing.Memory()}, ing); err != nil {
+	if place, err = join(ring.Member{ID: id, Address: address, Zone: p.config.Ring.Zone, Process: ing.Process(), Memory: ing.Memory()}, ing); err != nil {
 		return err
 	}
 	p.ready = append(p.ready, check{"ring", func() error {

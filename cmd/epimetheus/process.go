@@ -165,6 +165,9 @@ func (p *process) addRun(name string, fn func(context.Context) error, before fun
 	p.group.Add(func() error {
 		defer close(done)
 		if err := fn(ctx); err != nil {
+			if ctx.Err() != nil { // another ended the group, and is what it tells of
+				p.logger.Error("not all could be done at the end", "component", name, "err", err)
+			}
 			return fmt.Errorf("%s: %w", name, err)
 		}
 		if ctx.Err() == nil {

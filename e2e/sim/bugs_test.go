@@ -177,7 +177,7 @@ func rowsFirst(w *world, cached *history.History) (reader, error) {
 	var mu sync.Mutex
 	rng := rand.New(rand.NewPCG(w.seed, 4))
 	return func(ctx context.Context, tenant string, mint, maxt int64) (found, annotations.Annotations, error) {
-		snap, err := cached.Snapshot(ctx, tenant, mint, maxt, nil, w.members.live.Ring().Since())
+		snap, err := cached.Snapshot(ctx, tenant, mint, maxt, nil, w.members.late.Ring().Since())
 		if err != nil {
 			return nil, nil, err
 		}

@@ -121,7 +121,7 @@ func (w *world) startNode(id, address string) error {
 		if err := n.ing.Replay(ctx); err != nil {
 			w.fail(fmt.Errorf("%s: replay: %w", n, err))
 		}
-		w.members.state(100*time.Millisecond, id, n.ing.Process(), ring.Active)
+		w.members.state(settle, id, n.ing.Process(), ring.Active)
 		err := n.ing.Run(ctx)
 		if n.dead.Load() {
 			return
@@ -138,7 +138,7 @@ func (w *world) startNode(id, address string) error {
 		close(n.ended)
 	}()
 	w.nodes = append(w.nodes, n)
-	m := ring.Member{ID: id, Address: "passthrough:///" + address, State: ring.Joining, Process: n.ing.Process()}
+	m := ring.Member{ID: id, Address: "passthrough:///" + address, State: ring.Joining, Process: n.ing.Process(), Memory: n.ing.Memory()}
 	w.members.change(0, func(all map[string]ring.Member) { all[id] = m })
 	return nil
 }

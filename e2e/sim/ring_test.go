@@ -15,29 +15,41 @@ import (
 	"github.com/epimetheus-tsdb/epimetheus/ingest/ring"
 )
 
-// members is a model of the gossip, as one gateway sees it: what happens to a
-// member shows there after a while.
+// members is a model of the gossip: what happens to a member shows after a while,
+// and to the gateway that answers queries even later.
 type members struct {
-	live  ring.Live
+	live  ring.Live // as ingesters see it, and the gateway that sidecars ask
+	late  ring.Live // as the gateway sees it that answers queries
 	delay time.Duration
+	lag   time.Duration // of late
 
-	mu  sync.Mutex
-	all map[string]ring.Member // by id
+	mu           sync.Mutex
+	all, allLate map[string]ring.Member // by id
 }
+
+// settle is how long a new member waits before it is active, as in ingest/gossip.
+const settle = 3 * time.Second
 
 // change makes fn's change visible after wait and the delay of the gossip.
 func (m *members) change(wait time.Duration, fn func(all map[string]ring.Member)) {
-	apply := func() {
-		m.mu.Lock()
-		defer m.mu.Unlock()
-		fn(m.all)
-		m.live.Set(ring.NewSnapshot(slices.Collect(maps.Values(m.all))))
+	apply := func(to *ring.Live, all map[string]ring.Member) func() {
+		return func() {
+			m.mu.Lock()
+			defer m.mu.Unlock()
+			fn(all)
+			to.Set(ring.NewSnapshot(slices.Collect(maps.Values(all))))
+		}
 	}
-	if wait += m.delay; wait == 0 {
-		apply()
-		return
+	after := func(d time.Duration, do func()) {
+		if d == 0 {
+			do()
+			return
+		}
+		time.AfterFunc(d, do)
 	}
-	time.AfterFunc(wait, apply)
+	wait += m.delay
+	after(wait, apply(&m.live, m.all))
+	after(wait+m.lag, apply(&m.late, m.allLate))
 }
 
 // state changes the state of a process that is still the one of its id.

@@ -110,7 +110,7 @@ func newWorld(dir string, c config) (*world, error) {
 	w.disks, w.logs = w.random(5), map[string]bool{}
 	w.logShare = pick(w.disks, 0, 2, 4, 4)
 	r := w.random(2) // for what the world is like
-	w.members.all = map[string]ring.Member{}
+	w.members.all, w.members.allLate = map[string]ring.Member{}, map[string]ring.Member{}
 	w.members.delay = pick(r, 0, 0, between(r, 0, 1500*time.Millisecond))
 	w.faults.rng, w.faults.delay = w.random(3), between(r, time.Millisecond, 50*time.Millisecond)
 	w.detect, w.lostFor = between(r, time.Second, 8*time.Second), between(r, 20*time.Second, 90*time.Second)
@@ -119,7 +119,7 @@ func newWorld(dir string, c config) (*world, error) {
 	w.windowBytes = uint64(pick(r, 2<<10, 16<<10, 4<<20))
 	w.ingester = ingest.Options{
 		RowWidth: history.Window, FlushInterval: between(r, 5*time.Second, 40*time.Second), VisibilityDelay: visibility,
-		FinalFlush: between(r, 2*time.Second, 10*time.Second), FlushBytes: 1 << 30,
+		FinalFlush: between(r, 2*time.Second, 10*time.Second), FlushBytes: 1 << 30, Ring: &w.members.live,
 	}
 	if r.IntN(3) == 0 { // the head gets full
 		w.ingester.FlushBytes = between(r, int64(100<<10), 500<<10)
@@ -142,6 +142,8 @@ func newWorld(dir string, c config) (*world, error) {
 			return w, err
 		}
 	}
+	// All know those at the beginning.
+	w.members.lag = pick(w.disks, 0, 0, between(w.disks, 0, 6*time.Second))
 	w.tenants = []string{"a", "bb"}[:between(r, 1, 2)]
 	for i := range between(r, 1, 3) {
 		s, err := newSource(w, i, w.tenants[i%len(w.tenants)])
@@ -157,7 +159,7 @@ func newWorld(dir string, c config) (*world, error) {
 	for _, t := range w.tenants {
 		w.queriers.Go(func() { w.runQueries(t, w.stopQueries) })
 	}
-	w.logf("sources %v, ingesters %v, gossip %v, visibility %v, flush %v", w.sources, w.nodes, w.members.delay, visibility, w.ingester.FlushInterval)
+	w.logf("sources %v, ingesters %v, gossip %v and %v, visibility %v, flush %v", w.sources, w.nodes, w.members.delay, w.members.lag, visibility, w.ingester.FlushInterval)
 	return w, nil
 }
 
@@ -173,7 +175,7 @@ func (w *world) openReaders(visibility time.Duration) (err error) {
 	if err != nil {
 		return err
 	}
-	w.heads = merge.NewHeads(&w.members.live, w.logger, prometheus.NewRegistry(),
+	w.heads = merge.NewHeads(&w.members.late, w.logger, prometheus.NewRegistry(),
 		grpc.WithTransportCredentials(insecure.NewCredentials()), grpc.WithContextDialer(w.net.dialer(gateway)))
 	w.storage = merge.New(w.heads, cached, tenancy.TenantOf)
 	w.reader = w.gatewayReader

@@ -2,9 +2,11 @@ package merge
 
 import (
 	"context"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"slices"
 	"sync"
 	"time"
@@ -56,13 +58,14 @@ type Heads struct {
 	mu    sync.Mutex
 	conns map[string]*grpc.ClientConn // by address; nil once closed
 	heard map[string]map[string]heard // by tenant and member; of tenants with several replicas
+	known map[uint32]time.Time        // digests of members, and when they were last on the ring
 }
 
 // NewHeads uses dial for each connection: transport security goes there.
 func NewHeads(live *ring.Live, logger *slog.Logger, reg prometheus.Registerer, dial ...grpc.DialOption) *Heads {
 	h := &Heads{
 		live: live, dial: append(dial, grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxAnswer))),
-		logger: logger, conns: map[string]*grpc.ClientConn{}, heard: map[string]map[string]heard{},
+		logger: logger, conns: map[string]*grpc.ClientConn{}, heard: map[string]map[string]heard{}, known: map[uint32]time.Time{},
 		failed: prometheus.NewCounter(prometheus.CounterOpts{
 			Name: "epimetheus_gateway_head_failures_total",
 			Help: "Requests to ingesters that failed; the answers carried a warning, if no replicas had all.",
@@ -180,6 +183,11 @@ func ask[T any](ctx context.Context, h *Heads, tenant string, fn func(context.Co
 				miss(m, fmt.Errorf("ingester %s did not answer, fresh samples may be missing: %w", m.ID, err))
 				return
 			}
+			if process := hex.EncodeToString(hd.Process); m.Memory != "" && process != "" && process != m.Memory {
+				// The ring will soon say so too. What it has now counts.
+				miss(m, errLost(m))
+				m.Memory = process
+			}
 			mu.Lock()
 			defer mu.Unlock()
 			resending = resending || hd.Resending
@@ -194,7 +202,10 @@ func ask[T any](ctx context.Context, h *Heads, tenant string, fn func(context.Co
 	}
 	now := time.Now()
 	c.collect()
-	before := h.remember(tenant, c, now)
+	if len(c.headers)+len(c.missing) == 0 {
+		warnings.Add(errors.New("this gateway knows no ingester: fresh samples may be missing"))
+	}
+	before, unknown := h.remember(tenant, c, now), h.unknown(c, now)
 	if len(c.missing) > 0 {
 		if c.covers(before, now) {
 			h.covered.Inc()
@@ -207,6 +218,8 @@ func ask[T any](ctx context.Context, h *Heads, tenant string, fn func(context.Co
 		} else {
 			warnings.Merge(missing)
 		}
+	} else if unknown && !c.replicated() {
+		warnings.Add(errors.New("this gateway doesn't know all ingesters yet: fresh samples may be missing"))
 	} else if lacking, some := c.restarted(); lacking {
 		warnings.Add(errors.New("an ingester restarted: samples that it alone had are being sent again, some may be missing"))
 	} else if some {
@@ -216,6 +229,27 @@ func ask[T any](ctx context.Context, h *Heads, tenant string, fn func(context.Co
 		warnings.Add(errors.New("samples of an ingester that went away are being sent again, some may be missing"))
 	}
 	return out, since, warnings, nil
+}
+
+// unknown says whether ingesters know of a member that this process has never heard
+// of.
+func (h *Heads) unknown(c *coverage, now time.Time) bool {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	for i := range c.members {
+		h.known[c.members[i].Digest()] = now
+	}
+	for _, hd := range c.headers {
+		for _, d := range hd.Members {
+			if _, ok := h.known[d]; !ok {
+				return true
+			}
+		}
+	}
+	if len(h.known) > 2*len(c.members)+100 {
+		maps.DeleteFunc(h.known, func(_ uint32, at time.Time) bool { return now.Sub(at) > rememberFor })
+	}
+	return false
 }
 
 // metadata gives what the heads know of a metric's metadata, or of all if metric

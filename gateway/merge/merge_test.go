@@ -2,6 +2,7 @@ package merge_test
 
 import (
 	"context"
+	"encoding/hex"
 	"fmt"
 	"maps"
 	"math"
@@ -702,6 +703,7 @@ type replica struct {
 	fetchpb.UnimplementedFetchServer
 	process  string
 	coverage []*fetchpb.Coverage
+	members  []uint32
 	fail     atomic.Bool
 }
 
@@ -709,7 +711,7 @@ func (r *replica) Select(_ *fetchpb.SelectRequest, s grpc.ServerStreamingServer[
 	if r.fail.Load() {
 		return status.Error(codes.Unavailable, "gone")
 	}
-	return s.Send(&fetchpb.SelectResponse{Header: &fetchpb.Header{Process: []byte(r.process), Coverage: r.coverage}})
+	return s.Send(&fetchpb.SelectResponse{Header: &fetchpb.Header{Process: []byte(r.process), Coverage: r.coverage, Members: r.members}})
 }
 
 // TestReplicas: a missing ingester makes no warning where others have all that it
@@ -744,5 +746,47 @@ func TestReplicas(t *testing.T) {
 		warnings(0)
 		all[1].process = "process-number-x" // it restarts, and nobody has noticed
 		warnings(1)
+	})
+}
+
+// TestRingBehind: a gateway that is behind with the ring warns, from what ingesters
+// say of themselves and of others.
+func TestRingBehind(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := gatewaytest.New(t, gatewaytest.Options{})
+		r := &replica{process: "process-number-1"}
+		c.ServeFetch("one", r)
+		set := func(ms ...ring.Member) { c.Live.Set(ring.NewSnapshot(ms)) }
+		warned := func(want string) {
+			t.Helper()
+			r, err := query(t.Context(), c.Storage, 10, nil, equal("__name__", "m"))
+			if err != nil || (want == "") != (len(r.Warnings) == 0) || want != "" && !strings.Contains(r.Warnings[0], want) {
+				t.Errorf("warnings %q, %v, want %q", r.Warnings, err, want)
+			}
+		}
+		member := func(id, process string, state ring.State) ring.Member {
+			return ring.Member{ID: id, Address: "passthrough:///one", State: state, Process: "x", Memory: hex.EncodeToString([]byte(process))}
+		}
+		one, two := member("one", "process-number-1", ring.Active), member("two", "process-number-2", ring.Active)
+		set()
+		warned("no ingester")
+		r.members = []uint32{one.Digest()}
+		set(one)
+		warned("")
+		// It hears of another by the first.
+		r.members = append(r.members, two.Digest())
+		warned("doesn't know all ingesters")
+		joining := member("two", "process-number-1", ring.Joining)
+		joining.Memory = two.Memory
+		c.ServeFetch("two", &replica{process: "process-number-2"})
+		joining.Address = "passthrough:///two"
+		set(one, joining)
+		warned("")
+		// It has left, and the first doesn't know yet.
+		set(one)
+		warned("")
+		// A restart that the ring doesn't tell of yet.
+		r.process = "process-number-x"
+		warned("one vanished")
 	})
 }

@@ -35,10 +35,14 @@ const (
 // result is the proxy's URL.
 func DynamoDBProxy(t testing.TB, target string, decide func(op string) ProxyFault) string {
 	t.Helper()
+	return startProxy(t, dynamoDBProxy(target, decide))
+}
+
+func dynamoDBProxy(target string, decide func(op string) ProxyFault) *storeProxy {
 	fail := func(kind, message string) []byte {
 		return fmt.Appendf(nil, `{"__type":"com.amazonaws.dynamodb.v20120810#%s","message":%q}`, kind, message)
 	}
-	return startProxy(t, &storeProxy{
+	return &storeProxy{
 		target: target, decide: decide, answer: answerDynamoDB,
 		op: func(r *http.Request) string {
 			_, op, _ := strings.Cut(r.Header.Get("X-Amz-Target"), ".")
@@ -48,7 +52,17 @@ func DynamoDBProxy(t testing.TB, target string, decide func(op string) ProxyFaul
 		throttledBody:  fail("ProvisionedThroughputExceededException", "The level of configured provisioned throughput for the table was exceeded"),
 		internalBody:   fail("InternalServerError", "internal error"),
 		unavailability: fail("ServiceUnavailable", "service unavailable"),
-	})
+	}
+}
+
+// DynamoDBHolding is a proxy like DynamoDBProxy that throttles writes of rows with
+// the hash keys for which held is true, as DynamoDB does where one key gets too many:
+// in a batch these are put back, and the others written.
+func DynamoDBHolding(t testing.TB, target string, held func(hash string) bool) string {
+	t.Helper()
+	p := dynamoDBProxy(target, func(string) ProxyFault { return ProxyPass })
+	p.held = held
+	return startProxy(t, p)
 }
 
 // S3Proxy is DynamoDBProxy for an S3 server that speaks http. The operations are
@@ -97,6 +111,7 @@ type storeProxy struct {
 	target    string
 	decide    func(op string) ProxyFault
 	op        func(*http.Request) string
+	held      func(hash string) bool // nil: none
 	answer    func(w http.ResponseWriter, status int, body []byte)
 	transport http.Transport
 	ended     chan struct{} // closed when the test ends
@@ -141,8 +156,18 @@ func (p *storeProxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 	var putBack map[string][]json.RawMessage
 	if fault == ProxyUnprocessed && op == "BatchWriteItem" {
-		if body, putBack, err = splitBatch(body); err != nil {
+		if body, putBack, err = splitBatch(body, func(i, n int, _ json.RawMessage) bool { return i >= (n+1)/2 }); err != nil {
 			http.Error(w, err.Error(), http.StatusBadGateway)
+			return
+		}
+	}
+	if p.held != nil {
+		if body, putBack, err = p.hold(op, body); err != nil {
+			http.Error(w, err.Error(), http.StatusBadGateway)
+			return
+		}
+		if body == nil {
+			p.answer(w, p.throttled, p.throttledBody)
 			return
 		}
 	}
@@ -233,9 +258,35 @@ func answerDynamoDB(w http.ResponseWriter, status int, b []byte) {
 	_, _ = w.Write(b) // an error is the client's
 }
 
-// splitBatch takes half of the writes out of the body of a BatchWriteItem; one
-// write at least is forwarded.
-func splitBatch(body []byte) ([]byte, map[string][]json.RawMessage, error) {
+// hold takes out of a write what is held. There is no body left if that is all.
+func (p *storeProxy) hold(op string, body []byte) (rest []byte, back map[string][]json.RawMessage, err error) {
+	type item struct{ H struct{ S string } }
+	switch op {
+	case "PutItem":
+		var in struct{ Item item }
+		if err := json.Unmarshal(body, &in); err != nil || p.held(in.Item.H.S) {
+			return nil, nil, err
+		}
+	case "BatchWriteItem":
+		kept := 0
+		body, back, err = splitBatch(body, func(_, _ int, write json.RawMessage) bool {
+			var in struct{ PutRequest struct{ Item item } }
+			if json.Unmarshal(write, &in) == nil && p.held(in.PutRequest.Item.H.S) {
+				return true
+			}
+			kept++
+			return false
+		})
+		if kept == 0 {
+			return nil, nil, err
+		}
+	}
+	return body, back, err
+}
+
+// splitBatch takes writes out of the body of a BatchWriteItem. out is asked for each
+// of a table's writes: the i-th of n.
+func splitBatch(body []byte, out func(i, n int, write json.RawMessage) bool) ([]byte, map[string][]json.RawMessage, error) {
 	var in map[string]json.RawMessage
 	var items map[string][]json.RawMessage
 	if err := json.Unmarshal(body, &in); err != nil {
@@ -246,11 +297,15 @@ func splitBatch(body []byte) ([]byte, map[string][]json.RawMessage, error) {
 	}
 	back := map[string][]json.RawMessage{}
 	for table, writes := range items {
-		keep := (len(writes) + 1) / 2
-		if keep < len(writes) {
-			back[table] = writes[keep:]
+		var keep []json.RawMessage
+		for i, w := range writes {
+			if out(i, len(writes), w) {
+				back[table] = append(back[table], w)
+			} else {
+				keep = append(keep, w)
+			}
 		}
-		items[table] = writes[:keep]
+		items[table] = keep
 	}
 	var err error
 	if in["RequestItems"], err = json.Marshal(items); err != nil {

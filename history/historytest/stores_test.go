@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"path/filepath"
 	"strings"
 	"sync"
@@ -296,7 +297,9 @@ func TestDynamoDBGivesUpAtItsDeadline(t *testing.T) {
 			return ProxyPass
 		})
 		o := DynamoDBOptions(t, url)
-		o.Table, o.Timeout = name, 300*time.Millisecond
+		if o.Table = name; fault == ProxyThrottle {
+			o.Timeout = 300 * time.Millisecond
+		}
 		s, err := index.NewDynamoDB(t.Context(), o, prometheus.NewRegistry())
 		if err != nil {
 			t.Fatal(err)
@@ -317,6 +320,46 @@ func TestDynamoDBGivesUpAtItsDeadline(t *testing.T) {
 		if fault == ProxyUnprocessed && err != nil {
 			t.Errorf("%s: %v", name, err)
 		}
+	}
+}
+
+// Rows of one hash key that are throttled don't keep others from being written, and
+// the error names them.
+func TestDynamoDBHotKey(t *testing.T) {
+	t.Parallel()
+	server := testenv.DynamoDB(t)
+	var hot atomic.Bool
+	hot.Store(true)
+	o := DynamoDBOptions(t, DynamoDBHolding(t, server.Endpoint, func(hash string) bool { return hash == "hot" && hot.Load() }))
+	o.Table, o.Timeout = "hot", 2*time.Second
+	s, err := index.NewDynamoDB(t.Context(), o, prometheus.NewRegistry())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := s.CreateTable(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	var items []index.Item
+	for i := range 500 {
+		hash := fmt.Sprint("h", i)
+		if i == 77 {
+			hash = "hot"
+		}
+		items = append(items, row(hash, "r", "v"))
+	}
+	var partial *index.PartialError
+	if err := s.Put(t.Context(), items); !errors.As(err, &partial) || len(partial.Left) != 1 || partial.Left[0].Hash != "hot" {
+		t.Fatalf("%v, want the row that is left", err)
+	}
+	for _, it := range items {
+		got, err := s.Query(t.Context(), index.Query{Hash: it.Hash, Consistent: true})
+		if err != nil || (len(got) == 1) != (it.Hash != "hot") {
+			t.Fatalf("%s: %d rows, %v", it.Hash, len(got), err)
+		}
+	}
+	hot.Store(false)
+	if err := s.Put(t.Context(), items[77:78]); err != nil {
+		t.Error(err)
 	}
 }
 

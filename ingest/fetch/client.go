@@ -33,6 +33,7 @@ type Header struct {
 	Process   []byte // of the ingester; nil of one that doesn't say
 	// Coverage is what sources said of their copies.
 	Coverage []Coverage
+	Members  []uint32 // that may have samples, as the ingester knows the ring: their digests
 }
 
 // Coverage is what some sources said of the copies of all that they have sent and
@@ -239,7 +240,7 @@ func toHeader(p *fetchpb.Header) (Header, error) {
 	if p == nil {
 		return Header{}, fmt.Errorf("%w: no header", errProtocol)
 	}
-	h := Header{HasSamples: p.HasSamples, Oldest: p.Oldest, Newest: p.Newest, Resending: p.Resending}
+	h := Header{HasSamples: p.HasSamples, Oldest: p.Oldest, Newest: p.Newest, Resending: p.Resending, Members: p.Members}
 	if h.Process = p.Process; len(h.Process) != 0 && len(h.Process) != 16 {
 		return h, fmt.Errorf("%w: process id of %d bytes", errProtocol, len(h.Process))
 	}

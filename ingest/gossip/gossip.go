@@ -55,6 +55,7 @@ type Gossip struct {
 	live   *ring.Live
 	logger *slog.Logger
 	list   *memberlist.Memberlist
+	began  time.Time
 
 	mu        sync.Mutex
 	state     ring.State
@@ -100,6 +101,8 @@ const (
 	joinEvery    = 10 * time.Second // anew, so that parts that lost each other meet again
 	leaveTimeout = 2 * time.Second
 	updateWithin = 2 * time.Second
+	// settleTime is how long a member is joining at least.
+	settleTime = 3 * time.Second
 )
 
 // New opens the gossip port. A member starts as joining.
@@ -122,7 +125,7 @@ func New(o Options, live *ring.Live, logger *slog.Logger, reg prometheus.Registe
 		o.Member.Memory = o.Member.Process
 	}
 	g := &Gossip{
-		opts: o, live: live, logger: logger.With("component", "gossip"), state: ring.Joining,
+		opts: o, live: live, logger: logger.With("component", "gossip"), state: ring.Joining, began: time.Now(),
 		peers: map[string]meta{}, lost: map[lostID]lost{}, forgotten: map[lostID]time.Time{},
 	}
 	c := memberlist.DefaultLANConfig()
@@ -191,6 +194,15 @@ func (g *Gossip) Run(ctx context.Context) error {
 
 // Close ends the gossip without a word to the others, where Run was not called.
 func (g *Gossip) Close() error { return g.list.Shutdown() }
+
+// Settle waits until the others can have heard of this member, or ctx ends: before
+// it is active, and gets samples, those that read are to know of it.
+func (g *Gossip) Settle(ctx context.Context) {
+	select {
+	case <-ctx.Done():
+	case <-time.After(time.Until(g.began.Add(settleTime))):
+	}
+}
 
 // SetState says to all what state this member is in.
 func (g *Gossip) SetState(s ring.State) error {

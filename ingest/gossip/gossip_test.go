@@ -51,9 +51,9 @@ func create(t *testing.T, id, addr string, join ...string) *node {
 	return n
 }
 
-func start(t *testing.T, id, addr string, join ...string) *node {
+func start(t *testing.T, id string, join ...string) *node {
 	t.Helper()
-	n := create(t, id, addr, join...)
+	n := create(t, id, "", join...)
 	ctx, cancel := context.WithCancel(context.Background())
 	var wg sync.WaitGroup
 	wg.Go(func() {
@@ -90,8 +90,8 @@ func await(t *testing.T, n *node, want string) {
 }
 
 func TestMembersComeAndGo(t *testing.T) {
-	a := start(t, "a", "")
-	b := start(t, "b", "", a.addr)
+	a := start(t, "a")
+	b := start(t, "b", a.addr)
 	c := create(t, "c", "")
 	if _, err := c.list.Join([]string{a.addr}); err != nil {
 		t.Fatal(err)
@@ -115,7 +115,7 @@ func TestMembersComeAndGo(t *testing.T) {
 	b.stop()
 	await(t, a, "a=active c=active")
 	// One goes before it has flushed all.
-	d := start(t, "d", "", a.addr)
+	d := start(t, "d", a.addr)
 	if err := d.SetState(ring.Leaving); err != nil {
 		t.Fatal(err)
 	}
@@ -205,4 +205,26 @@ func TestBadAddress(t *testing.T) {
 	if err == nil {
 		t.Error("an address without a port was taken")
 	}
+}
+
+// A new member waits until the others can have heard of it, and no longer.
+func TestSettle(t *testing.T) {
+	a := create(t, "a", "")
+	defer a.Close()
+	b := start(t, "b", a.addr)
+	b.Settle(t.Context())
+	if d := time.Since(b.began); d < settleTime {
+		t.Errorf("settled after %s", d)
+	}
+	known := false
+	for _, m := range a.live.Ring().Snapshot().Members {
+		known = known || m.ID == "b"
+	}
+	if !known {
+		t.Error("the other hasn't heard of it")
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	b.began = time.Now().Add(time.Hour)
+	b.Settle(ctx)
 }

@@ -95,6 +95,7 @@ type Ring struct {
 	snapshot Snapshot
 	since    time.Time
 	members  []Member // active ones
+	digests  []uint32 // of those that may have samples
 	tokens   []token  // sorted by value
 }
 
@@ -109,6 +110,9 @@ func New(s Snapshot) *Ring {
 	for _, m := range s.Members {
 		if m.State == Active {
 			r.members = append(r.members, m)
+		}
+		if m.State == Active || m.State == Leaving {
+			r.digests = append(r.digests, m.Digest())
 		}
 	}
 	r.build()
@@ -149,6 +153,10 @@ func (r *Ring) Since() time.Time { return r.since }
 
 // Active are the members that take new samples. The slice is not to be changed.
 func (r *Ring) Active() []Member { return r.members }
+
+// Digests are those of the members that are active or leaving. The slice is not to
+// be changed.
+func (r *Ring) Digests() []uint32 { return r.digests }
 
 // Owner is the member whose virtual node is the first at or after tok. It is
 // false if the ring has no active member.
@@ -208,6 +216,11 @@ func (r *Ring) Owners(tok uint32, n int, skip func(id string) bool) []Member {
 		}
 	}
 	return append(owners, spare[:min(len(spare), n-len(owners))]...)
+}
+
+// Digest stands for the member and its memory.
+func (m *Member) Digest() uint32 {
+	return uint32(xxhash.Sum64String(m.ID + "\x00" + cmp.Or(m.Memory, m.Process))) //nolint:gosec // its lower half
 }
 
 // Failure names what the member fails together with: its zone, or itself if it

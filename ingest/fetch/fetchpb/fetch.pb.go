@@ -193,7 +193,9 @@ type Header struct {
 	Resending bool   `protobuf:"varint,5,opt,name=resending,proto3" json:"resending,omitempty"`
 	Process   []byte `protobuf:"bytes,6,opt,name=process,proto3" json:"process,omitempty"` // 16 bytes: of the ingester, as in the ship protocol
 	// What the sources of the tenant that were heard of here say of their copies.
-	Coverage      []*Coverage `protobuf:"bytes,7,rep,name=coverage,proto3" json:"coverage,omitempty"`
+	Coverage []*Coverage `protobuf:"bytes,7,rep,name=coverage,proto3" json:"coverage,omitempty"`
+	// The members that are active or leaving, as far as the ingester knows: a hash each.
+	Members       []uint32 `protobuf:"fixed32,8,rep,packed,name=members,proto3" json:"members,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -273,6 +275,13 @@ func (x *Header) GetProcess() []byte {
 func (x *Header) GetCoverage() []*Coverage {
 	if x != nil {
 		return x.Coverage
+	}
+	return nil
+}
+
+func (x *Header) GetMembers() []uint32 {
+	if x != nil {
+		return x.Members
 	}
 	return nil
 }
@@ -1447,7 +1456,7 @@ const file_fetch_fetch_proto_rawDesc = "" +
 	"\n" +
 	"NOT_REGEXP\x10\x03\"D\n" +
 	"\bMatchers\x128\n" +
-	"\bmatchers\x18\x01 \x03(\v2\x1c.epimetheus.fetch.v1.MatcherR\bmatchers\"\xe4\x01\n" +
+	"\bmatchers\x18\x01 \x03(\v2\x1c.epimetheus.fetch.v1.MatcherR\bmatchers\"\xfe\x01\n" +
 	"\x06Header\x12\x16\n" +
 	"\x06blocks\x18\x01 \x03(\fR\x06blocks\x12\x1f\n" +
 	"\vhas_samples\x18\x02 \x01(\bR\n" +
@@ -1456,7 +1465,8 @@ const file_fetch_fetch_proto_rawDesc = "" +
 	"\x06newest\x18\x04 \x01(\x03R\x06newest\x12\x1c\n" +
 	"\tresending\x18\x05 \x01(\bR\tresending\x12\x18\n" +
 	"\aprocess\x18\x06 \x01(\fR\aprocess\x129\n" +
-	"\bcoverage\x18\a \x03(\v2\x1d.epimetheus.fetch.v1.CoverageR\bcoverage\"\xcf\x01\n" +
+	"\bcoverage\x18\a \x03(\v2\x1d.epimetheus.fetch.v1.CoverageR\bcoverage\x12\x18\n" +
+	"\amembers\x18\b \x03(\aR\amembers\"\xcf\x01\n" +
 	"\bCoverage\x12\x18\n" +
 	"\asources\x18\x01 \x03(\x06R\asources\x12\x15\n" +
 	"\x06age_ms\x18\x02 \x01(\x03R\x05ageMs\x12-\n" +
