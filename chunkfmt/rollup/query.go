@@ -71,6 +71,25 @@ func (q *Query) Columns(width int64) (Columns, bool) {
 	return f.columns, true
 }
 
+// most that a range may stick out of whole windows: a few scrapes. More than two
+// samples can't be told from the window that they are in.
+const (
+	mostOfLong  = 2 * 60 * 1000 // ms
+	mostOfShort = 30 * 1000
+)
+
+// Width is that of the widest windows, among those that are stored, that are likely
+// to answer the query; 0: none is.
+func (q *Query) Width() int64 {
+	for _, w := range []struct{ width, most int64 }{{Long, mostOfLong}, {Short, mostOfShort}} {
+		_, ok := q.Columns(w.width)
+		if ok && (functions[q.Function].tail || q.Range%w.width <= w.most) {
+			return w.width
+		}
+	}
+	return 0
+}
+
 // Result is what a series gives.
 type Result struct {
 	// Step and Value are the points, ascending by the number of the step.

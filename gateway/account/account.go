@@ -136,6 +136,7 @@ func (a *Account) AddParts(kept, here, elsewhere int) {
 type Cost struct {
 	Series         int64 `json:"series"`
 	Samples        int64 `json:"samples"`
+	Windows        int64 `json:"windows"`        // summaries of windows, read in place of samples
 	HeadBytes      int64 `json:"headBytes"`      // of samples, from ingesters
 	Blocks         int64 `json:"blocks"`         // that were visible
 	IndexQueries   int64 `json:"indexQueries"`   // lists of rows read from the index
@@ -162,6 +163,7 @@ func (a *Account) Cost() Cost {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	for _, s := range a.stats {
+		c.Windows += s.Windows.Load()
 		c.Blocks += s.Blocks.Load()
 		c.IndexQueries += s.IndexQueries.Load()
 		c.IndexCached += s.IndexCached.Load()

@@ -15,6 +15,7 @@ import (
 	"github.com/prometheus/prometheus/util/annotations"
 
 	"github.com/epimetheus-tsdb/epimetheus/chunkfmt"
+	"github.com/epimetheus-tsdb/epimetheus/chunkfmt/rollup"
 	"github.com/epimetheus-tsdb/epimetheus/gateway/account"
 	"github.com/epimetheus-tsdb/epimetheus/history"
 	"github.com/epimetheus-tsdb/epimetheus/ingest/fetch"
@@ -184,6 +185,7 @@ type seriesSet struct {
 	of      *Selection // which counts the series; nil: each counts
 	given   int64      // series so far
 	streams bool       // series aren't kept by the caller
+	sums    *Summaries // that are wanted; nil: none
 	held    int64      // bytes of pages, as the account was told
 
 	at *Series
@@ -201,7 +203,7 @@ func (s *seriesSet) hold() {
 
 // readHistory begins to read blocks.
 func (s *seriesSet) readHistory(ctx context.Context, snap *history.Snapshot, ms []*labels.Matcher) {
-	old, err := snap.Select(ctx, ms, s.mint, s.maxt)
+	old, err := s.from(ctx, snap, ms)
 	if err == nil {
 		s.old = old
 		s.more = old.Next(ctx)
@@ -218,7 +220,7 @@ func (s *seriesSet) Next() bool {
 		if !ok {
 			return false
 		}
-		at := &Series{labels: ls, mint: s.mint, maxt: s.maxt, hidden: s.hidden.Of(ls)}
+		at := &Series{labels: ls, mint: s.mint, maxt: s.maxt, summaries: s.sums, hidden: s.hidden.Of(ls)}
 		elsewhere := false // it has samples, at other times
 		for i := range s.heads {
 			if h := s.heads[i]; len(h) > 0 && labels.Equal(h[0].Labels, ls) {
@@ -296,6 +298,7 @@ type Series struct {
 	hidden     []chunkfmt.Range
 	heads      [][]fetch.Chunk // of each ingester that has it
 	old        *history.Series // nil: none
+	summaries  *Summaries      // that are wanted; nil: none
 }
 
 // shows says whether a chunk may have samples that are to be read.
@@ -339,6 +342,9 @@ func (s *Series) Iterator(it chunkenc.Iterator) chunkenc.Iterator {
 type Buffer struct {
 	decoders []*fetch.Decoder // one for each head
 	old      history.Buffer
+
+	fresh, windows rollup.Windows
+	summariser     rollup.Summariser
 }
 
 // decoder gives the i-th.
@@ -360,12 +366,17 @@ func (s *Series) Columns(buf *Buffer) (*chunkfmt.Series, error) {
 			return nil, err
 		}
 	}
+	return s.merged(buf, runs, s.mint, s.maxt)
+}
+
+// merged puts what heads have in mint to maxt together with runs of history.
+func (s *Series) merged(buf *Buffer, runs []*chunkfmt.Series, mint, maxt int64) (*chunkfmt.Series, error) {
 	for i, cs := range s.heads {
 		run, err := buf.decoder(i).Decode(cs)
 		if err != nil {
 			return nil, err
 		}
-		run = trim(run, s.mint, s.maxt)
+		run = trim(run, max(mint, s.mint), min(maxt, s.maxt))
 		history.Cut(run, s.hidden)
 		runs = append(runs, run)
 	}

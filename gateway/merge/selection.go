@@ -132,10 +132,11 @@ func (s *Selection) AddSeries(series, samples int64) error {
 	}
 }
 
-// Set gives the series that have samples in mint to maxt, inclusive, in ms. The
-// caller keeps none of them. It begins to read at once.
-func (s *Selection) Set(mint, maxt int64) storage.SeriesSet {
-	set := &seriesSet{ctx: s.ctx, ready: make(chan struct{}), account: account.From(s.ctx), of: s, streams: true}
+// Set gives the series that have samples in mint to maxt, inclusive, in ms, or
+// summaries of those, if any are wanted. The caller keeps none of them. It begins to
+// read at once.
+func (s *Selection) Set(mint, maxt int64, sums *Summaries) storage.SeriesSet {
+	set := &seriesSet{ctx: s.ctx, ready: make(chan struct{}), account: account.From(s.ctx), of: s, streams: true, sums: sums}
 	s.q.mu.Lock()
 	defer s.q.mu.Unlock()
 	if s.q.closed {
@@ -179,9 +180,10 @@ func (s *Selection) read(ctx context.Context, set *seriesSet, mint, maxt int64) 
 }
 
 // Historical gives series of history alone, from a snapshot, with samples in mint
-// to maxt, inclusive, in ms. It begins to read before it returns.
-func Historical(ctx context.Context, snap *history.Snapshot, mint, maxt int64, ms []*labels.Matcher) storage.SeriesSet {
-	set := &seriesSet{ctx: ctx, ready: make(chan struct{}), mint: mint, maxt: maxt, left: -1, account: account.From(ctx), streams: true}
+// to maxt, inclusive, in ms, or summaries of those, if any are wanted. It begins to
+// read before it returns.
+func Historical(ctx context.Context, snap *history.Snapshot, mint, maxt int64, sums *Summaries, ms []*labels.Matcher) storage.SeriesSet {
+	set := &seriesSet{ctx: ctx, ready: make(chan struct{}), mint: mint, maxt: maxt, left: -1, account: account.From(ctx), streams: true, sums: sums}
 	close(set.ready)
 	set.readHistory(ctx, snap, ms)
 	return set

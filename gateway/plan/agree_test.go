@@ -1,6 +1,8 @@
 package plan_test
 
 import (
+	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"flag"
@@ -18,6 +20,7 @@ import (
 	"time"
 
 	"github.com/cortexproject/promqlsmith"
+	"github.com/oklog/ulid/v2"
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/prometheus/model/histogram"
 	"github.com/prometheus/prometheus/model/labels"
@@ -30,12 +33,14 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
 
+	"github.com/epimetheus-tsdb/epimetheus/chunkfmt"
 	"github.com/epimetheus-tsdb/epimetheus/gateway"
 	"github.com/epimetheus-tsdb/epimetheus/gateway/account"
 	"github.com/epimetheus-tsdb/epimetheus/gateway/gatewaytest"
 	"github.com/epimetheus-tsdb/epimetheus/gateway/merge"
 	"github.com/epimetheus-tsdb/epimetheus/gateway/plan"
 	"github.com/epimetheus-tsdb/epimetheus/gateway/worker"
+	"github.com/epimetheus-tsdb/epimetheus/history"
 	"github.com/epimetheus-tsdb/epimetheus/ingest/ring"
 )
 
@@ -44,12 +49,13 @@ var (
 	agreeN    = flag.Int("agree.n", 1500, "queries of TestAgreement")
 )
 
-// dataset is four hours of series of all sorts: counters with resets, gauges,
+// dataset is some hours of series of all sorts: counters with resets, gauges,
 // NaN, infinities, gaps, staleness markers, start timestamps, histograms, series
 // that change between floats and histograms.
-func dataset(t testing.TB, rnd *rand.Rand, s *gatewaytest.Shipped) []labels.Labels {
+func dataset(t testing.TB, rnd *rand.Rand, s *gatewaytest.Shipped, hours int) []labels.Labels {
 	t.Helper()
-	const interval, n = 15_000, 960
+	const interval = 15_000
+	n := hours * 240
 	app := s.AppenderV2(t.Context())
 	var all []labels.Labels
 	for i, name := range []string{"requests_total", "temperature", "odd", "latency", "latency_bucket", "mixed"} {
@@ -115,6 +121,73 @@ func dataset(t testing.TB, rnd *rand.Rand, s *gatewaytest.Shipped) []labels.Labe
 	return all
 }
 
+// summarised gives what a cluster has to another one, most of it in a block with
+// summaries. The last half hour of counters is in heads, and some late samples are in
+// a block of their own.
+func summarised(t *testing.T, from *gatewaytest.Cluster) *gatewaytest.Cluster {
+	t.Helper()
+	must := func(err error) {
+		t.Helper()
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	q, err := from.Storage.Querier(math.MinInt64, math.MaxInt64)
+	must(err)
+	defer q.Close()
+	set := q.Select(t.Context(), true, nil, labels.MustNewMatcher(labels.MatchRegexp, "__name__", ".+"))
+	var most, late []*chunkfmt.Series
+	var fresh []gatewaytest.Sample
+	for set.Next() {
+		cols, err := set.At().(*merge.Series).Columns(&merge.Buffer{})
+		must(err)
+		s := *cols
+		s.Labels = set.At().Labels()
+		name := s.Labels.Get("__name__")
+		kept, other := chunkfmt.Floats{}, chunkfmt.Floats{}
+		last := int64(0)
+		if n := len(s.Floats.T); n > 0 {
+			last = s.Floats.T[n-1]
+		}
+		for i, ts := range s.Floats.T {
+			to := &kept
+			switch {
+			case name == "latency_bucket" && ts > last-1_800_000:
+				fresh = append(fresh, gatewaytest.Sample{Labels: s.Labels, T: ts, V: s.Floats.V[i]})
+				continue
+			case name == "temperature" && 36_000_000 < ts && ts < 40_000_000 && i%7 == 0:
+				to = &other
+			}
+			to.T, to.V = append(to.T, ts), append(to.V, s.Floats.V[i])
+			if s.Floats.ST != nil {
+				to.ST = append(to.ST, s.Floats.ST[i])
+			}
+		}
+		s.Floats = kept
+		most = append(most, &s)
+		if len(other.T) > 0 {
+			late = append(late, &chunkfmt.Series{Labels: s.Labels, Floats: other})
+		}
+	}
+	must(set.Err())
+	to := gatewaytest.New(t, gatewaytest.Options{})
+	for _, all := range [][]*chunkfmt.Series{most, late} {
+		slices.SortFunc(all, func(a, b *chunkfmt.Series) int {
+			return cmp.Or(strings.Compare(a.Labels.Get("__name__"), b.Labels.Get("__name__")), labels.Compare(a.Labels, b.Labels))
+		})
+		var buf bytes.Buffer
+		w := chunkfmt.NewWriter(&buf, chunkfmt.WriterOptions{Window: history.Window, ChunkSamples: 1000, Rollups: true})
+		for _, s := range all {
+			must(w.Add(gateway.DefaultTenant, s))
+		}
+		sum, err := w.Close()
+		must(err)
+		must(to.History.Publish(t.Context(), ulid.Make(), buf.Bytes(), sum))
+	}
+	must(to.Shipper(gateway.DefaultTenant).Send(t.Context(), fresh...))
+	return to
+}
+
 func tenantOf(context.Context) string { return gateway.DefaultTenant }
 
 // gateways starts gateways that compute parts, and gives the way to them.
@@ -173,13 +246,17 @@ func parted(t *testing.T, c *gatewaytest.Cluster, e *promql.Engine, o promql.Eng
 func TestAgreement(t *testing.T) {
 	c := gatewaytest.New(t, gatewaytest.Options{Ingesters: 2})
 	s := gatewaytest.NewShipped(c, gatewaytest.Splits[0], true)
-	all := dataset(t, rand.New(rand.NewSource(42)), s)
+	all := dataset(t, rand.New(rand.NewSource(42)), s, 4)
+	day := gatewaytest.New(t, gatewaytest.Options{})
+	dataset(t, rand.New(rand.NewSource(43)), gatewaytest.NewShipped(day, gatewaytest.Splits[0], true), 24)
+	rolled := summarised(t, day).Storage
 	type engines struct {
 		name  string
 		plain *promql.Engine
 		plan  *plan.Engine
 		data  storage.Queryable
 		parts bool
+		sums  bool // steps are such that summaries may answer
 	}
 	// What was flushed is in heads for a while. This is as if it were gone.
 	none := merge.NewHeads(&ring.Live{}, slog.New(slog.DiscardHandler), prometheus.NewRegistry())
@@ -194,12 +271,14 @@ func TestAgreement(t *testing.T) {
 			o.EnableDelayedNameRemoval, o.UseStartTimestamps = delayed, starts
 			e := promqltest.NewTestEngineWithOpts(t, o)
 			name := fmt.Sprintf("delayed name removal %t, start timestamps %t", delayed, starts)
-			es = append(es, engines{name, e, plan.New(e, o, plan.Spread{}), s, false},
-				engines{name + ", parts", e, parted(t, c, e, o, &atWorkers), s, true},
-				engines{name + ", parts of history", e, parted(t, c, e, o, &atWorkers), old, true})
+			es = append(es, engines{name, e, plan.New(e, o, plan.Spread{}), s, false, false},
+				engines{name + ", parts", e, parted(t, c, e, o, &atWorkers), s, true, false},
+				engines{name + ", parts of history", e, parted(t, c, e, o, &atWorkers), old, true, false},
+				engines{name + ", summaries of all", e, plan.Summarised(plan.New(e, o, plan.Spread{})), s, false, true},
+				engines{name + ", summaries of blocks", e, plan.New(e, o, plan.Spread{}), rolled, false, true})
 		}
 	}
-	leaves, failed, chance := 0, 0, 0
+	leaves, ofSummaries, failed, chance, windows := 0, 0, 0, 0, int64(0)
 	for i := range *agreeN {
 		if i%10_000 == 9_999 {
 			t.Logf("%d queries, %d leaves, %d differ, %d by chance", i+1, leaves, failed, chance)
@@ -216,6 +295,13 @@ func TestAgreement(t *testing.T) {
 		instant := rnd.Intn(3) == 0
 		start := time.UnixMilli(int64(rnd.Intn(4*3600)) * 1000)
 		step := time.Duration(1+rnd.Intn(600)) * time.Second
+		if e.sums {
+			if e.data == rolled {
+				start = start.Add(time.Duration(rnd.Intn(20)) * time.Hour)
+			}
+			start = start.Truncate([]time.Duration{5 * time.Minute, time.Hour}[rnd.Intn(2)])
+			step = []time.Duration{5 * time.Minute, 10 * time.Minute, time.Hour}[rnd.Intn(3)]
+		}
 		end := start.Add(step * time.Duration(rnd.Intn(40)))
 		expr := walk(ps, instant)
 		if seed%4 != 0 { // most of promqlsmith's queries have no leaf
@@ -223,7 +309,10 @@ func TestAgreement(t *testing.T) {
 		}
 		var read map[string]int64
 		run := func(ng promql.QueryEngine) (*promql.Result, string) {
-			ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+			ctx, acc, done := account.NewMemory(0, prometheus.NewRegistry()).Open(t.Context(), account.Limits{})
+			defer done()
+			defer func() { windows += acc.Cost().Windows }()
+			ctx, cancel := context.WithTimeout(ctx, time.Minute)
 			defer cancel()
 			var q promql.Query
 			var err error
@@ -256,7 +345,8 @@ func TestAgreement(t *testing.T) {
 			delete(read, "series")
 			delete(wantRead, "series")
 		}
-		if got.Err == nil && want.Err == nil && !strings.Contains(expr, ":") && !maps.Equal(read, wantRead) {
+		counts := !strings.Contains(expr, ":") && (!e.sums || !newest.MatchString(expr))
+		if got.Err == nil && want.Err == nil && counts && !maps.Equal(read, wantRead) {
 			t.Errorf("seed %d: %s\n%sread %v, want %v", seed, expr, text, read, wantRead)
 		}
 		if again, _ := run(e.plain); byMap.MatchString(expr) || !slices.Equal(order(want), order(again)) {
@@ -264,6 +354,9 @@ func TestAgreement(t *testing.T) {
 			sortVector(got)
 		}
 		leaves += strings.Count(text, "\nleaf_")
+		if e.sums {
+			ofSummaries += strings.Count(text, ", of summaries of")
+		}
 		diff := differ(want, got)
 		for try := 0; try < 10 && diff != ""; try++ {
 			// The engine walks over maps, so some of its results depend on chance.
@@ -284,12 +377,15 @@ func TestAgreement(t *testing.T) {
 			}
 		}
 	}
-	t.Logf("%d queries with %d leaves, %d parts at workers: %d differ; of %d the engine gave two results", *agreeN, leaves, atWorkers.Load(), failed, chance)
+	t.Logf("%d queries with %d leaves, %d of summaries (%d windows read), %d parts at workers: %d differ; of %d the engine gave two results", *agreeN, leaves, ofSummaries, windows, atWorkers.Load(), failed, chance)
 	if chance > max(3, *agreeN/50) {
 		t.Errorf("%d results depend on chance: too many to tell", chance)
 	}
 	if *agreeN > 100 && atWorkers.Load() < int64(*agreeN)/10 {
 		t.Errorf("only %d parts were computed at workers: they aren't tested", atWorkers.Load())
+	}
+	if *agreeN > 100 && ofSummaries < *agreeN/10 || windows < 5*int64(*agreeN) {
+		t.Errorf("only %d leaves of summaries, and %d of those read: they aren't tested", ofSummaries, windows)
 	}
 	if *agreeN > 100 && leaves < *agreeN/4 {
 		t.Errorf("only %d leaves: the planner isn't tested", leaves)
@@ -335,7 +431,7 @@ func TestTasksThatDoNotFit(t *testing.T) {
 func TestPartsCount(t *testing.T) {
 	c := gatewaytest.New(t, gatewaytest.Options{})
 	s := gatewaytest.NewShipped(c, gatewaytest.Splits[0], true)
-	dataset(t, rand.New(rand.NewSource(1)), s)
+	dataset(t, rand.New(rand.NewSource(1)), s, 4)
 	none := merge.NewHeads(&ring.Live{}, slog.New(slog.DiscardHandler), prometheus.NewRegistry())
 	defer none.Close()
 	old := merge.New(none, c.History, tenantOf)
@@ -427,7 +523,7 @@ func leafy(rnd *rand.Rand, depth int) string {
 		var args []string
 		for _, a := range f.ArgTypes {
 			if a == parser.ValueTypeMatrix {
-				args = append(args, sel+pick("[15s]", "[1m]", "[5m]", "[7m]", "[30m]", "[2h]", "[1ms]")+at)
+				args = append(args, sel+pick("[15s]", "[1m]", "[5m]", "[7m]", "[30m]", "[1h]", "[1h15s]", "[2h]", "[1ms]")+at)
 			} else {
 				args = append(args, pick("0.5", "0.9", "60", "-30", "0.1", "vector(1)"))
 			}
@@ -457,6 +553,10 @@ func walk(ps *promqlsmith.PromQLSmith, instant bool) (expr string) {
 
 // byMap matches what the engine gives in the order of a map.
 var byMap = regexp.MustCompile("histogram_quantile|histogram_fraction|count_values")
+
+// newest matches functions of which summaries don't tell how many samples the engine
+// reads.
+var newest = regexp.MustCompile("irate|idelta|last_over_time|present_over_time|absent_over_time")
 
 // rounded matches labels made of values that may differ in the last digit.
 var rounded = regexp.MustCompile("count_values(.|\n)*(avg|sum)_over_time")

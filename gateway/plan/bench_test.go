@@ -32,6 +32,7 @@ import (
 var (
 	benchDays  = flag.Int("bench.days", 10, "days of data of BenchmarkDeep and BenchmarkSpread")
 	benchChunk = flag.Int("bench.chunk", 0, "samples of a chunk there; 0: as usual")
+	benchRaw   = flag.Bool("bench.raw", false, "blocks there have no summaries of windows")
 )
 
 // BenchmarkDeep runs queries over 1,000 series at 15 s for days, as blocks of a
@@ -66,6 +67,8 @@ func BenchmarkDeep(b *testing.B) {
 		{"rate-by-job-1d", rate, day, time.Minute},
 		{"rate-by-job-all-5m", rate, span, time.Hour},
 		{"rate-by-job-all-1h", `sum by (job) (rate(http_requests_total[1h]))`, span, time.Hour},
+		{"rate-by-job-all-1h15s", `sum by (job) (rate(http_requests_total[1h15s]))`, span, time.Hour},
+		{"rate-by-job-all-5m-5m", rate, span, 5 * time.Minute},
 		{"p99-by-job-all", `histogram_quantile(0.99, sum by (le, job) (rate(http_request_duration_seconds_bucket[1h])))`, span, time.Hour},
 		{"quantile-7d", `quantile(0.95, rate(node_cpu_seconds_total{mode!="idle"}[5m]))`, min(span, 7*day), 5 * time.Minute},
 		{"topk-1d", `topk(10, rate(container_cpu_usage_seconds_total[5m]))`, day, 5 * time.Minute},
@@ -249,7 +252,7 @@ func loadDeep(b *testing.B, c gen.Config, h *history.History) *tsdb.DB {
 			}
 		}
 		var buf bytes.Buffer
-		w := chunkfmt.NewWriter(&buf, chunkfmt.WriterOptions{Window: history.Window, ChunkSamples: *benchChunk})
+		w := chunkfmt.NewWriter(&buf, chunkfmt.WriterOptions{Window: history.Window, ChunkSamples: *benchChunk, Rollups: !*benchRaw})
 		var old []storage.Series
 		for _, i := range byName {
 			if len(all[i].Floats.T) == 0 {

@@ -23,6 +23,8 @@ type Engine struct {
 	inner  *promql.Engine
 	opts   promql.EngineOpts
 	spread Spread
+
+	summarise bool // see options
 }
 
 // New wraps an engine, which was made with o.
@@ -50,6 +52,7 @@ type options struct {
 	maxSamples         int
 	parting            parting
 	logger             *slog.Logger
+	summarise          bool // everything, for tests: as if there were summaries of all samples
 }
 
 // NewInstantQuery implements promql.QueryEngine.
@@ -83,7 +86,7 @@ func (e *Engine) plan(inner promql.Query, one *snapshot, opts promql.QueryOpts) 
 	q.opts = options{
 		startTimestamps: e.opts.UseStartTimestamps, delayedNameRemoval: e.opts.EnableDelayedNameRemoval,
 		typeAndUnitLabels: e.opts.EnableTypeAndUnitLabels, maxSamples: e.opts.MaxSamples,
-		parting: e.spread.parting, logger: e.opts.Logger,
+		parting: e.spread.parting, logger: e.opts.Logger, summarise: e.summarise,
 	}
 	if opts != nil && opts.UseStartTimestamps() != nil {
 		q.opts.startTimestamps = *opts.UseStartTimestamps()
@@ -99,6 +102,9 @@ func (e *Engine) plan(inner promql.Query, one *snapshot, opts promql.QueryOpts) 
 		stmt.Expr = p.walk(stmt.Expr, place{grid: g})
 	}
 	q.leaves = p.leaves
+	for _, l := range q.leaves {
+		l.width = l.query(q.opts).Width()
+	}
 	return q
 }
 

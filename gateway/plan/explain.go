@@ -28,6 +28,8 @@ type Explanation struct {
 type LeafExplanation struct {
 	Expr    string         `json:"expr"`
 	Samples int64          `json:"samples"` // of blocks, about: of the pages that may have some
+	Window  model.Duration `json:"window"`  // of the summaries that stand for samples where there are some; 0: none would do
+	Windows int64          `json:"windows"` // summaries, about; samples are those beside them
 	Steps   int            `json:"steps"`
 	Span    model.Duration `json:"span"` // of a part; 0: the leaf isn't cut
 	Parts   int            `json:"parts"`
@@ -96,12 +98,13 @@ func (q *query) explain(ctx context.Context, e *Explanation) *promql.Result {
 		if sel == nil || err != nil {
 			return &promql.Result{Value: empty.Value, Err: err}
 		}
-		w, samples, err := q.part(ctx, i, sel)
+		w, est, err := q.part(ctx, i, sel)
 		if err != nil {
 			return &promql.Result{Err: err}
 		}
 		one := LeafExplanation{
-			Expr: l.expr().String(), Samples: max(0, samples), Steps: l.Grid.Len(),
+			Expr: l.expr().String(), Samples: est.samples, Steps: l.Grid.Len(),
+			Window: model.Duration(time.Duration(l.width) * time.Millisecond), Windows: est.windows,
 			Span: model.Duration(time.Duration(w.span) * time.Millisecond), Parts: len(w.parts),
 		}
 		for i := range w.parts {

@@ -6,3 +6,10 @@ func Tight(s Spread) Spread {
 	s.parting = parting{samples: 1, spans: []int64{minute, 5 * minute, 20 * minute, hour, 4 * hour, 24 * hour}, steps: 1}
 	return s
 }
+
+// Summarised makes an engine that summarises all samples, where summaries would do:
+// as if blocks and heads had such of everything.
+func Summarised(e *Engine) *Engine {
+	e.summarise = true
+	return e
+}

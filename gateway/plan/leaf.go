@@ -26,6 +26,10 @@ type Leaf struct {
 	// selector is the lookback delta.
 	Range int64
 
+	// width of the windows whose summaries answer it, where there are some, in ms; 0: it
+	// needs samples.
+	width int64
+
 	// once, subquery: as in place.
 	once, subquery bool
 
@@ -63,6 +67,9 @@ func (l *Leaf) expr() parser.Expr {
 }
 
 func (l *Leaf) String() string {
+	if l.width > 0 {
+		return fmt.Sprintf("%s %s, of summaries of %s", l.expr(), l.Grid, model.Duration(time.Duration(l.width)*time.Millisecond))
+	}
 	return fmt.Sprintf("%s %s", l.expr(), l.Grid)
 }
 

@@ -102,11 +102,16 @@ func (c *counts) without(s *promql.Series, g Grid) {
 }
 
 func (c *counts) merge(o *counts) {
-	for i := range c.window {
-		c.window[i] += o.window[i]
-		c.read[i] += o.read[i]
-	}
+	c.add(o, 0)
 	c.series += o.series
+}
+
+// add puts in the counts of the steps from from on.
+func (c *counts) add(o *counts, from int) {
+	for i, n := range o.window {
+		c.window[from+i] += n
+		c.read[from+i] += o.read[i]
+	}
 }
 
 // search gives the first index from i on whose time is later than t. Windows move

@@ -44,15 +44,24 @@ type slot struct {
 	labels labels.Labels // as stored
 	out    points
 	annos  annotations.Annotations
+	raw    []int32 // steps that summaries can't tell, ascending
 }
 
 // worker computes series, one after the other.
 type worker struct {
 	k   *kernel
 	buf *merge.Buffer
+	win *windows // nil: summaries are of no use
 }
 
+// eval computes a series: from its summaries, if it has some.
 func (w *worker) eval(s *slot) error {
+	s.raw = s.raw[:0]
+	if w.win != nil {
+		if done, err := w.win.eval(w, s); done || err != nil {
+			return err
+		}
+	}
 	cols, err := s.series.Columns(w.buf)
 	if err != nil {
 		return promql.ErrStorage{Err: err}
@@ -61,18 +70,32 @@ func (w *worker) eval(s *slot) error {
 }
 
 // run computes a leaf over the series of a set, several at a time.
-func run(ctx context.Context, l *Leaf, o options, set storage.SeriesSet, atOnce int) (*partial, error) {
+func run(ctx context.Context, l *Leaf, o options, open func(*merge.Summaries) storage.SeriesSet, atOnce int) (*partial, error) {
+	if sums := l.summaries(o); sums != nil {
+		p, err := runOver(ctx, l, o, open(sums), sums, atOnce)
+		if !errors.Is(err, errNeedsSamples) {
+			return p, err
+		}
+	}
+	return runOver(ctx, l, o, open(nil), nil, atOnce)
+}
+
+func runOver(ctx context.Context, l *Leaf, o options, set storage.SeriesSet, sums *merge.Summaries, atOnce int) (*partial, error) {
 	r := newResult(l, o)
 	acc := account.From(ctx)
 	steps := l.Grid.Len()
 	base := 2 * 8 * int64(steps) * int64(atOnce+1) // counts
-	held := base
-	acc.Hold(held)
+	held := int64(0)
+	hold := func(bytes int64) {
+		acc.Hold(bytes - held)
+		held = bytes
+	}
+	hold(base)
 	total := newCounts(steps)
 	ws := make([]worker, atOnce)
 	for i := range ws {
 		buf, _ := buffers.Get().(*merge.Buffer)
-		ws[i] = worker{newKernel(l, o), buf}
+		ws[i] = worker{newKernel(l, o), buf, newWindows(l, o, sums)}
 		defer buffers.Put(buf)
 	}
 	// Points wait for their turn, and their memory is noted after each batch.
@@ -94,8 +117,18 @@ func run(ctx context.Context, l *Leaf, o options, set storage.SeriesSet, atOnce 
 		if err := ctx.Err(); err != nil {
 			return &partial{annos: r.annos}, err
 		}
-		if err := evaluate(ctx, o.logger, ws, slots); err != nil {
+		if err := evaluate(ctx, o.logger, ws, slots, (*worker).eval); err != nil {
 			return &partial{annos: r.annos}, err
+		}
+		if sums != nil {
+			if total.series == 0 && needSamples(slots) {
+				hold(0)
+				return nil, errNeedsSamples
+			}
+			patch := func(w *worker, s *slot) error { return w.win.patch(ctx, w, s) }
+			if err := evaluate(ctx, o.logger, ws, slots, patch); err != nil {
+				return &partial{annos: r.annos}, err
+			}
 		}
 		total.series += int64(len(slots))
 		for i := range slots {
@@ -103,9 +136,7 @@ func run(ctx context.Context, l *Leaf, o options, set storage.SeriesSet, atOnce 
 				return &partial{annos: r.annos}, err
 			}
 		}
-		bytes := base + r.bytes()
-		acc.Hold(bytes - held)
-		held = bytes
+		hold(base + r.bytes())
 	}
 	if err := set.Err(); err != nil {
 		return &partial{annos: r.annos}, fmt.Errorf("expanding series: %w", err)
@@ -126,8 +157,8 @@ func recovered(logger *slog.Logger, err *error) {
 	}
 }
 
-// evaluate computes the slots, shared out among the workers.
-func evaluate(ctx context.Context, logger *slog.Logger, ws []worker, slots []slot) error {
+// evaluate calls eval for the slots, shared out among the workers.
+func evaluate(ctx context.Context, logger *slog.Logger, ws []worker, slots []slot, eval func(*worker, *slot) error) error {
 	if len(slots) < 4 {
 		ws = ws[:1]
 	}
@@ -138,7 +169,7 @@ func evaluate(ctx context.Context, logger *slog.Logger, ws []worker, slots []slo
 			// Neighbours: they share pages, times, and the integers that buckets of
 			// a histogram are based on.
 			for i := w * len(slots) / len(ws); i < (w+1)*len(slots)/len(ws); i++ {
-				if err := ws[w].eval(&slots[i]); err != nil {
+				if err := eval(&ws[w], &slots[i]); err != nil {
 					return err
 				}
 				if ctx.Err() != nil {

@@ -11,13 +11,15 @@ import (
 	"github.com/prometheus/prometheus/promql/parser"
 	"github.com/prometheus/prometheus/storage"
 	"github.com/stretchr/testify/require"
+
+	"github.com/epimetheus-tsdb/epimetheus/gateway/merge"
 )
 
 // A bug in a kernel ends the query, in whichever goroutine it is.
 func TestPanicEndsQuery(t *testing.T) {
 	slots := make([]slot, batch) // without series: a nil pointer
 	ws := []worker{{}, {}}
-	err := evaluate(t.Context(), slog.New(slog.DiscardHandler), ws, slots)
+	err := evaluate(t.Context(), slog.New(slog.DiscardHandler), ws, slots, (*worker).eval)
 	require.ErrorContains(t, err, "unexpected error")
 	require.False(t, strings.Contains(err.Error(), "\n"))
 }
@@ -25,7 +27,8 @@ func TestPanicEndsQuery(t *testing.T) {
 // Series of a storage that has no columns are the engine's.
 func TestForeignSeries(t *testing.T) {
 	s := storage.NewListSeries(labels.FromStrings("a", "b"), nil)
-	_, err := run(t.Context(), &Leaf{Grid: Grid{Step: 1}, Selector: &parser.VectorSelector{}}, options{}, storage.TestSeriesSet(s), 1)
+	open := func(*merge.Summaries) storage.SeriesSet { return storage.TestSeriesSet(s) }
+	_, err := run(t.Context(), &Leaf{Grid: Grid{Step: 1}, Selector: &parser.VectorSelector{}}, options{}, open, 1)
 	require.ErrorIs(t, err, ErrGiveUp)
 }
 

@@ -10,6 +10,7 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/prometheus/promql"
+	"github.com/prometheus/prometheus/storage"
 	"golang.org/x/sync/errgroup"
 
 	"github.com/epimetheus-tsdb/epimetheus/gateway/account"
@@ -76,7 +77,7 @@ var ErrUnlike = errors.New("worker differs in version or options")
 
 // Version of tasks and of what they give. Gateways of different versions compute
 // their parts themselves.
-const Version = 2
+const Version = 3
 
 // Task is a part of a leaf for another gateway. It has the whole query: a leaf's
 // own text would change the meaning of start() and end(), and the places in
@@ -120,31 +121,53 @@ func (q *query) leaf(ctx context.Context, i int, sel *merge.Selection) (*partial
 	return p, err
 }
 
-// part cuts the i-th leaf, and says about how many samples of blocks it reads; -1 if
-// that doesn't matter.
-func (q *query) part(ctx context.Context, i int, sel *merge.Selection) (_ *work, samples int64, _ error) {
+// estimate is about what a leaf reads of blocks.
+type estimate struct {
+	windows, samples int64
+}
+
+// estimate of the selection's blocks.
+func (l *Leaf) estimate(ctx context.Context, sel *merge.Selection) (e estimate, err error) {
+	snap, ms := sel.Snapshot(), sel.Matchers()
+	if l.width > 0 {
+		e.windows, e.samples, err = snap.EstimateWindows(ctx, ms, l.mint(), l.maxt(), l.width)
+	} else {
+		e.samples, err = snap.Estimate(ctx, ms, l.mint(), l.maxt())
+	}
+	if err != nil {
+		err = promql.ErrStorage{Err: err}
+	}
+	return e, err
+}
+
+// cost in samples: about so many take the time that a window takes.
+func (e estimate) cost() int64 { return e.samples + 8*e.windows }
+
+// part cuts the i-th leaf, and says about what it reads of blocks; nothing if that
+// doesn't matter.
+func (q *query) part(ctx context.Context, i int, sel *merge.Selection) (_ *work, e estimate, _ error) {
 	l := q.leaves[i]
 	w := &work{q: q, l: l, leaf: i, sel: sel, parts: []part{{to: l.Grid.Len()}}}
 	sp := &q.engine.spread
 	if err := sel.Wait(); err != nil {
-		return nil, -1, err
+		return nil, e, err
 	}
 	if sel.Snapshot() == nil || sp.Results == nil && sp.Workers == nil {
-		return w, -1, nil
+		return w, e, nil
 	}
 	if l.Grid.Len() < 2 && explanationOf(ctx) == nil {
-		return w, -1, nil
+		return w, e, nil
 	}
-	samples, err := sel.Snapshot().Estimate(ctx, sel.Matchers(), l.mint(), l.maxt())
+	e, err := l.estimate(ctx, sel)
 	if err != nil {
-		return nil, -1, promql.ErrStorage{Err: err}
+		return nil, e, err
 	}
-	w.span, w.parts = l.cut(samples, q.opts)
+	w.span, w.parts = l.cut(e.cost(), q.opts)
 	// What heads have may change: those parts are neither kept nor computed elsewhere.
 	w.fresh = make([]bool, len(w.parts))
 	w.out = make([]*partial, len(w.parts))
 	if len(w.parts) < 2 {
-		return w, samples, nil
+		return w, e, nil
 	}
 	sel.HeadTimes(func(mint, maxt int64) {
 		first, last := l.numbers(w.span, mint, maxt)
@@ -159,7 +182,7 @@ func (q *query) part(ctx context.Context, i int, sel *merge.Selection) (_ *work,
 			w.keys[i] = l.key(tenant, w.span, p.number, q.opts, sel.Snapshot().Blocks, sel.Snapshot().Hidden)
 		}
 	}
-	return w, samples, nil
+	return w, e, nil
 }
 
 // work is the computation of a leaf that is parted.
@@ -180,7 +203,9 @@ type work struct {
 // here computes the steps from, up to, without, to.
 func (w *work) here(ctx context.Context, from, to int) (*partial, error) {
 	only := w.l.only(from, to)
-	return run(ctx, only, w.q.opts, w.sel.Set(only.mint(), only.maxt()), runtime.GOMAXPROCS(0))
+	return run(ctx, only, w.q.opts, func(sums *merge.Summaries) storage.SeriesSet {
+		return w.sel.Set(only.mint(), only.maxt(), sums)
+	}, runtime.GOMAXPROCS(0))
 }
 
 // partsAtOnce bounds the parts of a leaf that are asked for at the same time.
@@ -406,7 +431,9 @@ func (e *Engine) Work(ctx context.Context, h *history.History, t *Task) ([]byte,
 	ctx, cancel := context.WithTimeout(ctx, e.opts.Timeout)
 	defer cancel()
 	snap := h.Open(t.Tenant, only.mint(), only.maxt(), t.Blocks, t.Hidden)
-	p, err := run(ctx, only, q.opts, merge.Historical(ctx, snap, only.mint(), only.maxt(), l.Selector.LabelMatchers), 1)
+	p, err := run(ctx, only, q.opts, func(sums *merge.Summaries) storage.SeriesSet {
+		return merge.Historical(ctx, snap, only.mint(), only.maxt(), sums, l.Selector.LabelMatchers)
+	}, 1)
 	if err != nil {
 		return nil, err
 	}

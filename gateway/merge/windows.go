@@ -1,0 +1,114 @@
+package merge
+
+import (
+	"context"
+	"slices"
+
+	"github.com/prometheus/prometheus/model/labels"
+
+	"github.com/epimetheus-tsdb/epimetheus/chunkfmt"
+	"github.com/epimetheus-tsdb/epimetheus/chunkfmt/rollup"
+	"github.com/epimetheus-tsdb/epimetheus/history"
+	"github.com/epimetheus-tsdb/epimetheus/ingest/fetch"
+)
+
+// Summaries says what summaries of windows are wanted, for the time that there are
+// some, instead of samples.
+type Summaries struct {
+	Width   int64 // of the windows, ms
+	Columns rollup.Columns
+}
+
+// inHeads gives the times of what heads have of a series: summaries of blocks don't
+// know of it.
+func (s *seriesSet) inHeads(ls labels.Labels) (times []chunkfmt.Range) {
+	for _, h := range s.heads {
+		i, ok := slices.BinarySearchFunc(h, ls, func(a fetch.Series, b labels.Labels) int { return labels.Compare(a.Labels, b) })
+		if !ok {
+			continue
+		}
+		for _, c := range h[i].Chunks {
+			times = append(times, chunkfmt.Range{MinT: c.MinT, MaxT: c.MaxT})
+		}
+	}
+	return times
+}
+
+// from selects what history has.
+func (s *seriesSet) from(ctx context.Context, snap *history.Snapshot, ms []*labels.Matcher) (*history.SeriesSet, error) {
+	if s.sums == nil {
+		return snap.Select(ctx, ms, s.mint, s.maxt)
+	}
+	of := history.Summaries{Width: s.sums.Width, Columns: s.sums.Columns}
+	if len(s.heads) > 0 {
+		of.Elsewhere = s.inHeads // now: what is given is taken off
+	}
+	return snap.SelectWindows(ctx, ms, s.mint, s.maxt, of)
+}
+
+// Windows gives summaries of the series in the time that was selected. What blocks
+// have none of, and what several blocks or heads have, is read and summarised here.
+// They may lie in the memory of buf: they are good until it is used again, and aren't
+// to be changed. nil: blocks have no summaries at all of it, and Columns is to be
+// read; unless always.
+func (s *Series) Windows(buf *Buffer, always bool) (*rollup.Windows, error) {
+	stored := &rollup.Windows{}
+	if s.old != nil {
+		w, covered, err := s.old.Windows(&buf.old)
+		if err != nil {
+			return nil, err
+		}
+		if len(covered) > 0 {
+			stored, always = w, true
+		}
+	}
+	if !always {
+		return nil, nil //nolint:nilnil // as documented
+	}
+	cols, err := s.Columns(buf) // of the rest of the time
+	if err != nil {
+		return nil, err
+	}
+	samples := cols.Samples()
+	if len(samples.T)+len(samples.Histograms)+len(samples.StaleHistograms) == 0 {
+		return stored, nil
+	}
+	buf.fresh.Clear()
+	buf.summariser.Summarise(&buf.fresh, samples, s.summaries.Width)
+	if stored.Len() == 0 {
+		return &buf.fresh, nil
+	}
+	together(&buf.windows, stored, &buf.fresh, s.summaries.Columns)
+	return &buf.windows, nil
+}
+
+// ColumnsOf gives the samples in mint to maxt, inclusive, in ms, like Columns, but also
+// where there are summaries of them.
+func (s *Series) ColumnsOf(ctx context.Context, buf *Buffer, mint, maxt int64) (*chunkfmt.Series, error) {
+	var runs []*chunkfmt.Series
+	if s.old != nil {
+		var err error
+		if runs, err = s.old.Raw(ctx, &buf.old, mint, maxt); err != nil {
+			return nil, err
+		}
+	}
+	return s.merged(buf, runs, mint, maxt)
+}
+
+// together puts windows into dst that are in a or in b, in order of time. Both have
+// the columns.
+func together(dst, a, b *rollup.Windows, columns rollup.Columns) {
+	dst.Clear()
+	for i, j := 0, 0; i < a.Len() || j < b.Len(); {
+		from := i
+		for i < a.Len() && (j == b.Len() || a.End[i] < b.End[j]) {
+			i++
+		}
+		dst.Append(a, from, i, columns)
+		from = j
+		for j < b.Len() && (i == a.Len() || b.End[j] <= a.End[i]) {
+			j++
+		}
+		dst.Append(b, from, j, columns)
+	}
+}
