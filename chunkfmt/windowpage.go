@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"fmt"
 	"math"
+	"slices"
 
 	"github.com/epimetheus-tsdb/epimetheus/chunkfmt/codec"
 	"github.com/epimetheus-tsdb/epimetheus/chunkfmt/rollup"
@@ -22,6 +23,9 @@ const (
 	formFloats = 0 // a column of floats
 	formInts   = 1 // integers of the chunk's scale; sums less the count times half of min plus max
 )
+
+// noResets is a column of integers that are all 0: what most counters have.
+const noResets = "\x01\x00\x00"
 
 // Forms of the column of changes.
 const (
@@ -119,20 +123,31 @@ func (p *WindowPage) Windows(i int) int {
 }
 
 // WindowDecoder decodes chunks of windows. It keeps memory between calls, and
-// remembers the times of the page it worked on last: neighbouring series share
-// them. The zero value is ready. Not safe for concurrent use.
+// remembers the times of windows: series share them. The zero value is ready. Not
+// safe for concurrent use.
 type WindowDecoder struct {
 	codec codec.Decoder
-	page  uint64   // id
-	known []uint32 // by shape: where it lies in times, plus one; 0: not known
+	known map[shapeKey]knownShape
 	times rollup.Windows
 
 	first, last, ints, least, most []int64
 	dropped                        []float64
 }
 
-// rememberedWindows bounds the windows whose times a decoder remembers.
-const rememberedWindows = 1 << 16
+type shapeKey struct {
+	page  uint64 // id
+	shape uint32
+}
+
+// knownShape is where a shape lies in the times that a decoder remembers.
+type knownShape struct {
+	at    int
+	empty bool // there are windows without floats
+}
+
+// rememberedWindows bounds the windows whose times a decoder remembers, of about 40
+// bytes each: a year of blocks of a week with windows of an hour, of ten targets.
+const rememberedWindows = 1 << 17
 
 // Decode appends the windows of chunk i of p to dst: End, Count, Flags and the
 // columns cols, which are those that dst has if it has windows already. If it
@@ -142,9 +157,9 @@ func (d *WindowDecoder) Decode(p *WindowPage, i int, cols rollup.Columns, dst *r
 		return fmt.Errorf("windows page: %w", corrupt("chunk %d of %d", i, len(p.chunks)))
 	}
 	k := &p.chunks[i]
-	at, err := d.shape(p, k.shape)
+	shape, err := d.shape(p, k.shape)
 	if err == nil {
-		n := p.shapes[k.shape].n
+		at, n := shape.at, p.shapes[k.shape].n
 		out := *dst
 		// Only the columns of times are in d.times.
 		out.End = append(out.End, d.times.End[at:at+n]...)
@@ -159,7 +174,7 @@ func (d *WindowDecoder) Decode(p *WindowPage, i int, cols rollup.Columns, dst *r
 		if cols&rollup.Last != 0 {
 			out.LastT = append(out.LastT, d.times.LastT[at:at+n]...)
 		}
-		if err = d.values(p.body[k.from:k.end], cols, &out, n); err == nil {
+		if err = d.values(p.body[k.from:k.end], cols, &out, n, shape.empty); err == nil {
 			*dst = out
 			return nil
 		}
@@ -168,27 +183,25 @@ func (d *WindowDecoder) Decode(p *WindowPage, i int, cols rollup.Columns, dst *r
 }
 
 // shape gives where a shape of p lies in d.times.
-func (d *WindowDecoder) shape(p *WindowPage, shape uint32) (at int, err error) {
+func (d *WindowDecoder) shape(p *WindowPage, shape uint32) (knownShape, error) {
+	key := shapeKey{p.id, shape}
+	if k, ok := d.known[key]; ok {
+		return k, nil
+	}
 	n := p.shapes[shape].n
-	if d.page != p.id || len(d.times.End)+n > rememberedWindows {
-		d.page = p.id
+	at := len(d.times.End)
+	if d.known == nil || at+n > rememberedWindows {
+		d.known = map[shapeKey]knownShape{}
 		d.times.Clear()
-		if cap(d.known) < len(p.shapes) {
-			d.known = make([]uint32, len(p.shapes))
-		}
-		d.known = d.known[:len(p.shapes)]
-		clear(d.known)
+		at = 0
 	}
-	if k := d.known[shape]; k > 0 {
-		return int(k - 1), nil
-	}
-	at = len(d.times.End)
 	if err := d.decodeShape(p.shapes[shape].b, n, p.width); err != nil {
-		d.page = 0 // what was appended is in the way
-		return 0, err
+		d.known = nil // what was appended is in the way
+		return knownShape{}, err
 	}
-	d.known[shape] = uint32(at + 1)
-	return at, nil
+	k := knownShape{at: at, empty: slices.Contains(d.times.Count[at:], 0)}
+	d.known[key] = k
+	return k, nil
 }
 
 // decodeShape appends the times of n windows to d.times, and checks them.
@@ -201,6 +214,7 @@ func (d *WindowDecoder) decodeShape(b []byte, n int, width int64) error {
 		}
 		return into
 	}
+	w.End = slices.Grow(w.End, n+8) // the codec would take just as much as it needs
 	if w.End, b, err = d.codec.Times(w.End, b, n); err != nil {
 		return err
 	}
@@ -271,7 +285,7 @@ func needs(cols rollup.Columns, head byte) (parts [windowParts]bool) {
 
 // values appends the columns of values to w, whose last n windows have their
 // times.
-func (d *WindowDecoder) values(b []byte, cols rollup.Columns, w *rollup.Windows, n int) error {
+func (d *WindowDecoder) values(b []byte, cols rollup.Columns, w *rollup.Windows, n int, empty bool) error {
 	c := cursor{b: b}
 	head := c.byte()
 	var part [windowParts][]byte
@@ -286,7 +300,7 @@ func (d *WindowDecoder) values(b []byte, cols rollup.Columns, w *rollup.Windows,
 		return c.err
 	}
 	part[windowParts-1] = c.b
-	v := windowValues{WindowDecoder: d, w: w, at: len(w.End) - n, n: n, head: head}
+	v := windowValues{WindowDecoder: d, w: w, at: len(w.End) - n, n: n, head: head, empty: empty}
 	need := needs(cols, head)
 	read := [windowParts]func(b []byte, cols rollup.Columns) ([]byte, error){
 		v.endsPart, v.resetPart, v.prevPart, v.extremaPart, v.sumPart, v.countsPart, v.momentPart,
@@ -312,6 +326,7 @@ type windowValues struct {
 	w     *rollup.Windows
 	at, n int
 	head  byte
+	empty bool // there are windows without floats
 }
 
 // floats appends integers of the chunk's scale as floats, 0 where there are no
@@ -322,9 +337,11 @@ func (v *windowValues) floats(dst []float64, ints []int64) ([]float64, error) {
 	if !codec.ScaledFloats(dst[at:], ints, v.head) {
 		return dst, corrupt("scale %d", v.head)
 	}
-	for i, n := range v.w.Count[v.at:] {
-		if n == 0 {
-			dst[at+i] = 0
+	if v.empty {
+		for i, n := range v.w.Count[v.at:] {
+			if n == 0 {
+				dst[at+i] = 0
+			}
 		}
 	}
 	return dst, nil
@@ -474,6 +491,12 @@ func (v *windowValues) form(dst *[]float64, b []byte) (ints []int64, rest []byte
 func (v *windowValues) resetPart(b []byte, _ rollup.Columns) (rest []byte, err error) {
 	if v.head == apart {
 		return v.column(&v.w.Reset, b, true)
+	}
+	if string(b) == noResets {
+		at := len(v.w.Reset)
+		v.w.Reset = extend(v.w.Reset, v.n)
+		clear(v.w.Reset[at:])
+		return nil, nil
 	}
 	ints, b, err := v.form(&v.w.Reset, b)
 	if err != nil || ints == nil {

@@ -1,10 +1,17 @@
 package history
 
 import (
+	"flag"
 	"fmt"
+	"math/rand/v2"
+	"syscall"
 	"testing"
+	"time"
+
+	"github.com/prometheus/prometheus/model/labels"
 
 	"github.com/epimetheus-tsdb/epimetheus/chunkfmt"
+	"github.com/epimetheus-tsdb/epimetheus/chunkfmt/rollup"
 )
 
 // BenchmarkSelect reads 1,000 series of 240 samples each from every of a number
@@ -49,4 +56,78 @@ func BenchmarkSeries(b *testing.B) {
 		}
 	}
 	b.ReportMetric(24*2400*float64(b.N)/b.Elapsed().Seconds(), "series/s")
+}
+
+var benchWeeks = flag.Int("bench.weeks", 52, "weeks of data of BenchmarkSelectWindows")
+
+// BenchmarkSelectWindows reads the windows of an hour of 1,000 counters over a year
+// of blocks of a week, cold (nothing at hand) and warm, with the columns for rates.
+func BenchmarkSelectWindows(b *testing.B) {
+	const week, step, series = int64(Window), int64(300_000), 1000
+	start := 2800 * week
+	st := localStores(b)
+	h := st.open(b, func(o *Options) { o.VisibilityDelay, o.PageCacheBytes = time.Hour, 1<<30 })
+	r := rand.New(rand.NewPCG(1, 1))
+	var value [series]float64
+	for i := range int64(*benchWeeks) {
+		var all []*chunkfmt.Series
+		for j := range series {
+			all = append(all, floats(start+i*week+1+int64(j%10)*1000, step, int(week/step), func(int) float64 {
+				value[j] += float64(r.IntN(j + 2))
+				return value[j]
+			}, "__name__", "http_requests_total", "instance", fmt.Sprintf("10.0.0.%d:9090", j%10), "job", "bench",
+				"handler", fmt.Sprintf("/api/v1/%d", j/50), "method", "GET", "code", fmt.Sprint(200+j/10%5)))
+		}
+		publishWith(b, h, tenantSeries{"a": all}, chunkfmt.WriterOptions{Rollups: true})
+	}
+	end := start + int64(*benchWeeks)*week
+	var windows, gets, bytes int64
+	run := func(h *History) {
+		s := snapshot(b, h, "a", start, end)
+		set, err := s.SelectWindows(b.Context(), []*labels.Matcher{eq("__name__", "http_requests_total")}, start+1, end,
+			Summaries{Width: rollup.Long, Columns: rollup.First | rollup.Last | rollup.Reset})
+		if err != nil {
+			b.Fatal(err)
+		}
+		var buf Buffer
+		n := 0
+		for set.Next(b.Context()) {
+			if _, covered, err := set.At().Windows(&buf); err != nil || len(covered) != 1 {
+				b.Fatal(covered, err)
+			}
+			n++
+		}
+		if set.Err() != nil || n != series {
+			b.Fatal(n, set.Err())
+		}
+		windows, gets, bytes = s.Stats.Windows.Load(), s.Stats.ObjectGets.Load(), s.Stats.ObjectBytes.Load()
+	}
+	for _, cold := range []bool{true, false} {
+		b.Run(map[bool]string{true: "cold", false: "warm"}[cold], func(b *testing.B) {
+			run(h)
+			b.ReportAllocs()
+			before := cpuSeconds(b)
+			for b.Loop() {
+				if cold {
+					run(st.open(b, nil))
+				} else {
+					run(h)
+				}
+			}
+			cpu := (cpuSeconds(b) - before) / float64(b.N)
+			b.ReportMetric(float64(windows)/cpu/1e6, "Mwindows/CPU-s")
+			b.ReportMetric(cpu*1e3, "CPU-ms")
+			b.ReportMetric(float64(gets), "GETs")
+			b.ReportMetric(float64(bytes)/1e6, "MB")
+		})
+	}
+}
+
+// cpuSeconds is what the process has used.
+func cpuSeconds(b *testing.B) float64 {
+	var u syscall.Rusage
+	if err := syscall.Getrusage(syscall.RUSAGE_SELF, &u); err != nil {
+		b.Fatal(err)
+	}
+	return float64(u.Utime.Sec+u.Stime.Sec) + float64(u.Utime.Usec+u.Stime.Usec)/1e6
 }
