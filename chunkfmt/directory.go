@@ -14,6 +14,7 @@ type Directory struct {
 	Times   Range
 	Series  uint64
 	Samples uint64
+	Level   int // WriterOptions.Level; 0 also where it isn't noted
 	// Labels is the location of the label page. Its Size is 0 if there is
 	// none, which is so if there is at most one series page: that page's
 	// LabelPage method then tells the same.
@@ -47,6 +48,7 @@ type Summarised struct {
 const (
 	listSeries  = 1
 	listWindows = 2
+	listLevel   = 3
 )
 
 // ParseDirectory checks the bytes at a TenantSummary's Directory. The result
@@ -73,6 +75,8 @@ func ParseDirectory(b []byte) (*Directory, error) {
 				p.Short = Summarised{Windows: c.uvarint(), Samples: c.uvarint()}
 				p.Long = Summarised{Windows: c.uvarint(), Samples: c.uvarint()}
 			}
+		case listLevel:
+			d.Level = c.bounded("level", 255)
 		default:
 			c.b = nil
 		}
@@ -197,6 +201,9 @@ func (d *Directory) append(dst []byte, offset int64, compress bool) []byte {
 		}
 		body = appendPart(body, listSeries, list)
 		body = d.appendWindows(body)
+	}
+	if d.Level > 0 {
+		body = appendPart(body, listLevel, binary.AppendUvarint(nil, uint64(d.Level)))
 	}
 	return appendPage(dst, pageDirectory, body, compress)
 }

@@ -23,6 +23,9 @@ type WriterOptions struct {
 	// Window is the width in ms of the windows (a, b], aligned to the epoch,
 	// by which TenantSummary.Windows tells times apart; 0 for one window.
 	Window int64
+	// Level is how often what the block holds was merged, as its index rows say
+	// it; directories note it. At most 255.
+	Level int
 	// Rollups adds summaries of windows, where they are smaller than the samples.
 	Rollups bool
 	// Uncompressed leaves series, label and directory pages uncompressed.
@@ -40,6 +43,7 @@ func (o *WriterOptions) setDefaults() {
 	within(&o.PageBytes, 256<<10, 1<<20)
 	within(&o.PageSeries, 4096, 1<<16)
 	within(&o.ChunkSamples, 2048, MaxChunkSamples)
+	o.Level = max(0, min(o.Level, 255))
 	o.Window = max(o.Window, 0)
 }
 
@@ -386,7 +390,7 @@ func (w *Writer) endTenant() {
 			w.pages[i].Times = Range{}
 		}
 	}
-	d := Directory{Times: w.tenant.Range, Series: w.tenant.Series, Samples: w.tenant.Samples, pages: w.pages}
+	d := Directory{Times: w.tenant.Range, Series: w.tenant.Series, Samples: w.tenant.Samples, Level: w.o.Level, pages: w.pages}
 	var page []byte
 	if len(w.pages) == 1 && len(w.indexes) <= smallTenant {
 		// The directory lies before its only series page and is read with it.

@@ -64,6 +64,8 @@ func addTool(app *kingpin.Application, commands map[string]command) {
 	addAudit(tool, commands)
 	addImport(tool, commands)
 	addExport(tool, commands)
+	addBlocks(tool, commands)
+	addReindex(tool, commands)
 }
 
 func addOrphans(tool *kingpin.CmdClause, commands map[string]command) {

@@ -73,10 +73,7 @@ func addImport(tool *kingpin.CmdClause, commands map[string]command) {
 		}
 		defer st.close()
 		o.Tenant, o.Again, o.Objects, o.Index = tenant, again, st.objects, st.index
-		o.MaxBlockBytes = int64(p.config.Compactor.BlockBytes)
-		for _, r := range p.config.Compactor.Ranges {
-			o.Ranges = append(o.Ranges, time.Duration(r))
-		}
+		o.MaxBlockBytes, o.Ranges = int64(p.config.Compactor.BlockBytes), p.ranges()
 		var release func() error
 		if o.Dir, release, err = workFolder(filepath.Join(dataDir, "import")); err != nil {
 			return err

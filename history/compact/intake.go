@@ -188,3 +188,51 @@ func Publish(ctx context.Context, objects object.Store, x *index.Index, b index.
 	}
 	return fmt.Errorf("publish block %s: %w", b.Block, ErrCondemned)
 }
+
+// Readmit makes a block that lies in the object store visible and lets compaction
+// take it on: one that replaces nothing, whose rows are lost or that was set aside.
+// A level that its samples contradict, or that there isn't, counts as 0. If the block
+// is condemned the error wraps ErrCondemned, if it can't be read it is a *BlockError.
+func Readmit(ctx context.Context, objects object.Store, x *index.Index, b index.JobSource, ranges []time.Duration) error {
+	f, err := readFooter(ctx, objects, b.BlockRef)
+	if err != nil {
+		return err
+	}
+	source, work := workOf(b, f.Tenants, ranges)
+	return Publish(ctx, objects, x, source, work)
+}
+
+// workOf gives the level that a block can have, and its work row, as Publish wants
+// them.
+func workOf(b index.JobSource, tenants []chunkfmt.TenantSummary, ranges []time.Duration) (index.JobSource, *index.CompactedRow) {
+	c := Compactor{o: Options{Ranges: ranges}}
+	c.o.setDefaults()
+	b.Level = min(b.Level, c.top())
+	if b.Level == 0 || len(tenants) == 0 {
+		b.Level = 0
+		return b, nil
+	}
+	// Compaction merges what lies in one window of the next level.
+	width, maxt := c.width(b.Level), tenants[0].MaxT
+	next := width
+	if b.Level < c.top() {
+		next = c.o.Ranges[b.Level].Milliseconds()
+	}
+	for _, t := range tenants {
+		if windowOf(t.MinT, next) != windowOf(maxt, next) || windowOf(t.MaxT, next) != windowOf(maxt, next) {
+			b.Level = 0 // it was not cut by these widths
+			return b, nil
+		}
+		maxt = max(maxt, t.MaxT)
+	}
+	if b.Level == c.top() {
+		return b, nil
+	}
+	window := windowOf(maxt, width)
+	_, end := bounds(window, window, width)
+	work := &index.CompactedRow{BlockRef: b.BlockRef, Level: b.Level, End: end}
+	if len(tenants) == 1 && b.ObjectSize >= c.o.OwnBlockBytes {
+		work.Tenant = tenants[0].Tenant
+	}
+	return b, work
+}

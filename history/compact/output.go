@@ -165,7 +165,9 @@ func (o *outputs) create(window int64) (*output, error) {
 	out := &output{window: window, file: f, buf: bufio.NewWriterSize(f, fileBuffer)}
 	_, end := bounds(window, window, o.width)
 	out.row = index.CompactedRow{BlockRef: index.BlockRef{Block: id, Object: history.ObjectKey(id)}, Level: o.level, End: end}
-	out.w = chunkfmt.NewWriter(out.buf, o.writer)
+	w := o.writer
+	w.Level = int(o.level)
+	out.w = chunkfmt.NewWriter(out.buf, w)
 	return out, nil
 }
 

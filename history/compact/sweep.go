@@ -2,6 +2,7 @@ package compact
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"strings"
 	"time"
@@ -25,9 +26,22 @@ const DefaultOrphanAge = 24 * time.Hour
 // Orphans lists the objects of blocks older than age that are not published and
 // not part of a job: what a sweep condemns and deletes. It changes nothing.
 func Orphans(ctx context.Context, objects object.Store, x *index.Index, now time.Time, age time.Duration) ([]Orphan, error) {
+	out, _, err := orphans(ctx, objects, x, now, age)
+	return out, err
+}
+
+// errIndexLost is what keeps a sweep from removing everything: an index that was
+// lost, or another one, knows no block.
+var errIndexLost = errors.New("the index seems to be lost, nothing is removed")
+
+// manyOrphans are more than any crash leaves.
+const manyOrphans = 32
+
+// orphans is Orphans, and says how many blocks are older than age.
+func orphans(ctx context.Context, objects object.Store, x *index.Index, now time.Time, age time.Duration) (out []Orphan, blocks int, err error) {
 	jobs, err := x.Jobs(ctx)
 	if err != nil {
-		return nil, err
+		return nil, 0, err
 	}
 	named := map[ulid.ULID]bool{}
 	for _, j := range jobs {
@@ -42,19 +56,18 @@ func Orphans(ctx context.Context, objects object.Store, x *index.Index, now time
 		}
 	})
 	if err != nil {
-		return nil, err
+		return nil, 0, err
 	}
-	var out []Orphan
 	for _, b := range old {
 		state, err := x.GuardState(ctx, b.Block)
 		if err != nil {
-			return nil, err
+			return nil, 0, err
 		}
 		if state != index.Published {
 			out = append(out, Orphan{b, state == index.Condemned})
 		}
 	}
-	return out, nil
+	return out, len(old), nil
 }
 
 // eachBlock calls fn with all objects of blocks, and when they were written.
@@ -75,9 +88,18 @@ func eachBlock(ctx context.Context, objects object.Store, fn func(b index.BlockR
 
 // sweep condemns orphans, and deletes those that were condemned a grace ago.
 func (c *Compactor) sweep(ctx context.Context) error {
-	all, err := Orphans(ctx, c.o.Objects, c.o.Index, c.now(), c.o.OrphanAge)
+	all, blocks, err := orphans(ctx, c.o.Objects, c.o.Index, c.now(), c.o.OrphanAge)
 	if err != nil {
 		return err
+	}
+	unknown := 0
+	for _, o := range all {
+		if !o.Condemned {
+			unknown++
+		}
+	}
+	if unknown >= manyOrphans && unknown > blocks/2 {
+		return fmt.Errorf("%w: nobody has published %d of %d blocks; `epimetheus tool reindex` makes its rows again, `epimetheus tool orphans` lists the blocks", errIndexLost, unknown, blocks)
 	}
 	known := map[ulid.ULID]time.Time{}
 	for _, o := range all {
