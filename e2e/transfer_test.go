@@ -112,6 +112,7 @@ index:
 			if m == nil || m[2] == "0" {
 				t.Errorf("the last run started from zero, or says otherwise:\n%s", out)
 			}
+			s.loseIndex(t, stores, data, config, common)
 			exported := filepath.Join(s.dir, "exported")
 			if out, err := s.runTool(t, append([]string{"export", "--block-range=2h", exported}, common...)...); err != nil {
 				t.Fatalf("export: %v\n%s", err, out)
@@ -128,6 +129,44 @@ index:
 			}
 		})
 	}
+}
+
+// loseIndex looks at the blocks, deletes the index, and has it made again.
+func (s *stack) loseIndex(t *testing.T, stores, data, config string, common []string) {
+	t.Helper()
+	run := func(want string, args ...string) string {
+		t.Helper()
+		out, err := s.runTool(t, append(args, common[:2]...)...)
+		if err != nil || !strings.Contains(out, want) {
+			t.Fatalf("%v: %v, want %q\n%s", args, err, want, out)
+		}
+		return out
+	}
+	before := run("visible", "blocks", "ls", "--tenant=acme")
+	id := regexp.MustCompile(`(?m)^01\w{24}`).FindString(before)
+	run("data", "blocks", "inspect", id)
+	run(" 0 faults", "blocks", "verify", "--tenant=acme")
+	switch stores {
+	case "local":
+		if err := os.Remove(filepath.Join(data, "index.db")); err != nil {
+			t.Fatal(err)
+		}
+	default:
+		text, err := os.ReadFile(config)
+		if err != nil {
+			t.Fatal(err)
+		}
+		writeFile(t, filepath.Dir(config), filepath.Base(config), strings.Replace(string(text), "table: rows", "table: again", 1))
+		if out, err := s.runTool(t, "create-table", "--config.file="+config); err != nil {
+			t.Fatalf("%v\n%s", err, out)
+		}
+	}
+	run("nothing was written", "reindex")
+	run(" 0 unreadable", "reindex", "--write")
+	if after := run("visible", "blocks", "ls", "--tenant=acme"); after != before {
+		t.Errorf("the index was:\n%s\nand is:\n%s", before, after)
+	}
+	run(" 0 faults", "blocks", "verify", "--tenant=acme")
 }
 
 // importUntil runs an import and kills it when n blocks are imported. It says

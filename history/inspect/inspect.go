@@ -36,12 +36,9 @@ type Fault struct {
 	Err    error
 }
 
-func (f *Fault) Error() string {
+func (f *Fault) String() string {
 	return fmt.Sprintf("block %s: %s at offset %d: %v", f.Block, f.Page, f.Offset, f.Err)
 }
-
-// Unwrap returns the cause.
-func (f *Fault) Unwrap() error { return f.Err }
 
 // Pages counts pages of a kind.
 type Pages struct {

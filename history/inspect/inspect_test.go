@@ -113,7 +113,7 @@ func TestDamage(t *testing.T) {
 			t.Fatalf("byte %d: no fault", i)
 		}
 		for _, x := range f {
-			if s := x.Error(); !strings.Contains(s, b.ID.String()) || !strings.Contains(s, "offset") || x.Offset > int64(i) && x.Page == "page" {
+			if s := x.String(); !strings.Contains(s, b.ID.String()) || !strings.Contains(s, "offset") || x.Offset > int64(i) && x.Page == "page" {
 				t.Errorf("byte %d: %s", i, s)
 			}
 		}
@@ -182,7 +182,7 @@ func TestRows(t *testing.T) {
 	if err := x.DeleteBlocks(t.Context(), "b", []index.RowID{{MaxT: 12 * hour, Block: id}}); err != nil {
 		t.Fatal(err)
 	}
-	if f := check(); len(f) != 2 || !strings.Contains(f[0].Error(), `"a"`) || !strings.Contains(f[1].Error(), "no row") {
+	if f := check(); len(f) != 2 || !strings.Contains(f[0].String(), `"a"`) || !strings.Contains(f[1].String(), "no row") {
 		t.Errorf("%v", f)
 	}
 	if err := objects.Delete(t.Context(), ref.Object); err != nil {

@@ -124,7 +124,7 @@ func Run(ctx context.Context, o Options) (Result, error) {
 		if b.guard, err = o.Index.GuardState(ctx, b.ref.Block); err != nil {
 			return err
 		}
-		b.what, err = inspect.Open(ctx, o.Objects, b.ref, func(f *inspect.Fault) { b.err = f })
+		b.what, err = inspect.Open(ctx, o.Objects, b.ref, func(f *inspect.Fault) { b.err = fmt.Errorf("%s at offset %d: %w", f.Page, f.Offset, f.Err) })
 		b.level = index.Level(b.what.Level) //nolint:gosec // a byte
 		return err
 	}); err != nil {
@@ -249,7 +249,7 @@ func (o *Options) block(ctx context.Context, b *block) (Action, error) {
 	case b.busy || b.guard == index.Condemned:
 		return Leave, nil
 	case b.err != nil:
-		return Unreadable, nil
+		return Unreadable, nil //nolint:nilerr // it is reported
 	case b.guard == 0:
 		if !o.Write {
 			return Adopt, nil

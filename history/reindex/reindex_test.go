@@ -28,11 +28,11 @@ func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 const hour = int64(3_600_000)
 
 // now is that of the newest block.
-var now = time.Date(2026, 6, 1, 0, 0, 0, 0, time.UTC) //nolint:gochecknoglobals // of the test
+var now = time.Date(2026, 6, 1, 0, 0, 0, 0, time.UTC)
 
 // flush publishes a block as an ingester does, of two tenants with samples of an
 // hour that ends at a time.
-func flush(t *testing.T, h *history.History, at int64) ulid.ULID {
+func flush(t *testing.T, h *history.History, at int64) {
 	t.Helper()
 	var buf bytes.Buffer
 	w := chunkfmt.NewWriter(&buf, chunkfmt.WriterOptions{Window: history.Window})
@@ -55,7 +55,6 @@ func flush(t *testing.T, h *history.History, at int64) ulid.ULID {
 	if err := h.Publish(t.Context(), id, buf.Bytes(), sum); err != nil {
 		t.Fatal(err)
 	}
-	return id
 }
 
 // all is what an index finds of a tenant: by series, the times of samples.
