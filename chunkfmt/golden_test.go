@@ -10,6 +10,7 @@ import (
 
 	"github.com/prometheus/prometheus/model/labels"
 
+	"github.com/epimetheus-tsdb/epimetheus/chunkfmt/rollup"
 	"github.com/epimetheus-tsdb/epimetheus/internal/gen"
 )
 
@@ -49,8 +50,10 @@ func goldenSeries() []tenantSeries {
 // writer still makes the same of the same series.
 func TestGolden(t *testing.T) {
 	in := goldenSeries()
+	var sum rollup.Summariser
 	for name, o := range map[string]WriterOptions{
-		"testdata/block-v1": {Uncompressed: true, PageSeries: 40, PageBytes: 20000, ChunkSamples: 300, Window: 3600_000},
+		"testdata/block-v1":         {Uncompressed: true, PageSeries: 40, PageBytes: 20000, ChunkSamples: 300, Window: 3600_000},
+		"testdata/block-v1-rollups": {Uncompressed: true, PageSeries: 40, PageBytes: 20000, ChunkSamples: 300, Window: 3600_000, Rollups: true},
 		// Another release of the compressor may pack otherwise: read only.
 		"testdata/block-v1-zstd": {PageSeries: 40, PageBytes: 20000, ChunkSamples: 300},
 	} {
@@ -74,6 +77,24 @@ func TestGolden(t *testing.T) {
 			if in[i].tenant != out[i].tenant || !equalSeries(in[i].s, out[i].s) {
 				t.Fatalf("%s: series %d %s differs", name, i, in[i].s.Labels)
 			}
+		}
+		if !o.Rollups {
+			continue
+		}
+		// What is said of old samples stays true, however it is made now.
+		long := readWindows(t, golden, rollup.Long, rollup.AllColumns)
+		for i := range in {
+			if got := long[in[i].tenant+in[i].s.Labels.String()]; got != nil {
+				var short, want rollup.Windows
+				sum.Summarise(&short, in[i].s.Samples(), rollup.Short)
+				rollup.Widen(&want, &short, rollup.Long)
+				if d := sameWindows(&want, got); d != "" {
+					t.Errorf("%s: windows of series %d: %s", name, i, d)
+				}
+			}
+		}
+		if len(long) < 100 {
+			t.Errorf("%s: %d series have windows", name, len(long))
 		}
 	}
 }

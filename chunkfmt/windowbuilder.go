@@ -2,6 +2,7 @@ package chunkfmt
 
 import (
 	"encoding/binary"
+	"math"
 	"slices"
 
 	"github.com/epimetheus-tsdb/epimetheus/chunkfmt/codec"
@@ -177,13 +178,15 @@ func (p *windowBuilder) appendShape(dst []byte, w *rollup.Windows) []byte {
 
 // values appends the values of windows to the bodies of chunks.
 func (p *windowBuilder) values(w *rollup.Windows, i, j int) {
-	head := byte(apart)
-	if scale, ok := codec.Scale(w.FirstV[i:j], w.PrevV[i:j], w.LastV[i:j], w.Min[i:j], w.Max[i:j]); ok {
-		if !p.scaled(w, i, j, scale) { // too many digits
-			scale = codec.BitsScale
-			p.scaled(w, i, j, scale)
+	head := codec.GuessScale(w.LastV[i:j])
+	if head == codec.BitsScale || !p.scaled(w, i, j, head) {
+		var ok bool
+		if head, ok = codec.Scale(w.FirstV[i:j], w.PrevV[i:j], w.LastV[i:j], w.Min[i:j], w.Max[i:j]); !ok {
+			head = apart
+		} else if !p.scaled(w, i, j, head) { // too many digits
+			head = codec.BitsScale
+			p.scaled(w, i, j, head)
 		}
-		head = scale
 	}
 	var sizes [windowParts]int
 	b := p.parts[:0]
@@ -207,14 +210,38 @@ func (p *windowBuilder) values(w *rollup.Windows, i, j int) {
 // scaled takes the values that are samples as integers. It reports false if there
 // are such as have none.
 func (p *windowBuilder) scaled(w *rollup.Windows, i, j int, scale byte) bool {
-	for _, c := range []struct {
-		ints *[]int64
-		v    []float64
-	}{{&p.first, w.FirstV}, {&p.lastV, w.LastV}, {&p.prev, w.PrevV}, {&p.least, w.Min}, {&p.most, w.Max}} {
-		var ok bool
-		if *c.ints, ok = codec.ScaledInts((*c.ints)[:0], c.v[i:j], scale); !ok {
-			return false
+	var ok bool
+	if p.first, ok = codec.ScaledInts(p.first[:0], w.FirstV[i:j], scale); !ok {
+		return false
+	}
+	if p.lastV, ok = codec.ScaledInts(p.lastV[:0], w.LastV[i:j], scale); !ok {
+		return false
+	}
+	// The others are most often the same as one of these.
+	same := func(dst []int64, v []float64) ([]int64, bool) {
+		dst = dst[:0]
+		for k, x := range v {
+			switch b := math.Float64bits(x); b {
+			case math.Float64bits(w.FirstV[i+k]):
+				dst = append(dst, p.first[k])
+			case math.Float64bits(w.LastV[i+k]):
+				dst = append(dst, p.lastV[k])
+			default:
+				if dst, ok = codec.ScaledInts(dst, v[k:k+1], scale); !ok {
+					return dst, false
+				}
+			}
 		}
+		return dst, true
+	}
+	if p.least, ok = same(p.least, w.Min[i:j]); !ok {
+		return false
+	}
+	if p.most, ok = same(p.most, w.Max[i:j]); !ok {
+		return false
+	}
+	if p.prev, ok = codec.ScaledInts(p.prev[:0], w.PrevV[i:j], scale); !ok {
+		return false
 	}
 	for k, n := range w.Count[i:j] {
 		if n == 0 { // like the one before

@@ -1,6 +1,8 @@
 package chunkfmt
 
 import (
+	"bytes"
+	"flag"
 	"fmt"
 	"math"
 	"math/rand/v2"
@@ -14,6 +16,7 @@ import (
 	"github.com/prometheus/prometheus/model/labels"
 
 	"github.com/epimetheus-tsdb/epimetheus/chunkfmt/rollup"
+	"github.com/epimetheus-tsdb/epimetheus/internal/gen"
 )
 
 // sameWindows compares bit for bit.
@@ -285,17 +288,134 @@ func TestRollups(t *testing.T) {
 	}
 }
 
-// BenchmarkDeep measures how large a block of a week is, with its indexes, and
-// with rollups, and how fast those are written and read.
+var deepDays = flag.Int("bench.days", 7, "days of data of BenchmarkDeep")
+
+// deepBlocks writes the blocks of a week that the deep set of the benchmarks makes:
+// 1,000 series, scraped each 15 s for days.
+func deepBlocks(b *testing.B, days int, o WriterOptions, block func(data []byte, samples int)) {
+	const week = 7 * 24 * 3600_000
+	c := gen.Config{Series: 1000, Targets: 10, Churn: 0.1, Seed: 1, Interval: 15_000, Start: 1_700_006_400_000}
+	c.End = c.Start + int64(days)*24*3600_000
+	var all []*Series
+	iters := map[*Series]*gen.Iter{}
+	for _, g := range c.AllSeries() {
+		lb := labels.NewScratchBuilder(len(g.Labels))
+		for _, l := range g.Labels {
+			lb.Add(l.Name, l.Value)
+		}
+		lb.Sort()
+		s := &Series{Labels: lb.Labels()}
+		all = append(all, s)
+		iters[s] = g.Iter(c)
+	}
+	sortSeries(all)
+	held := map[*Series]Floats{}
+	for end := (c.Start/week + 1) * week; end < c.End+week; end += week {
+		var buf bytes.Buffer
+		w := NewWriter(&buf, o)
+		samples := 0
+		for _, s := range all {
+			f := &s.Floats
+			f.T, f.V = append(f.T[:0], held[s].T...), append(f.V[:0], held[s].V...)
+			delete(held, s)
+			if len(f.T) > 0 && f.T[0] > end { // not born yet
+				held[s] = Floats{T: f.T[:1:1], V: f.V[:1:1]}
+				s.Floats = Floats{}
+				continue
+			}
+			for {
+				t, v, ok := iters[s].Next()
+				if !ok {
+					break
+				}
+				if t > end {
+					held[s] = Floats{T: []int64{t}, V: []float64{v}}
+					break
+				}
+				f.T, f.V = append(f.T, t), append(f.V, v)
+			}
+			if len(f.T) == 0 {
+				continue
+			}
+			samples += len(f.T)
+			if err := w.Add("t", s); err != nil {
+				b.Fatal(err)
+			}
+		}
+		if _, err := w.Close(); err != nil {
+			b.Fatal(err)
+		}
+		block(buf.Bytes(), samples)
+	}
+}
+
+// windowChunks are all chunks of windows of a width in a block.
+func windowChunks(b *testing.B, block []byte, width int64, each func(p *WindowPage, index int, new bool, size int64)) {
+	pages := map[int64]*WindowPage{}
+	f, err := ParseFooter(block, int64(len(block)))
+	if err != nil {
+		b.Fatal(err)
+	}
+	d, err := ParseDirectory(at(block, f.Tenants[0].Directory))
+	if err != nil {
+		b.Fatal(err)
+	}
+	for _, ref := range d.Pages(nil, math.MinInt64, math.MaxInt64) {
+		sp, err := ParseSeriesPage(at(block, ref.Location))
+		if err != nil {
+			b.Fatal(err)
+		}
+		for _, e := range sp.SelectWindows(nil, math.MinInt64, math.MaxInt64, width) {
+			for _, c := range e.Windows {
+				_, had := pages[c.Page.Offset]
+				if !had {
+					if pages[c.Page.Offset], err = ParseWindowPage(at(block, c.Page)); err != nil {
+						b.Fatal(err)
+					}
+				}
+				each(pages[c.Page.Offset], c.Index, !had, c.Page.Size)
+			}
+		}
+	}
+}
+
+// BenchmarkDeep measures what blocks of a week take, with their indexes (size/…: all
+// but pages of windows, and those), how fast they are written with and without
+// windows, and how fast windows are read.
 func BenchmarkDeep(b *testing.B) {
-	const week = 7 * 24 * 3600 / 15
-	mix := benchSets(week)[0]
+	b.Run(fmt.Sprintf("size/days=%d", *deepDays), func(b *testing.B) {
+		var samples, all, short, long, shortWindows, longWindows int64
+		for b.Loop() {
+			samples, all, short, long, shortWindows, longWindows = 0, 0, 0, 0, 0, 0
+			deepBlocks(b, *deepDays, WriterOptions{Rollups: true}, func(block []byte, n int) {
+				samples, all = samples+int64(n), all+int64(len(block))
+				add := func(pages, windows *int64) func(p *WindowPage, index int, new bool, size int64) {
+					return func(p *WindowPage, index int, new bool, size int64) {
+						if *windows += int64(p.Windows(index)); new {
+							*pages += size
+						}
+					}
+				}
+				windowChunks(b, block, rollup.Short, add(&short, &shortWindows))
+				windowChunks(b, block, rollup.Long, add(&long, &longWindows))
+			})
+		}
+		for _, x := range []struct {
+			name string
+			n    int64
+		}{{"raw-B/sample", all - short - long}, {"short-B/sample", short}, {"long-B/sample", long}, {"all-B/sample", all}} {
+			b.ReportMetric(float64(x.n)/float64(samples), x.name)
+		}
+		b.ReportMetric(float64(short)/float64(shortWindows), "B/short")
+		b.ReportMetric(float64(long)/float64(longWindows), "B/long")
+		b.ReportMetric(float64(samples)/1e6, "Msamples")
+	})
+	mix := benchSets(7 * 24 * 3600 / 15)[0]
 	var in []tenantSeries
 	for _, s := range mix.series {
 		in = append(in, tenantSeries{"t", s})
 	}
 	n := float64(mix.samples())
-	plain, _ := writeBlock(b, in, WriterOptions{})
 	var block []byte
 	for _, rollups := range []bool{false, true} {
 		b.Run(fmt.Sprintf("write/rollups=%v", rollups), func(b *testing.B) {
@@ -306,39 +426,16 @@ func BenchmarkDeep(b *testing.B) {
 			b.ReportMetric(float64(len(block))/n, "B/sample")
 		})
 	}
+	if block == nil {
+		block, _ = writeBlock(b, in, WriterOptions{Rollups: true})
+	}
 	for _, width := range []int64{rollup.Short, rollup.Long} {
 		type chunk struct {
 			page  *WindowPage
 			index int
 		}
 		var chunks []chunk
-		pages := map[int64]*WindowPage{}
-		bytes := 0
-		f, err := ParseFooter(block, int64(len(block)))
-		if err != nil {
-			b.Fatal(err)
-		}
-		d, err := ParseDirectory(at(block, f.Tenants[0].Directory))
-		if err != nil {
-			b.Fatal(err)
-		}
-		for _, ref := range d.Pages(nil, math.MinInt64, math.MaxInt64) {
-			sp, err := ParseSeriesPage(at(block, ref.Location))
-			if err != nil {
-				b.Fatal(err)
-			}
-			for _, e := range sp.SelectWindows(nil, math.MinInt64, math.MaxInt64, width) {
-				for _, c := range e.Windows {
-					if pages[c.Page.Offset] == nil {
-						bytes += int(c.Page.Size)
-						if pages[c.Page.Offset], err = ParseWindowPage(at(block, c.Page)); err != nil {
-							b.Fatal(err)
-						}
-					}
-					chunks = append(chunks, chunk{pages[c.Page.Offset], c.Index})
-				}
-			}
-		}
+		windowChunks(b, block, width, func(p *WindowPage, index int, _ bool, _ int64) { chunks = append(chunks, chunk{p, index}) })
 		for _, x := range []struct {
 			name string
 			cols rollup.Columns
@@ -366,9 +463,6 @@ func BenchmarkDeep(b *testing.B) {
 					}
 				}
 				b.ReportMetric(float64(windows)*float64(b.N)/b.Elapsed().Seconds()/1e6, "Mwindows/s")
-				b.ReportMetric(float64(bytes)/float64(windows), "B/window")
-				b.ReportMetric(float64(bytes)/n, "B/sample")
-				b.ReportMetric(float64(len(block)-len(plain))/n, "B/sample-of-all-rollups")
 			})
 		}
 	}

@@ -32,6 +32,14 @@ func Scale(columns ...[]float64) (scale byte, ok bool) {
 	return byte(k), true
 }
 
+// GuessScale is Scale of some of the values.
+func GuessScale(v []float64) byte {
+	if k := decimals(v); k >= 0 {
+		return byte(k)
+	}
+	return BitsScale
+}
+
 // ScaledInts appends the integers that values are at a scale. It reports false if
 // one is none; then what is appended means nothing.
 func ScaledInts(dst []int64, v []float64, scale byte) ([]int64, bool) {

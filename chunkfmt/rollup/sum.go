@@ -49,16 +49,21 @@ func isDecimal(x float64, decimals int) bool {
 // reports false if they have more, or so many digits that this can't be.
 func decimalSum(v []float64, decimals int) (sum float64, ok bool) {
 	ints := int64(0)
-	limit := math.MaxInt64 / 2 / int64(len(v))
+	limit := int64(math.MaxInt64 / 2)
+	if n := int64(len(v)); n > 1 {
+		limit /= n
+	}
+	magnitudes := int64(0) // has the bits of all
 	if decimals == 0 {
 		for _, x := range v {
 			i := int64(x)
-			if float64(i) != x || i > limit || i < -limit {
+			if float64(i) != x {
 				return 0, false
 			}
 			ints += i
+			magnitudes |= i ^ i>>63
 		}
-		return float64(ints), true
+		return float64(ints), magnitudes < limit
 	}
 	power := powersOf10[decimals]
 	for _, x := range v {
@@ -67,15 +72,31 @@ func decimalSum(v []float64, decimals int) (sum float64, ok bool) {
 			return 0, false
 		}
 		i := int64(p + math.Copysign(0.5, p))
-		if float64(i)/power != x || i > limit || i < -limit {
+		if float64(i)/power != x {
 			return 0, false
 		}
 		ints += i
+		magnitudes |= i ^ i>>63
 	}
-	if ints > 1<<53 || ints < -1<<53 {
+	if magnitudes >= limit || ints > 1<<53 || ints < -1<<53 {
 		return 0, false
 	}
 	return float64(ints) / power, true
+}
+
+// times is total of values that are all the same.
+func times(v []float64, decimals int) float64 {
+	if decimals >= 0 {
+		power := powersOf10[decimals]
+		if one, ok := decimalSum(v[:1], decimals); ok && one == v[0] {
+			p := v[0] * power
+			if i := int64(p + math.Copysign(0.5, p)); i < 1<<40 && i > -1<<40 && len(v) < 1<<13 {
+				return float64(i*int64(len(v))) / power
+			}
+		}
+	}
+	sum, _ := total(v, decimals)
+	return sum
 }
 
 // total is the sum of values that have perhaps so many decimals, rounded, and what
@@ -104,12 +125,21 @@ func total(v []float64, decimals int) (sum, rest float64) {
 func moment(v []float64, sum, rest float64) float64 {
 	n := float64(len(v))
 	mean := sum/n + rest/n
-	var squares, off float64
-	for _, x := range v {
-		d := x - mean
+	var squares, off, squares2, off2 float64 // two at a time are faster than one
+	for len(v) >= 2 {
+		d, e := v[0]-mean, v[1]-mean
+		squares += d * d
+		off += d
+		squares2 += e * e
+		off2 += e
+		v = v[2:]
+	}
+	if len(v) > 0 {
+		d := v[0] - mean
 		squares += d * d
 		off += d
 	}
+	squares, off = squares+squares2, off+off2
 	return max(shorten(squares-off*off/n), math.SmallestNonzeroFloat64)
 }
 

@@ -45,7 +45,9 @@ func (s *Summariser) Summarise(dst *Windows, samples *Samples, width int64) {
 	s.histograms(samples)
 	events := s.events
 	d := decimals(v)
-	for len(t) > 0 || len(events) > 0 {
+	i := dst.Len()
+	dst.grow(possible(t, events, width))
+	for ; len(t) > 0 || len(events) > 0; i++ {
 		var end int64
 		if len(events) == 0 || len(t) > 0 && t[0] < events[0].t {
 			end = EndOf(t[0], width)
@@ -53,7 +55,6 @@ func (s *Summariser) Summarise(dst *Windows, samples *Samples, width int64) {
 			end = EndOf(events[0].t, width)
 		}
 		n := until(t, end)
-		i := dst.grow(1)
 		dst.End[i] = end
 		dst.FirstT[i], dst.PrevT[i], dst.LastT[i] = end, end, end
 		last := int64(math.MinInt64)
@@ -80,6 +81,26 @@ func (s *Summariser) Summarise(dst *Windows, samples *Samples, width int64) {
 			events = events[1:]
 		}
 	}
+	dst.shrink(i)
+}
+
+// possible is how many windows there are at most that hold a sample.
+func possible(t []int64, events []event, width int64) int {
+	n := len(t) + len(events)
+	if n == 0 {
+		return 0
+	}
+	first, last := int64(math.MaxInt64), int64(math.MinInt64)
+	if k := len(t); k > 0 {
+		first, last = t[0], t[k-1]
+	}
+	if k := len(events); k > 0 {
+		first, last = min(first, events[0].t), max(last, events[k-1].t)
+	}
+	if span := uint64(last-first) / uint64(width); span < uint64(n) { //nolint:gosec // last isn't before first
+		n = min(n, int(span)+2) //nolint:gosec // less than n
+	}
+	return n
 }
 
 // EndOf is the end of the window that a time is in, all in ms.
@@ -190,11 +211,12 @@ func (w *Windows) summarise(i int, t []int64, v []float64, decimals int, lost []
 	if len(lost) > 0 {
 		w.Reset[i], _ = total(lost, decimals)
 	}
-	sum, rest := total(v, decimals)
-	w.Sum[i] = sum
-	if changes > 0 || least-least != 0 {
-		w.M2[i] = moment(v, sum, rest)
+	if changes == 0 && least-least == 0 {
+		w.Sum[i] = times(v, decimals)
+		return lost
 	}
+	sum, rest := total(v, decimals)
+	w.Sum[i], w.M2[i] = sum, moment(v, sum, rest)
 	return lost
 }
 

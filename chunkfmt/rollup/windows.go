@@ -183,6 +183,16 @@ func (w *Windows) grow(n int) int {
 	return at
 }
 
+// shrink leaves the first n windows.
+func (w *Windows) shrink(n int) {
+	w.End, w.Count, w.Flags = w.End[:n], w.Count[:n], w.Flags[:n]
+	w.FirstT, w.FirstV = w.FirstT[:n], w.FirstV[:n]
+	w.PrevT, w.PrevV = w.PrevT[:n], w.PrevV[:n]
+	w.LastT, w.LastV = w.LastT[:n], w.LastV[:n]
+	w.Sum, w.Min, w.Max = w.Sum[:n], w.Min[:n], w.Max[:n]
+	w.Resets, w.Reset, w.Changes, w.M2 = w.Resets[:n], w.Reset[:n], w.Changes[:n], w.M2[:n]
+}
+
 func more[E any](s []E, n int) []E {
 	at := len(s)
 	s = slices.Grow(s, n)[:at+n]

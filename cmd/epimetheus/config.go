@@ -15,6 +15,7 @@ import (
 
 	"github.com/epimetheus-tsdb/epimetheus/gateway"
 	"github.com/epimetheus-tsdb/epimetheus/gateway/account"
+	"github.com/epimetheus-tsdb/epimetheus/history"
 	"github.com/epimetheus-tsdb/epimetheus/history/compact"
 	"github.com/epimetheus-tsdb/epimetheus/ingest"
 	"github.com/epimetheus-tsdb/epimetheus/sidecar"
@@ -30,6 +31,7 @@ type Config struct {
 	Ingester  IngesterConfig  `yaml:"ingester,omitempty"`
 	Gateway   GatewayConfig   `yaml:"gateway,omitempty"`
 	Compactor CompactorConfig `yaml:"compactor,omitempty"`
+	Retention RetentionConfig `yaml:"retention,omitempty"`
 	Sidecar   SidecarConfig   `yaml:"sidecar,omitempty"`
 }
 
@@ -178,6 +180,40 @@ type CompactorConfig struct {
 	BlockBytes size       `yaml:"block_bytes,omitempty" doc:"Where a block is cut. A compactor needs room for two to four of them in its data directory."`
 }
 
+// RetentionConfig says how long samples are kept. It is followed at run time.
+type RetentionConfig struct {
+	Raw     duration                         `yaml:"raw,omitempty" doc:"How long samples are kept, at least 1h. 0: for ever. Older ones can't be queried, and are deleted with the block that they are in, when all of the tenant's in it are older. The same in all gateways and compactors; a change is taken within a minute, or at once with SIGHUP."`
+	Tenants map[string]TenantRetentionConfig `yaml:"tenants,omitempty" doc:"By tenant: its own 'raw'. Absent: for ever, whatever holds for others."`
+}
+
+// TenantRetentionConfig is what a tenant has of its own.
+type TenantRetentionConfig struct {
+	Raw duration `yaml:"raw,omitempty"`
+}
+
+func (c *RetentionConfig) retentions() *history.Retentions {
+	out := &history.Retentions{Default: history.Retention{Raw: time.Duration(c.Raw)}, Tenants: map[string]history.Retention{}}
+	for name, t := range c.Tenants {
+		out.Tenants[name] = history.Retention{Raw: time.Duration(t.Raw)}
+	}
+	return out
+}
+
+// minRetention is less than any block is made for.
+const minRetention = time.Hour
+
+func (c *RetentionConfig) validate(bad func(string, ...any)) {
+	check := func(name string, d duration) {
+		if d != 0 && time.Duration(d) < minRetention {
+			bad("%s: %s is less than 1h (0 means for ever)", name, d)
+		}
+	}
+	check("retention.raw", c.Raw)
+	for _, name := range slices.Sorted(maps.Keys(c.Tenants)) {
+		check("retention.tenants."+name+".raw", c.Tenants[name].Raw)
+	}
+}
+
 // SidecarConfig is for sidecars.
 type SidecarConfig struct {
 	Tenant               string            `yaml:"tenant,omitempty" doc:"Tenant that the samples are of."`
@@ -317,6 +353,7 @@ func (c *Config) validate() error {
 			bad("gateway.tenants.%s.enable_features: %s", name, e.Validate())
 		}
 	}
+	c.Retention.validate(bad)
 	var ranges []time.Duration
 	for _, r := range c.Compactor.Ranges {
 		ranges = append(ranges, time.Duration(r))

@@ -57,6 +57,8 @@ type process struct {
 	status  []section
 	health  []func() []health.Condition
 	started time.Time
+
+	settings settings
 }
 
 // check is a part of readiness.
@@ -110,6 +112,9 @@ func newProcess(role string, g *global, f *webFlags) (*process, error) {
 	p.mux.HandleFunc("GET /health", p.serveHealth)
 	p.mux.HandleFunc("GET /status", p.serveStatusText)
 	p.addSignals()
+	if err := p.addReload(g.configFile); err != nil {
+		return nil, err
+	}
 	return p, nil
 }
 

@@ -97,8 +97,9 @@ func (p *process) openStores(shared bool) (_ *stores, err error) {
 		rows = bolt
 	}
 	s.index, s.objects = index.New(rows), objects
+	p.settings.set(c)
 	s.history, err = history.New(history.Options{
-		Objects: objects, Index: s.index, VisibilityDelay: time.Duration(c.Ingester.VisibilityDelay),
+		Objects: objects, Index: s.index, Retentions: p.settings.retentions.Load, VisibilityDelay: time.Duration(c.Ingester.VisibilityDelay),
 		PageCacheBytes: int64(c.Gateway.CacheBytes), Logger: p.logger, Registerer: p.reg,
 	})
 	return s, err

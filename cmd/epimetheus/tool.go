@@ -60,6 +60,7 @@ func addTool(app *kingpin.Application, commands map[string]command) {
 	}
 
 	addOrphans(tool, commands)
+	addTenant(tool, commands)
 	addStatus(tool, commands)
 	addAudit(tool, commands)
 	addImport(tool, commands)

@@ -26,12 +26,15 @@ func BenchmarkMerge(b *testing.B) {
 		name                       string
 		tenants, series            int // per tenant
 		blocks, perBlock, replicas int
+		rollups                    bool
 	}{
-		{"2h/tenants=1/replicas=1", 1, 20_000, 4, 120, 1},
-		{"2h/tenants=1/replicas=2", 1, 20_000, 4, 120, 2},
-		{"2h/tenants=200/replicas=2", 200, 100, 4, 120, 2},
-		{"1d/tenants=1/replicas=1", 1, 2_000, 12, 480, 1},
-		{"1w/tenants=1/replicas=1", 1, 250, 7, 5760, 1},
+		{"2h/tenants=1/replicas=1", 1, 20_000, 4, 120, 1, false},
+		{"2h/tenants=1/replicas=2", 1, 20_000, 4, 120, 2, false},
+		{"2h/tenants=200/replicas=2", 200, 100, 4, 120, 2, false},
+		{"1d/tenants=1/replicas=1", 1, 2_000, 12, 480, 1, false},
+		{"1d/tenants=1/replicas=1/rollups", 1, 2_000, 12, 480, 1, true},
+		{"1w/tenants=1/replicas=1", 1, 250, 7, 5760, 1, false},
+		{"1w/tenants=1/replicas=1/rollups", 1, 250, 7, 5760, 1, true},
 	} {
 		b.Run(bench.name, func(b *testing.B) {
 			objects := historytest.Files(b, prometheus.NewRegistry())
@@ -87,7 +90,7 @@ func BenchmarkMerge(b *testing.B) {
 				o := &outputs{
 					objects: objects, dir: b.TempDir(), width: history.Window, level: 1, maxBytes: 512 << 20, ownBytes: 64 << 20,
 					now: time.Now, entropy: rand.Reader, beat: func(context.Context) error { return nil }, shared: map[int64]*output{}, own: map[int64]*output{},
-					writer: chunkfmt.WriterOptions{Window: history.Window},
+					writer: chunkfmt.WriterOptions{Window: history.Window, Rollups: bench.rollups},
 				}
 				m := &merger{}
 				for _, ref := range refs {

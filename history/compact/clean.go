@@ -112,10 +112,23 @@ func (c *Compactor) survey(ctx context.Context, v *view) error {
 	var errs []error
 	sights, asked := map[ulid.ULID]sight{}, false
 	for _, r := range rows {
-		var gone []ulid.ULID
+		gone := map[ulid.ULID]int64{} // what is to be noted
 		for i := range r.Deletions {
 			d := &r.Deletions[i]
 			if d.Gone != 0 {
+				if !full {
+					continue
+				}
+				// An import may have made blocks of any level since.
+				left, some, err := c.left(ctx, r.Tenant, d, time.UnixMilli(d.Gone).Add(-lateImport))
+				switch {
+				case err != nil:
+					errs = append(errs, fmt.Errorf("deletion %s of tenant %s: %w", d.ID, r.Tenant, err))
+				case left:
+					gone[d.ID] = 0
+				case some:
+					gone[d.ID] = now.UnixMilli()
+				}
 				continue
 			}
 			asked = asked || d.Clean
@@ -126,7 +139,7 @@ func (c *Compactor) survey(ctx context.Context, v *view) error {
 				}
 				continue
 			}
-			left, err := c.left(ctx, r.Tenant, d)
+			left, _, err := c.left(ctx, r.Tenant, d, time.Time{})
 			if err != nil {
 				errs = append(errs, fmt.Errorf("deletion %s of tenant %s: %w", d.ID, r.Tenant, err))
 			}
@@ -140,7 +153,7 @@ func (c *Compactor) survey(ctx context.Context, v *view) error {
 			case anyOf(old.jobs, unfinished):
 				sights[d.ID] = old
 			default:
-				gone = append(gone, d.ID)
+				gone[d.ID] = now.UnixMilli()
 			}
 		}
 		if err := c.noteGone(ctx, r, gone); err != nil {
@@ -171,16 +184,19 @@ func anyOf(a, b map[ulid.ULID]bool) bool {
 	return false
 }
 
-// noteGone notes that nothing is left of deletions. Should the row have changed
-// meanwhile, that is for the next time.
-func (c *Compactor) noteGone(ctx context.Context, r index.DeletionsRow, gone []ulid.ULID) error {
+// lateImport is how long after a block of an import was begun it may become visible.
+const lateImport = 24 * time.Hour
+
+// noteGone notes since when nothing is left of deletions, or that there is something
+// again. Should the row have changed meanwhile, that is for the next time.
+func (c *Compactor) noteGone(ctx context.Context, r index.DeletionsRow, gone map[ulid.ULID]int64) error {
 	if len(gone) == 0 {
 		return nil
 	}
 	ds := slices.Clone(r.Deletions)
 	for i := range ds {
-		if slices.Contains(gone, ds[i].ID) {
-			ds[i].Gone = c.now().UnixMilli()
+		if at, ok := gone[ds[i].ID]; ok {
+			ds[i].Gone = at
 		}
 	}
 	if err := c.o.Index.PutDeletions(ctx, r, ds); err != nil {
@@ -189,22 +205,30 @@ func (c *Compactor) noteGone(ctx context.Context, r index.DeletionsRow, gone []u
 		}
 		return err
 	}
-	for _, id := range gone {
-		c.logger.Info("nothing is left of a deletion", "tenant", r.Tenant, "deletion", id)
+	for _, d := range r.Deletions {
+		if at, ok := gone[d.ID]; ok && d.Gone == 0 && at != 0 {
+			c.logger.Info("nothing is left of a deletion", "tenant", r.Tenant, "deletion", d.ID)
+		}
 	}
 	return nil
 }
 
 // left says whether any block has something of a deletion left, and puts those that
-// are to be cleaned on the list. What can't be found out counts as left.
-func (c *Compactor) left(ctx context.Context, tenant string, d *index.Deletion) (left bool, _ error) {
+// are to be cleaned on the list. What can't be found out counts as left. With since,
+// it looks only at blocks made after that by something else than a flush, and says
+// whether there are some.
+func (c *Compactor) left(ctx context.Context, tenant string, d *index.Deletion, since time.Time) (left, some bool, _ error) {
 	rows, err := c.o.Index.Blocks(ctx, tenant, d.MinT, d.MaxT, true)
 	if err != nil {
-		return true, err
+		return true, false, err
 	}
 	aged := c.now().Sub(ulid.Time(d.ID.Time())) >= c.o.CleanAge
 	var errs []error
 	for _, b := range history.Blocks(rows) {
+		if !since.IsZero() && (b.Level == 0 || ulid.Time(b.ID.Time()).Before(since)) {
+			continue
+		}
+		some = true
 		has, err := c.has(ctx, tenant, &b, d)
 		if err != nil {
 			left = true
@@ -219,7 +243,7 @@ func (c *Compactor) left(ctx context.Context, tenant string, d *index.Deletion) 
 			c.cleaner.todo[b.ID] = index.JobSource{BlockRef: index.BlockRef{Block: b.ID, Object: b.Object, ObjectSize: b.ObjectSize}, Level: b.Level}
 		}
 	}
-	return left, errors.Join(errs...)
+	return left, some, errors.Join(errs...)
 }
 
 // has says whether a block has any sample or exemplar of a deletion. Chunks don't

@@ -17,6 +17,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/epimetheus-tsdb/epimetheus/chunkfmt"
+	"github.com/epimetheus-tsdb/epimetheus/chunkfmt/rollup"
 	"github.com/epimetheus-tsdb/epimetheus/history"
 	"github.com/epimetheus-tsdb/epimetheus/history/index"
 	"github.com/epimetheus-tsdb/epimetheus/history/object"
@@ -338,6 +339,14 @@ func (c *Compactor) width(level index.Level) int64 {
 	return c.o.Ranges[i].Milliseconds()
 }
 
+// rollups says whether blocks of a level get summaries of windows: those of a day
+// or more do. They are cut on bounds of windows; a block of the first level has but
+// the part of a window that was flushed in its time.
+func (c *Compactor) rollups(level index.Level) bool {
+	width := c.o.Ranges[level-1].Milliseconds()
+	return width >= (24*time.Hour).Milliseconds() && width%rollup.Long == 0
+}
+
 func (c *Compactor) top() index.Level { return index.Level(len(c.o.Ranges)) } //nolint:gosec // at most 8
 
 // mergeInto merges blocks, from the first on as many as it says, into others of a
@@ -364,7 +373,8 @@ func (c *Compactor) mergeInto(ctx context.Context, level index.Level, blocks []i
 	m.sources = m.sources[:taken]
 	o := &outputs{
 		objects: c.o.Objects, dir: c.o.Dir, width: c.width(level), level: level, maxBytes: c.o.MaxBlockBytes, ownBytes: c.o.OwnBlockBytes,
-		now: c.now, entropy: c.entropy, beat: beat, writer: chunkfmt.WriterOptions{Window: history.Window},
+		now: c.now, entropy: c.entropy, beat: beat,
+		writer: chunkfmt.WriterOptions{Window: history.Window, Rollups: c.rollups(level)},
 		shared: map[int64]*output{}, own: map[int64]*output{},
 	}
 	defer func() {

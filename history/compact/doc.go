@@ -6,6 +6,10 @@
 // share blocks, but for large ones, which get their own. A block that would pass
 // its size goes on in another one.
 //
+// Blocks of a day or more get summaries of windows (docs/formats/rollup.md) beside
+// the samples, made of what was merged. They are cut on bounds of windows, but know
+// nothing of late samples in other blocks: who reads them looks for those.
+//
 // Merging. Blocks are read front to back, side by side. What they have of each
 // series is put together (chunkfmt.Merge decides where they disagree) and written
 // into files, cut by windows of time. A merge holds one series with its samples,

@@ -66,8 +66,8 @@ func NewIntake(o IntakeOptions, span int64) (*Intake, error) {
 	i.out = &outputs{
 		objects: o.Objects, dir: o.Dir, width: i.width, level: i.level, maxBytes: c.o.MaxBlockBytes, ownBytes: c.o.OwnBlockBytes,
 		now: time.Now, entropy: rand.Reader, beat: func(ctx context.Context) error { return ctx.Err() },
-		writer: chunkfmt.WriterOptions{Window: history.Window}, shared: map[int64]*output{}, own: map[int64]*output{},
-		name: o.Tenant, large: true,
+		writer: chunkfmt.WriterOptions{Window: history.Window, Rollups: c.rollups(i.level)},
+		shared: map[int64]*output{}, own: map[int64]*output{}, name: o.Tenant, large: true,
 	}
 	return i, nil
 }
