@@ -2,6 +2,7 @@ package sim
 
 import (
 	"context"
+	"errors"
 	"maps"
 	"math/rand/v2"
 	"sync"
@@ -163,6 +164,21 @@ func bugs() []*bug {
 			name: "a segment replaced under the reader", first: 3, inside: inside.SameFile,
 		},
 		{name: "generation 6 durable before 5 for the held-back tenant", first: 10, inside: inside.HeldIsDurable},
+		{
+			// A sweeper takes what is being published for an orphan, and its writer does
+			// not see that it has lost.
+			name: "orphan sweep against a slow flush", first: 7,
+			setUp: func(w *world) { w.compaction.OrphanAge = 100 * time.Millisecond },
+			wrap: func(_ *bug, _ *node, next publish) publish {
+				return func(ctx context.Context, id ulid.ULID, data []byte, sum *chunkfmt.Summary) error {
+					if err := next(ctx, id, data, sum); !errors.Is(err, history.ErrCondemned) {
+						return err
+					}
+					return nil
+				}
+			},
+		},
+		{name: "a replaced row removed too early", first: 1, inside: inside.RemovedEarly},
 		{name: "a hole in the commit log", first: 4, inside: inside.HoleInLog},
 	}
 }

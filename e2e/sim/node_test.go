@@ -50,7 +50,16 @@ type node struct {
 // store is history as this process writes it: through stores that fail as the
 // world says, and not at all once the process is dead.
 func (w *world) store(dead *atomic.Bool) (*history.History, error) {
-	decide := func(op, _ string) historytest.Fault {
+	decide := w.decide(dead)
+	return history.New(history.Options{
+		Objects: &historytest.FaultyObjects{Store: &w.objects, Decide: decide},
+		Index:   index.New(&heldRows{historytest.HeldRows{Store: &historytest.FaultyRows{Store: &w.rows, Decide: decide}, Held: w.faults.held}, &w.faults}),
+	})
+}
+
+// decide is what happens to the calls of a process.
+func (w *world) decide(dead *atomic.Bool) historytest.Decide {
+	return func(op, _ string) historytest.Fault {
 		if dead.Load() {
 			return historytest.Before
 		}
@@ -60,10 +69,6 @@ func (w *world) store(dead *atomic.Bool) (*history.History, error) {
 		}
 		return fault
 	}
-	return history.New(history.Options{
-		Objects: &historytest.FaultyObjects{Store: &w.objects, Decide: decide},
-		Index:   index.New(&heldRows{historytest.HeldRows{Store: &historytest.FaultyRows{Store: &w.rows, Decide: decide}, Held: w.faults.held}, &w.faults}),
-	})
 }
 
 // heldRows asks the faults how much of a request fails.

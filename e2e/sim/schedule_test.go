@@ -28,6 +28,7 @@ var actions = []action{
 	{"disk", 5, (*world).disturbDisk},
 	{"stores", 5, (*world).disturbStores},
 	{"rows of a tenant", 3, (*world).holdRows},
+	{"kill compactor", 2, (*world).killCompactor},
 	{"segment", 2, (*world).rollSegment},
 	{"truncate", 2, (*world).truncateWAL},
 	{"burst", 2, (*world).burst},

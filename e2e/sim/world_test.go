@@ -20,6 +20,7 @@ import (
 	tenancy "github.com/epimetheus-tsdb/epimetheus/gateway"
 	"github.com/epimetheus-tsdb/epimetheus/gateway/merge"
 	"github.com/epimetheus-tsdb/epimetheus/history"
+	"github.com/epimetheus-tsdb/epimetheus/history/compact"
 	"github.com/epimetheus-tsdb/epimetheus/history/historytest"
 	"github.com/epimetheus-tsdb/epimetheus/history/index"
 	"github.com/epimetheus-tsdb/epimetheus/ingest"
@@ -65,14 +66,17 @@ type world struct {
 	logs     map[string]bool // which do, by id
 	dirs     int             // made, of disks
 
-	tenants  []string
-	sources  []*source
-	nodes    []*node
-	gone     []*node
-	sidecars []*sidecarProcess // all that were ever started
-	due      []event           // ascending in time
-	ids      int               // of members
-	steps    int               // done
+	tenants []string
+	sources []*source
+	nodes   []*node
+	gone    []*node
+
+	compaction compact.Options
+	compactors []*compactor      // all that were ever started; the last one may live
+	sidecars   []*sidecarProcess // all that were ever started
+	due        []event           // ascending in time
+	ids        int               // of members
+	steps      int               // done
 
 	stopScraping, stopQueries chan struct{}
 	scrapers, queriers        sync.WaitGroup
@@ -132,6 +136,12 @@ func newWorld(dir string, c config) (*world, error) {
 		CheckpointInterval: between(r, time.Second, 5*time.Second), RingWait: between(r, time.Second, 20*time.Second),
 		RewindBytesPerSecond: int64(pick(r, 8<<10, 64<<10, 16<<20)), Shards: r.IntN(3),
 	}
+	w.sidecar.Replicas = pick(w.disks, 1, 1, 2)
+	w.compaction = compact.Options{
+		Ranges: []time.Duration{30 * time.Second, 2 * time.Minute, 30 * time.Minute}, Interval: between(w.disks, time.Second, 5*time.Second),
+		Grace: visibility + w.queryTimeout, Lease: between(w.disks, 5*time.Second, 30*time.Second), OrphanAge: between(w.disks, time.Minute, 3*time.Minute),
+		OwnBlockBytes: int64(pick(w.disks, 1, 20<<10, 1<<20)), MaxBlockBytes: int64(pick(w.disks, 20<<10, 1<<20)), MaxSources: pick(w.disks, 2, 8, 64),
+	}
 	c.bug.prepare(w)
 	if err := w.openReaders(visibility); err != nil {
 		return nil, err
@@ -156,10 +166,15 @@ func newWorld(dir string, c config) (*world, error) {
 			return w, err
 		}
 	}
+	for range pick(w.disks, 0, 1, 1, 2) {
+		if err := w.startCompactor(); err != nil {
+			return w, err
+		}
+	}
 	for _, t := range w.tenants {
 		w.queriers.Go(func() { w.runQueries(t, w.stopQueries) })
 	}
-	w.logf("sources %v, ingesters %v, gossip %v and %v, visibility %v, flush %v", w.sources, w.nodes, w.members.delay, w.members.lag, visibility, w.ingester.FlushInterval)
+	w.logf("sources %v, ingesters %v, %d replicas, gossip %v and %v, visibility %v, flush %v", w.sources, w.nodes, w.sidecar.Replicas, w.members.delay, w.members.lag, visibility, w.ingester.FlushInterval)
 	return w, nil
 }
 
@@ -328,6 +343,12 @@ func (w *world) close() {
 		n.vanish(0)
 		<-n.ended
 	}
+	for _, c := range w.compactors {
+		c.kill()
+	}
+	for _, c := range w.compactors {
+		<-c.ended
+	}
 	w.bug.wait()
 	for _, s := range w.sources {
 		s.cleanUp()
@@ -336,6 +357,6 @@ func (w *world) close() {
 
 // summary says what the simulation has seen.
 func (w *world) summary() string {
-	return fmt.Sprintf("%v of virtual time, %d samples, %d looked up as durable, %d queries, %d of them complete, %d sessions resumed after a replay",
-		w.took.Round(time.Second), len(w.truth.samples), w.verified, w.queries, w.complete, w.resumed.Load())
+	return fmt.Sprintf("%v of virtual time, %d samples, %d looked up as durable, %d queries, %d of them complete, %d sessions resumed after a replay, %d compactions",
+		w.took.Round(time.Second), len(w.truth.samples), w.verified, w.queries, w.complete, w.resumed.Load(), w.compacted())
 }

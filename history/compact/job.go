@@ -12,6 +12,7 @@ import (
 
 	"github.com/epimetheus-tsdb/epimetheus/history"
 	"github.com/epimetheus-tsdb/epimetheus/history/index"
+	"github.com/epimetheus-tsdb/epimetheus/internal/bug"
 )
 
 // errLost says that another compactor has taken over.
@@ -282,6 +283,12 @@ func (c *Compactor) publish(ctx context.Context, j index.Job) error {
 	if len(again) > 0 {
 		if err := c.o.Index.PutCompacted(ctx, again); err != nil {
 			return fmt.Errorf("work rows: %w", err)
+		}
+	}
+	if bug.Is(bug.RemovedEarly) {
+		rows, err := c.sourceRows(ctx, j)
+		if err = errors.Join(err, c.o.Index.DeleteRows(ctx, rows)); err != nil {
+			return err
 		}
 	}
 	if err := c.o.Index.PutBlocks(ctx, first); err != nil {

@@ -8,7 +8,7 @@ import "sync/atomic"
 // Bug is a mistake.
 type Bug int32
 
-// Mistakes of a sidecar, then of an ingester.
+// Mistakes of a sidecar, then of an ingester, then of a compactor.
 const (
 	None Bug = iota
 	// LatestRing chooses the series to be sent again by the ring of now, not by
@@ -24,6 +24,9 @@ const (
 	// HeldIsDurable tells the sessions of a tenant that is held back what is durable
 	// by the newest generation alone.
 	HeldIsDurable
+	// RemovedEarly removes the rows that a compaction replaces before it writes those
+	// of its outputs.
+	RemovedEarly
 )
 
 var present atomic.Int32 //nolint:gochecknoglobals // so that no other code has to know of it
