@@ -86,12 +86,15 @@ func TestGatewaysShareWork(t *testing.T) {
 	t.Cleanup(func() { require.NoError(t, pool.Close()) })
 	one := newAPI(t, c, gateway.Options{Engine: engine, Spread: plan.Spread{Results: newResults(), Workers: pool}})
 
-	for _, expr := range []string{`sum(rate(requests_total[5m]))`, `max_over_time(requests_total[1h])`, `label_replace(rate(requests_total[5m]), "n", "$1", "__name__", "(.*)")`} {
-		params := []string{"query", expr, "start", "3600", "end", fmt.Sprint(n * interval / 1000), "step", "3600"}
-		want, got := call(t, alone, "query_range", params...), call(t, one, "query_range", params...)
-		require.Equal(t, http.StatusOK, want.code, want.Error)
-		require.Equal(t, want, got, expr)
+	compare := func() {
+		for _, expr := range []string{`sum(rate(requests_total[5m]))`, `max_over_time(requests_total[1h])`, `label_replace(rate(requests_total[5m]), "n", "$1", "__name__", "(.*)")`} {
+			params := []string{"query", expr, "start", "3600", "end", fmt.Sprint(n * interval / 1000), "step", "3600"}
+			want, got := call(t, alone, "query_range", params...), call(t, one, "query_range", params...)
+			require.Equal(t, http.StatusOK, want.code, want.Error)
+			require.Equal(t, want, got, expr)
+		}
 	}
+	compare()
 	ms, err := reg.Gather()
 	require.NoError(t, err)
 	ok := 0.
@@ -104,4 +107,12 @@ func TestGatewaysShareWork(t *testing.T) {
 		}
 	}
 	require.Greater(t, ok, 1.)
+
+	// Both have results of before; a worker doesn't look for deletions itself.
+	before := call(t, one, "query_range", "query", `sum(rate(requests_total[5m]))`, "start", "3600", "end", fmt.Sprint(n*interval/1000), "step", "3600")
+	_, err = c.History.Delete(t.Context(), gateway.DefaultTenant, 0, n*interval/2, labels.MustNewMatcher(labels.MatchRegexp, "i", "1."))
+	require.NoError(t, err)
+	compare()
+	after := call(t, one, "query_range", "query", `sum(rate(requests_total[5m]))`, "start", "3600", "end", fmt.Sprint(n*interval/1000), "step", "3600")
+	require.NotEqual(t, before, after)
 }

@@ -13,9 +13,11 @@ import (
 	"github.com/epimetheus-tsdb/epimetheus/history/index"
 )
 
-// Retention is how long samples of a tenant are kept. 0: for ever.
+// Retention is how long what a tenant has is kept. 0: for ever.
 type Retention struct {
-	Raw time.Duration // samples as they were written
+	// Raw is of the samples as they were written. What is made of them, such as the
+	// summaries in the same block, goes with them.
+	Raw time.Duration
 }
 
 // Horizon is the time in ms before which samples are past the retention, at now;

@@ -7,6 +7,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/oklog/ulid/v2"
 	"github.com/prometheus/prometheus/model/exemplar"
 	"github.com/prometheus/prometheus/model/labels"
 
@@ -222,5 +223,46 @@ func TestRetention(t *testing.T) {
 	}
 	if n := w.samplesOf(t, "ever"); n != 10*24 {
 		t.Errorf("of what is kept for ever %d hours are left", n)
+	}
+}
+
+// TestCleanImports: what an import brings of a deletion of which nothing was left, in
+// blocks of the last level, is removed too.
+func TestCleanImports(t *testing.T) {
+	w := newWorld(t, &historytest.MemoryObjects{}, &historytest.MemoryRows{})
+	c := content{}
+	s := &chunkfmt.Series{Labels: labels.FromStrings("__name__", "m")}
+	for ts := w.now.UnixMilli() + 1; ts < w.now.UnixMilli()+hour; ts += minute {
+		s.Floats.T, s.Floats.V = append(s.Floats.T, ts), append(s.Floats.V, 1)
+	}
+	c.add("a", s)
+	c.add("b", s)
+	w.pass(t, 10*24*time.Hour, 6*time.Hour)
+	if _, err := w.history.Delete(t.Context(), "a", math.MinInt64, w.now.UnixMilli()); err != nil {
+		t.Fatal(err)
+	}
+	w.pass(t, 24*time.Hour, time.Hour)
+	if w.deletions(t, "a")[0].Gone == 0 {
+		t.Fatal("there never was anything, and nobody has noted it")
+	}
+	w.pass(t, 10*24*time.Hour, 6*time.Hour)
+	data, sum := encode(t, c)
+	id := ulid.MustNew(ulid.Timestamp(w.now), ulid.DefaultEntropy())
+	ref := index.BlockRef{Block: id, Object: history.ObjectKey(id), ObjectSize: sum.Size}
+	if err := w.objects.Put(t.Context(), ref.Object, bytes.NewReader(data), sum.Size); err != nil {
+		t.Fatal(err)
+	}
+	if err := w.index.PutBlocks(t.Context(), history.Rows(ref, 3, sum.Tenants)); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := w.index.Guard(t.Context(), id, index.Published); err != nil {
+		t.Fatal(err)
+	}
+	w.pass(t, 24*time.Hour, time.Hour)
+	if got := w.traces(t, "a"); len(got) != 0 {
+		t.Errorf("left: %+v", got)
+	}
+	if n := w.samplesOf(t, "b"); n != len(s.Floats.T) {
+		t.Errorf("the other tenant has %d samples, want %d", n, len(s.Floats.T))
 	}
 }

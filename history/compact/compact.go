@@ -278,6 +278,7 @@ func (c *Compactor) Round(ctx context.Context) (worked bool, err error) {
 			break
 		}
 	}
+	c.metrics.cleaning.Set(float64(len(c.cleaner.todo)))
 	if now := c.now(); now.Sub(c.swept) >= c.o.OrphanAge/4 {
 		if err := c.sweep(ctx); err != nil {
 			errs = append(errs, fmt.Errorf("sweep: %w", err))

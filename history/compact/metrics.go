@@ -18,6 +18,7 @@ type metrics struct {
 	asideNow             prometheus.Gauge
 	pending              *prometheus.GaugeVec
 	unfinished           prometheus.Gauge
+	cleaning             prometheus.Gauge
 	oldest               prometheus.Gauge
 	orphans              *prometheus.CounterVec
 	failures             prometheus.Counter
@@ -61,6 +62,9 @@ func newMetrics(reg prometheus.Registerer, levels int) (*metrics, error) {
 		unfinished: prometheus.NewGauge(prometheus.GaugeOpts{
 			Name: "epimetheus_compactor_unfinished_jobs", Help: "Compactions under way, those included whose sources wait for their removal.",
 		}),
+		cleaning: prometheus.NewGauge(prometheus.GaugeOpts{
+			Name: "epimetheus_compactor_unclean_blocks", Help: "Blocks that are going to be written again without what is deleted or past the retention.",
+		}),
 		oldest: prometheus.NewGauge(prometheus.GaugeOpts{
 			Name: "epimetheus_compactor_oldest_flush_timestamp_seconds", Help: "When the oldest flush was made that isn't compacted; 0 if there is none.",
 		}),
@@ -79,7 +83,7 @@ func newMetrics(reg prometheus.Registerer, levels int) (*metrics, error) {
 	}
 	var errs []error
 	for _, c := range []prometheus.Collector{
-		m.jobs, m.duration, m.read, m.written, m.bytes, m.replaced, m.aside, m.asideNow, m.pending, m.unfinished, m.oldest, m.orphans, m.failures,
+		m.jobs, m.duration, m.read, m.written, m.bytes, m.replaced, m.aside, m.asideNow, m.pending, m.unfinished, m.cleaning, m.oldest, m.orphans, m.failures,
 	} {
 		errs = append(errs, reg.Register(c))
 	}
