@@ -335,6 +335,10 @@ func idWidth(values int) int {
 	}
 }
 
+// DataPages are the locations of the pages with the samples of its series. They lie
+// one behind the other in the object.
+func (p *SeriesPage) DataPages() []Location { return p.chunks.pages }
+
 // Len is the number of series in the page.
 func (p *SeriesPage) Len() int { return p.series }
 

@@ -173,8 +173,8 @@ func (a *API) protect(w http.ResponseWriter, r *http.Request, h http.Handler) {
 	a.logger.Warn("slow query", "tenant", name, "path", r.URL.Path, "query", params.Get("query"),
 		"start", params.Get("start"), "end", params.Get("end"), "step", params.Get("step"), "time", params.Get("time"),
 		"took", took, "series", c.Series, "samples", c.Samples, "windows", c.Windows, "object_gets", c.ObjectGets, "object_bytes", c.ObjectBytes,
-		"index_queries", c.IndexQueries, "pages", c.Pages, "pages_cached", c.PagesCached,
-		"parts_kept", c.PartsKept, "parts_here", c.PartsHere, "parts_elsewhere", c.PartsElsewhere)
+		"index_queries", c.IndexQueries, "pages", c.Pages, "pages_cached", c.PagesCached, "pages_memcached", c.PagesMemcached,
+		"parts_kept", c.PartsKept, "parts_memcached", c.PartsMemcached, "parts_here", c.PartsHere, "parts_elsewhere", c.PartsElsewhere)
 }
 
 // queryStats are Prometheus's, and what the query has cost.

@@ -60,7 +60,7 @@ func TestGatewaysShareWork(t *testing.T) {
 	// The gateway's engine has an option that shows in results.
 	engine := gateway.EngineOptions{Features: []string{"promql-delayed-name-removal"}}
 	newResults := func() *plan.Results {
-		r, err := plan.NewResults(64<<20, prometheus.NewRegistry())
+		r, err := plan.NewResults(64<<20, nil, prometheus.NewRegistry())
 		require.NoError(t, err)
 		return r
 	}

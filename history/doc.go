@@ -13,8 +13,9 @@
 // Series, LabelNames, LabelValues and Metadata read directories, label pages and
 // series pages only, Exemplars also pages of exemplars.
 //
-// Pages are fetched by ranged GETs, near ones together, several at a time, each
-// by one caller for all that want it, and kept in memory. Every page is verified
+// Pages are fetched from memcached, if there is one, else by ranged GETs, near ones
+// together, several at a time, each by one caller for all that want it, and kept in
+// memory. What is new is written ahead into memcached. Every page is verified
 // by its checksum. What can't be read is an error that names object, page and
 // offset, never a gap; an object that is absent makes a snapshot look at the rows
 // once more first, for compaction may have replaced it.

@@ -7,11 +7,13 @@ import (
 	"fmt"
 	"io"
 	"slices"
+	"strconv"
 
 	"golang.org/x/sync/errgroup"
 
 	"github.com/epimetheus-tsdb/epimetheus/chunkfmt"
 	"github.com/epimetheus-tsdb/epimetheus/history/cache"
+	"github.com/epimetheus-tsdb/epimetheus/history/memcached"
 	"github.com/epimetheus-tsdb/epimetheus/history/object"
 )
 
@@ -121,13 +123,14 @@ const (
 
 // fetching says how pages are to be got.
 type fetching struct {
+	tenant string // whose they are
 	// runs, if not 0, is into how many GETs the pages of an object are put at
 	// most, whatever lies between them: for pages that lie close together.
 	runs int
 }
 
-// fetch gets pages from the cache or the object store; out[i] is wants[i]. Pages
-// that others load are waited for, after our own are on their way.
+// fetch gets pages from memory, memcached or the object store; out[i] is wants[i].
+// Pages that others load are waited for, after our own are on their way.
 func (h *History) fetch(ctx context.Context, stats *Stats, how fetching, wants []want) ([]page, error) {
 	out := make([]page, len(wants))
 	stats.Pages.Add(int64(len(wants)))
@@ -197,7 +200,7 @@ func (h *History) load(ctx context.Context, stats *Stats, how fetching, wants []
 		if err != nil {
 			err = w.error(err)
 		}
-		h.pages.Finish(w.key(), p.load, v, size, err)
+		h.pages.Finish(how.tenant, w.key(), p.load, v, size, err)
 		out[p.i] = v
 		return err
 	}
@@ -216,9 +219,10 @@ func (h *History) load(ctx context.Context, stats *Stats, how fetching, wants []
 			absent = append(absent, p)
 			continue
 		}
-		h.pages.Finish(w.key(), p.load, v, size, nil)
+		h.pages.Finish(how.tenant, w.key(), p.load, v, size, nil)
 		out[p.i] = v
 	}
+	absent = h.fromMemcached(ctx, stats, how, wants, absent, out)
 	var g errgroup.Group
 	g.SetLimit(getsPerCall)
 	for _, run := range coalesce(how, wants, absent) {
@@ -235,7 +239,11 @@ func (h *History) load(ctx context.Context, stats *Stats, how fetching, wants []
 						pageBytes = slices.Clone(pageBytes)
 					}
 				}
-				errs = append(errs, finish(p, pageBytes, err))
+				pageErr := finish(p, pageBytes, err)
+				if pageErr == nil {
+					h.o.Memcached.Set(memcached.Pages, w.memcachedKey(), pageBytes)
+				}
+				errs = append(errs, pageErr)
 			}
 			return errors.Join(errs...)
 		})
@@ -247,6 +255,49 @@ func (h *History) load(ctx context.Context, stats *Stats, how fetching, wants []
 		return firstError(err)
 	}
 	return nil
+}
+
+// memcachedKey is where memcached has the page: docs/decisions/0012-memcached.md.
+func (w *want) memcachedKey() string { return pageKeyAt(w.object, w.at) }
+
+func pageKeyAt(object string, at chunkfmt.Location) string {
+	b := append(make([]byte, 0, 96), "epi1:pages:"...)
+	b = append(append(b, object...), ':')
+	b = append(strconv.AppendInt(b, at.Offset, 10), ':')
+	return string(strconv.AppendInt(b, at.Size, 10))
+}
+
+// fromMemcached gets those of the claimed pages that memcached has, finishes their
+// claims, and returns the others.
+func (h *History) fromMemcached(ctx context.Context, stats *Stats, how fetching, wants []want, ps []pendingPage, out []page) []pendingPage {
+	if h.o.Memcached == nil || len(ps) == 0 {
+		return ps
+	}
+	keys := make([]string, len(ps))
+	expected := int64(0)
+	for i, p := range ps {
+		keys[i] = wants[p.i].memcachedKey()
+		expected += wants[p.i].at.Size
+	}
+	var rest []pendingPage
+	for i, b := range h.o.Memcached.Get(ctx, memcached.Pages, keys, expected) {
+		p := ps[i]
+		w := &wants[p.i]
+		if int64(len(b)) != w.at.Size {
+			rest = append(rest, p)
+			continue
+		}
+		v, size, err := w.parse(b)
+		if err != nil { // nobody puts such a page; the object store knows
+			h.corrupt(w, err)
+			rest = append(rest, p)
+			continue
+		}
+		stats.PagesMemcached.Add(1)
+		h.pages.Finish(how.tenant, w.key(), p.load, v, size, nil)
+		out[p.i] = v
+	}
+	return rest
 }
 
 func (h *History) corrupt(w *want, err error) {

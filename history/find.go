@@ -30,7 +30,7 @@ func (s *Snapshot) directories(ctx context.Context, bs []*Block) ([]*chunkfmt.Di
 			return nil, err
 		}
 	}
-	pages, err := s.h.fetch(ctx, s.Stats, fetching{}, wants)
+	pages, err := s.h.fetch(ctx, s.Stats, fetching{tenant: s.Tenant}, wants)
 	if err != nil {
 		return nil, err
 	}
@@ -56,7 +56,7 @@ func (s *Snapshot) labelPages(ctx context.Context, bs []*Block, dirs []*chunkfmt
 		}
 		wants, of = append(wants, w), append(of, i)
 	}
-	pages, err := s.h.fetch(ctx, s.Stats, fetching{}, wants)
+	pages, err := s.h.fetch(ctx, s.Stats, fetching{tenant: s.Tenant}, wants)
 	if err != nil {
 		return nil, err
 	}
@@ -124,7 +124,7 @@ func (s *Snapshot) seriesPages(ctx context.Context, bs []*Block, ms []*labels.Ma
 			wants, of = append(wants, w), append(of, i)
 		}
 	}
-	pages, err := s.h.fetch(ctx, s.Stats, fetching{runs: seriesRuns}, wants)
+	pages, err := s.h.fetch(ctx, s.Stats, fetching{tenant: s.Tenant, runs: seriesRuns}, wants)
 	if err != nil {
 		return err
 	}

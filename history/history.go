@@ -11,6 +11,7 @@ import (
 
 	"github.com/epimetheus-tsdb/epimetheus/history/cache"
 	"github.com/epimetheus-tsdb/epimetheus/history/index"
+	"github.com/epimetheus-tsdb/epimetheus/history/memcached"
 	"github.com/epimetheus-tsdb/epimetheus/history/object"
 )
 
@@ -29,6 +30,9 @@ type Options struct {
 	PageCacheBytes int64 // default 256 MiB; negative: nothing is kept
 	RowCacheBytes  int64 // default 32 MiB; negative: nothing is kept
 	MaxGets        int   // at the same time, of all queries; default 128
+
+	// Memcached is asked for pages before the object store; nil: there is none.
+	Memcached *memcached.Client
 
 	Now        func() time.Time // default time.Now
 	Logger     *slog.Logger
@@ -157,8 +161,10 @@ type Stats struct {
 	ObjectGets   atomic.Int64 // requests to the object store
 	ObjectBytes  atomic.Int64 // bytes that these read
 	Pages        atomic.Int64 // pages used
-	PagesCached  atomic.Int64 // pages that were at hand, or loaded by another query
-	Series       atomic.Int64 // series found, one for each block that has it
-	Samples      atomic.Int64 // samples decoded
-	Windows      atomic.Int64 // summaries of windows decoded, instead of samples
+	PagesCached  atomic.Int64 // pages that were in memory, or loaded by another query
+	// PagesMemcached are pages that memcached had.
+	PagesMemcached atomic.Int64
+	Series         atomic.Int64 // series found, one for each block that has it
+	Samples        atomic.Int64 // samples decoded
+	Windows        atomic.Int64 // summaries of windows decoded, instead of samples
 }

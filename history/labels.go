@@ -194,7 +194,7 @@ func (s *Snapshot) allLabelPages(ctx context.Context, bs []*Block) ([]*chunkfmt.
 			wants, of = append(wants, w), append(of, i)
 		}
 	}
-	pages, err := s.h.fetch(ctx, s.Stats, fetching{runs: labelReadRuns}, wants)
+	pages, err := s.h.fetch(ctx, s.Stats, fetching{tenant: s.Tenant, runs: labelReadRuns}, wants)
 	if err != nil {
 		return nil, err
 	}
@@ -229,7 +229,7 @@ func (s *Snapshot) allLabelValues(ctx context.Context, bs []*Block, name string)
 			wants = append(wants, w)
 		}
 	}
-	pages, err := s.h.fetch(ctx, s.Stats, fetching{}, wants)
+	pages, err := s.h.fetch(ctx, s.Stats, fetching{tenant: s.Tenant}, wants)
 	if err != nil {
 		return nil, err
 	}

@@ -86,6 +86,9 @@ func (h *History) Publish(ctx context.Context, block ulid.ULID, data []byte, sum
 	h.metrics.published.Inc()
 	h.metrics.publishedBytes.Add(float64(summary.Size))
 	h.metrics.publishSeconds.Observe(time.Since(start).Seconds())
+	if err := WriteAhead(ctx, h.o.Memcached, work.Object, bytes.NewReader(data), summary, h.now()); err != nil {
+		h.o.Logger.Warn("new block not written ahead", "block", block, "err", err)
+	}
 	if len(left) > 0 {
 		return fmt.Errorf("publish block %s: %w", block, &RowsError{Published: true, Tenants: left})
 	}

@@ -177,7 +177,7 @@ func (ss *SeriesSet) load(ctx context.Context) error {
 	for i, held := range absent {
 		wants[i] = held.want
 	}
-	pages, err := ss.s.h.fetch(ctx, ss.s.Stats, fetching{}, wants)
+	pages, err := ss.s.h.fetch(ctx, ss.s.Stats, fetching{tenant: ss.s.Tenant}, wants)
 	if err != nil {
 		return err
 	}
@@ -501,7 +501,7 @@ func (s *Snapshot) Exemplars(ctx context.Context, sets [][]*labels.Matcher, mint
 				}
 			}
 		}
-		pages, err := s.h.fetch(ctx, s.Stats, fetching{}, wants)
+		pages, err := s.h.fetch(ctx, s.Stats, fetching{tenant: s.Tenant}, wants)
 		if err != nil {
 			return err
 		}

@@ -38,6 +38,7 @@ func addAll(app *kingpin.Application, commands map[string]command) {
 				return err
 			}
 		}
+		p.addMemcached(st)
 		return p.run()
 	}
 }

@@ -29,6 +29,7 @@ func addCompactor(app *kingpin.Application, commands map[string]command) {
 		if err := p.addCompactor(st); err != nil {
 			return err
 		}
+		p.addMemcached(st)
 		return p.run()
 	}
 }
@@ -42,7 +43,7 @@ func (p *process) addCompactor(st *stores) error {
 	c := p.config.Compactor
 	o := compact.Options{
 		Objects: st.objects, Index: st.index, Dir: filepath.Join(p.flags.dataDir, "compact"), MaxBlockBytes: int64(c.BlockBytes),
-		Grace: graceDelays * time.Duration(p.config.Ingester.VisibilityDelay), Retentions: p.settings.retentions.Load, Logger: p.logger, Registerer: p.reg,
+		Grace: graceDelays * time.Duration(p.config.Ingester.VisibilityDelay), Retentions: p.settings.retentions.Load, Memcached: st.memcached, Logger: p.logger, Registerer: p.reg,
 	}
 	for _, r := range c.Ranges {
 		o.Ranges = append(o.Ranges, time.Duration(r))

@@ -17,6 +17,7 @@ import (
 	"github.com/epimetheus-tsdb/epimetheus/gateway/account"
 	"github.com/epimetheus-tsdb/epimetheus/history"
 	"github.com/epimetheus-tsdb/epimetheus/history/compact"
+	"github.com/epimetheus-tsdb/epimetheus/history/memcached"
 	"github.com/epimetheus-tsdb/epimetheus/ingest"
 	"github.com/epimetheus-tsdb/epimetheus/sidecar"
 )
@@ -27,6 +28,7 @@ type Config struct {
 	Tenancy   gateway.Tenancy `yaml:"tenancy,omitempty" doc:"Where the tenant of a request comes from: 'single' (all is of the tenant 'default') or 'header' (X-Scope-OrgID, set by a proxy that authenticates)."`
 	Objects   ObjectsConfig   `yaml:"objects,omitempty"`
 	Index     IndexConfig     `yaml:"index,omitempty"`
+	Memcached MemcachedConfig `yaml:"memcached,omitempty"`
 	Ring      RingConfig      `yaml:"ring,omitempty"`
 	Ingester  IngesterConfig  `yaml:"ingester,omitempty"`
 	Gateway   GatewayConfig   `yaml:"gateway,omitempty"`
@@ -68,6 +70,11 @@ type DynamoDBConfig struct {
 	Table    string `yaml:"table,omitempty" doc:"The table; 'epimetheus tool create-table' creates it."`
 	Endpoint string `yaml:"endpoint,omitempty" doc:"URL of a DynamoDB server that is not AWS."`
 	Region   string `yaml:"region,omitempty" doc:"Empty: from the AWS configuration."`
+}
+
+// MemcachedConfig is for pages and results in memcached.
+type MemcachedConfig struct {
+	Addresses []string `yaml:"addresses,omitempty" doc:"Addresses (host:port) of memcached servers, of all roles the same: pages of blocks and results of parts of queries are kept there, and recent ones written ahead. A name stands for all addresses that it resolves to. Empty: there are none."`
 }
 
 // RingConfig is what a member says of itself.
@@ -327,6 +334,11 @@ func (c *Config) validate() error {
 		}
 	default:
 		bad("index.type: %q is not one of embedded, dynamodb", c.Index.Type)
+	}
+	for i, a := range c.Memcached.Addresses {
+		if err := memcached.ValidateAddress(a); err != nil {
+			bad("memcached.addresses[%d]: %v", i, err)
+		}
 	}
 	i := &c.Ingester
 	if d := time.Duration(i.FlushInterval); d < time.Second || d > 24*time.Hour {

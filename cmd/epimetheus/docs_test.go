@@ -134,6 +134,7 @@ func metricsPage(t *testing.T) string {
 		return p
 	}
 	p := newP("all")
+	p.config.Memcached.Addresses = []string{"127.0.0.1:1"} // that nobody need answer at
 	st, err := p.openStores(false)
 	if err != nil {
 		t.Fatal(err)

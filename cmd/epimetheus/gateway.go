@@ -78,6 +78,7 @@ func addGateway(app *kingpin.Application, commands map[string]command) {
 			}
 			return rows
 		}})
+		p.addMemcached(st)
 		return p.run()
 	}
 }
@@ -102,7 +103,7 @@ func (p *process) addGateway(st *stores, live *ring.Live, workers plan.Workers, 
 	st.closers = append(st.closers, heads.Close)
 	storage := merge.New(heads, st.history, gateway.TenantOf)
 	c := p.config.Gateway
-	results, err := plan.NewResults(int64(c.ResultBytes), p.reg)
+	results, err := plan.NewResults(int64(c.ResultBytes), st.memcached, p.reg)
 	if err != nil {
 		return nil, err
 	}

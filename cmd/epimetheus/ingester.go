@@ -73,6 +73,7 @@ func addIngester(app *kingpin.Application, commands map[string]command) {
 		}); err != nil {
 			return err
 		}
+		p.addMemcached(st)
 		return p.run()
 	}
 }

@@ -9,15 +9,17 @@ import (
 
 	"github.com/epimetheus-tsdb/epimetheus/history"
 	"github.com/epimetheus-tsdb/epimetheus/history/index"
+	"github.com/epimetheus-tsdb/epimetheus/history/memcached"
 	"github.com/epimetheus-tsdb/epimetheus/history/object"
 )
 
 // stores are where blocks and rows are.
 type stores struct {
-	history *history.History
-	index   *index.Index
-	objects object.Store
-	closers []func() error
+	history   *history.History
+	index     *index.Index
+	objects   object.Store
+	memcached *memcached.Client // nil without
+	closers   []func() error
 }
 
 func (s *stores) close() {
@@ -98,11 +100,24 @@ func (p *process) openStores(shared bool) (_ *stores, err error) {
 	}
 	s.index, s.objects = index.New(rows), objects
 	p.settings.set(c)
+	if len(c.Memcached.Addresses) > 0 {
+		if s.memcached, err = memcached.New(ctx, memcached.Options{Addresses: c.Memcached.Addresses, Logger: p.logger, Registerer: p.reg}); err != nil {
+			return nil, err
+		}
+	}
 	s.history, err = history.New(history.Options{
 		Objects: objects, Index: s.index, Retentions: p.settings.retentions.Load, VisibilityDelay: time.Duration(c.Ingester.VisibilityDelay),
-		PageCacheBytes: int64(c.Gateway.CacheBytes), Logger: p.logger, Registerer: p.reg,
+		PageCacheBytes: int64(c.Gateway.CacheBytes), Memcached: s.memcached, Logger: p.logger, Registerer: p.reg,
 	})
 	return s, err
+}
+
+// addMemcached runs the client, if there is one. Add it last, so that it is stopped
+// when nobody uses it any more.
+func (p *process) addMemcached(st *stores) {
+	if st.memcached != nil {
+		p.addRun("memcached", st.memcached.Run, nil)
+	}
 }
 
 func dynamoDBOptions(c DynamoDBConfig) index.DynamoDBOptions {

@@ -47,7 +47,7 @@ type Account struct {
 	cancel context.CancelCauseFunc
 
 	series, samples, held, headBytes atomic.Int64
-	kept, here, elsewhere            atomic.Int64 // parts
+	kept, here, elsewhere, near      atomic.Int64 // parts
 	over                             atomic.Bool  // ended for memory
 
 	mu    sync.Mutex
@@ -121,7 +121,7 @@ func (a *Account) AddHistory(s *history.Stats) {
 	a.stats = append(a.stats, s)
 }
 
-// AddParts notes parts of the query: those whose result was at hand, those computed
+// AddParts notes parts of the query: those whose result was in memory, those computed
 // here, and those computed by other gateways.
 func (a *Account) AddParts(kept, here, elsewhere int) {
 	if a == nil {
@@ -130,6 +130,13 @@ func (a *Account) AddParts(kept, here, elsewhere int) {
 	a.kept.Add(int64(kept))
 	a.here.Add(int64(here))
 	a.elsewhere.Add(int64(elsewhere))
+}
+
+// AddMemcachedParts notes parts whose result memcached had.
+func (a *Account) AddMemcachedParts(n int) {
+	if a != nil {
+		a.near.Add(int64(n))
+	}
 }
 
 // Cost is what a query has read.
@@ -144,8 +151,10 @@ type Cost struct {
 	ObjectGets     int64 `json:"objectGets"`     // requests to the object store
 	ObjectBytes    int64 `json:"objectBytes"`    // bytes that these read
 	Pages          int64 `json:"pages"`          // pages of blocks used
-	PagesCached    int64 `json:"pagesCached"`    // of them at hand
-	PartsKept      int64 `json:"partsKept"`      // parts of long queries: result at hand
+	PagesCached    int64 `json:"pagesCached"`    // of them in memory
+	PagesMemcached int64 `json:"pagesMemcached"` // of them in memcached
+	PartsKept      int64 `json:"partsKept"`      // parts of long queries: result in memory
+	PartsMemcached int64 `json:"partsMemcached"` // result in memcached
 	PartsHere      int64 `json:"partsHere"`      // computed by this gateway
 	PartsElsewhere int64 `json:"partsElsewhere"` // computed by others
 }
@@ -158,7 +167,7 @@ func (a *Account) Cost() Cost {
 	}
 	c := Cost{
 		Series: a.series.Load(), Samples: a.samples.Load(), HeadBytes: a.headBytes.Load(),
-		PartsKept: a.kept.Load(), PartsHere: a.here.Load(), PartsElsewhere: a.elsewhere.Load(),
+		PartsKept: a.kept.Load(), PartsHere: a.here.Load(), PartsElsewhere: a.elsewhere.Load(), PartsMemcached: a.near.Load(),
 	}
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -171,6 +180,7 @@ func (a *Account) Cost() Cost {
 		c.ObjectBytes += s.ObjectBytes.Load()
 		c.Pages += s.Pages.Load()
 		c.PagesCached += s.PagesCached.Load()
+		c.PagesMemcached += s.PagesMemcached.Load()
 	}
 	return c
 }

@@ -223,7 +223,7 @@ func gateways(t testing.TB, n int, run func(context.Context, *plan.Task) ([]byte
 func parted(t *testing.T, c *gatewaytest.Cluster, e *promql.Engine, o promql.EngineOpts, runs *atomic.Int64) *plan.Engine {
 	t.Helper()
 	spread := func() plan.Spread {
-		r, err := plan.NewResults(4<<20, prometheus.NewRegistry())
+		r, err := plan.NewResults(4<<20, nil, prometheus.NewRegistry())
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -396,7 +396,7 @@ func TestAgreement(t *testing.T) {
 // part; and it takes no memory for steps without end.
 func TestTasksThatDoNotFit(t *testing.T) {
 	c := gatewaytest.New(t, gatewaytest.Options{})
-	r, err := plan.NewResults(1<<20, prometheus.NewRegistry())
+	r, err := plan.NewResults(1<<20, nil, prometheus.NewRegistry())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -439,7 +439,7 @@ func TestPartsCount(t *testing.T) {
 	o := suiteOptions
 	o.MaxSamples = 50_000_000
 	inner := promqltest.NewTestEngineWithOpts(t, o)
-	r, err := plan.NewResults(8<<20, prometheus.NewRegistry())
+	r, err := plan.NewResults(8<<20, nil, prometheus.NewRegistry())
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -154,7 +154,7 @@ func BenchmarkSpread(b *testing.B) {
 			b.Run("q="+q.name+"/"+by.name, func(b *testing.B) {
 				var s plan.Spread
 				if by.cut {
-					r, err := plan.NewResults(by.bytes, prometheus.NewRegistry())
+					r, err := plan.NewResults(by.bytes, nil, prometheus.NewRegistry())
 					if err != nil {
 						b.Fatal(err)
 					}

@@ -41,7 +41,7 @@ func TestLateSamples(t *testing.T) {
 	o.MaxSamples = 50_000_000
 	engine := promqltest.NewTestEngineWithOpts(t, o)
 	reg := prometheus.NewRegistry()
-	results, err := plan.NewResults(16<<20, reg)
+	results, err := plan.NewResults(16<<20, nil, reg)
 	require.NoError(t, err)
 	planned := plan.New(engine, o, plan.Tight(plan.Spread{TenantOf: tenantOf, Results: results}))
 	kept := func() float64 {

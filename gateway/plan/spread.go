@@ -3,7 +3,9 @@ package plan
 import (
 	"context"
 	"crypto/sha256"
+	"encoding/base64"
 	"errors"
+	"fmt"
 	"runtime"
 	"sync"
 	"time"
@@ -17,6 +19,7 @@ import (
 	"github.com/epimetheus-tsdb/epimetheus/gateway/merge"
 	"github.com/epimetheus-tsdb/epimetheus/history"
 	"github.com/epimetheus-tsdb/epimetheus/history/cache"
+	"github.com/epimetheus-tsdb/epimetheus/history/memcached"
 )
 
 // Spread says where parts of leaves are computed and kept.
@@ -32,22 +35,25 @@ type Spread struct {
 }
 
 // Results keeps what parts of leaves give, by what that depends on: nothing in it
-// ever becomes wrong, but what isn't asked for any more goes.
+// ever becomes wrong, but what isn't asked for any more goes. They are kept in memory,
+// and in memcached, where there is one, for all gateways.
 type Results struct {
-	cache *cache.Cache[Key, []byte]
-	parts *prometheus.CounterVec
+	cache     *cache.Cache[Key, []byte]
+	memcached *memcached.Client
+	parts     *prometheus.CounterVec
 }
 
 // Key names what a part of a leaf gives.
 type Key [sha256.Size]byte
 
-// NewResults makes a cache of so many bytes.
-func NewResults(maxBytes int64, reg prometheus.Registerer) (*Results, error) {
+// NewResults makes a cache of so many bytes of memory, before memcached if m isn't
+// nil.
+func NewResults(maxBytes int64, m *memcached.Client, reg prometheus.Registerer) (*Results, error) {
 	r := &Results{
-		cache: cache.New[Key, []byte](maxBytes),
+		cache: cache.New[Key, []byte](maxBytes), memcached: m,
 		parts: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "epimetheus_gateway_query_parts_total",
-			Help: "Parts of long queries, by where the result came from: kept (here before), here, worker (another gateway).",
+			Help: "Parts of long queries, by where the result came from: kept (in memory), memcached, here (computed), worker (computed by another gateway).",
 		}, []string{"from"}),
 	}
 	return r, errors.Join(r.cache.Register(reg, "results"), reg.Register(r.parts))
@@ -217,15 +223,12 @@ func (w *work) run(ctx context.Context) (*partial, error) {
 	var mine []int // to be computed here, which is one more at the same time
 	g, gctx := errgroup.WithContext(ctx)
 	g.SetLimit(partsAtOnce + 1)
+	w.recall(ctx, tenant)
 	for i := range w.parts {
-		if w.fresh[i] {
-			mine = append(mine, i)
-			continue
-		}
-		w.out[i] = w.kept(i)
 		switch {
+		case w.fresh[i]:
+			mine = append(mine, i)
 		case w.out[i] != nil:
-			account.From(ctx).AddParts(1, 0, 0)
 			account.From(ctx).Hold(w.out[i].bytes())
 		case sp.Workers == nil || sp.Workers.Here(w.keys[i]):
 			mine = append(mine, i)
@@ -262,13 +265,49 @@ func (w *work) kept(i int) *partial {
 	if r == nil {
 		return nil
 	}
-	p := w.parts[i]
-	only := w.l.only(p.from, p.to)
-	out, ok := r.get(w.keys[i], only.Grid)
-	if ok {
-		r.count("kept", 1)
-	}
+	out, _ := r.get(w.keys[i], w.grid(i))
 	return out
+}
+
+// grid is that of the steps of a part.
+func (w *work) grid(i int) Grid { return w.l.only(w.parts[i].from, w.parts[i].to).Grid }
+
+// recall gets the results that are kept: in memory, else in memcached.
+func (w *work) recall(ctx context.Context, tenant string) {
+	r := w.q.engine.spread.Results
+	if r == nil {
+		return
+	}
+	var absent []int
+	for i := range w.parts {
+		if w.fresh[i] {
+			continue
+		}
+		if w.out[i] = w.kept(i); w.out[i] == nil {
+			absent = append(absent, i)
+		}
+	}
+	near := 0
+	keys, grids := make([]Key, len(absent)), make([]Grid, len(absent))
+	for j, i := range absent {
+		keys[j], grids[j] = w.keys[i], w.grid(i)
+	}
+	for j, p := range r.fromMemcached(ctx, tenant, keys, grids) {
+		if p != nil {
+			w.out[absent[j]] = p
+			near++
+		}
+	}
+	kept := 0
+	for i := range w.out {
+		if w.out[i] != nil {
+			kept++
+		}
+	}
+	r.count("kept", kept-near)
+	r.count("memcached", near)
+	account.From(ctx).AddParts(kept-near, 0, 0)
+	account.From(ctx).AddMemcachedParts(near)
 }
 
 // elsewhere lets a worker compute a part. It leaves it out if none can.
@@ -321,6 +360,7 @@ func (w *work) elsewhere(ctx context.Context, tenant string, i int) error {
 
 // compute computes parts here, neighbours in one go, and keeps what may be kept.
 func (w *work) compute(ctx context.Context, is []int) error {
+	tenant := w.q.engine.spread.TenantOf(ctx)
 	for len(is) > 0 {
 		n := 1
 		for n < len(is) && is[n] == is[n-1]+1 {
@@ -339,7 +379,7 @@ func (w *work) compute(ctx context.Context, is []int) error {
 			w.out[i] = all.slice(g, p.from-from, p.to-from)
 			// Which part annotations are of isn't known.
 			if r := w.q.engine.spread.Results; r != nil && !w.fresh[i] && len(all.annos) == 0 {
-				if err := r.put(w.keys[i], w.l.only(p.from, p.to).Grid, w.out[i]); err != nil {
+				if err := r.put(tenant, w.keys[i], w.grid(i), w.out[i]); err != nil {
 					return err
 				}
 			}
@@ -350,20 +390,32 @@ func (w *work) compute(ctx context.Context, is []int) error {
 	return nil
 }
 
-// get gives the steps of a grid of what is kept. It is absent if only other steps
+// get gives the steps of a grid of what is in memory. It is absent if only other steps
 // are.
 func (r *Results) get(key Key, g Grid) (*partial, bool) {
 	b, ok := r.cache.Peek(key)
 	if !ok {
 		return nil, false
 	}
+	return stepsOf(b, g)
+}
+
+// stepsOf gives the steps of a grid of a result that was kept. It is absent if that
+// has only others, or can't be read: then it is computed.
+func stepsOf(b []byte, g Grid) (*partial, bool) {
+	if len(b) < gridBytes {
+		return nil, false
+	}
 	was := gridOf(b)
-	if was.Start > g.Start || was.End < g.End {
+	if was.Step != g.Step || was.Start > g.Start || was.End < g.End || (g.Start-was.Start)%g.Step != 0 {
+		return nil, false
+	}
+	if n := was.Len(); n < g.Len() || n > len(b) { // each step takes bytes
 		return nil, false
 	}
 	p, err := unmarshal(b[gridBytes:], was)
 	if err != nil {
-		return nil, false // memory is broken, or this program: compute it
+		return nil, false
 	}
 	from := int((g.Start - was.Start) / g.Step)
 	if n := g.Len(); n < was.Len() {
@@ -372,8 +424,37 @@ func (r *Results) get(key Key, g Grid) (*partial, bool) {
 	return p, true
 }
 
+// expectedBytes is about how long a result is, for how long to wait for it.
+const expectedBytes = 16 << 10
+
+// fromMemcached gives for each key the steps of its grid; nil where memcached hasn't
+// got them. What is there is in memory from then on.
+func (r *Results) fromMemcached(ctx context.Context, tenant string, keys []Key, grids []Grid) []*partial {
+	if r.memcached == nil || len(keys) == 0 {
+		return nil
+	}
+	names := make([]string, len(keys))
+	for i, k := range keys {
+		names[i] = k.memcached()
+	}
+	out := make([]*partial, len(keys))
+	for i, b := range r.memcached.Get(ctx, memcached.Results, names, int64(len(keys))*expectedBytes) {
+		p, ok := stepsOf(b, grids[i])
+		if ok {
+			out[i] = p
+			r.cache.Put(tenant, keys[i], b, int64(len(b)))
+		}
+	}
+	return out
+}
+
+// memcached is where memcached has a result: docs/decisions/0012-memcached.md.
+func (k Key) memcached() string {
+	return fmt.Sprintf("epi1:results:%d.%d:%s", Version, partialVersion, base64.RawURLEncoding.EncodeToString(k[:]))
+}
+
 // put keeps a part's result, unless there are as many steps of it already.
-func (r *Results) put(key Key, g Grid, p *partial) error {
+func (r *Results) put(tenant string, key Key, g Grid, p *partial) error {
 	if b, ok := r.cache.Peek(key); ok {
 		if was := gridOf(b); was.Len() >= g.Len() {
 			return nil
@@ -384,7 +465,8 @@ func (r *Results) put(key Key, g Grid, p *partial) error {
 		return err
 	}
 	b = append(appendGrid(make([]byte, 0, gridBytes+len(b)), g), b...)
-	r.cache.Put(key, b, int64(len(b)))
+	r.cache.Put(tenant, key, b, int64(len(b)))
+	r.memcached.Set(memcached.Results, key.memcached(), b)
 	return nil
 }
 
@@ -438,7 +520,7 @@ func (e *Engine) Work(ctx context.Context, h *history.History, t *Task) ([]byte,
 		return nil, err
 	}
 	if r := e.spread.Results; r != nil && len(p.annos) == 0 {
-		if err := r.put(key, only.Grid, p); err != nil {
+		if err := r.put(t.Tenant, key, only.Grid, p); err != nil {
 			return nil, err
 		}
 	}

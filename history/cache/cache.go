@@ -1,12 +1,17 @@
 // Package cache keeps pages and rows near, bounded in bytes.
 //
-// What is in a Cache never changes, so nothing is ever invalidated: the least
-// recently used goes when the bound is passed. A key that several callers miss
-// at once is loaded by one of them; the others wait. Loading itself is the
-// caller's: one request may load many keys.
+// What is in a Cache never changes, so nothing is ever invalidated. When the bound
+// is passed, values go: those of tenants that have not used the cache for long
+// first, else those of the tenant that has most; of a tenant the least recently
+// used. So a tenant alone may have all of it, and none that uses it is pushed below
+// an equal share by another.
+//
+// A key that several callers miss at once is loaded by one of them; the others
+// wait. Loading itself is the caller's: one request may load many keys.
 package cache
 
 import (
+	"container/heap"
 	"container/list"
 	"context"
 	"errors"
@@ -21,8 +26,11 @@ type Cache[K comparable, V any] struct {
 
 	mu       sync.Mutex
 	bytes    int64
-	entries  map[K]*list.Element // of *entry[K, V]
-	recent   *list.List          // most recently used first
+	turned   int64                // bytes that were ever put in: the clock
+	entries  map[K]*list.Element  // of *entry[K, V]
+	tenants  map[string]*share[K] // that have entries
+	heaviest shares[K]            // a heap of them
+	used     *list.List           // of them, the most recently active first
 	loading  map[K]*Load[V]
 	hits     uint64
 	misses   uint64
@@ -35,6 +43,42 @@ type entry[K comparable, V any] struct {
 	key   K
 	value V
 	bytes int64
+	share *share[K]
+}
+
+// share is what the cache has of a tenant.
+type share[K comparable] struct {
+	tenant string
+	bytes  int64
+	recent *list.List // of its entries, the most recently used first
+	last   int64      // when it used the cache last, by the clock
+	at     int        // in the heap
+	inUsed *list.Element
+}
+
+// shares is a heap: the first has most bytes.
+type shares[K comparable] []*share[K]
+
+func (h shares[K]) Len() int           { return len(h) }
+func (h shares[K]) Less(i, j int) bool { return h[i].bytes > h[j].bytes }
+
+func (h shares[K]) Swap(i, j int) {
+	h[i], h[j] = h[j], h[i]
+	h[i].at, h[j].at = i, j
+}
+
+func (h *shares[K]) Push(x any) {
+	s := x.(*share[K])
+	s.at = len(*h)
+	*h = append(*h, s)
+}
+
+func (h *shares[K]) Pop() any {
+	old := *h
+	s := old[len(old)-1]
+	old[len(old)-1] = nil
+	*h = old[:len(old)-1]
+	return s
 }
 
 // overheadBytes is about what an entry takes beside its value.
@@ -43,7 +87,10 @@ const overheadBytes = 200
 // New makes a cache of at most maxBytes. With 0 it keeps nothing, but still lets
 // one caller load for all that miss at once.
 func New[K comparable, V any](maxBytes int64) *Cache[K, V] {
-	return &Cache[K, V]{maxBytes: maxBytes, entries: map[K]*list.Element{}, recent: list.New(), loading: map[K]*Load[V]{}}
+	return &Cache[K, V]{
+		maxBytes: maxBytes, entries: map[K]*list.Element{}, loading: map[K]*Load[V]{},
+		tenants: map[string]*share[K]{}, used: list.New(),
+	}
 }
 
 // Load is a value that is being loaded.
@@ -65,8 +112,7 @@ func (c *Cache[K, V]) Get(key K) (value V, load *Load[V], mine bool) {
 	defer c.mu.Unlock()
 	if e, ok := c.entries[key]; ok {
 		c.hits++
-		c.recent.MoveToFront(e)
-		return e.Value.(*entry[K, V]).value, nil, false
+		return c.touch(e), nil, false
 	}
 	if l, ok := c.loading[key]; ok {
 		c.waits++
@@ -89,13 +135,12 @@ func (c *Cache[K, V]) Peek(key K) (value V, ok bool) {
 		return value, false
 	}
 	c.hits++
-	c.recent.MoveToFront(e)
-	return e.Value.(*entry[K, V]).value, true
+	return c.touch(e), true
 }
 
 // Finish gives the value, of about so many bytes, to all that wait for it and
-// keeps it. With an error nothing is kept.
-func (c *Cache[K, V]) Finish(key K, l *Load[V], value V, bytes int64, err error) {
+// keeps it, as the tenant's. With an error nothing is kept.
+func (c *Cache[K, V]) Finish(tenant string, key K, l *Load[V], value V, bytes int64, err error) {
 	if errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded) {
 		err = errAbandoned
 	}
@@ -105,7 +150,7 @@ func (c *Cache[K, V]) Finish(key K, l *Load[V], value V, bytes int64, err error)
 		delete(c.loading, key)
 	}
 	if err == nil {
-		c.add(key, value, bytes)
+		c.add(tenant, key, value, bytes)
 	}
 	c.mu.Unlock()
 	close(l.done)
@@ -125,11 +170,11 @@ func (l *Load[V]) Wait(ctx context.Context) (value V, again bool, err error) {
 	}
 }
 
-// Put keeps a value in place of what is there.
-func (c *Cache[K, V]) Put(key K, value V, bytes int64) {
+// Put keeps a value, as the tenant's, in place of what is there.
+func (c *Cache[K, V]) Put(tenant string, key K, value V, bytes int64) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.add(key, value, bytes)
+	c.add(tenant, key, value, bytes)
 }
 
 // Remove lets go of a value.
@@ -141,13 +186,53 @@ func (c *Cache[K, V]) Remove(key K) {
 
 func (c *Cache[K, V]) remove(key K) {
 	if e, ok := c.entries[key]; ok {
-		c.bytes -= e.Value.(*entry[K, V]).bytes
-		c.recent.Remove(e)
-		delete(c.entries, key)
+		c.drop(e)
 	}
 }
 
-func (c *Cache[K, V]) add(key K, value V, bytes int64) {
+// drop removes an entry, and its tenant's share if that was all of it.
+func (c *Cache[K, V]) drop(e *list.Element) {
+	x := e.Value.(*entry[K, V])
+	s := x.share
+	delete(c.entries, x.key)
+	s.recent.Remove(e)
+	s.bytes -= x.bytes
+	c.bytes -= x.bytes
+	if s.recent.Len() > 0 {
+		heap.Fix(&c.heaviest, s.at)
+		return
+	}
+	heap.Remove(&c.heaviest, s.at)
+	c.used.Remove(s.inUsed)
+	delete(c.tenants, s.tenant)
+}
+
+// touch notes that an entry is used.
+func (c *Cache[K, V]) touch(e *list.Element) V {
+	x := e.Value.(*entry[K, V])
+	x.share.recent.MoveToFront(e)
+	c.active(x.share)
+	return x.value
+}
+
+// active notes that a tenant uses the cache.
+func (c *Cache[K, V]) active(s *share[K]) {
+	s.last = c.turned
+	c.used.MoveToFront(s.inUsed)
+}
+
+// evict lets one value go.
+func (c *Cache[K, V]) evict() {
+	s := c.used.Back().Value.(*share[K])
+	if c.turned-s.last <= c.maxBytes {
+		// All have used it since as much was put in as there is room for.
+		s = c.heaviest[0]
+	}
+	c.drop(s.recent.Back())
+	c.evicted++
+}
+
+func (c *Cache[K, V]) add(tenant string, key K, value V, bytes int64) {
 	c.remove(key)
 	bytes += overheadBytes
 	// One value must not drive out all others.
@@ -155,12 +240,22 @@ func (c *Cache[K, V]) add(key K, value V, bytes int64) {
 		c.oversize++
 		return
 	}
-	for c.bytes+bytes > c.maxBytes {
-		c.remove(c.recent.Back().Value.(*entry[K, V]).key)
-		c.evicted++
+	c.turned += bytes
+	s := c.tenants[tenant]
+	if s == nil {
+		s = &share[K]{tenant: tenant, recent: list.New()}
+		c.tenants[tenant] = s
+		s.inUsed = c.used.PushFront(s)
+		heap.Push(&c.heaviest, s)
 	}
-	c.entries[key] = c.recent.PushFront(&entry[K, V]{key: key, value: value, bytes: bytes})
+	c.active(s)
+	c.entries[key] = s.recent.PushFront(&entry[K, V]{key: key, value: value, bytes: bytes, share: s})
+	s.bytes += bytes
 	c.bytes += bytes
+	heap.Fix(&c.heaviest, s.at)
+	for c.bytes > c.maxBytes {
+		c.evict()
+	}
 }
 
 // Bytes is what the cache holds.

@@ -3,6 +3,7 @@ package cache
 import (
 	"context"
 	"errors"
+	"fmt"
 	"sync/atomic"
 	"testing"
 	"testing/synctest"
@@ -20,7 +21,7 @@ func TestBound(t *testing.T) {
 	const n, size = 10, 1000
 	c := New[int, int](n * (size + overheadBytes))
 	for i := range 3 * n {
-		c.Put(i, i, size)
+		c.Put("", i, i, size)
 		if c.Bytes() > c.maxBytes {
 			t.Fatalf("%d bytes of %d", c.Bytes(), c.maxBytes)
 		}
@@ -34,14 +35,75 @@ func TestBound(t *testing.T) {
 	if _, l, _ := c.Get(n); l == nil {
 		t.Error("the least used stayed")
 	}
-	c.Put(99, 1, 10*n*size)
+	c.Put("", 99, 1, 10*n*size)
 	if _, l, _ := c.Get(99); l == nil {
 		t.Error("a value larger than the cache stayed")
 	}
-	c.Put(29, 29, 2*size)
+	c.Put("", 29, 29, 2*size)
 	c.Remove(29)
 	if _, l, _ := c.Get(29); l == nil {
 		t.Error("a removed value stayed")
+	}
+}
+
+// TestShares: of tenants that use the cache, one that reads without end pushes none
+// below its equal share; one that uses it no more goes; one alone has it all.
+func TestShares(t *testing.T) {
+	const size = 1000
+	c := New[string, int](40 * (size + overheadBytes))
+	put := func(tenant string, i int) {
+		c.Put(tenant, fmt.Sprint(tenant, i), i, size)
+		if c.Bytes() > c.maxBytes {
+			t.Fatalf("%d bytes of %d", c.Bytes(), c.maxBytes)
+		}
+	}
+	there := func(tenant string, n int) (out int) {
+		for i := range n {
+			if _, ok := c.Peek(fmt.Sprint(tenant, i)); ok {
+				out++
+			}
+		}
+		return out
+	}
+	for i := range 40 {
+		put("alone", i)
+	}
+	if n := there("alone", 40); n != 40 {
+		t.Fatalf("%d of 40 of a tenant alone", n)
+	}
+	for i := range 10 {
+		put("small", i)
+	}
+	for i := range 15 {
+		put("medium", i)
+	}
+	for i := range 1000 {
+		put("hostile", i)
+		if small, medium := there("small", 10), there("medium", 15); small != 10 || medium < 10 {
+			t.Fatalf("after %d of another: %d of 10, %d of 15, when an equal share is 10", i, small, medium)
+		}
+	}
+	if n := there("alone", 40); n != 0 {
+		t.Errorf("%d of a tenant that uses it no more", n)
+	}
+	// Whoever wants more than a share gets just that.
+	for i := range 1000 {
+		put("medium", i%30)
+		put("hostile", i)
+		there("small", 10)
+	}
+	if small, medium := there("small", 10), c.tenants["medium"].bytes/(size+overheadBytes); small != 10 || medium < 14 || medium > 16 {
+		t.Errorf("%d of 10, %d of 30 where 15 are fair", small, medium)
+	}
+	for _, s := range c.tenants {
+		for e := s.recent.Front(); e != nil; {
+			next := e.Next()
+			c.drop(e)
+			e = next
+		}
+	}
+	if c.Bytes() != 0 || len(c.tenants)+len(c.heaviest)+c.used.Len()+len(c.entries) != 0 {
+		t.Errorf("%d bytes, %d tenants, %d in the heap, %d in use, %d entries of nothing", c.Bytes(), len(c.tenants), len(c.heaviest), c.used.Len(), len(c.entries))
 	}
 }
 
@@ -51,7 +113,7 @@ func TestZeroKeepsNothing(t *testing.T) {
 	if !mine {
 		t.Fatal("not mine")
 	}
-	c.Finish(1, l, 5, 8, nil)
+	c.Finish("", 1, l, 5, 8, nil)
 	if _, l, mine := c.Get(1); l == nil || !mine {
 		t.Error("it was kept")
 	}
@@ -70,7 +132,7 @@ func TestOneLoadsForAll(t *testing.T) {
 				case mine:
 					loads.Add(1)
 					time.Sleep(time.Second) // in the bubble: until all others wait
-					c.Finish("k", l, 7, 10, ctx.Err())
+					c.Finish("", "k", l, 7, 10, ctx.Err())
 					return 7, ctx.Err()
 				}
 				v, again, err := l.Wait(ctx)
@@ -116,7 +178,7 @@ func TestErrorIsSharedAndNotKept(t *testing.T) {
 		t.Fatal("two loaders")
 	}
 	broken := errors.New("broken")
-	c.Finish("k", l, 0, 0, broken)
+	c.Finish("", "k", l, 0, 0, broken)
 	if _, again, err := waiter.Wait(t.Context()); again || !errors.Is(err, broken) {
 		t.Errorf("again %v, %v", again, err)
 	}
@@ -134,7 +196,7 @@ func TestMetrics(t *testing.T) {
 	if err := New[int, int](1).Register(reg, "rows"); err != nil {
 		t.Fatal(err)
 	}
-	c.Put(1, 1, 800)
+	c.Put("", 1, 1, 800)
 	c.Get(1)
 	c.Get(2)
 	c.Get(2)

@@ -20,6 +20,7 @@ import (
 	"github.com/epimetheus-tsdb/epimetheus/chunkfmt/rollup"
 	"github.com/epimetheus-tsdb/epimetheus/history"
 	"github.com/epimetheus-tsdb/epimetheus/history/index"
+	"github.com/epimetheus-tsdb/epimetheus/history/memcached"
 	"github.com/epimetheus-tsdb/epimetheus/history/object"
 	"github.com/epimetheus-tsdb/epimetheus/internal/health"
 )
@@ -54,6 +55,8 @@ type Options struct {
 	CleanAge time.Duration
 
 	MaxSources int // blocks merged at the same time; default 64
+
+	Memcached *memcached.Client // where pages of recent blocks are written ahead; nil: there is none
 
 	Logger     *slog.Logger
 	Registerer prometheus.Registerer
@@ -376,7 +379,7 @@ func (c *Compactor) mergeInto(ctx context.Context, level index.Level, blocks []i
 		objects: c.o.Objects, dir: c.o.Dir, width: c.width(level), level: level, maxBytes: c.o.MaxBlockBytes, ownBytes: c.o.OwnBlockBytes,
 		now: c.now, entropy: c.entropy, beat: beat,
 		writer: chunkfmt.WriterOptions{Window: history.Window, Rollups: c.rollups(level)},
-		shared: map[int64]*output{}, own: map[int64]*output{},
+		shared: map[int64]*output{}, own: map[int64]*output{}, memcached: c.o.Memcached, logger: c.logger,
 	}
 	defer func() {
 		if err == nil {

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"maps"
 	"math"
 	"os"
@@ -19,6 +20,7 @@ import (
 	"github.com/epimetheus-tsdb/epimetheus/chunkfmt"
 	"github.com/epimetheus-tsdb/epimetheus/history"
 	"github.com/epimetheus-tsdb/epimetheus/history/index"
+	"github.com/epimetheus-tsdb/epimetheus/history/memcached"
 	"github.com/epimetheus-tsdb/epimetheus/history/object"
 )
 
@@ -59,6 +61,8 @@ type outputs struct {
 	entropy            io.Reader // for ids
 	writer             chunkfmt.WriterOptions
 	beat               func(ctx context.Context) error // now and then
+	memcached          *memcached.Client               // where recent pages are written ahead; may be nil
+	logger             *slog.Logger
 
 	name    string               // of the tenant
 	shared  map[int64]*output    // being written, by window
@@ -187,6 +191,9 @@ func (o *outputs) close(ctx context.Context, open map[int64]*output, out *output
 	}
 	if err := o.objects.Put(ctx, out.row.Object, out.file, summary.Size); err != nil {
 		return fmt.Errorf("put block %s: %w", out.row.Block, err)
+	}
+	if err := history.WriteAhead(ctx, o.memcached, out.row.Object, out.file, summary, o.now()); err != nil {
+		o.logger.Warn("new block not written ahead", "block", out.row.Block, "err", err)
 	}
 	out.row.ObjectSize = summary.Size
 	o.bytes += summary.Size

@@ -42,26 +42,29 @@ func (k Kind) String() string { return [...]string{"pages", "results"}[k] }
 const MaxValue = 1<<20 - 512
 
 const (
-	patience       = 50 * time.Millisecond // that a Get waits for
-	patiencePerMiB = 10 * time.Millisecond // more, for what it expects
-	requestTimeout = time.Second           // of one request, whole
-	probeTimeout   = 100 * time.Millisecond
-	refreshEvery   = 30 * time.Second // names are resolved again
-	resolveTimeout = 5 * time.Second
-	probeEvery     = time.Second // servers that are down are looked at
-	expiration     = 7 * 24 * time.Hour
-	keysPerRequest = 64
-	requestsAtOnce = 16       // per server
-	setters        = 4        // goroutines that put values
-	queueBytes     = 64 << 20 // of values that are to be put
-	queueItems     = 8192
-	valueOverhead  = 128 // of a queued value, about, in bytes
+	defaultPatience = 50 * time.Millisecond
+	patiencePerMiB  = 10 * time.Millisecond // more, for what a Get expects
+	requestTimeout  = time.Second           // of one request, whole
+	drainTimeout    = 2 * time.Second       // for what is queued at the end
+	probeTimeout    = 100 * time.Millisecond
+	refreshEvery    = 30 * time.Second // names are resolved again
+	resolveTimeout  = 5 * time.Second
+	probeEvery      = time.Second // servers that are down are looked at
+	expiration      = 7 * 24 * time.Hour
+	keysPerRequest  = 64
+	requestsAtOnce  = 16       // per server
+	setters         = 4        // goroutines that put values
+	queueBytes      = 64 << 20 // of values that are to be put
+	queueItems      = 8192
+	valueOverhead   = 128 // of a queued value, about, in bytes
 )
 
 // Options of a Client.
 type Options struct {
 	// Addresses are host:port. A name stands for all addresses it resolves to.
-	Addresses  []string
+	Addresses []string
+	// Patience is how long a Get waits for small values; default 50 ms.
+	Patience   time.Duration
 	Logger     *slog.Logger          // nil: nothing is logged
 	Registerer prometheus.Registerer // nil: metrics are nowhere
 }
@@ -94,9 +97,11 @@ type Client struct {
 	closed  bool
 	gets    sync.WaitGroup // requests of Get that run; under mu, not begun once closed
 
+	patience time.Duration
+
 	// For tests.
-	patience, timeout time.Duration
-	lookup            func(ctx context.Context, host string) ([]string, error)
+	timeout time.Duration
+	lookup  func(ctx context.Context, host string) ([]string, error)
 }
 
 // item is a value to be put; value is framed.
@@ -121,10 +126,13 @@ func New(ctx context.Context, o Options) (*Client, error) {
 	c := &Client{
 		addresses: o.Addresses, logger: o.Logger,
 		queue: make(chan item, queueItems), room: semaphore.NewWeighted(queueBytes),
-		patience: patience, timeout: requestTimeout, lookup: net.DefaultResolver.LookupHost,
+		patience: o.Patience, timeout: requestTimeout, lookup: net.DefaultResolver.LookupHost,
 	}
 	if c.logger == nil {
 		c.logger = slog.New(slog.DiscardHandler)
+	}
+	if c.patience == 0 {
+		c.patience = defaultPatience
 	}
 	c.logger = c.logger.With("component", "memcached")
 	if o.Registerer == nil {
@@ -139,21 +147,22 @@ func New(ctx context.Context, o Options) (*Client, error) {
 }
 
 // Run puts what is queued, resolves names anew, and probes servers that are down,
-// until ctx ends. What is queued then is dropped, and the client has nothing any
-// more.
+// until ctx ends, and then some seconds at most for what is queued. The client has
+// nothing after that.
 func (c *Client) Run(ctx context.Context) error {
+	drain, cancel := context.WithCancel(context.WithoutCancel(ctx))
+	defer cancel()
+	defer context.AfterFunc(drain, c.close)() // cuts what is under way
 	var g errgroup.Group
 	for range setters {
 		g.Go(func() error {
-			c.put(ctx)
+			c.put(ctx, drain)
 			return nil
 		})
 	}
 	refresh, probe := time.NewTicker(refreshEvery), time.NewTicker(probeEvery)
 	defer refresh.Stop()
 	defer probe.Stop()
-	stop := context.AfterFunc(ctx, c.close) // cuts what is under way
-	defer stop()
 	for ctx.Err() == nil {
 		select {
 		case <-ctx.Done():
@@ -163,9 +172,11 @@ func (c *Client) Run(ctx context.Context) error {
 			c.probe()
 		}
 	}
+	defer time.AfterFunc(drainTimeout, cancel).Stop()
+	err := g.Wait()
 	c.close()
 	c.gets.Wait()
-	return g.Wait()
+	return err
 }
 
 // close makes all Gets miss and cuts all connections.
@@ -270,7 +281,7 @@ func (c *Client) late(ctx context.Context, kind Kind, requests []*request) {
 }
 
 // errLate is why a server counts as down that answers, but too late.
-var errLate = fmt.Errorf("no answer within %s", patience)
+var errLate = errors.New("no answer in time")
 
 // request asks one server for some of the keys of a Get.
 type request struct {
@@ -411,20 +422,28 @@ func (c *Client) pick(key string) *server {
 	return pick(c.servers, key)
 }
 
-// put empties the queue until ctx ends.
-func (c *Client) put(ctx context.Context) {
+// put empties the queue until ctx ends, and then what is in it until drain does.
+func (c *Client) put(ctx, drain context.Context) {
 	for {
 		select {
-		case <-ctx.Done():
-			return
 		case it := <-c.queue:
-			c.putOne(ctx, &it)
-			c.free(it.bytes)
+			c.putOne(drain, &it)
+			continue
+		default:
+		}
+		select {
+		case it := <-c.queue:
+			c.putOne(drain, &it)
+		case <-ctx.Done():
+			if len(c.queue) == 0 || drain.Err() != nil {
+				return
+			}
 		}
 	}
 }
 
 func (c *Client) putOne(ctx context.Context, it *item) {
+	defer c.free(it.bytes)
 	sets := c.metrics.sets[it.kind]
 	s := c.pick(it.key)
 	if s == nil || s.isDown() {

@@ -307,6 +307,33 @@ func TestFullServer(t *testing.T) {
 	}
 }
 
+// TestLastValuesAreStored: what is queued when the client is stopped is put.
+func TestLastValuesAreStored(t *testing.T) {
+	addr, _ := testenv.Memcached(t)
+	c, err := New(t.Context(), Options{Addresses: []string{addr}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i := range 100 {
+		c.Set(Pages, "k"+strconv.Itoa(i), value(1000))
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if err := c.Run(ctx); err != nil {
+		t.Fatal(err)
+	}
+	if n := count(c.metrics.sets[Pages].stored); n != 100 || c.queuedBytes.Load() != 0 {
+		t.Errorf("%d of 100 stored, %d bytes queued", n, c.queuedBytes.Load())
+	}
+	if c.getOne(t, "k1") != nil {
+		t.Error("a value after the end")
+	}
+	c.Set(Pages, "k", nil)
+	if n := count(c.metrics.sets[Pages].skipped); n != 1 {
+		t.Errorf("%d skipped after the end", n)
+	}
+}
+
 // TestQueueIsBounded: sets beyond it are dropped at once, and counted.
 func TestQueueIsBounded(t *testing.T) {
 	addr, _ := testenv.Memcached(t)
