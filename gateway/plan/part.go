@@ -111,6 +111,9 @@ func (l *Leaf) key(tenant string, span, number int64, o options, blocks []histor
 		}
 		b = append(b[:0], blocks[i].ID[:]...)
 		for _, r := range blocks[i].Ranges {
+			if !r.Overlaps(mint, maxt) {
+				continue // whether a query of another time sees it doesn't matter
+			}
 			b = binary.BigEndian.AppendUint64(b, uint64(r.MinT)) //nolint:gosec // bits
 			b = binary.BigEndian.AppendUint64(b, uint64(r.MaxT)) //nolint:gosec // bits
 		}
