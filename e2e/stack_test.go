@@ -55,6 +55,7 @@ type shape struct {
 	// replicas of each series; with several each ingester is in a zone of its own.
 	replicas int
 	places   []place
+	more     string // text of the configuration
 }
 
 // place is where an ingester runs.
@@ -151,7 +152,7 @@ objects:
 index:
   type: dynamodb
   dynamodb: {table: rows, endpoint: %q, region: %q}
-`, s3.Bucket, sh.s3, s3.Region, sh.db, db.Region)
+`, s3.Bucket, sh.s3, s3.Region, sh.db, db.Region) + sh.more
 	s.config = writeFile(t, s.dir, "epimetheus.yml", s.text)
 
 	// Without its table an ingester says what to do.
