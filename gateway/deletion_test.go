@@ -197,7 +197,7 @@ func TestDeletionsListed(t *testing.T) {
 func TestDeletionOfKeptResults(t *testing.T) {
 	c := gatewaytest.New(t, gatewaytest.Options{})
 	days(t, c)
-	results, err := plan.NewResults(64<<20, prometheus.NewRegistry())
+	results, err := plan.NewResults(64<<20, nil, prometheus.NewRegistry())
 	require.NoError(t, err)
 	one := newAPI(t, c, gateway.Options{Spread: plan.Spread{Results: results}, Deletions: c.History})
 	alone := newAPI(t, c, gateway.Options{})
