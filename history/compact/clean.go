@@ -56,25 +56,24 @@ func (c *Compactor) cleanGroups(v *view) []*group {
 
 // cleanGroup is the group of a block that is to be cleaned; nil if it can't be at
 // present. The slot is that in which it would be merged, so that nobody else takes
-// it; blocks of the last level have slots of their own.
+// it; blocks that nobody merges, as those of the last level, have slots of their own.
 func (c *Compactor) cleanGroup(v *view, s index.JobSource) *group {
 	if v.busy[s.Block] || v.aside[s.Block] || s.Level == 0 {
 		return nil
 	}
 	g := &group{makes: s.Level, sources: []index.JobSource{s}, clean: true}
-	if s.Level >= c.top() {
-		g.level = c.top() + 1
-		g.slot = slotOf(g.level, int64(binary.BigEndian.Uint64(s.Block[8:])), "") //nolint:gosec // bits
-		return g
-	}
 	for _, r := range v.compacted {
-		if r.Block == s.Block && r.Level == s.Level {
+		if r.Block == s.Block && r.Level == s.Level && s.Level < c.top() {
 			g.level, g.window, g.tenant = r.Level+1, windowOf(r.End, c.o.Ranges[r.Level].Milliseconds()), r.Tenant
 			g.slot = slotOf(g.level, g.window, g.tenant)
 			return g
 		}
 	}
-	return nil // merged meanwhile
+	// Merged meanwhile, which its guard row tells, or of a level that was the last when
+	// it was written: then nobody merges it.
+	g.level = c.top() + 1
+	g.slot = slotOf(g.level, int64(binary.BigEndian.Uint64(s.Block[8:])), "") //nolint:gosec // bits
+	return g
 }
 
 // survey looks for blocks to clean, if it is time. A deletion of which nothing is left
@@ -120,7 +119,7 @@ func (c *Compactor) survey(ctx context.Context, v *view) error {
 					continue
 				}
 				// An import may have made blocks of any level since.
-				left, some, err := c.left(ctx, r.Tenant, d, time.UnixMilli(d.Gone).Add(-lateImport))
+				left, some, err := c.left(ctx, v, r.Tenant, d, time.UnixMilli(d.Gone).Add(-lateImport))
 				switch {
 				case err != nil:
 					errs = append(errs, fmt.Errorf("deletion %s of tenant %s: %w", d.ID, r.Tenant, err))
@@ -139,7 +138,7 @@ func (c *Compactor) survey(ctx context.Context, v *view) error {
 				}
 				continue
 			}
-			left, _, err := c.left(ctx, r.Tenant, d, time.Time{})
+			left, _, err := c.left(ctx, v, r.Tenant, d, time.Time{})
 			if err != nil {
 				errs = append(errs, fmt.Errorf("deletion %s of tenant %s: %w", d.ID, r.Tenant, err))
 			}
@@ -217,7 +216,7 @@ func (c *Compactor) noteGone(ctx context.Context, r index.DeletionsRow, gone map
 // are to be cleaned on the list. What can't be found out counts as left. With since,
 // it looks only at blocks made after that by something else than a flush, and says
 // whether there are some.
-func (c *Compactor) left(ctx context.Context, tenant string, d *index.Deletion, since time.Time) (left, some bool, _ error) {
+func (c *Compactor) left(ctx context.Context, v *view, tenant string, d *index.Deletion, since time.Time) (left, some bool, _ error) {
 	rows, err := c.o.Index.Blocks(ctx, tenant, d.MinT, d.MaxT, true)
 	if err != nil {
 		return true, false, err
@@ -229,7 +228,17 @@ func (c *Compactor) left(ctx context.Context, tenant string, d *index.Deletion, 
 			continue
 		}
 		some = true
+		if v.aside[b.ID] {
+			left = true
+			continue
+		}
 		has, err := c.has(ctx, tenant, &b, d)
+		if unreadable(err) != "" {
+			// To look again at once, and at all the others too, would be of no use.
+			c.logger.Warn("what a block has of a deletion can't be found out", "tenant", tenant, "deletion", d.ID, "block", b.ID, "err", err)
+			left = true
+			continue
+		}
 		if err != nil {
 			left = true
 			errs = append(errs, err)

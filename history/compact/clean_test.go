@@ -179,6 +179,71 @@ func TestClean(t *testing.T) {
 	})
 }
 
+// TestCleanOtherLevels: blocks are cleaned that were of the last level by other ranges
+// than those of now.
+func TestCleanOtherLevels(t *testing.T) {
+	for _, tc := range []struct {
+		name   string
+		before int // levels
+		after  int
+	}{{"fewer", 3, 2}, {"more", 2, 3}} {
+		t.Run(tc.name, func(t *testing.T) {
+			w := newWorld(t, &historytest.MemoryObjects{}, &historytest.MemoryRows{})
+			w.c.o.Ranges = DefaultRanges()[:tc.before]
+			at, c := w.now.UnixMilli()+hour, content{}
+			for _, tenant := range []string{"gone", "kept"} {
+				c.add(tenant, &chunkfmt.Series{Labels: labels.FromStrings("__name__", "m"), Floats: chunkfmt.Floats{T: []int64{at, at + minute}, V: []float64{1, 2}}})
+			}
+			w.flush(t, c)
+			w.pass(t, 16*24*time.Hour, 6*time.Hour)
+			if got := w.levels(t, "gone"); len(got) != 1 || got[index.Level(tc.before)] != 1 { //nolint:gosec // 2 or 3
+				t.Fatalf("before: rows by level %v", got)
+			}
+			w.c.o.Ranges = DefaultRanges()[:tc.after]
+			if _, err := w.history.Delete(t.Context(), "gone", math.MinInt64, w.now.UnixMilli()); err != nil {
+				t.Fatal(err)
+			}
+			if err := w.history.Clean(t.Context(), "gone"); err != nil {
+				t.Fatal(err)
+			}
+			w.pass(t, 3*time.Hour, 5*time.Minute)
+			if got := w.traces(t, "gone"); len(got) != 0 {
+				t.Errorf("of the tenant that is deleted there is %+v", got)
+			}
+			if n := w.samplesOf(t, "kept"); n != 2 {
+				t.Errorf("the other tenant has %d samples, want 2", n)
+			}
+		})
+	}
+}
+
+// TestCleanUnreadable: a block that can't be read doesn't keep compaction from its work,
+// and counts as one that has something left.
+func TestCleanUnreadable(t *testing.T) {
+	w := newWorld(t, &historytest.MemoryObjects{}, &historytest.MemoryRows{})
+	at, c := w.now.UnixMilli(), content{}
+	c.add("a", &chunkfmt.Series{Labels: labels.FromStrings("__name__", "m"), Floats: chunkfmt.Floats{T: []int64{at, at + minute}, V: []float64{1, 2}}})
+	w.flush(t, c)
+	w.pass(t, 16*24*time.Hour, 6*time.Hour)
+	rows, err := w.index.AllBlocks(t.Context(), "a")
+	if err != nil || len(rows) != 1 {
+		t.Fatalf("%d rows, %v", len(rows), err)
+	}
+	if err := w.objects.Delete(t.Context(), rows[0].Object); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := w.history.Delete(t.Context(), "a", math.MinInt64, w.now.UnixMilli()); err != nil {
+		t.Fatal(err)
+	}
+	w.pass(t, 3*24*time.Hour, time.Hour) // it fails if a round does
+	if d := w.deletions(t, "a")[0]; d.Gone != 0 {
+		t.Errorf("nothing is said to be left of %+v, though a block can't be read", d)
+	}
+	if w.c.cleaner.full.IsZero() || w.now.Sub(w.c.cleaner.full) > 24*time.Hour {
+		t.Errorf("all was looked at last at %s, it is %s", w.c.cleaner.full, w.now)
+	}
+}
+
 // TestRetention: a block goes when all of it is past the retention, and a tenant goes
 // from a block that it shares, whatever level the block is of; nothing that isn't.
 func TestRetention(t *testing.T) {

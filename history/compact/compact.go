@@ -347,7 +347,7 @@ func (c *Compactor) width(level index.Level) int64 {
 // or more do. They are cut on bounds of windows; a block of the first level has but
 // the part of a window that was flushed in its time.
 func (c *Compactor) rollups(level index.Level) bool {
-	width := c.o.Ranges[level-1].Milliseconds()
+	width := c.o.Ranges[min(level, c.top())-1].Milliseconds() // of more levels than there are now, too
 	return width >= (24*time.Hour).Milliseconds() && width%rollup.Long == 0
 }
 

@@ -32,6 +32,9 @@ func (c *Compactor) tryGroup(ctx context.Context, v *view, g *group) (bool, erro
 		return false, nil
 	}
 	if sources, err := c.published(ctx, g.sources); err != nil || len(sources) == 0 {
+		if err == nil && g.clean {
+			delete(c.cleaner.todo, g.sources[0].Block) // merged meanwhile
+		}
 		return false, err
 	}
 	id, err := ulid.New(ulid.Timestamp(c.now()), c.entropy)
