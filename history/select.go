@@ -16,7 +16,8 @@ import (
 // batchBytes is about how many bytes of data pages a SeriesSet fetches ahead.
 const batchBytes = 32 << 20
 
-// SeriesSet gives the series of a Select, in order of labels.Compare. Pages of
+// SeriesSet gives the series of a Select, in order of labels.Compare if not said
+// otherwise. Pages of
 // samples are fetched in batches as it goes on. Not for concurrent use; it needs
 // no closing.
 type SeriesSet struct {
@@ -69,6 +70,11 @@ type part struct {
 // Select returns the series that match all of ms and may have samples in mint to
 // maxt, both included, in ms.
 func (s *Snapshot) Select(ctx context.Context, ms []*labels.Matcher, mint, maxt int64) (*SeriesSet, error) {
+	return s.SelectOrdered(ctx, ms, mint, maxt, nil)
+}
+
+// SelectOrdered is Select, in order of what key gives of the series' labels.
+func (s *Snapshot) SelectOrdered(ctx context.Context, ms []*labels.Matcher, mint, maxt int64, key func(labels.Labels) labels.Labels) (*SeriesSet, error) {
 	var set *SeriesSet
 	err := s.attempt(ctx, mint, maxt, func(bs []*Block) error {
 		fs, err := s.find(ctx, bs, ms, mint, maxt, 0)
@@ -76,6 +82,13 @@ func (s *Snapshot) Select(ctx context.Context, ms []*labels.Matcher, mint, maxt 
 			return err
 		}
 		set = s.seriesSet(fs, max(mint, s.MinT), min(maxt, s.MaxT))
+		if key != nil {
+			keys := make(map[*Series]labels.Labels, len(set.series))
+			for _, x := range set.series {
+				keys[x] = key(x.Labels)
+			}
+			slices.SortStableFunc(set.series, func(a, b *Series) int { return labels.Compare(keys[a], keys[b]) })
+		}
 		return set.load(ctx) // here, where an absent object can be made good
 	})
 	if err != nil {

@@ -191,7 +191,7 @@ func (e *exporter) pass(ctx context.Context, mint, maxt int64) (err error) {
 	}()
 	var sets []*history.SeriesSet // those that stand at a series
 	for _, ms := range e.selectors {
-		set, err := snap.Select(ctx, ms, mint, maxt)
+		set, err := snap.SelectOrdered(ctx, ms, mint, maxt, e.exported)
 		if err != nil {
 			return err
 		}
@@ -203,7 +203,7 @@ func (e *exporter) pass(ctx context.Context, mint, maxt int64) (err error) {
 	}
 	var buf history.Buffer
 	for len(sets) > 0 {
-		s := slices.MinFunc(sets, func(a, b *history.SeriesSet) int { return labels.Compare(a.At().Labels, b.At().Labels) }).At()
+		s := slices.MinFunc(sets, func(a, b *history.SeriesSet) int { return labels.Compare(e.exported(a.At().Labels), e.exported(b.At().Labels)) }).At()
 		runs, err := s.Runs(&buf)
 		if err != nil {
 			return err
@@ -237,6 +237,19 @@ func (e *exporter) pass(ctx context.Context, mint, maxt int64) (err error) {
 	return nil
 }
 
+// exported are the labels of a series in the blocks. That external labels aren't among
+// them changes the order of series, which an index has to have.
+func (e *exporter) exported(ls labels.Labels) labels.Labels {
+	if len(e.o.External) == 0 {
+		return ls
+	}
+	b := labels.NewBuilder(ls)
+	for name := range e.o.External {
+		b.Del(name)
+	}
+	return b.Labels()
+}
+
 // symbols are all strings in the labels of the series in a snapshot, with which an
 // index begins; nil if there are no series.
 func (e *exporter) symbols(ctx context.Context, snap *history.Snapshot) ([]string, error) {
@@ -260,13 +273,7 @@ func (e *exporter) symbols(ctx context.Context, snap *history.Snapshot) ([]strin
 
 // series adds a series to the blocks that it has samples for.
 func (e *exporter) series(ctx context.Context, ls labels.Labels, s *chunkfmt.Series, symbols []string) error {
-	if len(e.o.External) > 0 {
-		b := labels.NewBuilder(ls)
-		for name := range e.o.External {
-			b.Del(name)
-		}
-		ls = b.Labels()
-	}
+	ls = e.exported(ls)
 	it := &samples{s: s}
 	for {
 		t := it.peek()

@@ -1,6 +1,7 @@
 package transfer
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -406,6 +407,50 @@ func TestPart(t *testing.T) {
 	if r, err := Export(t.Context(), ExportOptions{History: w.history, Tenant: "nobody", MinT: 0, MaxT: maxt, Dir: t.TempDir()}); err != nil || r.Blocks != 0 {
 		t.Errorf("of nobody: %+v, %v", r, err)
 	}
+}
+
+// TestExternalOrder exports series that come in another order without the external
+// label.
+func TestExternalOrder(t *testing.T) {
+	w := localWorld(t)
+	var block bytes.Buffer
+	out := chunkfmt.NewWriter(&block, chunkfmt.WriterOptions{Window: history.Window})
+	for _, ls := range []labels.Labels{
+		labels.FromStrings("__name__", "m", "instance", "1", "region", "eu"), labels.FromStrings("__name__", "m", "region", "eu"),
+		labels.FromStrings("__name__", "m", "region", "eu", "zone", "a"),
+	} {
+		if err := out.Add("acme", &chunkfmt.Series{Labels: ls, Floats: chunkfmt.Floats{T: []int64{t0, t0 + 1}, V: []float64{1, 2}}}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	sum, err := out.Close()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := w.history.Publish(t.Context(), ulid.Make(), block.Bytes(), sum); err != nil {
+		t.Fatal(err)
+	}
+	dir := filepath.Join(t.TempDir(), "out")
+	if _, err := Export(t.Context(), ExportOptions{
+		History: w.history, Tenant: "acme", MinT: t0, MaxT: t0 + hour, Dir: dir, External: map[string]string{"region": "eu"},
+		Selectors: [][]*labels.Matcher{
+			{labels.MustNewMatcher(labels.MatchEqual, "zone", "")}, {labels.MustNewMatcher(labels.MatchEqual, "instance", "")},
+		},
+	}); err != nil {
+		t.Fatal(err)
+	}
+	want := text{}
+	for _, name := range []string{`{__name__="m"}`, `{__name__="m", instance="1"}`, `{__name__="m", zone="a"}`} {
+		want[name] = nil
+	}
+	got := inBlocks(t, dir)
+	for name, of := range got {
+		if len(of) != 2 {
+			t.Errorf("%s has %d samples, want 2", name, len(of))
+		}
+		got[name] = nil
+	}
+	same(t, "exported", want, got)
 }
 
 // TestInterrupted ends an import at every step of every unit, and goes on.
