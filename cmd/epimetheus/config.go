@@ -293,14 +293,19 @@ func defaultConfig() Config {
 // loadConfig reads the file, if one is given, over the defaults. The error names
 // all that is wrong with it.
 func loadConfig(path string) (Config, error) {
-	c := defaultConfig()
 	if path == "" {
-		return c, nil
+		return defaultConfig(), nil
 	}
 	b, err := os.ReadFile(path)
 	if err != nil {
-		return c, fmt.Errorf("configuration file: %w", err)
+		return defaultConfig(), fmt.Errorf("configuration file: %w", err)
 	}
+	return parseConfig(path, b)
+}
+
+// parseConfig reads the bytes of the file at path.
+func parseConfig(path string, b []byte) (Config, error) {
+	c := defaultConfig()
 	if err := yaml.UnmarshalStrict(b, &c); err != nil {
 		return c, fmt.Errorf("%s: %s", path, strings.ReplaceAll(strings.ReplaceAll(err.Error(), "\n  ", " "), "\n", " "))
 	}

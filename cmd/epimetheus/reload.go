@@ -96,7 +96,9 @@ func (r *reloader) look(told bool) {
 	var c Config
 	if err == nil {
 		r.last = text
-		c, err = loadConfig(r.path)
+		c, err = parseConfig(r.path, text)
+	} else {
+		r.last = nil // should it come back as it was, that ends the error
 	}
 	if err != nil {
 		if r.err == nil {

@@ -74,4 +74,19 @@ func TestReload(t *testing.T) {
 	if len(r.conditions()) != 0 || testutil.ToFloat64(r.good) != 1 {
 		t.Errorf("a valid file: %v", r.conditions())
 	}
+
+	// It is away for a moment.
+	if err := os.Remove(path); err != nil {
+		t.Fatal(err)
+	}
+	r.look(false)
+	if len(r.conditions()) != 1 {
+		t.Errorf("no file: %v", r.conditions())
+	}
+	write("{}")
+	r.look(false)
+	r.look(false)
+	if len(r.conditions()) != 0 || testutil.ToFloat64(r.good) != 1 {
+		t.Errorf("the file that there was before: %v", r.conditions())
+	}
 }
