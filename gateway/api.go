@@ -109,6 +109,7 @@ type API struct {
 	gatherer   prometheus.Gatherer
 	ours       map[string]http.HandlerFunc // in place of Prometheus's, by method and path below /api/v1
 	gates      gates
+	rivals     rivals
 	handler    http.Handler
 
 	answers   streaming

@@ -38,6 +38,10 @@ func (a *API) claim(w http.ResponseWriter, r *http.Request) {
 		respondError(w, http.StatusBadRequest, "bad_data", fmt.Errorf("claim of a replica for %d tenants: name one in %s", n, TenantHeader))
 		return
 	}
+	if len(q.Source) > choice.MaxSource {
+		respondError(w, http.StatusBadRequest, "bad_data", fmt.Errorf("claim of a replica: source of %d bytes, the limit is %d", len(q.Source), choice.MaxSource))
+		return
+	}
 	tenant := TenantOf(r.Context())
 	ctx, cancel := context.WithTimeout(r.Context(), claimTimeout)
 	defer cancel()
@@ -55,7 +59,11 @@ func (a *API) claim(w http.ResponseWriter, r *http.Request) {
 	}
 	switch {
 	case err == nil:
-		respond(w, choice.Answer{Intervals: is}, nil)
+		answer := choice.Answer{Intervals: is}
+		if q.Replica != "" {
+			answer.Rival = a.rivals.see(claimant{tenant, q.Group, q.Replica}, q.Source, time.Now())
+		}
+		respond(w, answer, nil)
 	case errors.Is(err, choice.ErrInvalid):
 		respondError(w, http.StatusBadRequest, "bad_data", err)
 	default:

@@ -21,6 +21,7 @@ import (
 type claimer struct {
 	gateways []string // base URLs, taken in turn when one fails
 	tenant   string
+	source   string
 	client   *http.Client
 	logger   *slog.Logger
 	metrics  *metrics
@@ -32,6 +33,7 @@ type claimer struct {
 	busy    bool
 	answers []claimAnswer
 	err     error
+	rival   string // another source that claims by our name
 }
 
 type claimAnswer struct {
@@ -69,8 +71,15 @@ func (c *claimer) lastError() error {
 	return c.err
 }
 
+// rivalSource is another source that claims by our name, or "".
+func (c *claimer) rivalSource() string {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.rival
+}
+
 func (c *claimer) run(ctx context.Context) {
-	failing, next := false, 0
+	failing, next, rival := false, 0, ""
 	pause := 100 * time.Millisecond
 	for {
 		var q choice.Request
@@ -79,7 +88,7 @@ func (c *claimer) run(ctx context.Context) {
 			return
 		case q = <-c.requests:
 		}
-		is, err := c.post(ctx, c.gateways[next%len(c.gateways)], q)
+		answer, err := c.post(ctx, c.gateways[next%len(c.gateways)], q)
 		if ctx.Err() != nil {
 			return
 		}
@@ -102,28 +111,36 @@ func (c *claimer) run(ctx context.Context) {
 				c.logger.Info("which replica is chosen can be asked for again", "gateway", c.gateways[next%len(c.gateways)])
 			}
 			pause = 100 * time.Millisecond
+			if q.Replica != "" && answer.Rival != rival {
+				if rival = answer.Rival; rival != "" {
+					c.logger.Error("another sidecar claims by this replica's name: samples are doubled; give each Prometheus a replica label of its own",
+						"replica", q.Replica, "source", rival)
+				}
+			}
 		}
 		c.mu.Lock()
 		c.busy = false
+		c.rival = rival
 		if err == nil {
 			c.err = nil
-			c.answers = append(c.answers, claimAnswer{q, is})
+			c.answers = append(c.answers, claimAnswer{q, answer.Intervals})
 		}
 		c.mu.Unlock()
 		c.notify()
 	}
 }
 
-func (c *claimer) post(ctx context.Context, gateway string, q choice.Request) ([]choice.Interval, error) {
+func (c *claimer) post(ctx context.Context, gateway string, q choice.Request) (choice.Answer, error) {
+	q.Source = c.source
 	ctx, cancel := context.WithTimeout(ctx, claimTimeout)
 	defer cancel()
 	body, err := json.Marshal(q)
 	if err != nil {
-		return nil, fmt.Errorf("claim: %w", err)
+		return choice.Answer{}, fmt.Errorf("claim: %w", err)
 	}
 	req, err := http.NewRequestWithContext(ctx, http.MethodPost, strings.TrimSuffix(gateway, "/")+"/api/v1/ha/claim", bytes.NewReader(body))
 	if err != nil {
-		return nil, fmt.Errorf("claim: %w", err)
+		return choice.Answer{}, fmt.Errorf("claim: %w", err)
 	}
 	req.Header.Set("Content-Type", "application/json")
 	req.Header.Set("X-Scope-OrgID", c.tenant)
@@ -134,7 +151,7 @@ func (c *claimer) post(ctx context.Context, gateway string, q choice.Request) ([
 	c.metrics.claims.WithLabelValues(kind).Inc()
 	resp, err := c.client.Do(req)
 	if err != nil {
-		return nil, fmt.Errorf("claim: %w", err)
+		return choice.Answer{}, fmt.Errorf("claim: %w", err)
 	}
 	defer resp.Body.Close()
 	var answer struct {
@@ -147,17 +164,17 @@ func (c *claimer) post(ctx context.Context, gateway string, q choice.Request) ([
 		if json.Unmarshal(b, &answer) == nil && answer.Error != "" {
 			text = answer.Error
 		}
-		return nil, fmt.Errorf("claim: %s answered %s: %s", gateway, resp.Status, text)
+		return choice.Answer{}, fmt.Errorf("claim: %s answered %s: %s", gateway, resp.Status, text)
 	}
 	if err := json.NewDecoder(io.LimitReader(resp.Body, maxClaimAnswer)).Decode(&answer); err != nil {
-		return nil, fmt.Errorf("claims that %s answered: %w", gateway, err)
+		return choice.Answer{}, fmt.Errorf("claims that %s answered: %w", gateway, err)
 	}
 	last := int64(noTime)
 	for _, x := range answer.Data.Intervals {
 		if x.From < last || x.Until <= x.From || x.Replica == "" {
-			return nil, fmt.Errorf("claims that %s answered: interval from %d until %d ms of replica %q", gateway, x.From, x.Until, x.Replica)
+			return choice.Answer{}, fmt.Errorf("claims that %s answered: interval from %d until %d ms of replica %q", gateway, x.From, x.Until, x.Replica)
 		}
 		last = x.Until
 	}
-	return answer.Data.Intervals, nil
+	return answer.Data, nil
 }

@@ -148,6 +148,10 @@ func (s *shipper) note(st *Status, now time.Time) {
 	for id, o := range s.owners {
 		h.Note("owner "+id, o.detached, "ingester %s is slow or out of reach: its series go to others", id)
 	}
+	if c := s.choosing.claimer; c != nil {
+		rival := c.rivalSource()
+		h.Note("rival", rival != "", "another sidecar, of source %s, claims by this replica's name: samples are doubled, give each Prometheus a replica label of its own", rival)
+	}
 	h.Note("replica", s.choosing.lack != "", "%s", s.choosing.lack)
 	if r := st.Replica; r != nil {
 		h.Note("chosen", r.Error != "", "which replica is chosen can't be asked for: %s", r.Error)

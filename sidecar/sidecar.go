@@ -2,6 +2,7 @@ package sidecar
 
 import (
 	"context"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -181,7 +182,7 @@ func open(opts Options, dir *tail.Dir, logger *slog.Logger, reg prometheus.Regis
 	sh.families.client, sh.families.logger = s.client, logger
 	sh.families.failed, sh.families.notify = m.metadataErrors.Inc, sh.notify
 	sh.choosing = choosing{groups: map[string]*claims{}, claimer: &claimer{
-		gateways: opts.Gateways, tenant: opts.Tenant, client: gatewayClient, logger: logger, metrics: m, notify: sh.notify,
+		gateways: opts.Gateways, tenant: opts.Tenant, source: hex.EncodeToString(sh.source[:]), client: gatewayClient, logger: logger, metrics: m, notify: sh.notify,
 		requests: make(chan choice.Request, 1),
 	}}
 	s.flags = &flags{

@@ -31,16 +31,20 @@ type Request struct {
 	Replica string `json:"replica,omitempty"` // empty: nothing is claimed
 	From    int64  `json:"from"`              // ms since the epoch
 	Until   int64  `json:"until"`             // ms, exclusive
+	Source  string `json:"source,omitempty"`  // of the claimant: tells two of one name from each other; at most MaxSource bytes
 }
 
 // Answer says what is decided of the days that an interval touches.
 type Answer struct {
 	Intervals []Interval `json:"intervals"` // ascending and disjoint
+	// Rival is another source that claims by the same name; empty: none is known.
+	Rival string `json:"rival,omitempty"`
 }
 
 // Bounds of a request.
 const (
 	MaxReplica = 256      // bytes of a replica's name
+	MaxSource  = 64       // bytes
 	MaxGroup   = 64 << 10 // bytes of a group's name
 	MaxDays    = 70       // that a request touches
 )
