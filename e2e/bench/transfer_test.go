@@ -1,0 +1,144 @@
+package bench
+
+import (
+	"encoding/json"
+	"flag"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"syscall"
+	"testing"
+
+	"github.com/oklog/ulid/v2"
+	"github.com/prometheus/prometheus/model/labels"
+	"github.com/prometheus/prometheus/storage"
+	"github.com/prometheus/prometheus/tsdb"
+	"github.com/prometheus/prometheus/tsdb/chunkenc"
+	"github.com/prometheus/prometheus/tsdb/chunks"
+	"github.com/prometheus/prometheus/tsdb/index"
+
+	"github.com/epimetheus-tsdb/epimetheus/internal/gen"
+)
+
+var transferDays = flag.Int("bench.transfer-days", 30, "how many days the block of BenchmarkTransfer spans")
+
+// BenchmarkTransfer imports a block of Prometheus with 1,000 series at 15 s with the
+// built binary into files, and exports it again: samples per CPU second of the
+// process, and the most memory that it had.
+func BenchmarkTransfer(b *testing.B) {
+	const day, interval = int64(24 * 3_600_000), int64(15_000)
+	start := 1_700_006_400_000 / (7 * day) * 7 * day
+	c := gen.Config{
+		Series: 1000, Targets: 2, Churn: 0.1, Seed: 1, Interval: interval, Start: start, End: start + int64(*transferDays)*day,
+	}
+	bin, blocks := binary(b), b.TempDir()
+	samples := writeTSDBBlock(b, filepath.Join(blocks, ulid.Make().String()), c)
+	run := func(b *testing.B, args ...string) {
+		b.Helper()
+		cmd := exec.CommandContext(b.Context(), bin, append([]string{"tool"}, args...)...)
+		if out, err := cmd.CombinedOutput(); err != nil {
+			b.Fatalf("%q: %v\n%s", args, err, out)
+		}
+		s := cmd.ProcessState
+		b.ReportMetric(float64(samples)/(s.UserTime()+s.SystemTime()).Seconds()/1e6, "Msamples/cpu-s")
+		b.ReportMetric(float64(s.SysUsage().(*syscall.Rusage).Maxrss)/1024, "MiB-max-rss")
+	}
+	kept := b.TempDir() // outlives the parts of the benchmark
+	var data string
+	b.Run("import", func(b *testing.B) {
+		for b.Loop() {
+			data = b.TempDir()
+			run(b, "import", "--data.dir="+data, blocks)
+		}
+		if err := os.Rename(data, filepath.Join(kept, "data")); err != nil {
+			b.Fatal(err)
+		}
+		data = filepath.Join(kept, "data")
+	})
+	b.Run("verify", func(b *testing.B) {
+		for b.Loop() {
+			run(b, "blocks", "verify", "--data.dir="+data)
+		}
+	})
+	for _, width := range []string{"2h", "24h"} {
+		b.Run("export/range="+width, func(b *testing.B) {
+			for b.Loop() {
+				run(b, "export", "--data.dir="+data, "--block-range="+width, filepath.Join(b.TempDir(), "out"))
+			}
+		})
+	}
+}
+
+// writeTSDBBlock makes a block of Prometheus and returns its number of samples.
+func writeTSDBBlock(b *testing.B, dir string, c gen.Config) (n uint64) {
+	b.Helper()
+	must := func(err error) {
+		b.Helper()
+		if err != nil {
+			b.Fatal(err)
+		}
+	}
+	must(os.MkdirAll(dir, 0o755))
+	type series struct {
+		gen *gen.Series
+		ls  labels.Labels
+	}
+	var all []series
+	symbols := map[string]bool{"": true}
+	for _, s := range c.AllSeries() {
+		lb := labels.NewScratchBuilder(len(s.Labels))
+		for _, l := range s.Labels {
+			lb.Add(l.Name, l.Value)
+			symbols[l.Name], symbols[l.Value] = true, true
+		}
+		lb.Sort()
+		all = append(all, series{s, lb.Labels()})
+	}
+	slices.SortFunc(all, func(x, y series) int { return labels.Compare(x.ls, y.ls) })
+	cw, err := chunks.NewWriter(filepath.Join(dir, "chunks"))
+	must(err)
+	iw, err := index.NewWriter(b.Context(), filepath.Join(dir, "index"))
+	must(err)
+	var sorted []string
+	for s := range symbols {
+		sorted = append(sorted, s)
+	}
+	slices.Sort(sorted)
+	for _, s := range sorted {
+		must(iw.AddSymbol(s))
+	}
+	for i, s := range all {
+		var metas []chunks.Meta
+		var app chunkenc.Appender
+		for it := s.gen.Iter(c); ; {
+			t, v, ok := it.Next()
+			if !ok {
+				break
+			}
+			if k := len(metas); k == 0 || metas[k-1].Chunk.NumSamples() >= 120 {
+				x := chunkenc.NewXORChunk()
+				app, err = x.Appender()
+				must(err)
+				metas = append(metas, chunks.Meta{MinTime: t, Chunk: x})
+			}
+			app.Append(0, t, v)
+			metas[len(metas)-1].MaxTime = t
+			n++
+		}
+		if len(metas) > 0 {
+			must(cw.WriteChunks(metas...))
+			must(iw.AddSeries(storage.SeriesRef(i), s.ls, metas...)) //nolint:gosec // small
+		}
+	}
+	must(cw.Close())
+	must(iw.Close())
+	id := ulid.MustParse(filepath.Base(dir))
+	raw, err := json.Marshal(tsdb.BlockMeta{
+		ULID: id, MinTime: c.Start, MaxTime: c.End, Version: 1, Stats: tsdb.BlockStats{NumSamples: n, NumSeries: uint64(len(all))},
+		Compaction: tsdb.BlockMetaCompaction{Level: 1, Sources: []ulid.ULID{id}},
+	})
+	must(err)
+	must(os.WriteFile(filepath.Join(dir, "meta.json"), raw, 0o600))
+	return n
+}
