@@ -362,7 +362,7 @@ func (e *Evaluator) findResets() {
 func (e *Evaluator) rate() {
 	w := e.w
 	counter := e.q.Function != "delta"
-	x := Extrapolation{Range: e.q.Range, Counter: counter, PerSecond: e.q.Function == "rate"}
+	x := NewExtrapolation(e.q.Function, e.q.Range)
 	e.marks = e.marks[:0]
 	if counter {
 		e.findResets()

@@ -5,15 +5,24 @@ import "time"
 // Extrapolation makes a rate of what a series has gone up by between the first and
 // the last sample of a range, as extrapolatedRate of Prometheus's engine does.
 type Extrapolation struct {
-	Range     int64 // ms
-	Counter   bool  // rate() and increase()
-	PerSecond bool  // rate()
+	rng     int64
+	counter bool
+	per     float64 // s; 0: it is no rate
+}
+
+// NewExtrapolation is that of rate(), increase() or delta(), over a range in ms.
+func NewExtrapolation(function string, rng int64) Extrapolation {
+	x := Extrapolation{rng: rng, counter: function != "delta"}
+	if function == "rate" {
+		x.per = (time.Duration(rng) * time.Millisecond).Seconds()
+	}
+	return x
 }
 
 // Result for a range that ends at end and has n samples, two or more; the times are
 // in ms. increase is the last value less the first, with what was lost in resets.
 func (x *Extrapolation) Result(end, n, firstT, lastT int64, firstV, increase float64) float64 {
-	durationToStart := float64(firstT-(end-x.Range)) / 1000
+	durationToStart := float64(firstT-(end-x.rng)) / 1000
 	durationToEnd := float64(end-lastT) / 1000
 	sampledInterval := float64(lastT-firstT) / 1000
 	average := sampledInterval / float64(n-1)
@@ -21,7 +30,7 @@ func (x *Extrapolation) Result(end, n, firstT, lastT int64, firstV, increase flo
 	if durationToStart >= threshold {
 		durationToStart = average / 2
 	}
-	if x.Counter {
+	if x.counter {
 		durationToZero := durationToStart
 		if increase > 0 && firstV >= 0 {
 			durationToZero = sampledInterval * (firstV / increase)
@@ -37,8 +46,8 @@ func (x *Extrapolation) Result(end, n, firstT, lastT int64, firstV, increase flo
 	if sampledInterval != 0 {
 		factor = (sampledInterval + durationToStart + durationToEnd) / sampledInterval
 	}
-	if x.PerSecond {
-		factor /= (time.Duration(x.Range) * time.Millisecond).Seconds()
+	if x.per > 0 {
+		factor /= x.per
 	}
 	return increase * factor
 }

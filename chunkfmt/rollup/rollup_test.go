@@ -168,3 +168,83 @@ func randomSeries(r *rand.Rand) *Samples {
 	}
 	return s
 }
+
+// TestUselessWindows: steps in whose range there is a window that tells too little need
+// the samples, and no others do.
+func TestUselessWindows(t *testing.T) {
+	for _, c := range []struct {
+		fn     string
+		flag   Flags
+		starts bool
+		raw    bool
+	}{
+		{"rate", NativeHistograms, false, true},
+		{"", NativeHistograms, false, true},
+		{"count_over_time", NativeHistograms, false, true},
+		{"rate", StartTimestamps, false, false},
+		{"rate", StartTimestamps, true, true},
+		{"irate", StartTimestamps, true, true},
+		{"resets", StartTimestamps, true, true},
+		{"delta", StartTimestamps, true, false},
+		{"max_over_time", StartTimestamps, true, false},
+		{"rate", Huge, false, true},
+		{"sum_over_time", Huge, false, true},
+		{"stdvar_over_time", Huge, false, true},
+		{"delta", Huge, false, false},
+		{"max_over_time", Huge, false, false},
+	} {
+		s := &Samples{}
+		for i := range int64(8) {
+			s.T, s.V = append(s.T, i*Long/2+1), append(s.V, float64(i))
+		}
+		var sum Summariser
+		var w Windows
+		sum.Summarise(&w, s, Long)
+		w.Flags[1] |= c.flag // of the window that ends at 2 h
+		e, ok := NewEvaluator(Query{Function: c.fn, Range: 2 * Long, Start: Long, Step: Long, Steps: 4, StartTimestamps: c.starts}, Long)
+		if !ok {
+			t.Fatal(c.fn)
+		}
+		var out Result
+		e.Eval(&w, &out)
+		var raw []int32
+		points := []int32{0, 1, 2, 3}
+		if c.raw {
+			raw, points = []int32{1, 2}, []int32{0, 3}
+		}
+		if diff := cmp.Diff(raw, out.Raw) + cmp.Diff(points, out.Step); diff != "" {
+			t.Errorf("%s, %d: %s", c.fn, c.flag, diff)
+		}
+	}
+}
+
+// TestWidth: windows as wide as the times of a query allow.
+func TestWidth(t *testing.T) {
+	const minute = 60_000
+	for _, c := range []struct {
+		fn               string
+		rng, start, step int64
+		want             int64
+	}{
+		{"rate", Long, Long, Long, Long},
+		{"rate", Long + 15_000, 0, Long, Long},
+		{"rate", Long + 30*minute, 0, Long, Short},
+		{"rate", Long + 30*minute + 3*minute, 0, Long, 0},
+		{"rate", Short, Long, Long, Short},
+		{"rate", Long, Short, Long, Short},
+		{"rate", Long, 7, Long, 0},
+		{"rate", minute, 0, Long, 0},
+		{"rate", Long, -Long, minute, 0},
+		{"", Short, Long, Long, Long},
+		{"", 3 * minute, Short, Short, Short},
+		{"irate", 2 * minute, Long, Long, Long},
+		{"stddev_over_time", Long, Long, Long, Long},
+		{"stddev_over_time", Short, Long, Long, 0},
+		{"quantile_over_time", Long, Long, Long, 0},
+	} {
+		q := Query{Function: c.fn, Range: c.rng, Start: c.start, Step: c.step, Steps: 5}
+		if got := q.Width(); got != c.want {
+			t.Errorf("%s: %d, want %d", q.String(), got, c.want)
+		}
+	}
+}

@@ -22,6 +22,7 @@ import (
 
 	"github.com/epimetheus-tsdb/epimetheus/chunkfmt"
 	"github.com/epimetheus-tsdb/epimetheus/gateway"
+	"github.com/epimetheus-tsdb/epimetheus/gateway/account"
 	"github.com/epimetheus-tsdb/epimetheus/gateway/gatewaytest"
 	"github.com/epimetheus-tsdb/epimetheus/gateway/plan"
 	"github.com/epimetheus-tsdb/epimetheus/gateway/worker"
@@ -295,4 +296,60 @@ func pointsOf(s *chunkfmt.Series) []promql.FPoint {
 		out[i] = promql.FPoint{T: t, F: s.Floats.V[i]}
 	}
 	return out
+}
+
+// BenchmarkSummaries runs rates over counters at 15 s, of blocks of a week with
+// summaries. Pages are in memory, results aren't.
+func BenchmarkSummaries(b *testing.B) {
+	const series, weeks, week = 400, 8, 7 * 24 * 3600 * 1000
+	c := gatewaytest.New(b, gatewaytest.Options{})
+	start := 2800 * history.Window
+	for k := range int64(weeks) {
+		var buf bytes.Buffer
+		w := chunkfmt.NewWriter(&buf, chunkfmt.WriterOptions{Window: history.Window, Rollups: true})
+		for i := range int64(series) {
+			s := &chunkfmt.Series{Labels: labels.FromStrings("__name__", "requests_total", "instance", fmt.Sprintf("host-%03d", i/10), "job", fmt.Sprint("job-", i%10))}
+			for t := start + k*week + 1 + 97*(i/10); t <= start+(k+1)*week; t += 15_000 {
+				s.Floats.T, s.Floats.V = append(s.Floats.T, t), append(s.Floats.V, float64((t-start)/1000*(i+1)))
+			}
+			if err := w.Add(gateway.DefaultTenant, s); err != nil {
+				b.Fatal(err)
+			}
+		}
+		summary, err := w.Close()
+		if err != nil {
+			b.Fatal(err)
+		}
+		if err := c.History.Publish(b.Context(), ulid.Make(), buf.Bytes(), summary); err != nil {
+			b.Fatal(err)
+		}
+	}
+	o := suiteOptions
+	o.MaxSamples, o.EnableDelayedNameRemoval, o.UseStartTimestamps = 50_000_000, false, false
+	e := plan.New(promql.NewEngine(o), o, plan.Spread{})
+	for _, expr := range []string{"sum by (job) (rate(requests_total[1h]))", "sum by (job) (rate(requests_total[1h15s]))", "sum by (job) (requests_total)", "max by (job) (max_over_time(requests_total[1d]))"} {
+		b.Run(expr, func(b *testing.B) {
+			windows := int64(0)
+			run := func() {
+				ctx, acc, done := account.NewMemory(0, prometheus.NewRegistry()).Open(b.Context(), account.Limits{})
+				defer done()
+				q, err := e.NewRangeQuery(ctx, c.Storage, nil, expr, time.UnixMilli(start).Add(time.Hour), time.UnixMilli(start+weeks*week), time.Hour)
+				if err != nil {
+					b.Fatal(err)
+				}
+				defer q.Close()
+				if r := q.Exec(ctx); r.Err != nil {
+					b.Fatal(r.Err)
+				}
+				windows = acc.Cost().Windows
+			}
+			run()
+			before := cpu()
+			b.ReportAllocs()
+			for b.Loop() {
+				run()
+			}
+			b.ReportMetric(float64(windows)*float64(b.N)/(float64(cpu()-before)/1e9)/1e6, "Mwindows/cpu-s")
+		})
+	}
 }

@@ -2,10 +2,11 @@ package plan
 
 import (
 	"math"
-	"time"
 
 	"github.com/prometheus/prometheus/model/value"
 	"github.com/prometheus/prometheus/util/kahansum"
+
+	"github.com/epimetheus-tsdb/epimetheus/chunkfmt/rollup"
 )
 
 // The kernels below are the engine's functions (promql/functions.go of
@@ -109,21 +110,18 @@ func (k *kernel) changes(_ []int64, v []float64, out *points) {
 // rate is rate() and increase(), with the resets in k.marks, and delta():
 // extrapolatedRate.
 func (k *kernel) rate(t []int64, v []float64, out *points) {
-	fn := k.leaf.function()
-	isCounter, isRate := fn != "delta", fn == "rate"
 	var resets []int32
-	if isCounter {
+	if k.leaf.function() != "delta" {
 		resets = k.marks
 	}
-	g, offset, rng := k.leaf.Grid, k.leaf.offset(), k.leaf.Range
-	perSecond := (time.Duration(rng) * time.Millisecond).Seconds()
+	x := rollup.NewExtrapolation(k.leaf.function(), k.leaf.Range)
+	g, offset := k.leaf.Grid, k.leaf.offset()
 	r := 0
 	for i, hi := range k.win.hi {
 		lo := k.win.lo[i]
 		if hi-lo < 2 {
 			continue
 		}
-		firstT, lastT := t[lo], t[hi-1]
 		result := v[hi-1] - v[lo]
 		for r < len(resets) && resets[r] <= lo {
 			r++
@@ -131,35 +129,7 @@ func (k *kernel) rate(t []int64, v []float64, out *points) {
 		for j := r; j < len(resets) && resets[j] < hi; j++ {
 			result += v[resets[j]-1]
 		}
-		end := g.At(i) - offset
-		durationToStart := float64(firstT-(end-rng)) / 1000
-		durationToEnd := float64(end-lastT) / 1000
-		sampledInterval := float64(lastT-firstT) / 1000
-		average := sampledInterval / float64(hi-lo-1)
-		threshold := average * 1.1
-		if durationToStart >= threshold {
-			durationToStart = average / 2
-		}
-		if isCounter {
-			durationToZero := durationToStart
-			if result > 0 && v[lo] >= 0 {
-				durationToZero = sampledInterval * (v[lo] / result)
-			}
-			if durationToZero < durationToStart {
-				durationToStart = durationToZero
-			}
-		}
-		if durationToEnd >= threshold {
-			durationToEnd = average / 2
-		}
-		factor := 1.0
-		if sampledInterval != 0 {
-			factor = (sampledInterval + durationToStart + durationToEnd) / sampledInterval
-		}
-		if isRate {
-			factor /= perSecond
-		}
-		out.add(i, result*factor)
+		out.add(i, x.Result(g.At(i)-offset, int64(hi-lo), t[lo], t[hi-1], v[lo], result))
 	}
 }
 
