@@ -66,7 +66,7 @@ func (s *Snapshot) SelectWindows(ctx context.Context, ms []*labels.Matcher, mint
 			return err
 		}
 		for _, series := range set.series {
-			series.cover()
+			series.cover(lo > mint)
 		}
 		slices.SortFunc(set.series, func(a, b *Series) int { return labels.Compare(a.Labels, b.Labels) })
 		return set.load(ctx)
@@ -89,7 +89,9 @@ func widen(r chunkfmt.Range, width int64) chunkfmt.Range {
 }
 
 // cover decides which windows are read from which part, and of which time samples.
-func (s *Series) cover() {
+// With cut, the caller doesn't know that nothing before s.mint is to be read, which is
+// past the retention: then no window may begin before it.
+func (s *Series) cover(cut bool) {
 	width := s.summaries.Width
 	asked := chunkfmt.Range{MinT: s.mint, MaxT: s.maxt}
 	clip := func(r chunkfmt.Range) chunkfmt.Range {
@@ -99,6 +101,9 @@ func (s *Series) cover() {
 	within := widen(asked, width)
 	if within.MaxT > asked.MaxT {
 		within.MaxT -= width
+	}
+	if cut && within.MinT < asked.MinT {
+		within.MinT += width
 	}
 	var voids []chunkfmt.Range // for all parts
 	note := func(rs []chunkfmt.Range) {
