@@ -19,6 +19,7 @@ import (
 type knownDeletions struct {
 	noted   ulid.ULID // before the rows were read
 	tenants map[string][]index.Deletion
+	bad     map[string]error // of tenants whose row can't be read
 	loaded  time.Time // before the rows were read
 	checked time.Time // when they were known to be all, last
 	tried   time.Time // when that could not be found out, last
@@ -37,6 +38,9 @@ const (
 func (h *History) hidden(ctx context.Context, tenant string) (*Hidden, error) {
 	k, err := h.deletions(ctx)
 	if err != nil {
+		return nil, err
+	}
+	if err := k.bad[tenant]; err != nil {
 		return nil, err
 	}
 	var r *Retentions
@@ -118,8 +122,12 @@ func (h *History) loadDeletions(ctx context.Context, old *knownDeletions) (*know
 	if err != nil {
 		return nil, err
 	}
-	k := &knownDeletions{noted: noted, tenants: map[string][]index.Deletion{}, loaded: now, checked: now}
+	k := &knownDeletions{noted: noted, tenants: map[string][]index.Deletion{}, bad: map[string]error{}, loaded: now, checked: now}
 	for _, r := range rows {
+		if r.Err != nil {
+			k.bad[r.Tenant] = r.Err
+			h.o.Logger.Error("the deletions of a tenant can't be read: its queries fail", "tenant", r.Tenant, "err", r.Err)
+		}
 		if len(r.Deletions) > 0 {
 			k.tenants[r.Tenant] = r.Deletions
 		}

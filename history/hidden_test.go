@@ -230,6 +230,29 @@ func TestDeletionsUnknown(t *testing.T) {
 	}
 }
 
+// TestDeletionsUnreadable: a row of deletions that can't be read fails the queries of
+// its tenant, and nobody else's.
+func TestDeletionsUnreadable(t *testing.T) {
+	st := localStores(t)
+	h := st.open(t, nil)
+	s := floats(1000, 1000, 10, constant(1), "__name__", "m")
+	publish(t, h, tenantSeries{"t": {s}, "u": {s}})
+	bad := index.Item{Key: index.Key{Hash: "deletions", Range: []byte("\x01t")}, Value: []byte("of another version")}
+	if err := st.rows.Put(t.Context(), []index.Item{bad}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := h.Snapshot(t.Context(), "t", 0, 10_000, nil, time.Time{}); !errors.Is(err, index.ErrCorrupt) {
+		t.Errorf("a query is answered though the tenant's deletions can't be read: %v", err)
+	}
+	if _, err := h.Delete(t.Context(), "t", 0, 5000); !errors.Is(err, index.ErrCorrupt) {
+		t.Errorf("the row is written over: %v", err)
+	}
+	if _, err := h.Delete(t.Context(), "u", 0, 5000); err != nil {
+		t.Fatal(err)
+	}
+	wantSeries(t, selectAll(t, snapshot(t, h, "u", 0, 10_000), 0, 10_000), []*chunkfmt.Series{floats(6000, 1000, 5, constant(1), "__name__", "m")})
+}
+
 // TestPastRetention: what is past it isn't read, though blocks have it.
 func TestPastRetention(t *testing.T) {
 	st := localStores(t)

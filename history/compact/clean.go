@@ -111,6 +111,10 @@ func (c *Compactor) survey(ctx context.Context, v *view) error {
 	var errs []error
 	sights, asked := map[ulid.ULID]sight{}, false
 	for _, r := range rows {
+		if r.Err != nil {
+			c.logger.Warn("the deletions of a tenant can't be read: nothing is removed", "tenant", r.Tenant, "err", r.Err)
+			continue
+		}
 		gone := map[ulid.ULID]int64{} // what is to be noted
 		for i := range r.Deletions {
 			d := &r.Deletions[i]

@@ -54,6 +54,8 @@ func (d *Deletion) Overlaps(mint, maxt int64) bool { return d.MinT <= maxt && mi
 type DeletionsRow struct {
 	Tenant    string
 	Deletions []Deletion // in the order in which they were made
+	// Err is of a row, of AllDeletions, that can't be read: it has no deletions then.
+	Err error
 
 	value []byte // as it was read; nil for a row that isn't there
 }
@@ -164,11 +166,11 @@ func (x *Index) Deletions(ctx context.Context, tenant string) (DeletionsRow, err
 	if len(rows) == 0 {
 		return DeletionsRow{Tenant: tenant}, nil
 	}
-	return rows[0], nil
+	return rows[0], rows[0].Err
 }
 
 // AllDeletions returns those of all tenants that ever had any, ordered by tenant,
-// consistently.
+// consistently. That one row can't be read is no error of the others.
 func (x *Index) AllDeletions(ctx context.Context) ([]DeletionsRow, error) {
 	return x.deletions(ctx, Query{Hash: deletionsHash, From: []byte{deletionsTenant}, Consistent: true})
 }
@@ -181,7 +183,7 @@ func (x *Index) deletions(ctx context.Context, q Query) ([]DeletionsRow, error) 
 	rows := make([]DeletionsRow, len(items))
 	for i, it := range items {
 		if rows[i], err = decodeDeletionsRow(it); err != nil {
-			return nil, rowError(it, err)
+			rows[i].Deletions, rows[i].Err = nil, rowError(it, err)
 		}
 	}
 	return rows, nil
@@ -190,6 +192,9 @@ func (x *Index) deletions(ctx context.Context, q Query) ([]DeletionsRow, error) 
 // PutDeletions replaces a row that Deletions or AllDeletions has returned by one
 // with these deletions, if it hasn't changed since; else the error wraps ErrConflict.
 func (x *Index) PutDeletions(ctx context.Context, r DeletionsRow, ds []Deletion) error {
+	if r.Err != nil {
+		return r.Err
+	}
 	old := r.value
 	r.Deletions = ds
 	it, err := r.encode()
