@@ -69,7 +69,8 @@ func (e *Evaluator) Columns() Columns { return e.columns }
 // that lie, or have a part, in the ranges, and there may be others.
 func (e *Evaluator) Eval(w *Windows, out *Result) {
 	e.w, e.out = w, out
-	out.Step, out.Value, out.Raw = out.Step[:0], out.Value[:0], out.Raw[:0]
+	n := min(e.q.Steps, w.Len()) // more or less
+	out.Step, out.Value, out.Raw = slices.Grow(out.Step[:0], n), slices.Grow(out.Value[:0], n), out.Raw[:0]
 	if e.q.Function != "" { // that sees staleness markers
 		e.densify()
 	}
