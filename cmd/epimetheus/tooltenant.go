@@ -37,6 +37,13 @@ func addTenant(tool *kingpin.CmdClause, commands map[string]command) {
 		if err := st.history.Clean(ctx, name); err != nil {
 			return err
 		}
+		remains, err := st.index.Remains(ctx, name)
+		if err != nil {
+			return err
+		}
+		if err := st.index.DeleteRemains(ctx, remains); err != nil {
+			return err
+		}
 		fmt.Printf("deletion %s of tenant %s is in force: gateways give nothing of it within seconds, compactors remove it.\n"+
 			"`epimetheus tool tenant verify-deleted %s` says when nothing is left, hours later.\n", id, name, name)
 		return nil
@@ -76,7 +83,7 @@ func addTenant(tool *kingpin.CmdClause, commands map[string]command) {
 			fmt.Printf("%d rows and objects name tenant %s\n", len(traces), name)
 			return errSaid
 		}
-		fmt.Printf("no block row, work row, job or object names tenant %s\n", name)
+		fmt.Printf("no block row, work row, job, import or object names tenant %s\n", name)
 		return nil
 	}
 }

@@ -20,7 +20,8 @@ type Trace struct {
 	About string
 }
 
-// Traces lists the block rows, work rows, jobs and objects that name a tenant. Objects
+// Traces lists the block rows, work rows, jobs, rows of imports and engine options, and
+// objects that name a tenant. Objects
 // are asked themselves, by their footers, whether any row names them or not; one that
 // can't be read is a trace, for it may. It changes nothing. progress, if not nil, is
 // called after each object.
@@ -53,6 +54,16 @@ func Traces(ctx context.Context, objects object.Store, x *index.Index, tenant st
 				out = append(out, Trace{"job row", o.Block, j.State.String()})
 			}
 		}
+	}
+	remains, err := x.Remains(ctx, tenant)
+	if err != nil {
+		return nil, err
+	}
+	for _, id := range remains.Imports {
+		out = append(out, Trace{"import row", id, "a block of another system was imported"})
+	}
+	if remains.Engine {
+		out = append(out, Trace{What: "engine row", About: "a sidecar reported the flags of its Prometheus"})
 	}
 	var blocks []index.BlockRef
 	if err := eachBlock(ctx, objects, func(b index.BlockRef, _ time.Time) { blocks = append(blocks, b) }); err != nil {

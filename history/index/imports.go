@@ -19,8 +19,10 @@ type ImportID struct {
 	Labels [8]byte
 }
 
+func importHash(tenant string) string { return "i/" + tenant }
+
 func (id *ImportID) key() Key {
-	return Key{Hash: "i/" + id.Tenant, Range: append(id.Source[:], id.Labels[:]...)}
+	return Key{Hash: importHash(id.Tenant), Range: append(id.Source[:], id.Labels[:]...)}
 }
 
 // Import says how far an import is. It is changed by SwapImport only.
