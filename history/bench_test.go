@@ -63,7 +63,7 @@ var benchWeeks = flag.Int("bench.weeks", 52, "weeks of data of BenchmarkSelectWi
 // BenchmarkSelectWindows reads the windows of an hour of 1,000 counters over a year
 // of blocks of a week, cold (nothing at hand) and warm, with the columns for rates.
 func BenchmarkSelectWindows(b *testing.B) {
-	const week, step, series = int64(Window), int64(300_000), 1000
+	const week, step, series = Window, int64(300_000), 1000
 	start := 2800 * week
 	st := localStores(b)
 	h := st.open(b, func(o *Options) { o.VisibilityDelay, o.PageCacheBytes = time.Hour, 1<<30 })

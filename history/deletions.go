@@ -20,9 +20,9 @@ type knownDeletions struct {
 	noted   ulid.ULID // before the rows were read
 	tenants map[string][]index.Deletion
 	bad     map[string]error // of tenants whose row can't be read
-	loaded  time.Time // before the rows were read
-	checked time.Time // when they were known to be all, last
-	tried   time.Time // when that could not be found out, last
+	loaded  time.Time        // before the rows were read
+	checked time.Time        // when they were known to be all, last
+	tried   time.Time        // when that could not be found out, last
 }
 
 const (

@@ -203,7 +203,9 @@ func (e *exporter) pass(ctx context.Context, mint, maxt int64) (err error) {
 	}
 	var buf history.Buffer
 	for len(sets) > 0 {
-		s := slices.MinFunc(sets, func(a, b *history.SeriesSet) int { return labels.Compare(e.exported(a.At().Labels), e.exported(b.At().Labels)) }).At()
+		s := slices.MinFunc(sets, func(a, b *history.SeriesSet) int {
+			return labels.Compare(e.exported(a.At().Labels), e.exported(b.At().Labels))
+		}).At()
 		runs, err := s.Runs(&buf)
 		if err != nil {
 			return err

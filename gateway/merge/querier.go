@@ -201,6 +201,14 @@ func (s *seriesSet) hold() {
 	s.held = bytes
 }
 
+// Release lets go of pages that the set holds. It is for a set that is not read to its
+// end, and of no more use afterwards.
+func (s *seriesSet) Release() {
+	<-s.ready
+	s.account.Hold(-s.held)
+	s.held, s.old, s.more, s.left = 0, nil, false, 0
+}
+
 // readHistory begins to read blocks.
 func (s *seriesSet) readHistory(ctx context.Context, snap *history.Snapshot, ms []*labels.Matcher) {
 	old, err := s.from(ctx, snap, ms)

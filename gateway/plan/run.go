@@ -123,6 +123,9 @@ func runOver(ctx context.Context, l *Leaf, o options, set storage.SeriesSet, sum
 		if sums != nil {
 			if total.series == 0 && needSamples(slots) {
 				hold(0)
+				if r, ok := set.(interface{ Release() }); ok {
+					r.Release()
+				}
 				return nil, errNeedsSamples
 			}
 			patch := func(w *worker, s *slot) error { return w.win.patch(ctx, w, s) }
