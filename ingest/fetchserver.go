@@ -28,6 +28,7 @@ type fetcher struct {
 	resending func(tenant string) bool // sources have ranges to send again
 	starting  atomic.Bool              // the commit log has not been replayed
 	process   []byte
+	start     []byte
 	ring      *ring.Live // nil: none
 	sources   *sources
 	requests  *prometheus.CounterVec
@@ -166,7 +167,7 @@ func (f *fetcher) Stats(_ context.Context, req *fetchpb.StatsRequest) (*fetchpb.
 }
 
 func (f *fetcher) header(tenant string, h fetch.Header) *fetchpb.Header {
-	p := &fetchpb.Header{HasSamples: h.HasSamples, Oldest: h.Oldest, Newest: h.Newest, Resending: f.resending(tenant), Process: f.process, Coverage: f.sources.coverage(tenant, time.Now())}
+	p := &fetchpb.Header{HasSamples: h.HasSamples, Oldest: h.Oldest, Newest: h.Newest, Resending: f.resending(tenant), Process: f.process, Start: f.start, Coverage: f.sources.coverage(tenant, time.Now())}
 	for _, b := range h.Blocks {
 		p.Blocks = append(p.Blocks, b[:])
 	}

@@ -128,6 +128,7 @@ func New(o Options, publisher Publisher, logger *slog.Logger, reg prometheus.Reg
 	i.fetch.starting.Store(i.log != nil)
 	i.fetch.resending, i.fetch.ring = i.receive.resending, o.Ring
 	i.fetch.process, i.fetch.sources = i.receive.process[:], &i.receive.sources
+	i.fetch.start = i.process[:]
 	i.flush = &flusher{
 		head: h, publisher: publisher, flushed: i.durable, interval: o.FlushInterval, window: o.RowWidth, generation: first - 1,
 		visibility: o.VisibilityDelay, logger: logger, metrics: newFlushMetrics(reg), now: make(chan struct{}, 1),

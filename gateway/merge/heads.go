@@ -142,7 +142,7 @@ func ask[T any](ctx context.Context, h *Heads, tenant string, fn func(context.Co
 	var out []answer[T]
 	c := newCoverage(members)
 	var missing annotations.Annotations
-	resending := false
+	resending, restarted := false, false
 	miss := func(m ring.Member, err error) {
 		mu.Lock()
 		defer mu.Unlock()
@@ -166,7 +166,7 @@ func ask[T any](ctx context.Context, h *Heads, tenant string, fn func(context.Co
 		wg.Go(func() {
 			ctx, cancel := context.WithTimeout(ctx, limit)
 			defer cancel()
-			start := time.Now()
+			asked := time.Now()
 			cl, err := h.client(m.Address, members)
 			var v T
 			var hd fetch.Header
@@ -177,7 +177,7 @@ func ask[T any](ctx context.Context, h *Heads, tenant string, fn func(context.Co
 				miss(m, errLost(m))
 				return
 			}
-			h.seconds.Observe(time.Since(start).Seconds())
+			h.seconds.Observe(time.Since(asked).Seconds())
 			if err != nil {
 				h.failed.Inc()
 				miss(m, fmt.Errorf("ingester %s did not answer, fresh samples may be missing: %w", m.ID, err))
@@ -188,8 +188,10 @@ func ask[T any](ctx context.Context, h *Heads, tenant string, fn func(context.Co
 				miss(m, errLost(m))
 				m.Memory = process
 			}
+			start := hex.EncodeToString(hd.Start)
 			mu.Lock()
 			defer mu.Unlock()
+			restarted = restarted || m.Process != "" && start != "" && start != m.Process
 			resending = resending || hd.Resending
 			c.headers[m.ID], c.asked[keyOf(&m)] = hd, m.ID
 			out = append(out, answer[T]{m.ID, v, hd})
@@ -223,6 +225,10 @@ func ask[T any](ctx context.Context, h *Heads, tenant string, fn func(context.Co
 	} else if lacking, some := c.restarted(); lacking {
 		warnings.Add(errors.New("an ingester restarted: samples that it alone had are being sent again, some may be missing"))
 	} else if some {
+		since = now
+	}
+	if restarted {
+		// It can't name the blocks that it had written before.
 		since = now
 	}
 	if resending {

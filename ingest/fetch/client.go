@@ -31,6 +31,7 @@ type Header struct {
 	// went away. Until they have, fresh samples may be missing.
 	Resending bool
 	Process   []byte // of the ingester; nil of one that doesn't say
+	Start     []byte // likewise, but new at each start
 	// Coverage is what sources said of their copies.
 	Coverage []Coverage
 	Members  []uint32 // that may have samples, as the ingester knows the ring: their digests
@@ -240,7 +241,7 @@ func toHeader(p *fetchpb.Header) (Header, error) {
 	if p == nil {
 		return Header{}, fmt.Errorf("%w: no header", errProtocol)
 	}
-	h := Header{HasSamples: p.HasSamples, Oldest: p.Oldest, Newest: p.Newest, Resending: p.Resending, Members: p.Members}
+	h := Header{HasSamples: p.HasSamples, Oldest: p.Oldest, Newest: p.Newest, Resending: p.Resending, Members: p.Members, Start: p.Start}
 	if h.Process = p.Process; len(h.Process) != 0 && len(h.Process) != 16 {
 		return h, fmt.Errorf("%w: process id of %d bytes", errProtocol, len(h.Process))
 	}

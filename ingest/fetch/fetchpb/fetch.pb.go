@@ -196,6 +196,7 @@ type Header struct {
 	Coverage []*Coverage `protobuf:"bytes,7,rep,name=coverage,proto3" json:"coverage,omitempty"`
 	// The members that are active or leaving, as far as the ingester knows: a hash each.
 	Members       []uint32 `protobuf:"fixed32,8,rep,packed,name=members,proto3" json:"members,omitempty"`
+	Start         []byte   `protobuf:"bytes,9,opt,name=start,proto3" json:"start,omitempty"` // 16 bytes, new at each start of the ingester: its process on the ring
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -282,6 +283,13 @@ func (x *Header) GetCoverage() []*Coverage {
 func (x *Header) GetMembers() []uint32 {
 	if x != nil {
 		return x.Members
+	}
+	return nil
+}
+
+func (x *Header) GetStart() []byte {
+	if x != nil {
+		return x.Start
 	}
 	return nil
 }
@@ -1456,7 +1464,7 @@ const file_fetch_fetch_proto_rawDesc = "" +
 	"\n" +
 	"NOT_REGEXP\x10\x03\"D\n" +
 	"\bMatchers\x128\n" +
-	"\bmatchers\x18\x01 \x03(\v2\x1c.epimetheus.fetch.v1.MatcherR\bmatchers\"\xfe\x01\n" +
+	"\bmatchers\x18\x01 \x03(\v2\x1c.epimetheus.fetch.v1.MatcherR\bmatchers\"\x94\x02\n" +
 	"\x06Header\x12\x16\n" +
 	"\x06blocks\x18\x01 \x03(\fR\x06blocks\x12\x1f\n" +
 	"\vhas_samples\x18\x02 \x01(\bR\n" +
@@ -1466,7 +1474,8 @@ const file_fetch_fetch_proto_rawDesc = "" +
 	"\tresending\x18\x05 \x01(\bR\tresending\x12\x18\n" +
 	"\aprocess\x18\x06 \x01(\fR\aprocess\x129\n" +
 	"\bcoverage\x18\a \x03(\v2\x1d.epimetheus.fetch.v1.CoverageR\bcoverage\x12\x18\n" +
-	"\amembers\x18\b \x03(\aR\amembers\"\xcf\x01\n" +
+	"\amembers\x18\b \x03(\aR\amembers\x12\x14\n" +
+	"\x05start\x18\t \x01(\fR\x05start\"\xcf\x01\n" +
 	"\bCoverage\x12\x18\n" +
 	"\asources\x18\x01 \x03(\x06R\asources\x12\x15\n" +
 	"\x06age_ms\x18\x02 \x01(\x03R\x05ageMs\x12-\n" +
