@@ -44,6 +44,8 @@ type Options struct {
 // Cluster is ingesters, history and a gateway's storage.
 type Cluster struct {
 	Live      *ring.Live
+	Objects   object.Store
+	Index     *index.Index
 	History   *history.History
 	Heads     *merge.Heads
 	Storage   *merge.Storage
@@ -84,8 +86,9 @@ func New(t testing.TB, o Options) *Cluster {
 	c := &Cluster{Live: &ring.Live{}, listeners: map[string]*bufconn.Listener{}}
 	c.bolt, err = index.NewBolt(filepath.Join(dir, "index.db"), reg)
 	must(err)
+	c.Objects, c.Index = objects, index.New(c.bolt)
 	c.History, err = history.New(history.Options{
-		Objects: objects, Index: index.New(c.bolt), VisibilityDelay: o.VisibilityDelay, Registerer: reg,
+		Objects: c.Objects, Index: c.Index, VisibilityDelay: o.VisibilityDelay, Registerer: reg,
 	})
 	must(err)
 	for i := range o.Ingesters {
