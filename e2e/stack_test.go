@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -368,8 +369,11 @@ func startExporter(t *testing.T) string {
 	flapping := prometheus.NewGaugeVec(prometheus.GaugeOpts{Name: "test_flapping", Help: "Comes and goes."}, []string{"n"})
 	reg.MustRegister(classic, native, total, flapping)
 	h := promhttp.HandlerFor(reg, promhttp.HandlerOpts{EnableOpenMetrics: true})
+	var mu sync.Mutex // two Prometheis may scrape it
 	n := 0
 	srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		mu.Lock()
+		defer mu.Unlock()
 		n++
 		v := float64(n%17) / 7
 		classic.(prometheus.ExemplarObserver).ObserveWithExemplar(v, prometheus.Labels{"trace_id": fmt.Sprint(n)})
