@@ -32,15 +32,17 @@ demo: build $(TOOLS_STAMP_SERVERS) ## run Epimetheus beside a real Prometheus (D
 
 # The race detector's own tables overflow in bubbles of testing/synctest as long as the
 # simulations' (golang/go#78156): those run without it. What they simulate has
-# tests with it.
+# tests with it. The end-to-end tests mostly wait for processes of the built binary, which
+# has no race detector: four at a time.
 .PHONY: test
-test: tools-test ## every test, unit to end to end, with the race detector but for the simulations
-	go test -race -timeout 20m $$(go list ./... | grep -v -e /e2e/sim$$ -e /e2e/cost$$)
+test: tools-test ## every test, unit to end to end, with the race detector but for the simulations and the built binary's
+	go test -race -timeout 20m $$(go list ./... | grep -v -e /e2e$$ -e /e2e/sim$$ -e /e2e/cost$$)
 	go test -timeout 10m ./e2e/sim ./e2e/cost
+	go test -timeout 15m -parallel 4 ./e2e
 
 .PHONY: e2e
 e2e: tools-test ## the built binary against real Prometheis, object stores and indexes that fail
-	go test -count 1 -timeout 15m ./e2e
+	go test -count 1 -timeout 15m -parallel 4 ./e2e
 
 .PHONY: e2e-long
 e2e-long: tools-test ## e2e, with what takes minutes: frozen processes, long cuts, network namespaces (as root)

@@ -14,6 +14,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -584,10 +585,9 @@ func TestPublishSurvivesFaults(t *testing.T) {
 		for nth := range 5 {
 			st := localStores(t)
 			h := st.open(t, func(o *Options) { o.VisibilityDelay = 0 })
-			calls := 0
+			var calls atomic.Int64
 			st.setFault(func(string, string) historytest.Fault {
-				calls++
-				if calls-1 == nth {
+				if calls.Add(1)-1 == int64(nth) {
 					return fault
 				}
 				return historytest.None

@@ -78,7 +78,7 @@ func TestCompactedSummaries(t *testing.T) {
 			require.NoError(t, err)
 			return !slices.ContainsFunc(rows, func(b index.BlockRow) bool { return b.Level < level })
 		}, time.Minute, 20*time.Millisecond)
-		time.Sleep(4 * delay) // heads let go of what is in blocks
+		time.Sleep(delay + 2*time.Second) // heads let go of what is in blocks, once a second
 	}
 	const day = 24 * time.Hour
 	for d := range days * day / day {

@@ -35,7 +35,7 @@ func TestLateSamples(t *testing.T) {
 	}
 	settle := func() { // heads let go of what is in blocks
 		require.NoError(t, c.Flush(t.Context()))
-		time.Sleep(4 * delay)
+		time.Sleep(delay + 2*time.Second) // they look each second
 	}
 	o := suiteOptions
 	o.MaxSamples = 50_000_000

@@ -12,6 +12,7 @@ import (
 	"math/rand/v2"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -203,6 +204,7 @@ type actor struct {
 	faulty bool
 	dead   bool
 	frozen time.Time // until when it stands still
+	puts   sync.Mutex
 }
 
 var errDead = errors.New("the process is dead")
@@ -357,6 +359,10 @@ type simRows struct {
 }
 
 func (r *simRows) Put(ctx context.Context, items []index.Item) error {
+	// A process writes rows of several tenants at the same time. Here one after the
+	// other, in an order that isn't the seed's.
+	r.a.puts.Lock()
+	defer r.a.puts.Unlock()
 	// In pieces: nothing spans rows.
 	for len(items) > 0 {
 		n := 1 + r.a.sim.r.IntN(len(items))
