@@ -103,6 +103,7 @@ type API struct {
 	variant    *variant            // of tenants that have no options of their own
 	tenants    map[string]*variant // of those that the configuration has options for
 	reports    reports             // of the others
+	building   sync.Mutex          // held while a variant is made
 	mu         sync.Mutex
 	variants   map[string]*variant // by key of their options
 	configured int                 // how many of them are of the configuration, and stay

@@ -21,7 +21,7 @@ const (
 	reportAge      = 30 * time.Second
 	reportTimeout  = 2 * time.Second
 	maxReports     = 100_000  // tenants that reports are kept of
-	maxVariants    = 64       // engines with different options
+	maxVariants    = 32       // engines with different options
 	maxReportBytes = 64 << 10 // of a request
 )
 
@@ -137,23 +137,35 @@ func (a *API) variantOfOne(ctx context.Context, tenant string) *variant {
 	}
 	e := a.opts.Engine.with(row)
 	key := e.key()
+	known := func() *variant {
+		a.mu.Lock()
+		defer a.mu.Unlock()
+		return a.variants[key]
+	}
+	if v := known(); v != nil {
+		return v
+	}
+	// To make one takes a tenth of a second of CPU: one at a time, and nobody waits who
+	// needs another.
+	a.building.Lock()
+	defer a.building.Unlock()
+	if v := known(); v != nil {
+		return v
+	}
+	// Without metrics: there is no bound on what tenants may report.
+	v := a.newVariant(e, nil, a.gatherer)
+	v.reported = true
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	v := a.variants[key]
-	if v == nil {
-		if len(a.variants)-a.configured >= maxVariants {
-			for k, v := range a.variants { // any: it is made anew when it is needed
-				if v.reported {
-					delete(a.variants, k)
-					break
-				}
+	if len(a.variants)-a.configured >= maxVariants {
+		for k, v := range a.variants { // any: it is made anew when it is needed
+			if v.reported {
+				delete(a.variants, k)
+				break
 			}
 		}
-		// Without metrics: there is no bound on what tenants may report.
-		v = a.newVariant(e, nil, a.gatherer)
-		v.reported = true
-		a.variants[key] = v
 	}
+	a.variants[key] = v
 	return v
 }
 
