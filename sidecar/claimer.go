@@ -1,15 +1,11 @@
 package sidecar
 
 import (
-	"bytes"
 	"context"
-	"encoding/json"
 	"fmt"
-	"io"
 	"log/slog"
 	"math/rand/v2"
 	"net/http"
-	"strings"
 	"sync"
 	"time"
 
@@ -40,11 +36,6 @@ type claimAnswer struct {
 	request   choice.Request
 	intervals []choice.Interval
 }
-
-const (
-	claimTimeout   = 15 * time.Second
-	maxClaimAnswer = 64 << 20
-)
 
 // ask has a request made, unless one is under way.
 func (c *claimer) ask(q choice.Request) {
@@ -132,49 +123,21 @@ func (c *claimer) run(ctx context.Context) {
 
 func (c *claimer) post(ctx context.Context, gateway string, q choice.Request) (choice.Answer, error) {
 	q.Source = c.source
-	ctx, cancel := context.WithTimeout(ctx, claimTimeout)
-	defer cancel()
-	body, err := json.Marshal(q)
-	if err != nil {
-		return choice.Answer{}, fmt.Errorf("claim: %w", err)
-	}
-	req, err := http.NewRequestWithContext(ctx, http.MethodPost, strings.TrimSuffix(gateway, "/")+"/api/v1/ha/claim", bytes.NewReader(body))
-	if err != nil {
-		return choice.Answer{}, fmt.Errorf("claim: %w", err)
-	}
-	req.Header.Set("Content-Type", "application/json")
-	req.Header.Set("X-Scope-OrgID", c.tenant)
 	kind := "claim"
 	if q.Replica == "" {
 		kind = "ask"
 	}
 	c.metrics.claims.WithLabelValues(kind).Inc()
-	resp, err := c.client.Do(req)
-	if err != nil {
+	var answer choice.Answer
+	if err := postToGateway(ctx, c.client, gateway, "/api/v1/ha/claim", c.tenant, q, &answer); err != nil {
 		return choice.Answer{}, fmt.Errorf("claim: %w", err)
 	}
-	defer resp.Body.Close()
-	var answer struct {
-		Error string        `json:"error"`
-		Data  choice.Answer `json:"data"`
-	}
-	if resp.StatusCode != http.StatusOK {
-		b, _ := io.ReadAll(io.LimitReader(resp.Body, 4<<10))
-		text := strings.TrimSpace(string(b))
-		if json.Unmarshal(b, &answer) == nil && answer.Error != "" {
-			text = answer.Error
-		}
-		return choice.Answer{}, fmt.Errorf("claim: %s answered %s: %s", gateway, resp.Status, text)
-	}
-	if err := json.NewDecoder(io.LimitReader(resp.Body, maxClaimAnswer)).Decode(&answer); err != nil {
-		return choice.Answer{}, fmt.Errorf("claims that %s answered: %w", gateway, err)
-	}
 	last := int64(noTime)
-	for _, x := range answer.Data.Intervals {
+	for _, x := range answer.Intervals {
 		if x.From < last || x.Until <= x.From || x.Replica == "" {
 			return choice.Answer{}, fmt.Errorf("claims that %s answered: interval from %d until %d ms of replica %q", gateway, x.From, x.Until, x.Replica)
 		}
 		last = x.Until
 	}
-	return answer.Data, nil
+	return answer, nil
 }

@@ -1,12 +1,9 @@
 package sidecar
 
 import (
-	"bytes"
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"log/slog"
 	"net/http"
 	"slices"
@@ -45,7 +42,7 @@ func (f *flags) run(ctx context.Context) {
 	for pause := time.Second; ; {
 		got, err := f.get(ctx)
 		if err == nil && got != nil && (told == nil || got.LookbackDelta != told.LookbackDelta || !slices.Equal(got.EnableFeatures, told.EnableFeatures)) {
-			if err = f.post(ctx, f.gateways[next%len(f.gateways)], got); err == nil {
+			if err = postToGateway(ctx, f.gateway, f.gateways[next%len(f.gateways)], "/api/v1/engine", f.tenant, got, nil); err == nil {
 				told = got
 			} else {
 				next++
@@ -97,29 +94,4 @@ func (f *flags) get(ctx context.Context) (*engineFlags, error) {
 		}
 	}
 	return e, nil
-}
-
-func (f *flags) post(ctx context.Context, gateway string, e *engineFlags) error {
-	ctx, cancel := context.WithTimeout(ctx, claimTimeout)
-	defer cancel()
-	body, err := json.Marshal(e)
-	if err != nil {
-		return fmt.Errorf("report of flags: %w", err)
-	}
-	req, err := http.NewRequestWithContext(ctx, http.MethodPost, strings.TrimSuffix(gateway, "/")+"/api/v1/engine", bytes.NewReader(body))
-	if err != nil {
-		return fmt.Errorf("report of flags: %w", err)
-	}
-	req.Header.Set("Content-Type", "application/json")
-	req.Header.Set("X-Scope-OrgID", f.tenant)
-	resp, err := f.gateway.Do(req)
-	if err != nil {
-		return fmt.Errorf("report of flags: %w", err)
-	}
-	defer resp.Body.Close()
-	b, _ := io.ReadAll(io.LimitReader(resp.Body, 4<<10)) // for the error only
-	if resp.StatusCode != http.StatusOK {
-		return fmt.Errorf("report of flags: %s answered %s: %s", gateway, resp.Status, strings.TrimSpace(string(b)))
-	}
-	return nil
 }

@@ -10,9 +10,7 @@ import (
 	"maps"
 	"math"
 	"os"
-	"os/signal"
 	"slices"
-	"syscall"
 	"text/tabwriter"
 	"time"
 
@@ -30,18 +28,6 @@ import (
 // storesFlags are the flags of tools that look at stores.
 func storesFlags(cmd *kingpin.CmdClause) *string {
 	return cmd.Flag("data.dir", "Data directory, where the stores are in it; 'epimetheus all' must not be running on it.").Default("data").String()
-}
-
-// withStores runs a tool on the stores of the configuration, until it is told to end.
-func withStores(g *global, dataDir string, run func(ctx context.Context, p *process, st *stores) error) error {
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	defer stop()
-	p, st, err := toolStores(g, dataDir)
-	if err != nil {
-		return err
-	}
-	defer st.close()
-	return run(ctx, p, st)
 }
 
 // listed is a line of tool blocks ls.

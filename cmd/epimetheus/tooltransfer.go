@@ -38,6 +38,18 @@ func toolStores(g *global, dataDir string) (*process, *stores, error) {
 	return p, st, err
 }
 
+// withStores runs a tool on the stores of the configuration, until it is told to end.
+func withStores(g *global, dataDir string, run func(ctx context.Context, p *process, st *stores) error) error {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	p, st, err := toolStores(g, dataDir)
+	if err != nil {
+		return err
+	}
+	defer st.close()
+	return run(ctx, p, st)
+}
+
 // toolCacheBytes is enough for what reads each page once.
 const toolCacheBytes = 64 * mib
 
@@ -59,58 +71,53 @@ func addImport(tool *kingpin.CmdClause, commands map[string]command) {
 	cmd.Flag("s3.endpoint", "URL of the S3 server of s3://…; empty for AWS.").StringVar(&s3.Endpoint)
 	cmd.Flag("s3.region", "Its region.").StringVar(&s3.Region)
 	cmd.Flag("s3.path-style", "Name the bucket in the path.").BoolVar(&s3.PathStyle)
-	commands[cmd.FullCommand()] = func(g *global) (err error) {
+	commands[cmd.FullCommand()] = func(g *global) error {
 		for name := range o.AddLabels {
 			if !model.UTF8Validation.IsValidLabelName(name) || name == model.MetricNameLabel {
 				return fmt.Errorf("--add-label: %q is not the name of a label", name)
 			}
 		}
-		ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-		defer stop()
-		p, st, err := toolStores(g, dataDir)
-		if err != nil {
-			return err
-		}
-		defer st.close()
-		o.Tenant, o.Again, o.Objects, o.Index = tenant, again, st.objects, st.index
-		o.MaxBlockBytes, o.Ranges = int64(p.config.Compactor.BlockBytes), p.ranges()
-		var release func() error
-		if o.Dir, release, err = workFolder(filepath.Join(dataDir, "import")); err != nil {
-			return err
-		}
-		defer func() { err = errors.Join(err, release()) }()
-		if rest, ok := strings.CutPrefix(from, "s3://"); ok {
-			s3.Bucket, s3.Prefix, _ = strings.Cut(rest, "/")
-			if s3.Prefix = strings.Trim(s3.Prefix, "/"); s3.Prefix != "" {
-				s3.Prefix += "/"
+		return withStores(g, dataDir, func(ctx context.Context, p *process, st *stores) (err error) {
+			o.Tenant, o.Again, o.Objects, o.Index = tenant, again, st.objects, st.index
+			o.MaxBlockBytes, o.Ranges = int64(p.config.Compactor.BlockBytes), p.ranges()
+			var release func() error
+			if o.Dir, release, err = workFolder(filepath.Join(dataDir, "import")); err != nil {
+				return err
 			}
-			bucket, err := object.NewS3(ctx, s3, prometheus.NewRegistry())
-			if err != nil {
-				return fmt.Errorf("%s: %w", from, err)
+			defer func() { err = errors.Join(err, release()) }()
+			if rest, ok := strings.CutPrefix(from, "s3://"); ok {
+				s3.Bucket, s3.Prefix, _ = strings.Cut(rest, "/")
+				if s3.Prefix = strings.Trim(s3.Prefix, "/"); s3.Prefix != "" {
+					s3.Prefix += "/"
+				}
+				bucket, err := object.NewS3(ctx, s3, prometheus.NewRegistry())
+				if err != nil {
+					return fmt.Errorf("%s: %w", from, err)
+				}
+				o.Blocks = transfer.Bucket(bucket, o.Dir)
+			} else {
+				o.Blocks = transfer.Directory(from)
 			}
-			o.Blocks = transfer.Bucket(bucket, o.Dir)
-		} else {
-			o.Blocks = transfer.Directory(from)
-		}
-		b := newBar(os.Stderr)
-		o.Report = func(e transfer.Event) { reportImport(b, os.Stdout, e) }
-		r, err := transfer.Import(ctx, o)
-		b.end()
-		if r != nil {
-			fmt.Printf("%d blocks imported (%d samples), %d were imported before, %d skipped, %d failed; %d have parts that can't be read\n",
-				r.Imported, r.Samples, r.Before, r.Skipped, r.Failed, r.Faulty)
-		}
-		switch {
-		case ctx.Err() != nil:
-			return errors.New("ended before all is imported: run it again, and it goes on from here")
-		case err != nil:
-			return err
-		case r.Imported+r.Before+r.Skipped+r.Failed == 0:
-			return fmt.Errorf("%s has no blocks", from)
-		case !r.OK():
-			return errSaid
-		}
-		return nil
+			b := newBar(os.Stderr)
+			o.Report = func(e transfer.Event) { reportImport(b, os.Stdout, e) }
+			r, err := transfer.Import(ctx, o)
+			b.end()
+			if r != nil {
+				fmt.Printf("%d blocks imported (%d samples), %d were imported before, %d skipped, %d failed; %d have parts that can't be read\n",
+					r.Imported, r.Samples, r.Before, r.Skipped, r.Failed, r.Faulty)
+			}
+			switch {
+			case ctx.Err() != nil:
+				return errors.New("ended before all is imported: run it again, and it goes on from here")
+			case err != nil:
+				return err
+			case r.Imported+r.Before+r.Skipped+r.Failed == 0:
+				return fmt.Errorf("%s has no blocks", from)
+			case !r.OK():
+				return errSaid
+			}
+			return nil
+		})
 	}
 }
 
@@ -190,8 +197,6 @@ func addExport(tool *kingpin.CmdClause, commands map[string]command) {
 	cmd.Flag("external-label", "Label that all exported series have, and that is written to each block's meta.json, where Thanos looks for it, instead: name=value. Repeat for more.").StringMapVar(&o.External)
 	cmd.Flag("data.dir", dataDirHelp).Default("data").StringVar(&dataDir)
 	commands[cmd.FullCommand()] = func(g *global) error {
-		ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-		defer stop()
 		now := time.Now()
 		o.MinT = math.MinInt64
 		var err error
@@ -211,27 +216,24 @@ func addExport(tool *kingpin.CmdClause, commands map[string]command) {
 				return fmt.Errorf("--match: %w", err)
 			}
 		}
-		_, st, err := toolStores(g, dataDir)
-		if err != nil {
-			return err
-		}
-		defer st.close()
-		o.Tenant, o.History = tenant, st.history
-		b := newBar(os.Stderr)
-		o.Report = func(e transfer.Exported) {
-			b.clear()
-			fmt.Printf("%s: %s to %s, %d series, %d samples\n", e.Dir, showTime(e.MinTime), showTime(e.MaxTime), e.Series, e.Samples)
-			b.draw(e.Done, "")
-		}
-		r, err := transfer.Export(ctx, o)
-		b.end()
-		if ctx.Err() != nil {
-			return errors.New("ended before all is exported: empty the folder and run it again")
-		}
-		if err != nil {
-			return err
-		}
-		fmt.Printf("%d blocks, %d samples\n", r.Blocks, r.Samples)
-		return nil
+		return withStores(g, dataDir, func(ctx context.Context, _ *process, st *stores) error {
+			o.Tenant, o.History = tenant, st.history
+			b := newBar(os.Stderr)
+			o.Report = func(e transfer.Exported) {
+				b.clear()
+				fmt.Printf("%s: %s to %s, %d series, %d samples\n", e.Dir, showTime(e.MinTime), showTime(e.MaxTime), e.Series, e.Samples)
+				b.draw(e.Done, "")
+			}
+			r, err := transfer.Export(ctx, o)
+			b.end()
+			if ctx.Err() != nil {
+				return errors.New("ended before all is exported: empty the folder and run it again")
+			}
+			if err != nil {
+				return err
+			}
+			fmt.Printf("%d blocks, %d samples\n", r.Blocks, r.Samples)
+			return nil
+		})
 	}
 }
