@@ -3,6 +3,7 @@ package chunkfmt
 import (
 	"encoding/binary"
 	"fmt"
+	"slices"
 
 	"github.com/prometheus/common/model"
 	"github.com/prometheus/prometheus/model/labels"
@@ -15,6 +16,8 @@ type Directory struct {
 	Series  uint64
 	Samples uint64
 	Level   int // WriterOptions.Level; 0 also where it isn't noted
+	// Gone says that of some samples only summaries of windows are left.
+	Gone bool
 	// Labels is the location of the label page. Its Size is 0 if there is
 	// none, which is so if there is at most one series page: that page's
 	// LabelPage method then tells the same.
@@ -29,7 +32,7 @@ type PageRef struct {
 	Data        Location // of all data pages of its series, which lie together
 	FirstMetric string   // metric name of its first series
 	LastMetric  string   // and of its last
-	Times       Range    // of all its samples and exemplars
+	Times       Range    // of all its samples and exemplars, and of windows whose samples are gone
 	Series      uint64
 	Samples     uint64
 	Short, Long Summarised
@@ -54,11 +57,15 @@ const (
 // ParseDirectory checks the bytes at a TenantSummary's Directory. The result
 // keeps b.
 func ParseDirectory(b []byte) (*Directory, error) {
-	body, rest, err := openPage(b, pageDirectory)
+	d, typ := &Directory{}, pageDirectory
+	if len(b) > 0 && pageType(b[0])&^pageZstd == pageGoneDirectory {
+		d.Gone, typ = true, pageGoneDirectory
+	}
+	body, rest, err := openPage(b, typ)
 	if err != nil {
 		return nil, fmt.Errorf("directory: %w", err)
 	}
-	d, c := &Directory{}, cursor{b: body}
+	c := cursor{b: body}
 	self := c.offset()
 	d.Times = c.timeRange()
 	d.Series, d.Samples = c.uvarint(), c.uvarint()
@@ -205,7 +212,11 @@ func (d *Directory) append(dst []byte, offset int64, compress bool) []byte {
 	if d.Level > 0 {
 		body = appendPart(body, listLevel, binary.AppendUvarint(nil, uint64(d.Level)))
 	}
-	return appendPage(dst, pageDirectory, body, compress)
+	typ := pageDirectory
+	if d.Gone {
+		typ = pageGoneDirectory
+	}
+	return appendPage(dst, typ, body, compress)
 }
 
 // appendWindows appends the list of windows, if there are any.
@@ -241,6 +252,8 @@ type TenantSummary struct {
 	Series    uint64
 	Samples   uint64 // without exemplars
 	Directory Location
+	// Gone is as in the tenant's Directory. Not known from a footer.
+	Gone bool
 }
 
 // Summary describes a finished block.
@@ -250,8 +263,11 @@ type Summary struct {
 }
 
 const (
-	// Version is the format version that this package writes.
-	Version = 1
+	// Version is the newest format version that this package knows. It writes it where
+	// samples are gone, and else firstVersion: what earlier programs can read, they may.
+	Version = 2
+
+	firstVersion = 1
 
 	headerSize  = 8
 	trailerSize = 16
@@ -287,8 +303,8 @@ func ParseFooter(tail []byte, objectSize int64) (*Footer, error) {
 		return nil, fmt.Errorf("footer: %w", corrupt("no block: its last bytes are %q", trailer[8:]))
 	}
 	version := binary.LittleEndian.Uint32(trailer[4:])
-	if version != Version {
-		return nil, fmt.Errorf("footer: %w: %d, this program reads %d", ErrVersion, version, Version)
+	if version < firstVersion || version > Version {
+		return nil, fmt.Errorf("footer: %w: %d, this program reads %d to %d", ErrVersion, version, firstVersion, Version)
 	}
 	size := int64(binary.LittleEndian.Uint32(trailer))
 	if size > objectSize-headerSize-trailerSize || size > MaxPage+pageHead+pageTail {
@@ -352,13 +368,17 @@ func appendFooter(dst []byte, tenants []TenantSummary, compress bool) []byte {
 		}
 	}
 	page := appendPage(nil, pageFooter, body, compress)
-	return append(dst, appendTrailer(page)...)
+	version := uint32(firstVersion)
+	if slices.ContainsFunc(tenants, func(t TenantSummary) bool { return t.Gone }) {
+		version = Version
+	}
+	return append(dst, appendTrailer(page, version)...)
 }
 
 // appendTrailer appends what follows the page of the footer.
-func appendTrailer(page []byte) []byte {
+func appendTrailer(page []byte, version uint32) []byte {
 	dst := binary.LittleEndian.AppendUint32(page, uint32(len(page)))
-	dst = binary.LittleEndian.AppendUint32(dst, Version)
+	dst = binary.LittleEndian.AppendUint32(dst, version)
 	return append(dst, magic...)
 }
 

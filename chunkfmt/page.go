@@ -54,6 +54,9 @@ const (
 	pageDirectory   pageType = 6
 	pageFooter      pageType = 7
 	pageWindows     pageType = 8
+	// pageGoneDirectory is a directory with Gone: programs that don't know of it fail
+	// rather than miss what is in windows alone.
+	pageGoneDirectory pageType = 9
 
 	pageZstd pageType = 0x80 // the body is its length and a zstd frame
 )

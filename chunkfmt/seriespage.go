@@ -38,6 +38,9 @@ type Entry struct {
 	// Exemplars are the chunks of exemplars that overlap the time asked for,
 	// ascending.
 	Exemplars []Chunk
+	// Gone are the times, whole windows, ascending and apart, of which only summaries
+	// of windows are left. Not to be changed.
+	Gone []Range
 }
 
 // Parts of a series page, each a number, a length in bytes and as many bytes.
@@ -49,6 +52,7 @@ const (
 	partFamilies  = 4
 	partShort     = 5
 	partLong      = 6
+	partGone      = 7
 )
 
 // absent is the id of a label that a series does not have.
@@ -65,6 +69,8 @@ type SeriesPage struct {
 	metas     []metadata.Metadata
 	families  []string // of metas; nil if all have their metric's name
 	metaOf    []uint32 // per series, 0 for none, else index+1 into metas
+	gone      [][]Range
+	goneOf    []uint32 // per series, 0 for none, else index+1 into gone; nil: none is
 }
 
 type labelColumn struct {
@@ -146,6 +152,8 @@ func ParseSeriesPage(b []byte) (*SeriesPage, error) {
 			p.metadata(c)
 		case partFamilies:
 			p.readFamilies(c)
+		case partGone:
+			p.readGone(c)
 		default:
 			c.b = nil
 		}
@@ -201,6 +209,58 @@ func (p *SeriesPage) readFamilies(c *cursor) {
 	for i := range p.families {
 		p.families[i] = c.text()
 	}
+}
+
+func (p *SeriesPage) readGone(c *cursor) {
+	p.gone = make([][]Range, c.count(3))
+	for i := range p.gone {
+		rs := make([]Range, c.count(2))
+		for j := range rs {
+			rs[j] = c.timeRange()
+			if j > 0 && rs[j-1].MaxT >= rs[j].MinT || rs[j].MaxT%rollup.Short != 0 || (rs[j].MinT-1)%rollup.Short != 0 {
+				c.fail("times that are gone: %d to %d", rs[j].MinT, rs[j].MaxT)
+				return
+			}
+		}
+		p.gone[i] = rs
+	}
+	if p.series > len(c.b) {
+		c.fail("ends early")
+		return
+	}
+	p.goneOf = make([]uint32, p.series)
+	for i := range p.goneOf {
+		p.goneOf[i] = uint32(c.bounded("times that are gone", uint64(len(p.gone))))
+	}
+}
+
+// goneAt gives the times of a series of which only summaries are left.
+func (p *SeriesPage) goneAt(i int) []Range {
+	if p.goneOf == nil || p.goneOf[i] == 0 {
+		return nil
+	}
+	return p.gone[p.goneOf[i]-1]
+}
+
+// goneIn says whether there are windows in mint to maxt, both included, of which the
+// samples are gone, and from when to when, cut to whole windows.
+func (p *SeriesPage) goneIn(i int, mint, maxt int64) (r Range, some bool) {
+	r = Range{math.MaxInt64, math.MinInt64}
+	for _, g := range p.goneAt(i) {
+		for _, of := range []*chunkPart{&p.short, &p.long} {
+			if len(of.of) == 0 || !g.Overlaps(mint, maxt) {
+				continue
+			}
+			for _, ref := range of.chunks[of.of[i]:of.of[i+1]] {
+				s := &of.spans[ref.span]
+				if lo, hi := max(g.MinT, s.MinT), min(g.MaxT, s.MaxT); lo <= min(hi, maxt) && hi >= mint {
+					r.add(Range{lo, hi})
+					some = true
+				}
+			}
+		}
+	}
+	return r, some
 }
 
 func (c *cursor) chunkPart(series int) (p chunkPart) {
@@ -364,8 +424,11 @@ func (p *SeriesPage) Select(ms []*labels.Matcher, mint, maxt int64) []Entry {
 // read summaries of windows than samples.
 type WindowEntry struct {
 	Labels labels.Labels
-	// Times are those of the chunks of samples that overlap the time asked for.
+	// Times are those of the chunks of samples that overlap the time asked for, and of
+	// windows whose samples are gone.
 	Times Range
+	// Gone is as in Entry: there are no samples there, but windows may be.
+	Gone []Range
 	// Windows are the chunks of summaries that overlap it, ascending. Their times
 	// are those of whole windows, and Samples is how many windows hold some. Where
 	// there are such chunks, they tell of all samples of the series in the block.
@@ -402,12 +465,19 @@ func (p *SeriesPage) SelectWindows(ms []*labels.Matcher, mint, maxt, width int64
 			continue
 		}
 		times, ok := p.chunks.times(i, mint, maxt)
+		if p.goneOf != nil {
+			if gone, some := p.goneIn(i, mint, maxt); some && ok {
+				times.add(gone)
+			} else if some {
+				times, ok = gone, true
+			}
+		}
 		if !ok {
 			continue
 		}
 		from := len(chunks)
 		chunks = windows.appendTo(chunks, i, mint, maxt)
-		out = append(out, WindowEntry{Labels: p.labels(i, &builder), Times: times, Windows: chunks[from:len(chunks):len(chunks)], page: p, series: i})
+		out = append(out, WindowEntry{Labels: p.labels(i, &builder), Times: times, Gone: p.goneAt(i), Windows: chunks[from:len(chunks):len(chunks)], page: p, series: i})
 	}
 	return out
 }
@@ -421,7 +491,12 @@ func (p *SeriesPage) Entry(i int, mint, maxt int64, builder *labels.ScratchBuild
 		return Entry{}, false
 	}
 	e := Entry{Chunks: p.chunks.select1(i, mint, maxt), Exemplars: p.exemplars.select1(i, mint, maxt)}
-	if e.Chunks == nil && e.Exemplars == nil {
+	if p.goneOf != nil {
+		if _, some := p.goneIn(i, mint, maxt); some {
+			e.Gone = p.goneAt(i)
+		}
+	}
+	if e.Chunks == nil && e.Exemplars == nil && e.Gone == nil {
 		return Entry{}, false
 	}
 	e.Labels = p.labels(i, builder)
@@ -432,6 +507,15 @@ func (p *SeriesPage) Entry(i int, mint, maxt int64, builder *labels.ScratchBuild
 		}
 	}
 	return e, true
+}
+
+// Windows gives the chunks of summaries of a width, rollup.Short or rollup.Long, of
+// the i-th series that overlap mint to maxt, both included, ascending.
+func (p *SeriesPage) Windows(i int, width, mint, maxt int64) []Chunk {
+	if width == rollup.Long {
+		return p.long.select1(i, mint, maxt)
+	}
+	return p.short.select1(i, mint, maxt)
 }
 
 func (p *SeriesPage) labels(i int, b *labels.ScratchBuilder) labels.Labels {
@@ -569,6 +653,10 @@ type seriesBuilder struct {
 	samples   uint64
 
 	shortOf, longOf Summarised
+
+	gone    map[string]uint32 // ids, by what lists
+	lists   []byte            // of times that are gone, each once
+	listsOf []uint32          // per series, up to the last that has one
 }
 
 type familyMetadata struct {
@@ -650,6 +738,27 @@ func (b *seriesBuilder) addMetadata(m metadata.Metadata, family string) {
 		b.bytes += len(m.Unit) + len(m.Help) + len(family)
 	}
 	b.metaOf = binary.AppendUvarint(b.metaOf, uint64(id))
+}
+
+// addGone notes the times that are gone of the series that is being added.
+func (b *seriesBuilder) addGone(rs []Range) {
+	list := binary.AppendUvarint(nil, uint64(len(rs)))
+	for _, r := range rs {
+		list = appendTimeRange(list, r)
+	}
+	id, ok := b.gone[string(list)]
+	if !ok {
+		if b.gone == nil {
+			b.gone = map[string]uint32{}
+		}
+		id = uint32(len(b.gone) + 1)
+		b.gone[string(list)] = id
+		b.lists = append(b.lists, list...)
+	}
+	for len(b.listsOf) < b.series {
+		b.listsOf = append(b.listsOf, 0)
+	}
+	b.listsOf = append(b.listsOf, id)
 }
 
 func (b *chunkBuilder) add(kind Kind, r Range, samples int) {
@@ -737,6 +846,17 @@ func (b *seriesBuilder) appendTo(dst []byte, compress bool) []byte {
 	}
 	if b.long.total > 0 {
 		body = appendPart(body, partLong, b.long.bytes())
+	}
+	if len(b.gone) > 0 {
+		part := append(binary.AppendUvarint(nil, uint64(len(b.gone))), b.lists...)
+		for i := range b.series {
+			id := uint32(0)
+			if i < len(b.listsOf) {
+				id = b.listsOf[i]
+			}
+			part = binary.AppendUvarint(part, uint64(id))
+		}
+		body = appendPart(body, partGone, part)
 	}
 	return appendPage(dst, pageSeries, body, compress)
 }

@@ -39,9 +39,18 @@ func (w *windowsWriter) add(b *seriesBuilder, s *Series, pageBytes int) {
 	w.longRows.Clear()
 	w.summariser.Summarise(&w.shortRows, samples, rollup.Short)
 	rollup.Widen(&w.longRows, &w.shortRows, rollup.Long)
-	put := func(to *chunkBuilder, of *Summarised, page *windowBuilder, rows *rollup.Windows, pages *[][]byte) {
+	w.put(b, samples, &w.shortRows, &w.longRows, false, pageBytes)
+}
+
+// put adds the windows of the next series. If samples are gone, all are kept.
+func (w *windowsWriter) put(b *seriesBuilder, samples *rollup.Samples, short, long *rollup.Windows, gone bool, pageBytes int) {
+	if !gone && (len(samples.Histograms) > 0 || len(samples.T) < minPerWindow) {
+		w.none(b) // no function could do without the samples
+		return
+	}
+	add := func(to *chunkBuilder, of *Summarised, page *windowBuilder, rows *rollup.Windows, pages *[][]byte) {
 		before := to.total
-		if len(samples.T) >= minPerWindow*len(rows.End) {
+		if len(rows.End) > 0 && (gone || len(samples.T) >= minPerWindow*len(rows.End)) {
 			of.Windows += uint64(len(rows.End))
 			of.Samples += uint64(len(samples.T))
 			for i, j := 0, 0; i < len(rows.End); i = j {
@@ -55,8 +64,8 @@ func (w *windowsWriter) add(b *seriesBuilder, s *Series, pageBytes int) {
 		}
 		to.perSeries = binary.AppendUvarint(to.perSeries, uint64(to.total-before))
 	}
-	put(&b.short, &b.shortOf, &w.short, &w.shortRows, &w.shortPages)
-	put(&b.long, &b.longOf, &w.long, &w.longRows, &w.longPages)
+	add(&b.short, &b.shortOf, &w.short, short, &w.shortPages)
+	add(&b.long, &b.longOf, &w.long, long, &w.longPages)
 }
 
 func (w *windowsWriter) endPage(to *chunkBuilder, page *windowBuilder, pages *[][]byte) {

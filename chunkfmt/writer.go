@@ -137,12 +137,31 @@ func (w *Writer) Size() int64 {
 // Add keeps nothing of s.
 func (w *Writer) Add(tenant string, s *Series) error {
 	if w.err == nil {
-		w.err = w.add(tenant, s)
+		w.err = w.add(tenant, s, nil)
 	}
 	return w.err
 }
 
-func (w *Writer) add(tenant string, s *Series) error {
+// Summaries are the windows of a series, where they are known.
+type Summaries struct {
+	// Short and Long are those of all samples, and of those that are gone, with all
+	// columns. Those of a width are left out if they take more than the samples, and
+	// none is gone.
+	Short, Long rollup.Windows
+	// Gone are times, whole short windows, ascending and apart, in which there were
+	// samples of which nothing but the windows is left. The series has none there.
+	Gone []Range
+}
+
+// AddSummarised is Add for a series whose windows are known. It keeps nothing of sums.
+func (w *Writer) AddSummarised(tenant string, s *Series, sums *Summaries) error {
+	if w.err == nil {
+		w.err = w.add(tenant, s, sums)
+	}
+	return w.err
+}
+
+func (w *Writer) add(tenant string, s *Series, sums *Summaries) error {
 	if err := s.valid(); err != nil {
 		return fmt.Errorf("tenant %q: series %s: %w", tenant, s.Labels, err)
 	}
@@ -173,14 +192,50 @@ func (w *Writer) add(tenant string, s *Series) error {
 	w.series.addLabels(s.Labels)
 	w.series.addMetadata(s.Metadata, s.Family)
 	w.addChunks(s)
-	if w.o.Rollups {
+	switch {
+	case sums != nil:
+		if err := w.addSummaries(s, sums); err != nil {
+			return fmt.Errorf("tenant %q: series %s: %w", tenant, s.Labels, err)
+		}
+	case w.o.Rollups:
 		w.windows.add(w.series, s, w.o.PageBytes)
-	} else {
+	default:
 		w.windows.none(w.series)
 	}
 	w.series.series++
 	w.tenant.Series++
 	return w.err
+}
+
+// addSummaries adds windows that are known.
+func (w *Writer) addSummaries(s *Series, sums *Summaries) error {
+	for i, g := range sums.Gone {
+		if g.MinT > g.MaxT || i > 0 && sums.Gone[i-1].MaxT >= g.MinT || (g.MinT-1)%rollup.Short != 0 || g.MaxT%rollup.Short != 0 {
+			return fmt.Errorf("%w: gone are %v", ErrInvalid, sums.Gone)
+		}
+	}
+	w.windows.put(w.series, s.Samples(), &sums.Short, &sums.Long, len(sums.Gone) > 0, w.o.PageBytes)
+	if len(sums.Gone) == 0 {
+		return nil
+	}
+	w.series.addGone(sums.Gone)
+	w.tenant.Gone = true
+	for _, of := range []*rollup.Windows{&sums.Short, &sums.Long} {
+		var times []int64
+		k := 0
+		for i, end := range of.End {
+			for k < len(sums.Gone) && sums.Gone[k].MaxT < end {
+				k++
+			}
+			if k < len(sums.Gone) && sums.Gone[k].MinT <= end {
+				times = append(times, of.FirstT[i], end)
+			}
+		}
+		if len(times) > 0 {
+			w.noteTimes(times)
+		}
+	}
+	return nil
 }
 
 func (s *Series) valid() error {
@@ -390,7 +445,7 @@ func (w *Writer) endTenant() {
 			w.pages[i].Times = Range{}
 		}
 	}
-	d := Directory{Times: w.tenant.Range, Series: w.tenant.Series, Samples: w.tenant.Samples, Level: w.o.Level, pages: w.pages}
+	d := Directory{Times: w.tenant.Range, Series: w.tenant.Series, Samples: w.tenant.Samples, Level: w.o.Level, Gone: w.tenant.Gone, pages: w.pages}
 	var page []byte
 	if len(w.pages) == 1 && len(w.indexes) <= smallTenant {
 		// The directory lies before its only series page and is read with it.
