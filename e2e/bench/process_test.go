@@ -69,7 +69,12 @@ func startAt(tb testing.TB, web, binary string, args ...string) *role {
 // cpu is the user and system time of the process so far.
 func (r *role) cpu(tb testing.TB) time.Duration {
 	tb.Helper()
-	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", r.PID()))
+	return cpuOf(tb, r.Process)
+}
+
+func cpuOf(tb testing.TB, p *testenv.Process) time.Duration {
+	tb.Helper()
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", p.PID()))
 	if err != nil {
 		tb.Fatal(err)
 	}
@@ -100,7 +105,12 @@ func children(tb testing.TB) time.Duration {
 // memory is a field of /proc/PID/status in bytes: VmRSS or VmHWM.
 func (r *role) memory(tb testing.TB, field string) float64 {
 	tb.Helper()
-	f, err := os.Open(fmt.Sprintf("/proc/%d/status", r.PID()))
+	return memoryOf(tb, r.Process, field)
+}
+
+func memoryOf(tb testing.TB, p *testenv.Process, field string) float64 {
+	tb.Helper()
+	f, err := os.Open(fmt.Sprintf("/proc/%d/status", p.PID()))
 	if err != nil {
 		tb.Fatal(err)
 	}
@@ -114,7 +124,7 @@ func (r *role) memory(tb testing.TB, field string) float64 {
 			return kb * 1024
 		}
 	}
-	tb.Fatalf("no %s in the status of process %d", field, r.PID())
+	tb.Fatalf("no %s in the status of process %d", field, p.PID())
 	return 0
 }
 

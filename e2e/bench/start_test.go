@@ -1,10 +1,6 @@
 package bench
 
 import (
-	"fmt"
-	"os"
-	"os/exec"
-	"path/filepath"
 	"testing"
 	"time"
 
@@ -42,30 +38,7 @@ func BenchmarkStart(b *testing.B) {
 		return []string{"--data.dir=" + dir, "--prometheus.data-dir=" + src.dir, "--gateway.url=" + all.url}
 	})
 
-	s3, db := testenv.S3(b), testenv.DynamoDB(b)
-	for _, kv := range s3.Env() {
-		for i := range kv {
-			if kv[i] == '=' {
-				b.Setenv(kv[:i], kv[i+1:])
-				break
-			}
-		}
-	}
-	yml := filepath.Join(b.TempDir(), "epimetheus.yml")
-	text := fmt.Sprintf(`
-objects:
-  type: s3
-  s3: {bucket: %q, endpoint: %q, region: %q, path_style: true}
-index:
-  type: dynamodb
-  dynamodb: {table: rows, endpoint: %q, region: %q}
-`, s3.Bucket, s3.Endpoint, s3.Region, db.Endpoint, db.Region)
-	if err := os.WriteFile(yml, []byte(text), 0o644); err != nil {
-		b.Fatal(err)
-	}
-	if out, err := exec.CommandContext(b.Context(), binary, "tool", "create-table", "--config.file="+yml).CombinedOutput(); err != nil {
-		b.Fatalf("create-table: %v\n%s", err, out)
-	}
+	yml := stores(b, binary, "")
 	member := func(b *testing.B, dir string) []string {
 		b.Helper()
 		return []string{"--config.file=" + yml, "--data.dir=" + dir, "--gossip.listen-address=" + testenv.FreeAddr(b), "--gossip.member-id=one"}

@@ -21,6 +21,7 @@ type source struct {
 	db      *tsdb.DB
 	config  gen.Config
 	targets [][]scraped
+	scrapes int // so far
 }
 
 // scraped is one series of a target.
@@ -40,9 +41,14 @@ func wide(start time.Time, span time.Duration) gen.Config {
 
 func newSource(tb testing.TB, c gen.Config) *source {
 	tb.Helper()
+	return newSourceAt(tb, tb.TempDir(), c)
+}
+
+func newSourceAt(tb testing.TB, dir string, c gen.Config) *source {
+	tb.Helper()
 	opts := tsdb.DefaultOptions()
 	opts.WALCompression = compression.Snappy
-	s := &source{dir: tb.TempDir(), config: c, targets: make([][]scraped, c.Targets)}
+	s := &source{dir: dir, config: c, targets: make([][]scraped, c.Targets)}
 	db, err := tsdb.Open(s.dir, promslog.NewNopLogger(), nil, opts, nil)
 	if err != nil {
 		tb.Fatal(err)
@@ -65,10 +71,14 @@ func newSource(tb testing.TB, c gen.Config) *source {
 func (s *source) scrape(tb testing.TB) int {
 	tb.Helper()
 	n := 0
+	defer func() { s.scrapes++ }()
 	for _, series := range s.targets {
 		app := s.db.Appender(context.Background())
 		for i := range series {
 			one := &series[i]
+			if one.it.K() != s.scrapes {
+				continue // not there yet, or gone
+			}
 			t, v, ok := one.it.Next()
 			if !ok {
 				continue
