@@ -30,6 +30,7 @@ func (c *Chunk) Samples() int {
 // Decoder turns chunks into columns, reusing its memory.
 type Decoder struct {
 	it  chunkenc.Iterator
+	x   xor2
 	one chunkfmt.Series
 }
 
@@ -75,7 +76,11 @@ func reset(s *chunkfmt.Series) {
 // ErrChunk is wrapped by errors about bytes that are not a chunk.
 var ErrChunk = errors.New("invalid chunk")
 
-func (d *Decoder) decode(c Chunk, dst *chunkfmt.Series) error {
+func (d *Decoder) decode(c Chunk, dst *chunkfmt.Series) (err error) {
+	if f := &dst.Floats; f.ST == nil && c.Encoding == chunkenc.EncXOR2 && plainXOR2(c.Data) {
+		f.T, f.V, err = d.x.append(c.Data, f.T, f.V)
+		return err
+	}
 	chunk, err := chunkenc.FromData(c.Encoding, c.Data)
 	if err != nil {
 		return errors.Join(ErrChunk, err)
