@@ -16,7 +16,12 @@ import (
 // binary is the epimetheus that TestMain has built.
 var binary string
 
-func TestMain(m *testing.M) { os.Exit(testMain(m)) }
+func TestMain(m *testing.M) {
+	if len(os.Args) > 3 && os.Args[1] == clockTracer {
+		os.Exit(traceClock(os.Args[2], os.Args[3:]))
+	}
+	os.Exit(testMain(m))
+}
 
 func testMain(m *testing.M) int {
 	dir, err := os.MkdirTemp("", "epimetheus-e2e-")

@@ -45,14 +45,16 @@ type member struct {
 	url string
 	dir string // its data directory
 
-	// Ways to it that the test can cut, if the shape asks for them.
+	// Ways to it that the test can cut, and its clock, if the shape asks for them.
 	grpc, gossip *link
+	clock        *clock
 }
 
 // shape says how a stack of roles differs from the plain one.
 type shape struct {
 	s3, db string // endpoints of the stores, where they aren't the servers' own
 	links  bool   // ingesters are reached through links
+	clocks bool   // each process has a wall clock of its own
 	// replicas of each series; with several each ingester is in a zone of its own.
 	replicas int
 	places   []place
@@ -96,6 +98,10 @@ func (s *stack) start(t *testing.T, web string, args ...string) *member {
 func (s *stack) launch(t *testing.T, m *member, run []string, web string, args ...string) {
 	t.Helper()
 	m.url = "http://" + web
+	if s.shape.clocks {
+		m.clock = newClock(t)
+		run = append(slices.Clone(run), m.clock.run...)
+	}
 	line := append(append(slices.Clone(run), binary), append(args, "--web.listen-address="+web)...)
 	m.Process = testenv.Start(t, testenv.Command{
 		Path: line[0], Args: line[1:], Env: s.env, Ready: testenv.Answering(m.url + "/-/ready"),

@@ -1,8 +1,14 @@
 package ingest
 
 import (
+	"context"
+	"errors"
+	"fmt"
 	"slices"
 	"time"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 
 	"github.com/epimetheus-tsdb/epimetheus/ingest/head"
 	"github.com/epimetheus-tsdb/epimetheus/ingest/ship"
@@ -12,6 +18,98 @@ import (
 // reasonFuture is why a sample is refused that is too far ahead of the clock. It
 // would be in the way for long: of blocks by time, of what the newest sample is.
 const reasonFuture head.Reason = "future"
+
+// A batch waits while its samples are in the future by the clock of this machine
+// but not by that of the source's: one of the two is wrong, and if it is ours, what
+// would be refused would be lost. The source sends elsewhere meanwhile, or its WAL
+// keeps the samples.
+const (
+	clockPoll = time.Second
+	// clockWait is when a stream is ended that waits, since nothing is read from
+	// it: the hello of the next says what the source's clock is by then.
+	clockWait = 10 * time.Second
+)
+
+// errClocks is that of a batch that waits.
+var errClocks = errors.New("clocks differ")
+
+// hearClock notes what the source's machine has for the time. The caller holds
+// s.mu.
+func (s *session) hearClock(ms int64) {
+	s.clock, s.clockAt = ms, time.Now()
+}
+
+// clocksDiffer says by how much the source's clock is ahead of now if samples have
+// to wait for that. The caller holds s.mu.
+func (s *session) clocksDiffer(cols *ship.Columns, now time.Time) time.Duration {
+	if s.clock == 0 {
+		return 0
+	}
+	source := s.clock + time.Since(s.clockAt).Milliseconds()
+	ours, theirs := now.Add(ship.MaxFuture).UnixMilli(), source+ship.MaxFuture.Milliseconds()
+	for _, ts := range [][]int64{cols.Floats.T, cols.Histograms.T, cols.FloatHistograms.T} {
+		if len(ts) == 0 || slices.Max(ts) <= ours {
+			continue
+		}
+		if slices.ContainsFunc(ts, func(t int64) bool { return t > ours && t <= theirs }) {
+			return time.Duration(source-now.UnixMilli()) * time.Millisecond
+		}
+	}
+	return 0
+}
+
+// applyWhenClocksAgree is apply for as long as it waits for clocks.
+func (r *receiver) applyWhenClocksAgree(ctx context.Context, s *session, b *shippb.Batch, dec *ship.Decoder, cols *ship.Columns) error {
+	end := time.Now().Add(clockWait)
+	for {
+		err := r.apply(s, b, dec, cols)
+		s.mu.Lock()
+		ahead := s.waiting
+		s.mu.Unlock()
+		if !errors.Is(err, errClocks) {
+			return err
+		}
+		if time.Now().After(end) {
+			return status.Errorf(codes.Unavailable, "samples are ahead of the clock of ingester %s, which says %s; the clock of their source is %s ahead of it: see to the clocks, nothing is taken meanwhile",
+				r.member, r.now().UTC().Format(time.RFC3339), ahead.Round(time.Second))
+		}
+		select {
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		case <-time.After(clockPoll):
+		}
+	}
+}
+
+// waits notes that the session waits for clocks, or not any more. The caller holds
+// s.mu.
+func (r *receiver) waits(s *session, ahead time.Duration) {
+	if before := s.waiting; (before == 0) != (ahead == 0) {
+		if ahead != 0 {
+			r.logger.Warn("clocks of this ingester and of a source differ: its samples would be from the future, and wait",
+				"tenant", s.id.tenant, "source", fmt.Sprintf("%x", s.source), "source_is_ahead_by", ahead.Round(time.Second))
+		} else {
+			r.logger.Info("clocks of this ingester and of a source agree again", "tenant", s.id.tenant, "source", fmt.Sprintf("%x", s.source))
+		}
+	}
+	s.waiting = ahead
+}
+
+// clocks says how many sessions wait for clocks, and for one how much its source
+// is ahead.
+func (r *receiver) clocks() (n int, ahead time.Duration) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for _, s := range r.sessions {
+		s.mu.Lock()
+		if s.waiting != 0 && (s.stream != nil || time.Since(s.lastSeen) < silenceLimit) {
+			n++
+			ahead = s.waiting
+		}
+		s.mu.Unlock()
+	}
+	return n, ahead
+}
 
 // refuseFuture takes the samples out of a batch that are more than ship.MaxFuture
 // ahead of now. What is left is in cols, and in the batch that is returned: so the

@@ -1,6 +1,9 @@
 package ingest
 
 import (
+	"slices"
+	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -8,10 +11,12 @@ import (
 	"github.com/prometheus/prometheus/model/histogram"
 	"github.com/prometheus/prometheus/model/labels"
 	"github.com/prometheus/prometheus/tsdb/tsdbutil"
+	"google.golang.org/grpc/codes"
 
 	"github.com/epimetheus-tsdb/epimetheus/ingest/head"
 	"github.com/epimetheus-tsdb/epimetheus/ingest/ship"
 	"github.com/epimetheus-tsdb/epimetheus/ingest/ship/shippb"
+	"github.com/epimetheus-tsdb/epimetheus/internal/health"
 )
 
 func TestFutureSamples(t *testing.T) {
@@ -99,5 +104,83 @@ func TestRefuseFuture(t *testing.T) {
 		}
 	}); allocs > 0 {
 		t.Errorf("%v allocations", allocs)
+	}
+}
+
+// TestClocksDiffer: what is in the future by the ingester's clock, but not by that
+// of the source's machine, is not refused. It waits, until one of the clocks is
+// set right.
+func TestClocksDiffer(t *testing.T) {
+	e := start(t, Options{})
+	var behind atomic.Int64 // of the ingester's clock
+	e.receive.now = func() time.Time { return time.Now().Add(-time.Duration(behind.Load())) }
+	open := func(source time.Duration) (*shippb.Hello, *client) {
+		h := hello("a")
+		h.Clock = time.Now().Add(source).UnixMilli()
+		return h, e.mustOpen(h)
+	}
+	now := float64(time.Now().UnixMilli())
+	waits := func(n int) {
+		t.Helper()
+		for deadline := time.Now().Add(time.Minute); ; time.Sleep(time.Millisecond) {
+			if got, _ := e.receive.clocks(); got == n {
+				return
+			} else if time.Now().After(deadline) {
+				t.Fatalf("%d sessions wait, want %d", got, n)
+			}
+		}
+	}
+
+	// Ours is an hour behind. What comes is applied once it is right.
+	behind.Store(int64(time.Hour))
+	_, c := open(0)
+	c.send(c.batch(1, 0, []string{"x"}, 0, 1000, 1, 0, now, 2))
+	waits(1)
+	if d := cmp.Diff(map[string][]float64{}, e.inHead("a")); d != "" {
+		t.Error(d)
+	}
+	e.note()
+	if cs := e.Health().Conditions(); !slices.ContainsFunc(cs, func(c health.Condition) bool { return strings.Contains(c.What, "1h0m0s ahead") }) {
+		t.Errorf("health says %v", cs)
+	}
+	behind.Store(0)
+	c.await(1, 0)
+	waits(0)
+	want := map[string][]float64{`{__name__="x"}`: {1000, 1, now, 2}}
+	if d := cmp.Diff(want, e.inHead("a")); d != "" {
+		t.Error(d)
+	}
+
+	// The source's is an hour ahead, its samples with it. After a while the stream
+	// ends, so that it can say what its clock is now: right. Then these samples are
+	// in the future by both.
+	ahead := now + float64(time.Hour.Milliseconds())
+	h, c := open(time.Hour)
+	c.send(c.batch(1, 0, []string{"y"}, 0, ahead, 1, 0, now, 2))
+	waits(1)
+	c.ends(codes.Unavailable)
+	h2 := again(h, c, 2, 0)
+	h2.Clock = time.Now().UnixMilli()
+	c = e.mustOpen(h2)
+	if !c.welcome.Resumed || c.welcome.Received != 0 {
+		t.Fatalf("welcome %v", c.welcome)
+	}
+	c.send(c.batch(1, 0, []string{"y"}, 0, ahead, 1, 0, now, 2))
+	c.await(1, 0)
+	want[`{__name__="y"}`] = []float64{now, 2}
+	if d := cmp.Diff(want, e.inHead("a")); d != "" {
+		t.Error(d)
+	}
+	if len(c.refused) != 1 || c.refused[0].Reason != "future" || c.refused[0].Samples != 1 {
+		t.Errorf("refused %v", c.refused)
+	}
+
+	// Where all is in the future by both clocks nothing waits; nor where the source
+	// doesn't say what its clock is (TestFutureSamples).
+	_, c = open(-time.Hour)
+	c.send(c.batch(1, 0, []string{"z"}, 0, ahead, 1))
+	c.await(1, 0)
+	if len(c.refused) != 1 || c.refused[0].Samples != 1 {
+		t.Errorf("refused %v", c.refused)
 	}
 }

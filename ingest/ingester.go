@@ -299,6 +299,10 @@ func (i *Ingester) note() {
 		err := i.log.Err()
 		h.Note("log", err != nil, "the commit log is not written until the next flush, a crash would have sources send again: %v", err)
 	}
+	waiting, ahead := i.receive.clocks()
+	i.receive.metrics.clocks.Set(float64(waiting))
+	h.Note("clock", waiting > 0, "the clock of this machine says %s; those of %d sources differ, one is %s ahead: their samples would be from the future, and wait until the clocks agree",
+		i.receive.now().UTC().Format(time.RFC3339), waiting, ahead.Round(time.Second))
 	h.Note("again", i.receive.anyResending(), "a source is sending again what an ingester lost, or has been out of reach for less than %s", sessionTTL)
 }
 

@@ -83,7 +83,7 @@ type Limits struct {
 type receiveMetrics struct {
 	samples, batches, refused *prometheus.CounterVec
 	bytes                     prometheus.Counter
-	streams                   prometheus.Gauge
+	streams, clocks           prometheus.Gauge
 }
 
 func newReceiveMetrics(reg prometheus.Registerer) *receiveMetrics {
@@ -108,8 +108,12 @@ func newReceiveMetrics(reg prometheus.Registerer) *receiveMetrics {
 			Name: "epimetheus_ingester_ship_streams",
 			Help: "Streams of sidecars that are open.",
 		}),
+		clocks: prometheus.NewGauge(prometheus.GaugeOpts{
+			Name: "epimetheus_ingester_clock_waiting_sessions",
+			Help: "Sessions of sources whose samples are in the future by this ingester's clock but not by their own: they wait until the clocks agree.",
+		}),
 	}
-	reg.MustRegister(m.samples, m.batches, m.refused, m.bytes, m.streams)
+	reg.MustRegister(m.clocks, m.samples, m.batches, m.refused, m.bytes, m.streams)
 	for _, o := range []string{"in_order", "late", "duplicate"} {
 		m.samples.WithLabelValues(o)
 	}
@@ -156,6 +160,7 @@ func (r *receiver) Stream(ss shippb.Ship_StreamServer) error {
 	defer r.metrics.streams.Dec()
 
 	s.mu.Lock()
+	s.hearClock(hello.Clock)
 	welcome := &shippb.Welcome{
 		Version: ship.Version, Process: r.process[:], Ingester: r.member,
 		Received: r.acknowledged(s), Durable: s.durable, WindowBytes: r.window, Resumed: resumed,
@@ -259,6 +264,7 @@ func (r *receiver) beat(s *session, b *shippb.Heartbeat) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.lag = time.Duration(b.LagMs) * time.Millisecond
+	s.hearClock(b.Clock)
 	r.sources.hear(s.id.tenant, s.source, b, time.Now())
 	r.setRewinds(s, b.OpenRewinds)
 }
@@ -482,7 +488,7 @@ func (r *receiver) receive(ctx context.Context, ss shippb.Ship_StreamServer, s *
 						return err
 					}
 				}
-				if err := r.apply(s, m.Batch, &dec, &cols); err != nil {
+				if err := r.applyWhenClocksAgree(ctx, s, m.Batch, &dec, &cols); err != nil {
 					return err
 				}
 				silence.Reset(silenceLimit) // the wait was ours
@@ -506,6 +512,14 @@ func (r *receiver) apply(s *session, b *shippb.Batch, dec *ship.Decoder, cols *s
 	if b.Seq != s.received+1 {
 		return status.Errorf(codes.InvalidArgument, "batch %d follows batch %d", b.Seq, s.received)
 	}
+	if err := dec.Decode(b.Columns, cols); err != nil {
+		return status.Errorf(codes.InvalidArgument, "batch %d: %v", b.Seq, err)
+	}
+	now := r.now()
+	ahead := s.clocksDiffer(cols, now)
+	if r.waits(s, ahead); ahead != 0 {
+		return errClocks
+	}
 	known, announced := s.refs.Len(), s.refs.Bytes()
 	defer func() { r.announced.Add(s.refs.Bytes() - announced) }()
 	var refused []uint32
@@ -522,15 +536,12 @@ func (r *receiver) apply(s *session, b *shippb.Batch, dec *ship.Decoder, cols *s
 			return status.Errorf(codes.InvalidArgument, "ref %d announced after %d refs: refs must be dense", a.Ref, s.refs.Len())
 		}
 	}
-	if err := dec.Decode(b.Columns, cols); err != nil {
-		return status.Errorf(codes.InvalidArgument, "batch %d: %v", b.Seq, err)
-	}
 	batch := head.Batch{Columns: cols}
 	if err := checkRefs(&s.refs, cols, b.Withdraw); err != nil {
 		return err
 	}
 	encoded := len(b.Columns)
-	b, future := refuseFuture(b, cols, &s.refs, r.now())
+	b, future := refuseFuture(b, cols, &s.refs, now)
 	for _, e := range b.Exemplars {
 		if !s.refs.Valid(e.Ref) {
 			return unknownRef(e.Ref)

@@ -38,6 +38,11 @@ type session struct {
 	// succeeded: its source has begun another session while it had no stream.
 	succeeded bool
 
+	// What the source's machine had for the time when it last said so.
+	clock   int64 // ms; 0: it has not said
+	clockAt time.Time
+	waiting time.Duration // of clocks that differ: by how much; 0: it doesn't wait
+
 	// For the commit log, if there is one.
 	generation uint64        // that the last batch was applied to; 0: none yet
 	index      uint64        // in the log of that generation; 0: not in it yet

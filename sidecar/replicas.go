@@ -312,7 +312,8 @@ func (s *shipper) declare() {
 		return
 	}
 	c := s.present()
-	s.declaredAt.Store(time.Now().UnixMilli())
+	now := time.Now()
+	s.declaredAt.Store(&now)
 	if old := s.coverage.Load(); old != nil && proto.Equal(old, c) {
 		return
 	}
@@ -327,7 +328,7 @@ func (s *shipper) declare() {
 // declared is what a heartbeat says of copies; any goroutine may call it.
 func (s *shipper) declared() *shippb.Coverage {
 	c := s.coverage.Load()
-	if c != nil && time.Now().UnixMilli()-s.declaredAt.Load() > staleAfter.Milliseconds() {
+	if c != nil && time.Since(*s.declaredAt.Load()) > staleAfter {
 		// Nobody has looked for a while: what has happened since isn't known.
 		return &shippb.Coverage{ReplicationFactor: c.ReplicationFactor}
 	}

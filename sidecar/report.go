@@ -146,7 +146,18 @@ func (s *shipper) note(st *Status, now time.Time) {
 	labelsErr := s.external.lastError()
 	h.Note("labels", labelsErr != nil, "the external labels of Prometheus can't be had, those known last are used: %v", labelsErr)
 	for id, o := range s.owners {
-		h.Note("owner "+id, o.detached, "ingester %s is slow or out of reach: its series go to others", id)
+		var broke error
+		if ss := o.session; ss != nil && now.Sub(ss.progress) > s.opts.DetachAfter {
+			broke = ss.ship.State().Broke
+		}
+		switch {
+		case o.detached && broke != nil:
+			h.Note("owner "+id, true, "ingester %s takes nothing, its series go to others: %v", id, broke)
+		case o.detached:
+			h.Note("owner "+id, true, "ingester %s is slow or out of reach: its series go to others", id)
+		default:
+			h.Note("owner "+id, broke != nil, "ingester %s takes nothing, samples wait in the WAL: %v", id, broke)
+		}
 	}
 	if c := s.choosing.claimer; c != nil {
 		rival := c.rivalSource()

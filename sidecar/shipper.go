@@ -65,7 +65,7 @@ type shipper struct {
 	coverageDue bool                            // what was declared may not hold any more
 	caughtUp    bool                            // all that the WAL held at the start was read
 	coverage    atomic.Pointer[shippb.Coverage] // read by sessions for heartbeats; nil with one replica
-	declaredAt  atomic.Int64                    // when that was last looked at, ms
+	declaredAt  atomic.Pointer[time.Time]       // when that was last looked at
 	refusalsMu  sync.Mutex
 	refusals    []refusedBatch // not entered into ledgers yet
 

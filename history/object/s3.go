@@ -160,12 +160,25 @@ func (m *metrics) countAttempts(stack *middleware.Stack) error {
 		}), "Retry", middleware.After)
 }
 
+// head sends a HEAD once more if it was forbidden. Its answer has no body, so that
+// the SDK doesn't see whether the reason is that the clock of this machine is wrong;
+// but it has taken the right time from the answer, and signs by that from then on.
+func head[O any](send func() (*O, error)) (*O, error) {
+	out, err := send()
+	if resp, ok := errors.AsType[*awshttp.ResponseError](err); ok && resp.HTTPStatusCode() == http.StatusForbidden {
+		return send()
+	}
+	return out, err
+}
+
 // Check reports whether the bucket can be reached with these credentials.
 func (s *S3) Check(ctx context.Context) error {
 	ctx, cancel := s.deadline(ctx, 0)
 	defer cancel()
-	_, err := s.client.HeadBucket(ctx, &s3.HeadBucketInput{Bucket: &s.o.Bucket},
-		func(o *s3.Options) { o.RetryMaxAttempts = 2 }) // who starts a process wants to know
+	_, err := head(func() (*s3.HeadBucketOutput, error) {
+		return s.client.HeadBucket(ctx, &s3.HeadBucketInput{Bucket: &s.o.Bucket},
+			func(o *s3.Options) { o.RetryMaxAttempts = 2 }) // who starts a process wants to know
+	})
 	if err = s3Error(err); err == nil {
 		return nil
 	}
@@ -343,7 +356,9 @@ func (s *S3) Size(ctx context.Context, key string) (int64, error) {
 	}
 	ctx, cancel := s.deadline(ctx, 0)
 	defer cancel()
-	out, err := s.client.HeadObject(ctx, &s3.HeadObjectInput{Bucket: &s.o.Bucket, Key: k})
+	out, err := head(func() (*s3.HeadObjectOutput, error) {
+		return s.client.HeadObject(ctx, &s3.HeadObjectInput{Bucket: &s.o.Bucket, Key: k})
+	})
 	if err != nil {
 		return 0, fmt.Errorf("size of %s: %w", key, s3Error(err))
 	}

@@ -59,7 +59,7 @@ type SessionOptions struct {
 	// 100 ms and 5 s by default.
 	MinBackoff, MaxBackoff time.Duration
 
-	// Heartbeat returns what the next heartbeat says. May be nil.
+	// Heartbeat returns what the next heartbeat says, but for the clock. May be nil.
 	Heartbeat func() *shippb.Heartbeat
 	// Notify is called, from the session's goroutines and without any lock
 	// held, when SessionState may have changed. It must not block. May be nil.
@@ -105,6 +105,7 @@ type SessionState struct {
 	WindowBytes   int64
 	Process       []byte    // of the ingester; nil before its first answer
 	LastAnswer    time.Time // of the ingester; creation of the session if there was none
+	Broke         error     // with which a stream ended; nil if something has been received since
 	Ended         error     // wraps ErrSessionEnded; nil while the session lives
 }
 
@@ -130,6 +131,7 @@ type Session struct {
 	process    []byte
 	connected  bool
 	lastAnswer time.Time
+	broke      error
 	ended      error
 }
 
@@ -162,7 +164,7 @@ func (s *Session) State() SessionState {
 	defer s.mu.Unlock()
 	return SessionState{
 		Connected: s.connected, Received: s.received, Durable: s.durable, Sent: s.nextSeq - 1,
-		InflightBytes: s.bytes, WindowBytes: s.window, LastAnswer: s.lastAnswer, Ended: s.ended, Process: s.process,
+		InflightBytes: s.bytes, WindowBytes: s.window, LastAnswer: s.lastAnswer, Broke: s.broke, Ended: s.ended, Process: s.process,
 	}
 }
 
@@ -239,7 +241,7 @@ func (s *Session) Run(ctx context.Context) (err error) {
 		before := s.State().LastAnswer
 		err := s.stream(ctx, client)
 		s.mu.Lock()
-		s.connected = false
+		s.connected, s.broke = false, err
 		last := s.lastAnswer
 		s.mu.Unlock()
 		s.opts.Notify()
@@ -281,6 +283,7 @@ func (s *Session) stream(ctx context.Context, client shippb.ShipClient) error {
 	hello := &shippb.Hello{
 		Version: clientVersion, Tenant: s.opts.Tenant, Source: s.opts.Source[:], Session: s.id[:],
 		NextSeq: s.nextSeq, Process: s.process, Received: s.received, Client: s.opts.Client,
+		Clock: time.Now().UnixMilli(),
 	}
 	if s.process == nil {
 		hello.NextSeq = 1 // what is queued has never gone out
@@ -377,7 +380,7 @@ func (s *Session) receivedLocked(seq uint64) {
 	if seq <= s.received {
 		return
 	}
-	s.received = seq
+	s.received, s.broke = seq, nil
 	n := 0
 	for n < len(s.queue) && s.queue[n].batch.Seq <= seq {
 		s.bytes -= s.queue[n].size
@@ -404,8 +407,8 @@ func (s *Session) send(ctx context.Context, st grpc.BidiStreamingClient[shippb.T
 		}
 		s.mu.Unlock()
 		if beat {
-			if err := st.Send(&shippb.ToIngester{Message: &shippb.ToIngester_Heartbeat{Heartbeat: s.opts.Heartbeat()}}); err != nil {
-				return s.sendError(ctx, err)
+			if err := s.heartbeat(ctx, st); err != nil {
+				return err
 			}
 		}
 		if b != nil {
@@ -419,11 +422,20 @@ func (s *Session) send(ctx context.Context, st grpc.BidiStreamingClient[shippb.T
 			return context.Cause(ctx)
 		case <-s.work:
 		case <-tick.C:
-			if err := st.Send(&shippb.ToIngester{Message: &shippb.ToIngester_Heartbeat{Heartbeat: s.opts.Heartbeat()}}); err != nil {
-				return s.sendError(ctx, err)
+			if err := s.heartbeat(ctx, st); err != nil {
+				return err
 			}
 		}
 	}
+}
+
+func (s *Session) heartbeat(ctx context.Context, st grpc.BidiStreamingClient[shippb.ToIngester, shippb.ToSidecar]) error {
+	b := s.opts.Heartbeat()
+	b.Clock = time.Now().UnixMilli()
+	if err := st.Send(&shippb.ToIngester{Message: &shippb.ToIngester_Heartbeat{Heartbeat: b}}); err != nil {
+		return s.sendError(ctx, err)
+	}
+	return nil
 }
 
 // sendError waits for the receiving side to learn why, if that is where to look.

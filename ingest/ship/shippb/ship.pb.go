@@ -214,6 +214,7 @@ type Hello struct {
 	Process       []byte                 `protobuf:"bytes,6,opt,name=process,proto3" json:"process,omitempty"`                 // of the process that the session began with; empty for a new session
 	Client        string                 `protobuf:"bytes,7,opt,name=client,proto3" json:"client,omitempty"`                   // name and version, for logs
 	Received      uint64                 `protobuf:"varint,8,opt,name=received,proto3" json:"received,omitempty"`              // what the client was last told as received in this session
+	Clock         int64                  `protobuf:"varint,9,opt,name=clock,proto3" json:"clock,omitempty"`                    // of the source's machine, ms since the epoch; 0: not said
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -300,6 +301,13 @@ func (x *Hello) GetClient() string {
 func (x *Hello) GetReceived() uint64 {
 	if x != nil {
 		return x.Received
+	}
+	return 0
+}
+
+func (x *Hello) GetClock() int64 {
+	if x != nil {
+		return x.Clock
 	}
 	return 0
 }
@@ -681,6 +689,7 @@ type Heartbeat struct {
 	LagMs         int64                  `protobuf:"varint,1,opt,name=lag_ms,json=lagMs,proto3" json:"lag_ms,omitempty"`                   // now minus the newest sample sent by the tail
 	OpenRewinds   uint32                 `protobuf:"varint,2,opt,name=open_rewinds,json=openRewinds,proto3" json:"open_rewinds,omitempty"` // ranges queued to be read again
 	Coverage      *Coverage              `protobuf:"bytes,3,opt,name=coverage,proto3" json:"coverage,omitempty"`                           // absent: each series has one owner
+	Clock         int64                  `protobuf:"varint,4,opt,name=clock,proto3" json:"clock,omitempty"`                                // as in Hello
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -734,6 +743,13 @@ func (x *Heartbeat) GetCoverage() *Coverage {
 		return x.Coverage
 	}
 	return nil
+}
+
+func (x *Heartbeat) GetClock() int64 {
+	if x != nil {
+		return x.Clock
+	}
+	return 0
 }
 
 // What a source that sends each series to several ingesters knows of the copies
@@ -1000,7 +1016,7 @@ const file_ship_ship_proto_rawDesc = "" +
 	"\tToSidecar\x127\n" +
 	"\awelcome\x18\x01 \x01(\v2\x1b.epimetheus.ship.v1.WelcomeH\x00R\awelcome\x12+\n" +
 	"\x03ack\x18\x02 \x01(\v2\x17.epimetheus.ship.v1.AckH\x00R\x03ackB\t\n" +
-	"\amessage\"\xd4\x01\n" +
+	"\amessage\"\xea\x01\n" +
 	"\x05Hello\x12\x18\n" +
 	"\aversion\x18\x01 \x01(\rR\aversion\x12\x16\n" +
 	"\x06tenant\x18\x02 \x01(\tR\x06tenant\x12\x16\n" +
@@ -1009,7 +1025,8 @@ const file_ship_ship_proto_rawDesc = "" +
 	"\bnext_seq\x18\x05 \x01(\x04R\anextSeq\x12\x18\n" +
 	"\aprocess\x18\x06 \x01(\fR\aprocess\x12\x16\n" +
 	"\x06client\x18\a \x01(\tR\x06client\x12\x1a\n" +
-	"\breceived\x18\b \x01(\x04R\breceived\"\xcc\x01\n" +
+	"\breceived\x18\b \x01(\x04R\breceived\x12\x14\n" +
+	"\x05clock\x18\t \x01(\x03R\x05clock\"\xcc\x01\n" +
 	"\aWelcome\x12\x18\n" +
 	"\aversion\x18\x01 \x01(\rR\aversion\x12\x18\n" +
 	"\aprocess\x18\x02 \x01(\fR\aprocess\x12\x1a\n" +
@@ -1038,11 +1055,12 @@ const file_ship_ship_proto_rawDesc = "" +
 	"\x04type\x18\x02 \x01(\tR\x04type\x12\x12\n" +
 	"\x04unit\x18\x03 \x01(\tR\x04unit\x12\x12\n" +
 	"\x04help\x18\x04 \x01(\tR\x04help\x12\x16\n" +
-	"\x06family\x18\x05 \x01(\tR\x06family\"\x7f\n" +
+	"\x06family\x18\x05 \x01(\tR\x06family\"\x95\x01\n" +
 	"\tHeartbeat\x12\x15\n" +
 	"\x06lag_ms\x18\x01 \x01(\x03R\x05lagMs\x12!\n" +
 	"\fopen_rewinds\x18\x02 \x01(\rR\vopenRewinds\x128\n" +
-	"\bcoverage\x18\x03 \x01(\v2\x1c.epimetheus.ship.v1.CoverageR\bcoverage\"\x9d\x01\n" +
+	"\bcoverage\x18\x03 \x01(\v2\x1c.epimetheus.ship.v1.CoverageR\bcoverage\x12\x14\n" +
+	"\x05clock\x18\x04 \x01(\x03R\x05clock\"\x9d\x01\n" +
 	"\bCoverage\x12-\n" +
 	"\x12replication_factor\x18\x01 \x01(\rR\x11replicationFactor\x12\x16\n" +
 	"\x06copies\x18\x02 \x01(\rR\x06copies\x12\x14\n" +
