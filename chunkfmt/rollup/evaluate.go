@@ -111,26 +111,62 @@ func (e *Evaluator) find() {
 	n, end := e.q.Steps, e.w.End
 	e.lo, e.hi, e.edge = resize(e.lo, n), resize(e.hi, n), resize(e.edge, n)
 	clear(e.edge)
+	if k := len(end); k > 0 && end[k-1]-end[0] == int64(k-1)*e.width {
+		// No window is missing. The i-th step's newest is window i·step - before.
+		before, step := (end[0]-e.q.Start)/e.width, e.q.Step/e.width
+		line(e.hi, 1-before, step, int64(k))
+		line(e.lo, 1-before-e.whole/e.width, step, int64(k))
+	} else {
+		e.search()
+	}
+	if e.rest > 0 {
+		from := e.q.Start - e.whole
+		for i, lo := range e.lo {
+			if lo > 0 && end[lo-1] == from {
+				e.edge[i] = e.sticksInto(int(lo)-1, from-e.rest)
+			}
+			from += e.q.Step
+		}
+	}
+	e.cum = resize(e.cum, len(end)+1)
+	e.cum[0] = 0
+	sum, cum := int64(0), e.cum[1:]
+	for j, c := range e.w.Count {
+		sum += int64(c)
+		cum[j] = sum
+	}
+}
+
+// line sets s[i] to at + i·step, but no less than 0 and no more than most. step isn't
+// negative.
+func line(s []int32, at, step, most int64) {
+	i := 0
+	for ; i < len(s) && at < 0; i++ {
+		s[i] = 0
+		at += step
+	}
+	for ; i < len(s) && at < most; i++ {
+		s[i] = int32(at) //nolint:gosec // an index of a slice
+		at += step
+	}
+	for ; i < len(s); i++ {
+		s[i] = int32(most) //nolint:gosec // the length of a slice
+	}
+}
+
+// search sets lo and hi where windows are missing.
+func (e *Evaluator) search() {
+	end := e.w.End
 	lo, hi, t := 0, 0, e.q.Start
-	for i := range n {
+	for i := range e.lo {
 		for hi < len(end) && end[hi] <= t {
 			hi++
 		}
-		from := t - e.whole
-		for lo < hi && end[lo] <= from {
+		for from := t - e.whole; lo < hi && end[lo] <= from; {
 			lo++
 		}
 		e.lo[i], e.hi[i] = int32(lo), int32(hi) //nolint:gosec // a slice has fewer
-		if e.rest > 0 && lo > 0 && end[lo-1] == from {
-			e.edge[i] = e.sticksInto(lo-1, t-e.q.Range)
-		}
 		t += e.q.Step
-	}
-	e.cum = append(e.cum[:0], 0)
-	sum := int64(0)
-	for _, c := range e.w.Count {
-		sum += int64(c)
-		e.cum = append(e.cum, sum)
 	}
 }
 
@@ -189,6 +225,17 @@ func (e *Evaluator) Samples(window, read []int64) {
 		}
 		return
 	}
+	window, read = window[:len(e.hi)], read[:len(e.hi)]
+	if e.q.Step >= e.q.Range { // nothing is in two ranges
+		for i, n := range e.edge {
+			if n != edgeRaw {
+				all := e.cum[e.hi[i]] - e.cum[e.lo[i]] + int64(n)
+				window[i] += all
+				read[i] += all
+			}
+		}
+		return
+	}
 	before := int32(0)
 	for before < int32(len(e.w.End)) && e.w.End[before] <= e.q.Start-e.q.Step { //nolint:gosec // a slice has fewer
 		before++
@@ -196,15 +243,8 @@ func (e *Evaluator) Samples(window, read []int64) {
 	for i, hi := range e.hi {
 		if n := e.edge[i]; n != edgeRaw {
 			lo := e.lo[i]
-			all, fresh := e.cum[hi]-e.cum[lo], e.cum[hi]-e.cum[max(lo, before)]
-			if n > 0 {
-				all += int64(n)
-				if e.q.Step >= e.q.Range {
-					fresh += int64(n)
-				}
-			}
-			window[i] += all
-			read[i] += fresh
+			window[i] += e.cum[hi] - e.cum[lo] + int64(n)
+			read[i] += e.cum[hi] - e.cum[max(lo, before)]
 		}
 		before = hi
 	}
@@ -364,8 +404,9 @@ func (e *Evaluator) rate() {
 	w := e.w
 	counter := e.q.Function != "delta"
 	x := NewExtrapolation(e.q.Function, e.q.Range)
+	single := e.whole == e.width // there is one whole window in a range
 	e.marks = e.marks[:0]
-	if counter {
+	if counter && !single {
 		e.findResets()
 	}
 	r, t := 0, e.q.Start-e.q.Step
@@ -400,21 +441,34 @@ func (e *Evaluator) rate() {
 			if edge > 0 && lo < hi && w.FirstV[lo] < w.LastV[lo-1] {
 				result += w.LastV[lo-1]
 			}
-			for r < len(e.marks) && e.marks[r] < lo {
-				r++
-			}
-			for k := r; k < len(e.marks) && e.marks[k] < hi; k++ {
-				lost := e.lost[k]
-				if e.marks[k] == lo {
-					lost = w.Reset[lo] // what it begins with is not in the range, or has been seen to
+			if single {
+				if lo < hi && w.Reset[lo] != 0 { // -0 stays
+					result += w.Reset[lo]
 				}
-				if lost != 0 { // -0 stays
-					result += lost
-				}
+			} else {
+				r, result = e.addResets(r, lo, hi, result)
 			}
 		}
 		e.out.add(i, x.Result(t, n, firstT, lastT, firstV, result))
 	}
+}
+
+// addResets adds to a range's increase what was lost in resets between its first whole window's
+// beginning and its last one's end. The marks before the r-th lie before it.
+func (e *Evaluator) addResets(r int, lo, hi int32, result float64) (int, float64) {
+	for r < len(e.marks) && e.marks[r] < lo {
+		r++
+	}
+	for k := r; k < len(e.marks) && e.marks[k] < hi; k++ {
+		lost := e.lost[k]
+		if e.marks[k] == lo {
+			lost = e.w.Reset[lo] // what it begins with is not in the range, or has been seen to
+		}
+		if lost != 0 { // -0 stays
+			result += lost
+		}
+	}
+	return r, result
 }
 
 // overlapping: ranges share so much that it pays to put them together from parts.

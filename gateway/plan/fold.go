@@ -104,15 +104,7 @@ func (f *fold) add(series, ls labels.Labels, p *points, annos *annotations.Annot
 	g := f.group(series, ls)
 	switch op {
 	case parser.SUM:
-		for i, s := range p.step {
-			x := p.v[i]
-			if g.n[s] == 0 {
-				g.v[s] = x
-			} else {
-				g.v[s], g.c[s] = kahansum.Inc(x, g.v[s], g.c[s])
-			}
-			g.n[s]++
-		}
+		g.sum(p)
 	case parser.AVG:
 		for i, s := range p.step {
 			g.n[s]++
@@ -156,6 +148,40 @@ func (f *fold) add(series, ls labels.Labels, p *points, annos *annotations.Annot
 		}
 	}
 	return nil
+}
+
+// sum adds the points of a series, as kahansum.Inc does.
+func (g *group) sum(p *points) {
+	for from := 0; from < len(p.step); {
+		// A run of steps that follow each other: nearly always all of them.
+		first, n := int(p.step[from]), len(p.step)-from
+		if int(p.step[len(p.step)-1])-first != n-1 {
+			for n = 1; from+n < len(p.step) && int(p.step[from+n]) == first+n; {
+				n++
+			}
+		}
+		xs := p.v[from : from+n]
+		ns, vs, cs := g.n[first:first+n], g.v[first:first+n], g.c[first:first+n]
+		for i, x := range xs {
+			ns[i]++
+			if ns[i] == 1 {
+				vs[i] = x
+				continue
+			}
+			v := vs[i]
+			sum := v + x
+			vs[i] = sum
+			switch {
+			case math.Abs(v) >= math.Abs(x) && math.Abs(sum) <= math.MaxFloat64:
+				cs[i] += (v - sum) + x
+			case math.Abs(sum) <= math.MaxFloat64:
+				cs[i] += (x - sum) + v
+			default:
+				_, cs[i] = kahansum.Inc(x, v, cs[i]) // it is no number
+			}
+		}
+		from += n
+	}
 }
 
 // average adds to the mean of a step, whose n is up to date.

@@ -30,13 +30,19 @@ var ErrGiveUp = errors.New("not for a kernel")
 // their turn to be put together.
 const batch = 128
 
-// batchSteps bounds the steps of the series of a batch, all together.
-const batchSteps = 4 << 20
+// batchSteps bounds the steps of the series of a batch, all together: their points are
+// to stay in the caches of processors.
+const batchSteps = 128 << 10
 
 // buffers are those of queries that have ended.
 //
 //nolint:gochecknoglobals // scratch memory
 var buffers = sync.Pool{New: func() any { return new(merge.Buffer) }}
+
+// slotsOf are slots of queries that have ended, with their memory for points.
+//
+//nolint:gochecknoglobals // scratch memory
+var slotsOf = sync.Pool{New: func() any { return new(make([]slot, 0, batch)) }}
 
 // slot has room for the computation of one series.
 type slot struct {
@@ -45,6 +51,11 @@ type slot struct {
 	out    points
 	annos  annotations.Annotations
 	raw    []int32 // steps that summaries can't tell, ascending
+}
+
+// drop leaves a slot nothing but memory for its next use; histograms belong to results.
+func (s *slot) drop() {
+	*s = slot{out: points{step: s.out.step, v: s.out.v}, raw: s.raw}
 }
 
 // worker computes series, one after the other.
@@ -99,7 +110,17 @@ func runOver(ctx context.Context, l *Leaf, o options, set storage.SeriesSet, sum
 		defer buffers.Put(buf)
 	}
 	// Points wait for their turn, and their memory is noted after each batch.
-	slots := make([]slot, 0, max(1, min(batch, batchSteps/steps)))
+	pooled, _ := slotsOf.Get().(*[]slot)
+	slots := (*pooled)[:0:min(batch, max(atOnce, batchSteps/steps))]
+	defer func() {
+		slots = slots[:cap(slots)]
+		for i := range slots {
+			slots[i].drop()
+		}
+		if steps <= batchSteps {
+			slotsOf.Put(pooled)
+		}
+	}()
 	for more := true; more; {
 		slots = slots[:0]
 		for len(slots) < cap(slots) {
