@@ -227,32 +227,40 @@ func (d *WindowDecoder) decodeShape(b []byte, n int, width int64) error {
 	if len(b) > 0 {
 		return corrupt("%d bytes behind a shape", len(b))
 	}
+	w.End = w.End[:at+n]
+	w.Count, w.Flags = extend(w.Count, n), extend(w.Flags, n)
+	w.FirstT, w.PrevT, w.LastT = extend(w.FirstT, n), extend(w.PrevT, n), extend(w.LastT, n)
+	ends, counts, flagsOf := w.End[at:][:n], w.Count[at:][:n], w.Flags[at:][:n]
+	firsts, prevs, lasts := w.FirstT[at:][:n], w.PrevT[at:][:n], w.LastT[at:][:n]
+	count, flags, first, last, prev = count[:n], flags[:n], first[:n], last[:n], prev[:n]
 	limit := math.MaxInt64 / width
 	before := -limit
-	for i := range n {
-		end := w.End[at+i]
+	bad, said := int64(0), int64(0)
+	for i, end := range ends {
 		if end <= before || end >= limit {
 			return corrupt("windows out of order")
 		}
 		before = end
 		end *= width
-		f, l, v := first[i], last[i], prev[i]
-		// From the start of the window, exclusive, to its end.
-		if f < 0 || l < 0 || v < 0 || f >= width || l >= width || v > width-1-l-f || count[i] < 0 || count[i] > width ||
-			flags[i] < 0 || flags[i] > math.MaxUint8 || !rollup.Flags(flags[i]).Valid() ||
-			count[i] == 0 && f|l|v != 0 {
-			return corrupt("window %d is of no samples", i)
+		f, l, v, k := first[i], last[i], prev[i], count[i]
+		// From the start of the window, exclusive, to its end. What is not in order is
+		// negative, or makes a difference so.
+		bad |= f | l | v | (width - 1 - f) | (width - 1 - l) | (width - 1 - v) | k | (width - k) | flags[i]
+		if bad >= 0 {
+			bad |= width - 1 - f - l - v
 		}
-		w.End[at+i] = end
-		w.Count = append(w.Count, uint32(count[i]))
-		w.Flags = append(w.Flags, rollup.Flags(flags[i]))
-		w.LastT = append(w.LastT, end-l)
-		w.PrevT = append(w.PrevT, end-l-v)
-		if count[i] == 0 {
-			w.FirstT = append(w.FirstT, end)
-		} else {
-			w.FirstT = append(w.FirstT, end-width+1+f)
+		said |= flags[i]
+		ends[i], counts[i], flagsOf[i] = end, uint32(k), rollup.Flags(flags[i])
+		firsts[i], prevs[i], lasts[i] = end-width+1+f, end-l-v, end-l
+		if k == 0 {
+			firsts[i] = end
+			if f|l|v != 0 {
+				bad = -1
+			}
 		}
+	}
+	if bad < 0 || said > math.MaxUint8 || !rollup.Flags(said).Valid() {
+		return corrupt("there are windows of no samples")
 	}
 	return nil
 }

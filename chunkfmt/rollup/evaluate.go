@@ -404,9 +404,12 @@ func (e *Evaluator) rate() {
 	w := e.w
 	counter := e.q.Function != "delta"
 	x := NewExtrapolation(e.q.Function, e.q.Range)
-	single := e.whole == e.width // there is one whole window in a range
+	if e.whole == e.width && e.rest == 0 {
+		e.rateOfWindows(x)
+		return
+	}
 	e.marks = e.marks[:0]
-	if counter && !single {
+	if counter {
 		e.findResets()
 	}
 	r, t := 0, e.q.Start-e.q.Step
@@ -441,34 +444,47 @@ func (e *Evaluator) rate() {
 			if edge > 0 && lo < hi && w.FirstV[lo] < w.LastV[lo-1] {
 				result += w.LastV[lo-1]
 			}
-			if single {
-				if lo < hi && w.Reset[lo] != 0 { // -0 stays
-					result += w.Reset[lo]
+			for r < len(e.marks) && e.marks[r] < lo {
+				r++
+			}
+			for k := r; k < len(e.marks) && e.marks[k] < hi; k++ {
+				lost := e.lost[k]
+				if e.marks[k] == lo {
+					lost = w.Reset[lo] // what it begins with is not in the range, or has been seen to
 				}
-			} else {
-				r, result = e.addResets(r, lo, hi, result)
+				if lost != 0 { // -0 stays
+					result += lost
+				}
 			}
 		}
 		e.out.add(i, x.Result(t, n, firstT, lastT, firstV, result))
 	}
 }
 
-// addResets adds to a range's increase what was lost in resets between its first whole window's
-// beginning and its last one's end. The marks before the r-th lie before it.
-func (e *Evaluator) addResets(r int, lo, hi int32, result float64) (int, float64) {
-	for r < len(e.marks) && e.marks[r] < lo {
-		r++
+// rateOfWindows is rate where each range is one window: what is asked for most.
+func (e *Evaluator) rateOfWindows(x Extrapolation) {
+	n := len(e.w.End)
+	counts, reset := e.w.Count[:n], e.w.Reset
+	if !x.counter {
+		reset = nil
 	}
-	for k := r; k < len(e.marks) && e.marks[k] < hi; k++ {
-		lost := e.lost[k]
-		if e.marks[k] == lo {
-			lost = e.w.Reset[lo] // what it begins with is not in the range, or has been seen to
+	firstT, firstV, lastT, lastV := e.w.FirstT[:n], e.w.FirstV[:n], e.w.LastT[:n], e.w.LastV[:n]
+	edges, his := e.edge[:len(e.lo)], e.hi[:len(e.lo)]
+	steps, values := resize(e.out.Step, min(n, len(his))), resize(e.out.Value, min(n, len(his)))
+	k, t := 0, e.q.Start
+	for i, lo := range e.lo {
+		if j := int(lo); lo < his[i] && edges[i] == 0 && counts[j] > 1 {
+			increase := lastV[j] - firstV[j]
+			if reset != nil && reset[j] != 0 { // -0 stays
+				increase += reset[j]
+			}
+			steps[k] = int32(i) //nolint:gosec // a slice has fewer
+			values[k] = x.Result(t, int64(counts[j]), firstT[j], lastT[j], firstV[j], increase)
+			k++
 		}
-		if lost != 0 { // -0 stays
-			result += lost
-		}
+		t += e.q.Step
 	}
-	return r, result
+	e.out.Step, e.out.Value = steps[:k], values[:k]
 }
 
 // overlapping: ranges share so much that it pays to put them together from parts.

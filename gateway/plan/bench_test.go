@@ -223,16 +223,7 @@ func loadDeep(b *testing.B, c gen.Config, h *history.History) *tsdb.DB {
 		v float64
 	}
 	held := make([]*next, len(all))
-	byName := make([]int, len(all))
-	for i := range byName {
-		byName[i] = i
-	}
-	slices.SortFunc(byName, func(x, y int) int {
-		if n := strings.Compare(all[x].Labels.Get("__name__"), all[y].Labels.Get("__name__")); n != 0 {
-			return n
-		}
-		return labels.Compare(all[x].Labels, all[y].Labels)
-	})
+	order := byLabels(all)
 	for from := c.Start; from < c.End; from += day {
 		for i, s := range all {
 			s.Floats.T, s.Floats.V = s.Floats.T[:0], s.Floats.V[:0]
@@ -255,7 +246,7 @@ func loadDeep(b *testing.B, c gen.Config, h *history.History) *tsdb.DB {
 		var buf bytes.Buffer
 		w := chunkfmt.NewWriter(&buf, chunkfmt.WriterOptions{Window: history.Window, ChunkSamples: *benchChunk, Rollups: !*benchRaw})
 		var old []storage.Series
-		for _, i := range byName {
+		for _, i := range order {
 			if len(all[i].Floats.T) == 0 {
 				continue
 			}
@@ -288,6 +279,21 @@ func loadDeep(b *testing.B, c gen.Config, h *history.History) *tsdb.DB {
 	db.DisableCompactions()
 	b.Cleanup(func() { _ = db.Close() })
 	return db
+}
+
+// byLabels gives the indexes of series in the order in which blocks have them.
+func byLabels(all []*chunkfmt.Series) []int {
+	order := make([]int, len(all))
+	for i := range order {
+		order[i] = i
+	}
+	slices.SortFunc(order, func(x, y int) int {
+		if n := strings.Compare(all[x].Labels.Get("__name__"), all[y].Labels.Get("__name__")); n != 0 {
+			return n
+		}
+		return labels.Compare(all[x].Labels, all[y].Labels)
+	})
+	return order
 }
 
 func pointsOf(s *chunkfmt.Series) []promql.FPoint {
