@@ -2,13 +2,19 @@ package e2e
 
 import (
 	"bytes"
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"math"
 	"net/http"
+	"net/http/httptest"
+	"net/http/httputil"
+	"net/url"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -17,6 +23,7 @@ import (
 
 	"github.com/epimetheus-tsdb/epimetheus/gateway"
 	"github.com/epimetheus-tsdb/epimetheus/history/choice"
+	"github.com/epimetheus-tsdb/epimetheus/ingest/ring"
 	"github.com/epimetheus-tsdb/epimetheus/internal/audit"
 	"github.com/epimetheus-tsdb/epimetheus/internal/testenv"
 )
@@ -39,8 +46,107 @@ func TestPairRoles(t *testing.T) {
 	pair(t, startRoles(t, testenv.S3(t)))
 }
 
+// ways are those of one replica, which the test can make bad: of its sidecar to
+// each gateway and each ingester, and of its Prometheus to the target.
+type ways struct {
+	gateways, ingesters []*link
+	target              *link
+}
+
+func set(links []*link, b trouble) {
+	for _, k := range links {
+		k.set(b)
+	}
+}
+
+// startWays makes the ways. The sidecar gets to know the ingesters by addresses of
+// its own, since gateways tell it through a proxy.
+func startWays(t *testing.T, s *stack, target string) (w *ways, gateways []string) {
+	t.Helper()
+	w = &ways{target: startLink(t, target)}
+	var mu sync.Mutex
+	to := map[string]*link{} // by the ingester's address
+	for _, g := range s.gateways {
+		u, err := url.Parse(g.url)
+		if err != nil {
+			t.Fatal(err)
+		}
+		proxy := httputil.NewSingleHostReverseProxy(u)
+		proxy.ModifyResponse = func(r *http.Response) error {
+			if r.Request.URL.Path != "/api/v1/ring" || r.StatusCode != http.StatusOK {
+				return nil
+			}
+			var snap ring.Snapshot
+			if err := json.NewDecoder(r.Body).Decode(&snap); err != nil {
+				return err
+			}
+			mu.Lock()
+			defer mu.Unlock()
+			for i, m := range snap.Members {
+				if to[m.Address] == nil {
+					return fmt.Errorf("ingester at %s is unknown", m.Address)
+				}
+				snap.Members[i].Address = to[m.Address].addr
+			}
+			b, err := json.Marshal(snap)
+			if err != nil {
+				return err
+			}
+			r.Body.Close()
+			r.Body, r.ContentLength = io.NopCloser(bytes.NewReader(b)), int64(len(b))
+			r.Header.Set("Content-Length", fmt.Sprint(len(b)))
+			return nil
+		}
+		srv := httptest.NewServer(proxy)
+		t.Cleanup(srv.Close)
+		k := startLink(t, strings.TrimPrefix(srv.URL, "http://"))
+		w.gateways = append(w.gateways, k)
+		gateways = append(gateways, "http://"+k.addr)
+	}
+	code, body, err := raw(t.Context(), s.gateways[0].url+"/api/v1/ring", haTenant)
+	var snap ring.Snapshot
+	if err == nil {
+		err = json.Unmarshal(body, &snap)
+	}
+	if err != nil || code != http.StatusOK || len(snap.Members) != len(s.ingesters) {
+		t.Fatalf("ring: %d %s, %v", code, body, err)
+	}
+	mu.Lock()
+	defer mu.Unlock()
+	for _, m := range snap.Members {
+		to[m.Address] = startLink(t, m.Address)
+		w.ingesters = append(w.ingesters, to[m.Address])
+	}
+	return w, gateways
+}
+
+// raw is the body of an answer.
+func raw(ctx context.Context, url, tenant string) (int, []byte, error) {
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
+	if err != nil {
+		return 0, nil, err
+	}
+	req.Header.Set(gateway.TenantHeader, tenant)
+	resp, err := http.DefaultClient.Do(req)
+	if err != nil {
+		return 0, nil, err
+	}
+	defer resp.Body.Close()
+	b, err := io.ReadAll(resp.Body)
+	return resp.StatusCode, b, err
+}
+
 // startReplica starts one of several Prometheis that scrape a target.
 func startReplica(t *testing.T, s *stack, name, target string) *tenant {
+	t.Helper()
+	var gateways []string
+	for _, g := range s.gateways {
+		gateways = append(gateways, g.url)
+	}
+	return startReplicaBy(t, s, name, target, gateways)
+}
+
+func startReplicaBy(t *testing.T, s *stack, name, target string, gateways []string) *tenant {
 	t.Helper()
 	n := &tenant{name: name}
 	n.prom = testenv.Prometheus(t, "", fmt.Sprintf(`
@@ -51,14 +157,15 @@ scrape_configs:
 - job_name: all
   scrape_native_histograms: true
   static_configs: [{targets: ['%s']}]
+  relabel_configs: [{target_label: instance, replacement: target}]
 `, haScrape, name, target))
 	args := []string{
 		"sidecar", "--data.dir=" + n.sidecarDir(s), "--tenant=" + haTenant, "--ha.replica-label=replica",
 		"--prometheus.data-dir=" + n.prom.Dir, "--prometheus.url=" + n.prom.URL,
 		"--config.file=" + writeFile(t, s.dir, "sidecar-"+name+".yml", fmt.Sprintf("sidecar: {ha: {lease: %s}}\n", haLease)),
 	}
-	for _, g := range s.gateways {
-		args = append(args, "--gateway.url="+g.url)
+	for _, g := range gateways {
+		args = append(args, "--gateway.url="+g)
 	}
 	n.sidecar = s.start(t, testenv.FreeAddr(t), args...)
 	return n
@@ -119,6 +226,76 @@ func pair(t *testing.T, s *stack) {
 	b.sidecar.restart(t)
 	pause(ctx, 2*haLease)
 
+	stopPair(t, gw, began, a, b)
+}
+
+// TestPairCut: of two Prometheis that scrape the same target first the chosen one's
+// sidecar is cut off from the gateways, where it claims, then from the ingesters,
+// then its Prometheus from the target.
+func TestPairCut(t *testing.T) {
+	t.Parallel()
+	ctx := t.Context()
+	s := startRoles(t, testenv.S3(t))
+	began := time.Now().Add(-time.Second)
+	target := startExporter(t)
+	gw := s.gateways[0].url
+	chosen := func(n *tenant) {
+		t.Helper()
+		metricIs(t, 4*haLease, n.sidecar.url, "epimetheus_sidecar_ha_chosen", func(v float64) bool { return v == 1 })
+	}
+	way := map[*tenant]*ways{}
+	start := func(name string) *tenant {
+		w, gateways := startWays(t, s, target)
+		n := startReplicaBy(t, s, name, w.target.addr, gateways)
+		way[n] = w
+		return n
+	}
+	a := start("a")
+	metricIs(t, 30*time.Second, a.sidecar.url, "epimetheus_sidecar_shipped_samples_total", more(0))
+	b := start("b")
+	metricIs(t, 30*time.Second, b.sidecar.url, "epimetheus_sidecar_dropped_samples_total", more(0))
+	chosen(a)
+	pause(ctx, 5*time.Second)
+
+	step(t, "the chosen one's sidecar is cut off from the gateways: the other is chosen, its own samples wait")
+	set(way[a].gateways, trouble{refuse: true})
+	chosen(b)
+	metricIs(t, haLease, a.sidecar.url, "epimetheus_sidecar_ha_held_seconds", more(0))
+	pause(ctx, 5*time.Second)
+	set(way[a].gateways, trouble{})
+	metricIs(t, haLease, a.sidecar.url, "epimetheus_sidecar_ha_held_seconds", func(v float64) bool { return v == 0 })
+	pause(ctx, 3*time.Second)
+
+	step(t, "the other one's, which is chosen now, doesn't get an answer from them")
+	set(way[b].gateways, trouble{stall: true})
+	chosen(a)
+	pause(ctx, 3*time.Second)
+	set(way[b].gateways, trouble{})
+
+	step(t, "the chosen one's sidecar is cut off from the ingesters")
+	shipped := "epimetheus_sidecar_shipped_samples_total"
+	set(way[a].ingesters, trouble{refuse: true})
+	pause(ctx, 2*haLease)
+	before, err := metric(ctx, a.sidecar.url, shipped)
+	if err != nil {
+		t.Fatal(err)
+	}
+	set(way[a].ingesters, trouble{})
+	metricIs(t, haLease, a.sidecar.url, shipped, more(before))
+
+	step(t, "the Prometheus of each in turn can't reach the target")
+	for _, n := range []*tenant{a, b} {
+		way[n].target.set(trouble{refuse: true})
+		pause(ctx, 3*time.Second)
+		way[n].target.set(trouble{})
+		pause(ctx, 2*time.Second)
+	}
+	stopPair(t, gw, began, a, b)
+}
+
+// stopPair stops both, and looks at what is kept.
+func stopPair(t *testing.T, gw string, began time.Time, a, b *tenant) {
+	t.Helper()
 	step(t, "both are stopped")
 	for _, n := range []*tenant{a, b} {
 		if code, err := n.prom.Stop(); err != nil || code != 0 {
