@@ -102,7 +102,7 @@ func (q *querier) tenant(name string) (storage.Querier, error) {
 
 // Selection is what the planner asks for. It is nil if there are several tenants:
 // their queries are the engine's.
-func (q *querier) Selection(ctx context.Context, hints *storage.SelectHints, ms ...*labels.Matcher) *merge.Selection {
+func (q *querier) Selection(ctx context.Context, newest bool, hints *storage.SelectHints, ms ...*labels.Matcher) *merge.Selection {
 	all := tenantsOf(ctx)
 	if len(all) != 1 {
 		return nil
@@ -112,7 +112,7 @@ func (q *querier) Selection(ctx context.Context, hints *storage.SelectHints, ms 
 		return nil // the engine runs into it
 	}
 	if m, ok := one.(*merge.Querier); ok {
-		return m.Selection(ctx, hints, ms...)
+		return m.Selection(ctx, newest, hints, ms...)
 	}
 	return nil
 }

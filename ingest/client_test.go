@@ -171,12 +171,27 @@ func (e *env) samplesReceived(outcome string) float64 {
 	return testutil.ToFloat64(e.receive.metrics.samples.WithLabelValues(outcome))
 }
 
+// selected gives what the fetch protocol answers, all generations together.
+func (e *env) selected(tenant string) ([]fetch.Series, error) {
+	e.t.Helper()
+	lists, _, err := fetch.NewClient(e.conn, fetch.NewNames(1<<20, prometheus.NewRegistry())).Select(e.t.Context(), fetch.Query{
+		Tenant: tenant, MinT: math.MinInt64, MaxT: math.MaxInt64,
+	})
+	out := slices.Concat(lists...)
+	slices.SortStableFunc(out, func(a, b fetch.Series) int { return labels.Compare(a.Labels, b.Labels) })
+	for i := len(out) - 1; i > 0; i-- {
+		if labels.Equal(out[i-1].Labels, out[i].Labels) {
+			out[i-1].Chunks = append(out[i-1].Chunks, out[i].Chunks...)
+			out = slices.Delete(out, i, i+1)
+		}
+	}
+	return out, err
+}
+
 // inHead gives times and values of the series that the fetch protocol answers.
 func (e *env) inHead(tenant string) map[string][]float64 {
 	e.t.Helper()
-	found, _, err := fetch.NewClient(e.conn).Select(e.t.Context(), fetch.Query{
-		Tenant: tenant, MinT: math.MinInt64, MaxT: math.MaxInt64,
-	}, false)
+	found, err := e.selected(tenant)
 	if err != nil {
 		e.t.Fatal(err)
 	}

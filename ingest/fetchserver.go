@@ -1,7 +1,9 @@
 package ingest
 
 import (
+	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"sync/atomic"
 	"time"
@@ -62,8 +64,8 @@ func (f *fetcher) Select(req *fetchpb.SelectRequest, ss fetchpb.Fetch_SelectServ
 		return status.Error(codes.InvalidArgument, err.Error())
 	}
 	found, hd, err := f.head.Select(ss.Context(), fetch.Query{
-		Tenant: req.Tenant, MinT: req.Mint, MaxT: req.Maxt, Matchers: ms, Limit: int(req.Limit),
-	}, req.LabelsOnly)
+		Tenant: req.Tenant, MinT: req.Mint, MaxT: req.Maxt, Matchers: ms, Limit: int(req.Limit), LabelsOnly: req.LabelsOnly,
+	})
 	if err != nil {
 		return toStatus(err)
 	}
@@ -89,6 +91,59 @@ func (f *fetcher) Select(req *fetchpb.SelectRequest, ss fetchpb.Fetch_SelectServ
 			return err
 		}
 		resp, size = &fetchpb.SelectResponse{}, 0
+	}
+	return nil
+}
+
+func (f *fetcher) Read(req *fetchpb.ReadRequest, ss fetchpb.Fetch_ReadServer) error {
+	if err := f.begin("read"); err != nil {
+		return err
+	}
+	ms, err := fetch.ToMatchers(req.Matchers)
+	if err != nil {
+		return status.Error(codes.InvalidArgument, err.Error())
+	}
+	hd, found := f.head.Read(ss.Context(), fetch.Query{
+		Tenant: req.Tenant, MinT: req.Mint, MaxT: req.Maxt, Matchers: ms, Limit: int(req.Limit), LabelsOnly: req.LabelsOnly, Newest: req.Newest,
+	}, messageBytes)
+	if err := ss.Send(&fetchpb.ReadResponse{Header: f.header(req.Tenant, hd)}); err != nil {
+		return err
+	}
+	for c, err := range found {
+		if err != nil {
+			return toStatus(err)
+		}
+		if err := ss.Send(c.Message(req.Mint)); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (f *fetcher) Series(req *fetchpb.SeriesRequest, ss fetchpb.Fetch_SeriesServer) error {
+	if err := f.begin("series"); err != nil {
+		return err
+	}
+	if !bytes.Equal(req.Start, f.start) {
+		return status.Error(codes.NotFound, "references of before the ingester was restarted")
+	}
+	var sets fetch.LabelSets
+	err := f.head.Series(req.Tenant, req.Generation, req.Refs, func(ls labels.Labels) error {
+		if sets.Add(ls); sets.Bytes() < messageBytes {
+			return nil
+		}
+		return ss.Send(sets.Take())
+	})
+	switch {
+	case errors.Is(err, head.ErrGone):
+		return status.Error(codes.NotFound, err.Error())
+	case errors.Is(err, head.ErrUnknownRef):
+		return status.Error(codes.InvalidArgument, err.Error())
+	case err != nil:
+		return err
+	}
+	if last := sets.Take(); last != nil {
+		return ss.Send(last)
 	}
 	return nil
 }

@@ -142,7 +142,7 @@ func TestHeldBackAlone(t *testing.T) {
 	}
 	a.await(1, 1)
 	e.in(t, "a", 1, 1000, 1)
-	if _, hd, err := e.head.Select(t.Context(), queryAll("a"), false); err != nil || len(hd.Blocks) != 1 || hd.Blocks[0] == id {
+	if _, hd, err := e.head.Select(t.Context(), queryAll("a")); err != nil || len(hd.Blocks) != 1 || hd.Blocks[0] == id {
 		t.Errorf("the head names %v, %v; %s was condemned", hd.Blocks, err, id)
 	}
 }

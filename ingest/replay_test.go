@@ -28,7 +28,6 @@ import (
 
 	"github.com/epimetheus-tsdb/epimetheus/history/index"
 	"github.com/epimetheus-tsdb/epimetheus/ingest/commitlog"
-	"github.com/epimetheus-tsdb/epimetheus/ingest/fetch"
 	"github.com/epimetheus-tsdb/epimetheus/ingest/ship"
 	"github.com/epimetheus-tsdb/epimetheus/ingest/ship/shippb"
 )
@@ -364,7 +363,7 @@ func TestReplayOfEverything(t *testing.T) {
 	state := func(e *env) string {
 		var out strings.Builder
 		fmt.Fprintln(&out, e.Size().Series, e.Size().Samples)
-		found, _, err := fetch.NewClient(e.conn).Select(t.Context(), fetch.Query{Tenant: "a", MinT: math.MinInt64, MaxT: math.MaxInt64}, false)
+		found, err := e.selected("a")
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -430,7 +429,7 @@ func TestNotBeforeReplay(t *testing.T) {
 	if _, err := e.open(hello("a")); status.Code(err) != codes.Unavailable || !strings.Contains(err.Error(), "starting") {
 		t.Errorf("stream: %v", err)
 	}
-	if _, _, err := fetch.NewClient(e.conn).Select(t.Context(), fetch.Query{Tenant: "a"}, false); status.Code(errors.Unwrap(err)) != codes.Unavailable && !strings.Contains(err.Error(), "starting") {
+	if _, err := e.selected("a"); status.Code(errors.Unwrap(err)) != codes.Unavailable && !strings.Contains(err.Error(), "starting") {
 		t.Errorf("select: %v", err)
 	}
 	if err := i.Replay(t.Context()); err != nil {

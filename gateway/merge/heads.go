@@ -45,8 +45,13 @@ func timeout(ctx context.Context) time.Duration {
 // maxAnswer bounds a message of an ingester, in bytes.
 const maxAnswer = 64 << 20
 
+// maxNames bounds the labels of series in heads that are kept, in bytes: those of a
+// million, about.
+const maxNames = 256 << 20
+
 // Heads asks the ingesters of the ring. Close it after use.
 type Heads struct {
+	names   *fetch.Names
 	live    *ring.Live
 	dial    []grpc.DialOption
 	logger  *slog.Logger
@@ -64,7 +69,8 @@ type Heads struct {
 // NewHeads uses dial for each connection: transport security goes there.
 func NewHeads(live *ring.Live, logger *slog.Logger, reg prometheus.Registerer, dial ...grpc.DialOption) *Heads {
 	h := &Heads{
-		live: live, dial: append(dial, grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxAnswer))),
+		names: fetch.NewNames(maxNames, reg),
+		live:  live, dial: append(dial, grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxAnswer))),
 		logger: logger, conns: map[string]*grpc.ClientConn{}, heard: map[string]map[string]heard{}, known: map[uint32]time.Time{},
 		failed: prometheus.NewCounter(prometheus.CounterOpts{
 			Name: "epimetheus_gateway_head_failures_total",
@@ -121,7 +127,7 @@ func (h *Heads) client(address string, members []ring.Member) (*fetch.Client, er
 		}
 		h.conns[address] = c
 	}
-	return fetch.NewClient(c), nil
+	return fetch.NewClient(c, h.names), nil
 }
 
 // answer is what one ingester said.

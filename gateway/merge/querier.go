@@ -86,10 +86,12 @@ func (q *Querier) Select(ctx context.Context, _ bool, hints *storage.SelectHints
 }
 
 // Selection asks the heads at once; the series are read when Set is called. The
-// selection is good until the Querier is closed.
-func (q *Querier) Selection(ctx context.Context, hints *storage.SelectHints, ms ...*labels.Matcher) *Selection {
+// selection is good until the Querier is closed. With newest, of each series only the
+// newest sample is wanted, and heads may give no others.
+func (q *Querier) Selection(ctx context.Context, newest bool, hints *storage.SelectHints, ms ...*labels.Matcher) *Selection {
 	ctx, cancel := context.WithCancel(ctx)
 	sel := newSelection(ctx, q, hints, ms)
+	sel.newest = newest
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	if q.closed {

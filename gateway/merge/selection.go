@@ -22,11 +22,12 @@ type Selection struct {
 	matchers   []*labels.Matcher
 	hints      storage.SelectHints
 	mint, maxt int64 // inclusive, ms
+	newest     bool  // of each series only the newest sample is wanted
 
 	ready    chan struct{} // closed when the fields below are set
 	err      error
 	warnings annotations.Annotations
-	heads    [][]fetch.Series // of each ingester, ascending in labels
+	heads    [][]fetch.Series // of the ingesters, each ascending in labels
 	snap     *history.Snapshot
 
 	series atomic.Int64 // the most that one set of them has given
@@ -62,8 +63,9 @@ func (s *Selection) open(ctx context.Context) {
 		}
 		labelsOnly = !hides
 	}
-	as, since, warnings, err := ask(ctx, s.q.s.heads, tenant, func(ctx context.Context, c *fetch.Client) ([]fetch.Series, fetch.Header, error) {
-		return c.Select(ctx, fetch.Query{Tenant: tenant, MinT: s.mint, MaxT: s.maxt, Matchers: s.matchers}, labelsOnly)
+	fq := fetch.Query{Tenant: tenant, MinT: s.mint, MaxT: s.maxt, Matchers: s.matchers, LabelsOnly: labelsOnly, Newest: s.newest}
+	as, since, warnings, err := ask(ctx, s.q.s.heads, tenant, func(ctx context.Context, c *fetch.Client) ([][]fetch.Series, fetch.Header, error) {
+		return c.Select(ctx, fq)
 	})
 	if err != nil {
 		s.err = class(ctx, err)
@@ -72,14 +74,16 @@ func (s *Selection) open(ctx context.Context) {
 	s.warnings = warnings
 	bytes := int64(0)
 	for _, a := range as {
-		for i := range a.value {
-			for _, c := range a.value[i].Chunks {
-				bytes += int64(len(c.Data))
+		for _, list := range a.value {
+			for i := range list {
+				for _, c := range list[i].Chunks {
+					bytes += int64(len(c.Data))
+				}
 			}
-		}
-		if len(a.value) > 0 {
-			s.heads = append(s.heads, a.value)
-			bytes += seriesBytes * int64(len(a.value))
+			if len(list) > 0 {
+				s.heads = append(s.heads, list)
+				bytes += seriesBytes * int64(len(list))
+			}
 		}
 	}
 	account.From(ctx).AddHeadBytes(bytes)
@@ -88,8 +92,9 @@ func (s *Selection) open(ctx context.Context) {
 	s.snap, s.err = snap, class(ctx, err)
 }
 
-// seriesBytes is about what a series of a head takes beside its samples.
-const seriesBytes = 256
+// seriesBytes is about what a series of a head takes beside its samples; labels are
+// kept for all queries.
+const seriesBytes = 128
 
 // Wait waits until the heads have answered and the blocks are listed, and gives
 // why they can't be.

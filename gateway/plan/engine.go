@@ -251,7 +251,7 @@ func (q *query) Cancel() {
 // below. The others, such as one of several tenants, are the engine's: they give
 // nil.
 type selector interface {
-	Selection(ctx context.Context, hints *storage.SelectHints, ms ...*labels.Matcher) *merge.Selection
+	Selection(ctx context.Context, newest bool, hints *storage.SelectHints, ms ...*labels.Matcher) *merge.Selection
 }
 
 // compute fills in the results of all leaves.
@@ -259,7 +259,7 @@ func (q *query) compute(ctx context.Context) (annos annotations.Annotations, err
 	sels := make([]*merge.Selection, len(q.leaves))
 	for i, l := range q.leaves { // all begin to read
 		if s, ok := q.one.querier.(selector); ok {
-			sels[i] = s.Selection(ctx, l.hints(), l.Selector.LabelMatchers...)
+			sels[i] = s.Selection(ctx, l.newest(), l.hints(), l.Selector.LabelMatchers...)
 		}
 	}
 	for i, l := range q.leaves {

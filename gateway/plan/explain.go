@@ -81,7 +81,7 @@ func (q *query) explain(ctx context.Context, e *Explanation) *promql.Result {
 		return empty
 	}
 	read := func(hints *storage.SelectHints, ms []*labels.Matcher) (*merge.Selection, error) {
-		sel := s.Selection(ctx, hints, ms...)
+		sel := s.Selection(ctx, false, hints, ms...)
 		if sel == nil {
 			return nil, nil //nolint:nilnil // of several tenants
 		}

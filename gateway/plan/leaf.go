@@ -84,6 +84,9 @@ func (l *Leaf) hints() *storage.SelectHints {
 	return h
 }
 
+// newest: of each series only the newest sample matters.
+func (l *Leaf) newest() bool { return l.Call == nil && l.Grid.Len() == 1 }
+
 // functions over range vectors that may be leaves.
 //
 //nolint:gochecknoglobals // a constant table

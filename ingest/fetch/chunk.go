@@ -3,6 +3,7 @@ package fetch
 import (
 	"encoding/binary"
 	"errors"
+	"fmt"
 	"math"
 	"slices"
 
@@ -19,8 +20,14 @@ type Chunk struct {
 	Data       []byte
 }
 
+// Sample is the encoding of a chunk that is one float: the 8 bytes of its bits.
+const Sample = chunkenc.EncNone
+
 // Samples is how many the chunk says that it has.
 func (c *Chunk) Samples() int {
+	if c.Encoding == Sample {
+		return 1
+	}
 	if len(c.Data) < 2 {
 		return 0
 	}
@@ -77,6 +84,14 @@ func reset(s *chunkfmt.Series) {
 var ErrChunk = errors.New("invalid chunk")
 
 func (d *Decoder) decode(c Chunk, dst *chunkfmt.Series) (err error) {
+	if f := &dst.Floats; c.Encoding == Sample {
+		if len(c.Data) != 8 {
+			return fmt.Errorf("%w: a sample of %d bytes", ErrChunk, len(c.Data))
+		}
+		f.ST = AppendStart(f.ST, len(f.T), 0)
+		f.T, f.V = append(f.T, c.MinT), append(f.V, math.Float64frombits(binary.BigEndian.Uint64(c.Data)))
+		return nil
+	}
 	if f := &dst.Floats; f.ST == nil && c.Encoding == chunkenc.EncXOR2 && plainXOR2(c.Data) {
 		f.T, f.V, err = d.x.append(c.Data, f.T, f.V)
 		return err

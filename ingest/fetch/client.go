@@ -14,6 +14,8 @@ import (
 	"github.com/prometheus/prometheus/model/metadata"
 	"github.com/prometheus/prometheus/tsdb/chunkenc"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 
 	"github.com/epimetheus-tsdb/epimetheus/chunkfmt"
 	"github.com/epimetheus-tsdb/epimetheus/ingest/fetch/fetchpb"
@@ -64,31 +66,47 @@ type Query struct {
 	Tenant     string
 	MinT, MaxT int64
 	Matchers   []*labels.Matcher
-	Limit      int // of series or values; 0: none
+	Limit      int  // of series or values; 0: none
+	LabelsOnly bool // no samples are wanted
+	// Newest: of each series only the newest of its samples in the time range is
+	// wanted. There may be more of them.
+	Newest bool
 }
 
 // Client reads the head of one ingester. It is safe for concurrent use; the
 // caller sets deadlines.
 type Client struct {
-	rpc fetchpb.FetchClient
+	rpc   fetchpb.FetchClient
+	names *Names
 }
 
-// NewClient uses a connection that the caller owns.
-func NewClient(conn grpc.ClientConnInterface) *Client {
-	return &Client{rpc: fetchpb.NewFetchClient(conn)}
+// NewClient uses a connection that the caller owns, and keeps labels in names.
+func NewClient(conn grpc.ClientConnInterface, names *Names) *Client {
+	return &Client{rpc: fetchpb.NewFetchClient(conn), names: names}
 }
 
 // errProtocol is wrapped by errors about answers that break the protocol.
 var errProtocol = errors.New("fetch protocol broken")
 
-// Select gives the series that match and have samples in the time range,
-// ascending in labels.
-func (c *Client) Select(ctx context.Context, q Query, labelsOnly bool) ([]Series, Header, error) {
+// Select gives the series that match and have samples in the time range, as lists
+// that each ascend in labels.
+func (c *Client) Select(ctx context.Context, q Query) ([][]Series, Header, error) {
+	out, hd, err := c.read(ctx, q)
+	if code := status.Code(err); code != codes.Unimplemented && code != codes.NotFound {
+		return out, hd, err
+	}
+	// The ingester is of an earlier version, or has just dropped what it spoke of.
+	all, hd, err := c.whole(ctx, q)
+	return [][]Series{all}, hd, err
+}
+
+// whole is Select with the labels of all series.
+func (c *Client) whole(ctx context.Context, q Query) ([]Series, Header, error) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	stream, err := c.rpc.Select(ctx, &fetchpb.SelectRequest{
 		Tenant: q.Tenant, Mint: q.MinT, Maxt: q.MaxT, Matchers: FromMatchers(q.Matchers),
-		LabelsOnly: labelsOnly, Limit: uint32(q.Limit),
+		LabelsOnly: q.LabelsOnly, Limit: uint32(q.Limit),
 	})
 	if err != nil {
 		return nil, Header{}, err

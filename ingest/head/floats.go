@@ -23,6 +23,7 @@ type floats struct {
 	free              uint8 // bits of the last byte of stream not yet written
 	n                 uint8 // samples; 0: there is no chunk
 	leading, trailing uint8 // window of the last value difference; leading 0xff: none
+	stale             bool  // the last sample is a staleness marker; v is what came before then
 }
 
 const (
@@ -35,7 +36,7 @@ func (f *floats) start(t int64, v float64) {
 	*f = floats{stream: make([]byte, xor2Header, streamAtOnce), n: 1, leading: 0xff, t: t}
 	f.stream = binary.AppendVarint(f.stream, t)
 	f.stream = binary.BigEndian.AppendUint64(f.stream, math.Float64bits(v))
-	if !value.IsStaleNaN(v) {
+	if f.stale = value.IsStaleNaN(v); !f.stale {
 		f.v = v
 	}
 }
@@ -61,7 +62,7 @@ func (f *floats) append(t int64, v float64) (grown int) {
 		f.joint(int64(tDelta-f.tDelta), v)
 	}
 	f.t, f.tDelta = t, tDelta
-	if !value.IsStaleNaN(v) {
+	if f.stale = value.IsStaleNaN(v); !f.stale {
 		f.v = v
 	}
 	f.n++
@@ -193,6 +194,14 @@ func (f *floats) chunk() chunkenc.Chunk {
 	c := chunkenc.NewXOR2Chunk()
 	c.Reset(f.bytes())
 	return c
+}
+
+// newest is the value of the last sample.
+func (f *floats) newest() float64 {
+	if f.stale {
+		return math.Float64frombits(value.StaleNaN)
+	}
+	return f.v
 }
 
 // mint is the time of the first sample.

@@ -63,7 +63,7 @@ func all(t *testing.T, h *Head, tenant string, ms ...*labels.Matcher) map[string
 	t.Helper()
 	found, _, err := h.Select(context.Background(), fetch.Query{
 		Tenant: tenant, MinT: math.MinInt64, MaxT: math.MaxInt64, Matchers: ms,
-	}, false)
+	})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -245,7 +245,7 @@ func runModel(t *testing.T, seed uint64) {
 				mint = 1_000_000 + int64(r.IntN(1000))*1000
 				maxt = mint + int64(r.IntN(300))*1000
 			}
-			found, _, err := h.Select(context.Background(), fetch.Query{Tenant: tenant, MinT: mint, MaxT: maxt}, false)
+			found, _, err := h.Select(context.Background(), fetch.Query{Tenant: tenant, MinT: mint, MaxT: maxt})
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -258,7 +258,16 @@ func runModel(t *testing.T, seed uint64) {
 				}
 				got[s.Labels.String()] = within(cols, mint, maxt)
 			}
-			compare(t, fmt.Sprintf("select %s [%d, %d]", tenant, mint, maxt), got, m.all(m.generations, tenant, mint, maxt))
+			want := m.all(m.generations, tenant, mint, maxt)
+			compare(t, fmt.Sprintf("select %s [%d, %d]", tenant, mint, maxt), got, want)
+			newest := map[string]map[int64]sample{}
+			for name, s := range want {
+				if len(s) > 0 {
+					at := slices.Max(slices.Collect(maps.Keys(s)))
+					newest[name] = map[int64]sample{at: s[at]}
+				}
+			}
+			compare(t, fmt.Sprintf("newest of %s [%d, %d]", tenant, mint, maxt), readNewest(t, h, tenant, mint, maxt, 1+r.IntN(2000)), newest)
 		}
 	}
 	held := int64(0)
@@ -272,6 +281,52 @@ func runModel(t *testing.T, seed uint64) {
 	if got := h.Size().Samples; got < held {
 		t.Errorf("the head counts %d samples, it holds %d", got, held)
 	}
+}
+
+// readNewest gives the newest sample of each series, as a reader of columns has it.
+func readNewest(t *testing.T, h *Head, tenant string, mint, maxt int64, bytes int) map[string]map[int64]sample {
+	t.Helper()
+	ctx := context.Background()
+	_, found := h.Read(ctx, fetch.Query{Tenant: tenant, MinT: mint, MaxT: maxt, Newest: true}, bytes)
+	chunks := map[string][]fetch.Chunk{}
+	generation, last := uint64(0), labels.EmptyLabels()
+	for c, err := range found {
+		if err != nil {
+			t.Fatal(err)
+		}
+		if c.Generation != generation {
+			generation, last = c.Generation, labels.EmptyLabels()
+		}
+		i, from := 0, uint32(0)
+		err := h.Series(tenant, c.Generation, c.Refs, func(ls labels.Labels) error {
+			if labels.Compare(last, ls) >= 0 {
+				t.Fatalf("%s after %s", ls, last)
+			}
+			chunks[ls.String()] = append(chunks[ls.String()], c.Chunks[from:from+c.Counts[i]]...)
+			from += c.Counts[i]
+			last = ls
+			i++
+			return nil
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	out := map[string]map[int64]sample{}
+	for name, cs := range chunks {
+		var d fetch.Decoder
+		cols, err := d.Decode(cs)
+		if err != nil {
+			t.Fatal(err)
+		}
+		all := within(cols, mint, maxt)
+		if len(all) == 0 {
+			continue
+		}
+		at := slices.Max(slices.Collect(maps.Keys(all)))
+		out[name] = map[int64]sample{at: all[at]}
+	}
+	return out
 }
 
 // clone copies what is valid during a call only.

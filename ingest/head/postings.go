@@ -6,10 +6,24 @@ import (
 	"github.com/prometheus/prometheus/model/labels"
 )
 
-// match gives the series that satisfy all matchers, by ref. A label that a
-// series lacks has the empty value, as in Prometheus. The caller holds t.mu
+// match gives the series that satisfy all matchers, by ref. The caller holds t.mu
 // for reading.
 func (t *tenantHead) match(ms []*labels.Matcher) []*memSeries {
+	refs, all := t.matchRefs(ms)
+	if all {
+		return slices.Clone(t.series)
+	}
+	out := make([]*memSeries, len(refs))
+	for i, r := range refs {
+		out[i] = t.series[r]
+	}
+	return out
+}
+
+// matchRefs gives the refs of the series that satisfy all matchers, ascending, or
+// says that all do. A label that a series lacks has the empty value, as in Prometheus.
+// The caller holds t.mu for reading, and doesn't change the result.
+func (t *tenantHead) matchRefs(ms []*labels.Matcher) (_ []uint32, all bool) {
 	var refs []uint32 // so far, ascending
 	restricted := false
 	narrow := func(with []uint32) {
@@ -25,7 +39,7 @@ func (t *tenantHead) match(ms []*labels.Matcher) []*memSeries {
 		}
 		narrow(t.union(m.Name, m, true))
 		if len(refs) == 0 {
-			return nil
+			return nil, false
 		}
 	}
 	for _, m := range ms {
@@ -45,14 +59,7 @@ func (t *tenantHead) match(ms []*labels.Matcher) []*memSeries {
 		}
 		refs = subtract(refs, without)
 	}
-	if !restricted {
-		return slices.Clone(t.series)
-	}
-	out := make([]*memSeries, len(refs))
-	for i, r := range refs {
-		out[i] = t.series[r]
-	}
-	return out
+	return refs, !restricted
 }
 
 // union gives the series that have the label with a value of which m.Matches is

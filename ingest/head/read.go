@@ -2,6 +2,9 @@ package head
 
 import (
 	"context"
+	"errors"
+	"fmt"
+	"iter"
 	"maps"
 	"math"
 	"slices"
@@ -40,37 +43,27 @@ func (h *Head) view(tenant string) ([]*tenantHead, fetch.Header) {
 }
 
 // Select gives the series that match and have samples in the time range,
-// ascending in labels. With labelsOnly their chunks are left out.
-func (h *Head) Select(ctx context.Context, q fetch.Query, labelsOnly bool) ([]fetch.Series, fetch.Header, error) {
+// ascending in labels. With LabelsOnly their chunks are left out.
+func (h *Head) Select(ctx context.Context, q fetch.Query) ([]fetch.Series, fetch.Header, error) {
 	ts, hd := h.view(q.Tenant)
 	var out []fetch.Series
+	q.Newest = false
 	for _, t := range ts {
-		if mint, maxt, ok := t.timeRange(); !ok || mint > q.MaxT || maxt < q.MinT {
-			continue
-		}
-		t.mu.RLock()
-		found := t.match(q.Matchers)
-		t.mu.RUnlock()
-		part := make([]fetch.Series, 0, len(found))
-		for i, s := range found {
-			if i%1024 == 0 && ctx.Err() != nil {
-				return nil, hd, context.Cause(ctx)
-			}
-			if labelsOnly {
-				if t.overlaps(s, q.MinT, q.MaxT) {
-					part = append(part, fetch.Series{Labels: s.labels})
-				}
-				continue
-			}
-			cs, err := t.chunks(s, q.MinT, q.MaxT)
+		var part []fetch.Series
+		for c, err := range t.read(ctx, q, 0) {
 			if err != nil {
 				return nil, hd, err
 			}
-			if len(cs) > 0 {
-				part = append(part, fetch.Series{Labels: s.labels, Chunks: cs})
+			chunks := c.Chunks
+			for i, ref := range c.Refs {
+				one := fetch.Series{Labels: t.labels(ref)}
+				if c.Counts != nil {
+					n := c.Counts[i]
+					one.Chunks, chunks = chunks[:n:n], chunks[n:]
+				}
+				part = append(part, one)
 			}
 		}
-		slices.SortFunc(part, func(a, b fetch.Series) int { return labels.Compare(a.Labels, b.Labels) })
 		out = mergeSeries(out, part)
 	}
 	if q.Limit > 0 && len(out) > q.Limit {
@@ -79,12 +72,131 @@ func (h *Head) Select(ctx context.Context, q fetch.Query, labelsOnly bool) ([]fe
 	return out, hd, nil
 }
 
-// chunks takes the lock of the series for memSeries.chunks.
-func (t *tenantHead) chunks(s *memSeries, mint, maxt int64) ([]fetch.Chunk, error) {
+// Read gives, generation by generation, the series that match and have samples in the
+// time range, as columns of about so many bytes of chunks, each generation's ascending in
+// labels. With LabelsOnly chunks are left out.
+func (h *Head) Read(ctx context.Context, q fetch.Query, bytes int) (fetch.Header, iter.Seq2[*fetch.Columns, error]) {
+	ts, hd := h.view(q.Tenant)
+	return hd, func(yield func(*fetch.Columns, error) bool) {
+		for _, t := range ts {
+			for c, err := range t.read(ctx, q, bytes) {
+				if !yield(c, err) || err != nil {
+					return
+				}
+			}
+		}
+	}
+}
+
+// What Series gives for a generation that is not there, and for a ref that nobody was
+// given.
+var (
+	ErrGone       = errors.New("no such generation")
+	ErrUnknownRef = errors.New("no such series")
+)
+
+// Series calls fn with the labels of series of a generation, by their refs.
+func (h *Head) Series(tenant string, generation uint64, refs []uint32, fn func(labels.Labels) error) error {
+	for _, g := range h.readable() {
+		if g.id != generation {
+			continue
+		}
+		t := g.tenant(tenant)
+		for _, ref := range refs {
+			if t == nil || !t.has(ref) {
+				return fmt.Errorf("%w: %d", ErrUnknownRef, ref)
+			}
+			if err := fn(t.labels(ref)); err != nil {
+				return err
+			}
+		}
+		return nil
+	}
+	return fmt.Errorf("%w: %d", ErrGone, generation)
+}
+
+func (t *tenantHead) has(ref uint32) bool {
+	t.mu.RLock()
+	defer t.mu.RUnlock()
+	return int(ref) < len(t.series)
+}
+
+func (t *tenantHead) labels(ref uint32) labels.Labels {
+	t.mu.RLock()
+	defer t.mu.RUnlock()
+	return t.series[ref].labels
+}
+
+// read gives what the tenant has for a query, as columns of about so many bytes of
+// chunks; 0: all at once.
+func (t *tenantHead) read(ctx context.Context, q fetch.Query, bytes int) iter.Seq2[*fetch.Columns, error] {
+	return func(yield func(*fetch.Columns, error) bool) {
+		if mint, maxt, ok := t.timeRange(); !ok || mint > q.MaxT || maxt < q.MinT {
+			return
+		}
+		t.mu.RLock()
+		refs, all := t.matchRefs(q.Matchers)
+		series := t.series // what is there stays as it is
+		t.mu.RUnlock()
+		left := q.Limit
+		refs = t.order.sort(refs, all, series)
+		var mem slab
+		for len(refs) > 0 {
+			c := &fetch.Columns{Generation: uint64(t.generation), Refs: make([]uint32, 0, min(len(refs), readSeries))}
+			if !q.LabelsOnly {
+				c.Counts, c.Chunks = make([]uint32, 0, cap(c.Refs)), make([]fetch.Chunk, 0, cap(c.Refs))
+			}
+			size, n := 0, 0
+			for n < len(refs) && (bytes == 0 || size < bytes && len(c.Refs) < readSeries) && (q.Limit == 0 || left > 0) {
+				if n%1024 == 0 && ctx.Err() != nil {
+					yield(nil, context.Cause(ctx))
+					return
+				}
+				ref := refs[n]
+				n++
+				if q.LabelsOnly {
+					if t.overlaps(series[ref], q.MinT, q.MaxT) {
+						c.Refs = append(c.Refs, ref)
+						left--
+					}
+					continue
+				}
+				before := len(c.Chunks)
+				if err := t.chunks(c, series[ref], &q, &mem); err != nil {
+					yield(nil, err)
+					return
+				}
+				if len(c.Chunks) == before {
+					continue
+				}
+				for i := range c.Chunks[before:] {
+					size += len(c.Chunks[before+i].Data) + 16
+				}
+				c.Refs, c.Counts = append(c.Refs, ref), append(c.Counts, uint32(len(c.Chunks)-before))
+				left--
+			}
+			if len(c.Refs) > 0 && !yield(c, nil) || q.Limit > 0 && left <= 0 {
+				return
+			}
+			refs = refs[n:]
+		}
+	}
+}
+
+// readSeries bounds the series of columns.
+const readSeries = 16 << 10
+
+// chunks appends what a series has for a query.
+func (t *tenantHead) chunks(c *fetch.Columns, s *memSeries, q *fetch.Query, mem *slab) (err error) {
 	l := t.lock(s)
 	l.Lock()
 	defer l.Unlock()
-	return s.chunks(mint, maxt)
+	if q.Newest {
+		c.Chunks, err = s.newest(c.Chunks, q.MinT, q.MaxT, mem)
+	} else {
+		c.Chunks, err = s.chunks(c.Chunks, q.MinT, q.MaxT, mem)
+	}
+	return err
 }
 
 // overlaps takes the lock of the series for memSeries.overlaps.
@@ -322,11 +434,15 @@ func (g *Generation) Walk(tenant string, fn func(*chunkfmt.Series) error) error 
 		return labels.Compare(a.s.labels, b.s.labels)
 	})
 	var d fetch.Decoder
+	var c fetch.Columns
+	every := fetch.Query{MinT: math.MinInt64, MaxT: math.MaxInt64}
+	var mem slab
 	for _, k := range order {
-		cs, err := t.chunks(k.s, math.MinInt64, math.MaxInt64)
-		if err != nil {
+		c.Chunks, mem.free = c.Chunks[:0], mem.free[:0]
+		if err := t.chunks(&c, k.s, &every, &mem); err != nil {
 			return err
 		}
+		cs := c.Chunks
 		exemplars := t.exemplars[k.s.ref]
 		if len(cs) == 0 && len(exemplars) == 0 {
 			continue

@@ -2,6 +2,7 @@ package head
 
 import (
 	"bytes"
+	"encoding/binary"
 	"fmt"
 	"math"
 	"slices"
@@ -212,8 +213,44 @@ const (
 	openChunkBytes   = 360
 )
 
-// chunks appends the chunks that overlap [mint, maxt], the open one copied.
-func (r *run) chunks(dst []fetch.Chunk, mint, maxt int64) []fetch.Chunk {
+// slab is memory for what is copied; without one each copy has its own.
+type slab struct{ free []byte }
+
+const slabBytes = 64 << 10
+
+func (s *slab) clone(b []byte) []byte {
+	if s == nil {
+		return bytes.Clone(b)
+	}
+	if cap(s.free)-len(s.free) < len(b) {
+		s.free = make([]byte, 0, max(slabBytes, len(b)))
+	}
+	n := len(s.free)
+	s.free = append(s.free, b...)
+	return s.free[n:len(s.free):len(s.free)]
+}
+
+// newest appends, of the chunks that overlap [mint, maxt], the last one, or just the
+// last sample before maxt.
+func (r *run) newest(dst []fetch.Chunk, mint, maxt int64, mem *slab) []fetch.Chunk {
+	if f := &r.floats; f.n > 0 && f.t <= maxt {
+		if f.t >= mint {
+			var b [8]byte
+			binary.BigEndian.PutUint64(b[:], math.Float64bits(f.newest()))
+			dst = append(dst, fetch.Chunk{Encoding: fetch.Sample, MinT: f.t, MaxT: f.t, Data: mem.clone(b[:])})
+		}
+		return dst
+	}
+	n := len(dst)
+	if dst = r.chunks(dst, mint, maxt, mem); len(dst) > n {
+		dst[n] = dst[len(dst)-1] // they ascend
+		dst = dst[:n+1]
+	}
+	return dst
+}
+
+// chunks appends the chunks that overlap [mint, maxt], ascending, the open one copied.
+func (r *run) chunks(dst []fetch.Chunk, mint, maxt int64, mem *slab) []fetch.Chunk {
 	if r.more != nil {
 		for _, c := range r.more.done {
 			if c.MinT <= maxt && c.MaxT >= mint {
@@ -221,12 +258,12 @@ func (r *run) chunks(dst []fetch.Chunk, mint, maxt int64) []fetch.Chunk {
 			}
 		}
 		if o := r.more.open; o != nil && o.mint <= maxt && r.more.maxt >= mint {
-			dst = append(dst, fetch.Chunk{Encoding: o.chunk.Encoding(), MinT: o.mint, MaxT: r.more.maxt, Data: bytes.Clone(o.chunk.Bytes())})
+			dst = append(dst, fetch.Chunk{Encoding: o.chunk.Encoding(), MinT: o.mint, MaxT: r.more.maxt, Data: mem.clone(o.chunk.Bytes())})
 		}
 	}
 	if f := &r.floats; f.n > 0 {
 		if first := f.mint(); first <= maxt && f.t >= mint {
-			dst = append(dst, fetch.Chunk{Encoding: chunkenc.EncXOR2, MinT: first, MaxT: f.t, Data: bytes.Clone(f.bytes())})
+			dst = append(dst, fetch.Chunk{Encoding: chunkenc.EncXOR2, MinT: first, MaxT: f.t, Data: mem.clone(f.bytes())})
 		}
 	}
 	return dst

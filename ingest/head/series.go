@@ -107,7 +107,7 @@ func (l *late) add(s *sample) (outcome, int, error) {
 			return appendedLate, grown, err
 		}
 	}
-	done := r.chunks(nil, math.MinInt64, math.MaxInt64)
+	done := r.chunks(nil, math.MinInt64, math.MaxInt64, nil)
 	for _, c := range done {
 		grown += len(c.Data) + closedChunkBytes
 	}
@@ -117,10 +117,19 @@ func (l *late) add(s *sample) (outcome, int, error) {
 	return appendedLate, grown, nil
 }
 
-// chunks gives the chunks that overlap [mint, maxt]; they may overlap each
+// newest appends chunks with the newest of the samples in [mint, maxt], or, where that
+// isn't at hand, what chunks does.
+func (m *memSeries) newest(dst []fetch.Chunk, mint, maxt int64, mem *slab) ([]fetch.Chunk, error) {
+	if m.late != nil {
+		return m.chunks(dst, mint, maxt, mem)
+	}
+	return m.inOrder.newest(dst, mint, maxt, mem), nil
+}
+
+// chunks appends the chunks that overlap [mint, maxt]; they may overlap each
 // other in time.
-func (m *memSeries) chunks(mint, maxt int64) ([]fetch.Chunk, error) {
-	out := m.inOrder.chunks(nil, mint, maxt)
+func (m *memSeries) chunks(dst []fetch.Chunk, mint, maxt int64, mem *slab) ([]fetch.Chunk, error) {
+	out := m.inOrder.chunks(dst, mint, maxt, mem)
 	if m.late == nil {
 		return out, nil
 	}
@@ -144,7 +153,7 @@ func (m *memSeries) chunks(mint, maxt int64) ([]fetch.Chunk, error) {
 			}
 		}
 	}
-	return r.chunks(out, mint, maxt), nil
+	return r.chunks(out, mint, maxt, mem), nil
 }
 
 // overlaps says whether the series has a chunk that overlaps [mint, maxt].

@@ -30,6 +30,7 @@ type tenantHead struct {
 	series   []*memSeries                   // by ref, in order of creation
 	postings map[string]map[string][]uint32 // label name → value → refs, ascending
 	pairs    int                            // distinct label pairs
+	order    order                          // of series by labels
 
 	exemplars     map[uint32][]chunkfmt.Exemplar // by ref
 	exemplarCount int
@@ -66,8 +67,8 @@ func newTenantHead(generation uint32, previous *tenantHead) *tenantHead {
 }
 
 // seriesBytes is about what a series takes beside its labels and samples: the
-// struct, its places in the index and in postings.
-const seriesBytes = 96 + 12 + 10
+// struct, its places in the index, in postings and in the order by labels.
+const seriesBytes = 96 + 12 + 10 + 8
 
 // getOrCreate finds the series with the labels of s or makes it, which uses s
 // itself if that is in no generation yet. limit bounds the number of series, 0

@@ -687,6 +687,337 @@ func (x *Chunk) GetData() []byte {
 	return nil
 }
 
+type ReadRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Tenant        string                 `protobuf:"bytes,1,opt,name=tenant,proto3" json:"tenant,omitempty"`
+	Mint          int64                  `protobuf:"varint,2,opt,name=mint,proto3" json:"mint,omitempty"` // ms since the epoch, inclusive
+	Maxt          int64                  `protobuf:"varint,3,opt,name=maxt,proto3" json:"maxt,omitempty"`
+	Matchers      []*Matcher             `protobuf:"bytes,4,rep,name=matchers,proto3" json:"matchers,omitempty"`
+	LabelsOnly    bool                   `protobuf:"varint,5,opt,name=labels_only,json=labelsOnly,proto3" json:"labels_only,omitempty"` // no samples wanted
+	Limit         uint32                 `protobuf:"varint,6,opt,name=limit,proto3" json:"limit,omitempty"`                             // of series of a generation; 0: none
+	Newest        bool                   `protobuf:"varint,7,opt,name=newest,proto3" json:"newest,omitempty"`                           // of each series only the newest sample is wanted
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReadRequest) Reset() {
+	*x = ReadRequest{}
+	mi := &file_fetch_fetch_proto_msgTypes[9]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReadRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReadRequest) ProtoMessage() {}
+
+func (x *ReadRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_fetch_fetch_proto_msgTypes[9]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReadRequest.ProtoReflect.Descriptor instead.
+func (*ReadRequest) Descriptor() ([]byte, []int) {
+	return file_fetch_fetch_proto_rawDescGZIP(), []int{9}
+}
+
+func (x *ReadRequest) GetTenant() string {
+	if x != nil {
+		return x.Tenant
+	}
+	return ""
+}
+
+func (x *ReadRequest) GetMint() int64 {
+	if x != nil {
+		return x.Mint
+	}
+	return 0
+}
+
+func (x *ReadRequest) GetMaxt() int64 {
+	if x != nil {
+		return x.Maxt
+	}
+	return 0
+}
+
+func (x *ReadRequest) GetMatchers() []*Matcher {
+	if x != nil {
+		return x.Matchers
+	}
+	return nil
+}
+
+func (x *ReadRequest) GetLabelsOnly() bool {
+	if x != nil {
+		return x.LabelsOnly
+	}
+	return false
+}
+
+func (x *ReadRequest) GetLimit() uint32 {
+	if x != nil {
+		return x.Limit
+	}
+	return 0
+}
+
+func (x *ReadRequest) GetNewest() bool {
+	if x != nil {
+		return x.Newest
+	}
+	return false
+}
+
+// Series of one generation, as columns.
+type ReadResponse struct {
+	state      protoimpl.MessageState `protogen:"open.v1"`
+	Header     *Header                `protobuf:"bytes,1,opt,name=header,proto3" json:"header,omitempty"`          // in the first message, which has nothing else
+	Generation uint64                 `protobuf:"varint,2,opt,name=generation,proto3" json:"generation,omitempty"` // those of a message are of one; its messages follow each other
+	Refs       []uint32               `protobuf:"varint,3,rep,packed,name=refs,proto3" json:"refs,omitempty"`      // of the series, which ascend in labels over all messages of the generation
+	Chunks     []uint32               `protobuf:"varint,4,rep,packed,name=chunks,proto3" json:"chunks,omitempty"`  // how many each has; they may overlap in time
+	// Of all chunks, one series after the other:
+	Encodings     []byte   `protobuf:"bytes,5,opt,name=encodings,proto3" json:"encodings,omitempty"` // one byte each, as Prometheus numbers them; 0: a sample, 8 bytes
+	Mint          []int64  `protobuf:"zigzag64,6,rep,packed,name=mint,proto3" json:"mint,omitempty"` // of the first since the start of the request; of the others since the one before
+	Span          []uint64 `protobuf:"varint,7,rep,packed,name=span,proto3" json:"span,omitempty"`   // ms from the first sample to the last
+	Sizes         []uint32 `protobuf:"varint,8,rep,packed,name=sizes,proto3" json:"sizes,omitempty"` // in bytes
+	Data          []byte   `protobuf:"bytes,9,opt,name=data,proto3" json:"data,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReadResponse) Reset() {
+	*x = ReadResponse{}
+	mi := &file_fetch_fetch_proto_msgTypes[10]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReadResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReadResponse) ProtoMessage() {}
+
+func (x *ReadResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_fetch_fetch_proto_msgTypes[10]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReadResponse.ProtoReflect.Descriptor instead.
+func (*ReadResponse) Descriptor() ([]byte, []int) {
+	return file_fetch_fetch_proto_rawDescGZIP(), []int{10}
+}
+
+func (x *ReadResponse) GetHeader() *Header {
+	if x != nil {
+		return x.Header
+	}
+	return nil
+}
+
+func (x *ReadResponse) GetGeneration() uint64 {
+	if x != nil {
+		return x.Generation
+	}
+	return 0
+}
+
+func (x *ReadResponse) GetRefs() []uint32 {
+	if x != nil {
+		return x.Refs
+	}
+	return nil
+}
+
+func (x *ReadResponse) GetChunks() []uint32 {
+	if x != nil {
+		return x.Chunks
+	}
+	return nil
+}
+
+func (x *ReadResponse) GetEncodings() []byte {
+	if x != nil {
+		return x.Encodings
+	}
+	return nil
+}
+
+func (x *ReadResponse) GetMint() []int64 {
+	if x != nil {
+		return x.Mint
+	}
+	return nil
+}
+
+func (x *ReadResponse) GetSpan() []uint64 {
+	if x != nil {
+		return x.Span
+	}
+	return nil
+}
+
+func (x *ReadResponse) GetSizes() []uint32 {
+	if x != nil {
+		return x.Sizes
+	}
+	return nil
+}
+
+func (x *ReadResponse) GetData() []byte {
+	if x != nil {
+		return x.Data
+	}
+	return nil
+}
+
+type SeriesRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Tenant        string                 `protobuf:"bytes,1,opt,name=tenant,proto3" json:"tenant,omitempty"`
+	Start         []byte                 `protobuf:"bytes,2,opt,name=start,proto3" json:"start,omitempty"` // of the header: references hold for one start of an ingester
+	Generation    uint64                 `protobuf:"varint,3,opt,name=generation,proto3" json:"generation,omitempty"`
+	Refs          []uint32               `protobuf:"varint,4,rep,packed,name=refs,proto3" json:"refs,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SeriesRequest) Reset() {
+	*x = SeriesRequest{}
+	mi := &file_fetch_fetch_proto_msgTypes[11]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SeriesRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SeriesRequest) ProtoMessage() {}
+
+func (x *SeriesRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_fetch_fetch_proto_msgTypes[11]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SeriesRequest.ProtoReflect.Descriptor instead.
+func (*SeriesRequest) Descriptor() ([]byte, []int) {
+	return file_fetch_fetch_proto_rawDescGZIP(), []int{11}
+}
+
+func (x *SeriesRequest) GetTenant() string {
+	if x != nil {
+		return x.Tenant
+	}
+	return ""
+}
+
+func (x *SeriesRequest) GetStart() []byte {
+	if x != nil {
+		return x.Start
+	}
+	return nil
+}
+
+func (x *SeriesRequest) GetGeneration() uint64 {
+	if x != nil {
+		return x.Generation
+	}
+	return 0
+}
+
+func (x *SeriesRequest) GetRefs() []uint32 {
+	if x != nil {
+		return x.Refs
+	}
+	return nil
+}
+
+// Labels of the series asked for, in that order over all messages.
+type SeriesResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Symbols       []string               `protobuf:"bytes,1,rep,name=symbols,proto3" json:"symbols,omitempty"`
+	Labels        []uint32               `protobuf:"varint,2,rep,packed,name=labels,proto3" json:"labels,omitempty"` // how many each series has
+	Pairs         []uint32               `protobuf:"varint,3,rep,packed,name=pairs,proto3" json:"pairs,omitempty"`   // of all, one series after the other: name and value, as indexes of symbols
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SeriesResponse) Reset() {
+	*x = SeriesResponse{}
+	mi := &file_fetch_fetch_proto_msgTypes[12]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SeriesResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SeriesResponse) ProtoMessage() {}
+
+func (x *SeriesResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_fetch_fetch_proto_msgTypes[12]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SeriesResponse.ProtoReflect.Descriptor instead.
+func (*SeriesResponse) Descriptor() ([]byte, []int) {
+	return file_fetch_fetch_proto_rawDescGZIP(), []int{12}
+}
+
+func (x *SeriesResponse) GetSymbols() []string {
+	if x != nil {
+		return x.Symbols
+	}
+	return nil
+}
+
+func (x *SeriesResponse) GetLabels() []uint32 {
+	if x != nil {
+		return x.Labels
+	}
+	return nil
+}
+
+func (x *SeriesResponse) GetPairs() []uint32 {
+	if x != nil {
+		return x.Pairs
+	}
+	return nil
+}
+
 type LabelsRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Tenant        string                 `protobuf:"bytes,1,opt,name=tenant,proto3" json:"tenant,omitempty"`
@@ -701,7 +1032,7 @@ type LabelsRequest struct {
 
 func (x *LabelsRequest) Reset() {
 	*x = LabelsRequest{}
-	mi := &file_fetch_fetch_proto_msgTypes[9]
+	mi := &file_fetch_fetch_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -713,7 +1044,7 @@ func (x *LabelsRequest) String() string {
 func (*LabelsRequest) ProtoMessage() {}
 
 func (x *LabelsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_fetch_fetch_proto_msgTypes[9]
+	mi := &file_fetch_fetch_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -726,7 +1057,7 @@ func (x *LabelsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LabelsRequest.ProtoReflect.Descriptor instead.
 func (*LabelsRequest) Descriptor() ([]byte, []int) {
-	return file_fetch_fetch_proto_rawDescGZIP(), []int{9}
+	return file_fetch_fetch_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *LabelsRequest) GetTenant() string {
@@ -781,7 +1112,7 @@ type LabelsResponse struct {
 
 func (x *LabelsResponse) Reset() {
 	*x = LabelsResponse{}
-	mi := &file_fetch_fetch_proto_msgTypes[10]
+	mi := &file_fetch_fetch_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -793,7 +1124,7 @@ func (x *LabelsResponse) String() string {
 func (*LabelsResponse) ProtoMessage() {}
 
 func (x *LabelsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_fetch_fetch_proto_msgTypes[10]
+	mi := &file_fetch_fetch_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -806,7 +1137,7 @@ func (x *LabelsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LabelsResponse.ProtoReflect.Descriptor instead.
 func (*LabelsResponse) Descriptor() ([]byte, []int) {
-	return file_fetch_fetch_proto_rawDescGZIP(), []int{10}
+	return file_fetch_fetch_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *LabelsResponse) GetHeader() *Header {
@@ -835,7 +1166,7 @@ type ExemplarsRequest struct {
 
 func (x *ExemplarsRequest) Reset() {
 	*x = ExemplarsRequest{}
-	mi := &file_fetch_fetch_proto_msgTypes[11]
+	mi := &file_fetch_fetch_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -847,7 +1178,7 @@ func (x *ExemplarsRequest) String() string {
 func (*ExemplarsRequest) ProtoMessage() {}
 
 func (x *ExemplarsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_fetch_fetch_proto_msgTypes[11]
+	mi := &file_fetch_fetch_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -860,7 +1191,7 @@ func (x *ExemplarsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExemplarsRequest.ProtoReflect.Descriptor instead.
 func (*ExemplarsRequest) Descriptor() ([]byte, []int) {
-	return file_fetch_fetch_proto_rawDescGZIP(), []int{11}
+	return file_fetch_fetch_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *ExemplarsRequest) GetTenant() string {
@@ -901,7 +1232,7 @@ type ExemplarsResponse struct {
 
 func (x *ExemplarsResponse) Reset() {
 	*x = ExemplarsResponse{}
-	mi := &file_fetch_fetch_proto_msgTypes[12]
+	mi := &file_fetch_fetch_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -913,7 +1244,7 @@ func (x *ExemplarsResponse) String() string {
 func (*ExemplarsResponse) ProtoMessage() {}
 
 func (x *ExemplarsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_fetch_fetch_proto_msgTypes[12]
+	mi := &file_fetch_fetch_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -926,7 +1257,7 @@ func (x *ExemplarsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExemplarsResponse.ProtoReflect.Descriptor instead.
 func (*ExemplarsResponse) Descriptor() ([]byte, []int) {
-	return file_fetch_fetch_proto_rawDescGZIP(), []int{12}
+	return file_fetch_fetch_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *ExemplarsResponse) GetHeader() *Header {
@@ -953,7 +1284,7 @@ type ExemplarSeries struct {
 
 func (x *ExemplarSeries) Reset() {
 	*x = ExemplarSeries{}
-	mi := &file_fetch_fetch_proto_msgTypes[13]
+	mi := &file_fetch_fetch_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -965,7 +1296,7 @@ func (x *ExemplarSeries) String() string {
 func (*ExemplarSeries) ProtoMessage() {}
 
 func (x *ExemplarSeries) ProtoReflect() protoreflect.Message {
-	mi := &file_fetch_fetch_proto_msgTypes[13]
+	mi := &file_fetch_fetch_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -978,7 +1309,7 @@ func (x *ExemplarSeries) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExemplarSeries.ProtoReflect.Descriptor instead.
 func (*ExemplarSeries) Descriptor() ([]byte, []int) {
-	return file_fetch_fetch_proto_rawDescGZIP(), []int{13}
+	return file_fetch_fetch_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *ExemplarSeries) GetLabels() []string {
@@ -1006,7 +1337,7 @@ type Exemplar struct {
 
 func (x *Exemplar) Reset() {
 	*x = Exemplar{}
-	mi := &file_fetch_fetch_proto_msgTypes[14]
+	mi := &file_fetch_fetch_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1018,7 +1349,7 @@ func (x *Exemplar) String() string {
 func (*Exemplar) ProtoMessage() {}
 
 func (x *Exemplar) ProtoReflect() protoreflect.Message {
-	mi := &file_fetch_fetch_proto_msgTypes[14]
+	mi := &file_fetch_fetch_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1031,7 +1362,7 @@ func (x *Exemplar) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Exemplar.ProtoReflect.Descriptor instead.
 func (*Exemplar) Descriptor() ([]byte, []int) {
-	return file_fetch_fetch_proto_rawDescGZIP(), []int{14}
+	return file_fetch_fetch_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *Exemplar) GetLabels() []string {
@@ -1066,7 +1397,7 @@ type MetadataRequest struct {
 
 func (x *MetadataRequest) Reset() {
 	*x = MetadataRequest{}
-	mi := &file_fetch_fetch_proto_msgTypes[15]
+	mi := &file_fetch_fetch_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1078,7 +1409,7 @@ func (x *MetadataRequest) String() string {
 func (*MetadataRequest) ProtoMessage() {}
 
 func (x *MetadataRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_fetch_fetch_proto_msgTypes[15]
+	mi := &file_fetch_fetch_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1091,7 +1422,7 @@ func (x *MetadataRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MetadataRequest.ProtoReflect.Descriptor instead.
 func (*MetadataRequest) Descriptor() ([]byte, []int) {
-	return file_fetch_fetch_proto_rawDescGZIP(), []int{15}
+	return file_fetch_fetch_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *MetadataRequest) GetTenant() string {
@@ -1125,7 +1456,7 @@ type MetadataResponse struct {
 
 func (x *MetadataResponse) Reset() {
 	*x = MetadataResponse{}
-	mi := &file_fetch_fetch_proto_msgTypes[16]
+	mi := &file_fetch_fetch_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1137,7 +1468,7 @@ func (x *MetadataResponse) String() string {
 func (*MetadataResponse) ProtoMessage() {}
 
 func (x *MetadataResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_fetch_fetch_proto_msgTypes[16]
+	mi := &file_fetch_fetch_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1150,7 +1481,7 @@ func (x *MetadataResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MetadataResponse.ProtoReflect.Descriptor instead.
 func (*MetadataResponse) Descriptor() ([]byte, []int) {
-	return file_fetch_fetch_proto_rawDescGZIP(), []int{16}
+	return file_fetch_fetch_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *MetadataResponse) GetHeader() *Header {
@@ -1179,7 +1510,7 @@ type Metadata struct {
 
 func (x *Metadata) Reset() {
 	*x = Metadata{}
-	mi := &file_fetch_fetch_proto_msgTypes[17]
+	mi := &file_fetch_fetch_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1191,7 +1522,7 @@ func (x *Metadata) String() string {
 func (*Metadata) ProtoMessage() {}
 
 func (x *Metadata) ProtoReflect() protoreflect.Message {
-	mi := &file_fetch_fetch_proto_msgTypes[17]
+	mi := &file_fetch_fetch_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1204,7 +1535,7 @@ func (x *Metadata) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Metadata.ProtoReflect.Descriptor instead.
 func (*Metadata) Descriptor() ([]byte, []int) {
-	return file_fetch_fetch_proto_rawDescGZIP(), []int{17}
+	return file_fetch_fetch_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *Metadata) GetMetric() string {
@@ -1245,7 +1576,7 @@ type StatsRequest struct {
 
 func (x *StatsRequest) Reset() {
 	*x = StatsRequest{}
-	mi := &file_fetch_fetch_proto_msgTypes[18]
+	mi := &file_fetch_fetch_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1257,7 +1588,7 @@ func (x *StatsRequest) String() string {
 func (*StatsRequest) ProtoMessage() {}
 
 func (x *StatsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_fetch_fetch_proto_msgTypes[18]
+	mi := &file_fetch_fetch_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1270,7 +1601,7 @@ func (x *StatsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatsRequest.ProtoReflect.Descriptor instead.
 func (*StatsRequest) Descriptor() ([]byte, []int) {
-	return file_fetch_fetch_proto_rawDescGZIP(), []int{18}
+	return file_fetch_fetch_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *StatsRequest) GetTenant() string {
@@ -1304,7 +1635,7 @@ type StatsResponse struct {
 
 func (x *StatsResponse) Reset() {
 	*x = StatsResponse{}
-	mi := &file_fetch_fetch_proto_msgTypes[19]
+	mi := &file_fetch_fetch_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1316,7 +1647,7 @@ func (x *StatsResponse) String() string {
 func (*StatsResponse) ProtoMessage() {}
 
 func (x *StatsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_fetch_fetch_proto_msgTypes[19]
+	mi := &file_fetch_fetch_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1329,7 +1660,7 @@ func (x *StatsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatsResponse.ProtoReflect.Descriptor instead.
 func (*StatsResponse) Descriptor() ([]byte, []int) {
-	return file_fetch_fetch_proto_rawDescGZIP(), []int{19}
+	return file_fetch_fetch_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *StatsResponse) GetSeries() uint64 {
@@ -1405,7 +1736,7 @@ type Count struct {
 
 func (x *Count) Reset() {
 	*x = Count{}
-	mi := &file_fetch_fetch_proto_msgTypes[20]
+	mi := &file_fetch_fetch_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1417,7 +1748,7 @@ func (x *Count) String() string {
 func (*Count) ProtoMessage() {}
 
 func (x *Count) ProtoReflect() protoreflect.Message {
-	mi := &file_fetch_fetch_proto_msgTypes[20]
+	mi := &file_fetch_fetch_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1430,7 +1761,7 @@ func (x *Count) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Count.ProtoReflect.Descriptor instead.
 func (*Count) Descriptor() ([]byte, []int) {
-	return file_fetch_fetch_proto_rawDescGZIP(), []int{20}
+	return file_fetch_fetch_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *Count) GetName() string {
@@ -1504,7 +1835,39 @@ const file_fetch_fetch_proto_rawDesc = "" +
 	"\bencoding\x18\x01 \x01(\rR\bencoding\x12\x12\n" +
 	"\x04mint\x18\x02 \x01(\x03R\x04mint\x12\x12\n" +
 	"\x04maxt\x18\x03 \x01(\x03R\x04maxt\x12\x12\n" +
-	"\x04data\x18\x04 \x01(\fR\x04data\"\xb3\x01\n" +
+	"\x04data\x18\x04 \x01(\fR\x04data\"\xd6\x01\n" +
+	"\vReadRequest\x12\x16\n" +
+	"\x06tenant\x18\x01 \x01(\tR\x06tenant\x12\x12\n" +
+	"\x04mint\x18\x02 \x01(\x03R\x04mint\x12\x12\n" +
+	"\x04maxt\x18\x03 \x01(\x03R\x04maxt\x128\n" +
+	"\bmatchers\x18\x04 \x03(\v2\x1c.epimetheus.fetch.v1.MatcherR\bmatchers\x12\x1f\n" +
+	"\vlabels_only\x18\x05 \x01(\bR\n" +
+	"labelsOnly\x12\x14\n" +
+	"\x05limit\x18\x06 \x01(\rR\x05limit\x12\x16\n" +
+	"\x06newest\x18\a \x01(\bR\x06newest\"\xff\x01\n" +
+	"\fReadResponse\x123\n" +
+	"\x06header\x18\x01 \x01(\v2\x1b.epimetheus.fetch.v1.HeaderR\x06header\x12\x1e\n" +
+	"\n" +
+	"generation\x18\x02 \x01(\x04R\n" +
+	"generation\x12\x12\n" +
+	"\x04refs\x18\x03 \x03(\rR\x04refs\x12\x16\n" +
+	"\x06chunks\x18\x04 \x03(\rR\x06chunks\x12\x1c\n" +
+	"\tencodings\x18\x05 \x01(\fR\tencodings\x12\x12\n" +
+	"\x04mint\x18\x06 \x03(\x12R\x04mint\x12\x12\n" +
+	"\x04span\x18\a \x03(\x04R\x04span\x12\x14\n" +
+	"\x05sizes\x18\b \x03(\rR\x05sizes\x12\x12\n" +
+	"\x04data\x18\t \x01(\fR\x04data\"q\n" +
+	"\rSeriesRequest\x12\x16\n" +
+	"\x06tenant\x18\x01 \x01(\tR\x06tenant\x12\x14\n" +
+	"\x05start\x18\x02 \x01(\fR\x05start\x12\x1e\n" +
+	"\n" +
+	"generation\x18\x03 \x01(\x04R\n" +
+	"generation\x12\x12\n" +
+	"\x04refs\x18\x04 \x03(\rR\x04refs\"X\n" +
+	"\x0eSeriesResponse\x12\x18\n" +
+	"\asymbols\x18\x01 \x03(\tR\asymbols\x12\x16\n" +
+	"\x06labels\x18\x02 \x03(\rR\x06labels\x12\x14\n" +
+	"\x05pairs\x18\x03 \x03(\rR\x05pairs\"\xb3\x01\n" +
 	"\rLabelsRequest\x12\x16\n" +
 	"\x06tenant\x18\x01 \x01(\tR\x06tenant\x12\x12\n" +
 	"\x04mint\x18\x02 \x01(\x03R\x04mint\x12\x12\n" +
@@ -1558,9 +1921,11 @@ const file_fetch_fetch_proto_rawDesc = "" +
 	"\x0eseries_by_pair\x18\t \x03(\v2\x1a.epimetheus.fetch.v1.CountR\fseriesByPair\"1\n" +
 	"\x05Count\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\x04R\x05value2\xb4\x03\n" +
+	"\x05value\x18\x02 \x01(\x04R\x05value2\xd8\x04\n" +
 	"\x05Fetch\x12S\n" +
-	"\x06Select\x12\".epimetheus.fetch.v1.SelectRequest\x1a#.epimetheus.fetch.v1.SelectResponse0\x01\x12Q\n" +
+	"\x06Select\x12\".epimetheus.fetch.v1.SelectRequest\x1a#.epimetheus.fetch.v1.SelectResponse0\x01\x12M\n" +
+	"\x04Read\x12 .epimetheus.fetch.v1.ReadRequest\x1a!.epimetheus.fetch.v1.ReadResponse0\x01\x12S\n" +
+	"\x06Series\x12\".epimetheus.fetch.v1.SeriesRequest\x1a#.epimetheus.fetch.v1.SeriesResponse0\x01\x12Q\n" +
 	"\x06Labels\x12\".epimetheus.fetch.v1.LabelsRequest\x1a#.epimetheus.fetch.v1.LabelsResponse\x12Z\n" +
 	"\tExemplars\x12%.epimetheus.fetch.v1.ExemplarsRequest\x1a&.epimetheus.fetch.v1.ExemplarsResponse\x12W\n" +
 	"\bMetadata\x12$.epimetheus.fetch.v1.MetadataRequest\x1a%.epimetheus.fetch.v1.MetadataResponse\x12N\n" +
@@ -1579,7 +1944,7 @@ func file_fetch_fetch_proto_rawDescGZIP() []byte {
 }
 
 var file_fetch_fetch_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_fetch_fetch_proto_msgTypes = make([]protoimpl.MessageInfo, 21)
+var file_fetch_fetch_proto_msgTypes = make([]protoimpl.MessageInfo, 25)
 var file_fetch_fetch_proto_goTypes = []any{
 	(Matcher_Type)(0),         // 0: epimetheus.fetch.v1.Matcher.Type
 	(*Matcher)(nil),           // 1: epimetheus.fetch.v1.Matcher
@@ -1591,18 +1956,22 @@ var file_fetch_fetch_proto_goTypes = []any{
 	(*SelectResponse)(nil),    // 7: epimetheus.fetch.v1.SelectResponse
 	(*Series)(nil),            // 8: epimetheus.fetch.v1.Series
 	(*Chunk)(nil),             // 9: epimetheus.fetch.v1.Chunk
-	(*LabelsRequest)(nil),     // 10: epimetheus.fetch.v1.LabelsRequest
-	(*LabelsResponse)(nil),    // 11: epimetheus.fetch.v1.LabelsResponse
-	(*ExemplarsRequest)(nil),  // 12: epimetheus.fetch.v1.ExemplarsRequest
-	(*ExemplarsResponse)(nil), // 13: epimetheus.fetch.v1.ExemplarsResponse
-	(*ExemplarSeries)(nil),    // 14: epimetheus.fetch.v1.ExemplarSeries
-	(*Exemplar)(nil),          // 15: epimetheus.fetch.v1.Exemplar
-	(*MetadataRequest)(nil),   // 16: epimetheus.fetch.v1.MetadataRequest
-	(*MetadataResponse)(nil),  // 17: epimetheus.fetch.v1.MetadataResponse
-	(*Metadata)(nil),          // 18: epimetheus.fetch.v1.Metadata
-	(*StatsRequest)(nil),      // 19: epimetheus.fetch.v1.StatsRequest
-	(*StatsResponse)(nil),     // 20: epimetheus.fetch.v1.StatsResponse
-	(*Count)(nil),             // 21: epimetheus.fetch.v1.Count
+	(*ReadRequest)(nil),       // 10: epimetheus.fetch.v1.ReadRequest
+	(*ReadResponse)(nil),      // 11: epimetheus.fetch.v1.ReadResponse
+	(*SeriesRequest)(nil),     // 12: epimetheus.fetch.v1.SeriesRequest
+	(*SeriesResponse)(nil),    // 13: epimetheus.fetch.v1.SeriesResponse
+	(*LabelsRequest)(nil),     // 14: epimetheus.fetch.v1.LabelsRequest
+	(*LabelsResponse)(nil),    // 15: epimetheus.fetch.v1.LabelsResponse
+	(*ExemplarsRequest)(nil),  // 16: epimetheus.fetch.v1.ExemplarsRequest
+	(*ExemplarsResponse)(nil), // 17: epimetheus.fetch.v1.ExemplarsResponse
+	(*ExemplarSeries)(nil),    // 18: epimetheus.fetch.v1.ExemplarSeries
+	(*Exemplar)(nil),          // 19: epimetheus.fetch.v1.Exemplar
+	(*MetadataRequest)(nil),   // 20: epimetheus.fetch.v1.MetadataRequest
+	(*MetadataResponse)(nil),  // 21: epimetheus.fetch.v1.MetadataResponse
+	(*Metadata)(nil),          // 22: epimetheus.fetch.v1.Metadata
+	(*StatsRequest)(nil),      // 23: epimetheus.fetch.v1.StatsRequest
+	(*StatsResponse)(nil),     // 24: epimetheus.fetch.v1.StatsResponse
+	(*Count)(nil),             // 25: epimetheus.fetch.v1.Count
 }
 var file_fetch_fetch_proto_depIdxs = []int32{
 	0,  // 0: epimetheus.fetch.v1.Matcher.type:type_name -> epimetheus.fetch.v1.Matcher.Type
@@ -1613,33 +1982,39 @@ var file_fetch_fetch_proto_depIdxs = []int32{
 	3,  // 5: epimetheus.fetch.v1.SelectResponse.header:type_name -> epimetheus.fetch.v1.Header
 	8,  // 6: epimetheus.fetch.v1.SelectResponse.series:type_name -> epimetheus.fetch.v1.Series
 	9,  // 7: epimetheus.fetch.v1.Series.chunks:type_name -> epimetheus.fetch.v1.Chunk
-	1,  // 8: epimetheus.fetch.v1.LabelsRequest.matchers:type_name -> epimetheus.fetch.v1.Matcher
-	3,  // 9: epimetheus.fetch.v1.LabelsResponse.header:type_name -> epimetheus.fetch.v1.Header
-	2,  // 10: epimetheus.fetch.v1.ExemplarsRequest.matchers:type_name -> epimetheus.fetch.v1.Matchers
-	3,  // 11: epimetheus.fetch.v1.ExemplarsResponse.header:type_name -> epimetheus.fetch.v1.Header
-	14, // 12: epimetheus.fetch.v1.ExemplarsResponse.series:type_name -> epimetheus.fetch.v1.ExemplarSeries
-	15, // 13: epimetheus.fetch.v1.ExemplarSeries.exemplars:type_name -> epimetheus.fetch.v1.Exemplar
-	3,  // 14: epimetheus.fetch.v1.MetadataResponse.header:type_name -> epimetheus.fetch.v1.Header
-	18, // 15: epimetheus.fetch.v1.MetadataResponse.metadata:type_name -> epimetheus.fetch.v1.Metadata
-	21, // 16: epimetheus.fetch.v1.StatsResponse.series_by_metric:type_name -> epimetheus.fetch.v1.Count
-	21, // 17: epimetheus.fetch.v1.StatsResponse.values_by_label:type_name -> epimetheus.fetch.v1.Count
-	21, // 18: epimetheus.fetch.v1.StatsResponse.bytes_by_label:type_name -> epimetheus.fetch.v1.Count
-	21, // 19: epimetheus.fetch.v1.StatsResponse.series_by_pair:type_name -> epimetheus.fetch.v1.Count
-	6,  // 20: epimetheus.fetch.v1.Fetch.Select:input_type -> epimetheus.fetch.v1.SelectRequest
-	10, // 21: epimetheus.fetch.v1.Fetch.Labels:input_type -> epimetheus.fetch.v1.LabelsRequest
-	12, // 22: epimetheus.fetch.v1.Fetch.Exemplars:input_type -> epimetheus.fetch.v1.ExemplarsRequest
-	16, // 23: epimetheus.fetch.v1.Fetch.Metadata:input_type -> epimetheus.fetch.v1.MetadataRequest
-	19, // 24: epimetheus.fetch.v1.Fetch.Stats:input_type -> epimetheus.fetch.v1.StatsRequest
-	7,  // 25: epimetheus.fetch.v1.Fetch.Select:output_type -> epimetheus.fetch.v1.SelectResponse
-	11, // 26: epimetheus.fetch.v1.Fetch.Labels:output_type -> epimetheus.fetch.v1.LabelsResponse
-	13, // 27: epimetheus.fetch.v1.Fetch.Exemplars:output_type -> epimetheus.fetch.v1.ExemplarsResponse
-	17, // 28: epimetheus.fetch.v1.Fetch.Metadata:output_type -> epimetheus.fetch.v1.MetadataResponse
-	20, // 29: epimetheus.fetch.v1.Fetch.Stats:output_type -> epimetheus.fetch.v1.StatsResponse
-	25, // [25:30] is the sub-list for method output_type
-	20, // [20:25] is the sub-list for method input_type
-	20, // [20:20] is the sub-list for extension type_name
-	20, // [20:20] is the sub-list for extension extendee
-	0,  // [0:20] is the sub-list for field type_name
+	1,  // 8: epimetheus.fetch.v1.ReadRequest.matchers:type_name -> epimetheus.fetch.v1.Matcher
+	3,  // 9: epimetheus.fetch.v1.ReadResponse.header:type_name -> epimetheus.fetch.v1.Header
+	1,  // 10: epimetheus.fetch.v1.LabelsRequest.matchers:type_name -> epimetheus.fetch.v1.Matcher
+	3,  // 11: epimetheus.fetch.v1.LabelsResponse.header:type_name -> epimetheus.fetch.v1.Header
+	2,  // 12: epimetheus.fetch.v1.ExemplarsRequest.matchers:type_name -> epimetheus.fetch.v1.Matchers
+	3,  // 13: epimetheus.fetch.v1.ExemplarsResponse.header:type_name -> epimetheus.fetch.v1.Header
+	18, // 14: epimetheus.fetch.v1.ExemplarsResponse.series:type_name -> epimetheus.fetch.v1.ExemplarSeries
+	19, // 15: epimetheus.fetch.v1.ExemplarSeries.exemplars:type_name -> epimetheus.fetch.v1.Exemplar
+	3,  // 16: epimetheus.fetch.v1.MetadataResponse.header:type_name -> epimetheus.fetch.v1.Header
+	22, // 17: epimetheus.fetch.v1.MetadataResponse.metadata:type_name -> epimetheus.fetch.v1.Metadata
+	25, // 18: epimetheus.fetch.v1.StatsResponse.series_by_metric:type_name -> epimetheus.fetch.v1.Count
+	25, // 19: epimetheus.fetch.v1.StatsResponse.values_by_label:type_name -> epimetheus.fetch.v1.Count
+	25, // 20: epimetheus.fetch.v1.StatsResponse.bytes_by_label:type_name -> epimetheus.fetch.v1.Count
+	25, // 21: epimetheus.fetch.v1.StatsResponse.series_by_pair:type_name -> epimetheus.fetch.v1.Count
+	6,  // 22: epimetheus.fetch.v1.Fetch.Select:input_type -> epimetheus.fetch.v1.SelectRequest
+	10, // 23: epimetheus.fetch.v1.Fetch.Read:input_type -> epimetheus.fetch.v1.ReadRequest
+	12, // 24: epimetheus.fetch.v1.Fetch.Series:input_type -> epimetheus.fetch.v1.SeriesRequest
+	14, // 25: epimetheus.fetch.v1.Fetch.Labels:input_type -> epimetheus.fetch.v1.LabelsRequest
+	16, // 26: epimetheus.fetch.v1.Fetch.Exemplars:input_type -> epimetheus.fetch.v1.ExemplarsRequest
+	20, // 27: epimetheus.fetch.v1.Fetch.Metadata:input_type -> epimetheus.fetch.v1.MetadataRequest
+	23, // 28: epimetheus.fetch.v1.Fetch.Stats:input_type -> epimetheus.fetch.v1.StatsRequest
+	7,  // 29: epimetheus.fetch.v1.Fetch.Select:output_type -> epimetheus.fetch.v1.SelectResponse
+	11, // 30: epimetheus.fetch.v1.Fetch.Read:output_type -> epimetheus.fetch.v1.ReadResponse
+	13, // 31: epimetheus.fetch.v1.Fetch.Series:output_type -> epimetheus.fetch.v1.SeriesResponse
+	15, // 32: epimetheus.fetch.v1.Fetch.Labels:output_type -> epimetheus.fetch.v1.LabelsResponse
+	17, // 33: epimetheus.fetch.v1.Fetch.Exemplars:output_type -> epimetheus.fetch.v1.ExemplarsResponse
+	21, // 34: epimetheus.fetch.v1.Fetch.Metadata:output_type -> epimetheus.fetch.v1.MetadataResponse
+	24, // 35: epimetheus.fetch.v1.Fetch.Stats:output_type -> epimetheus.fetch.v1.StatsResponse
+	29, // [29:36] is the sub-list for method output_type
+	22, // [22:29] is the sub-list for method input_type
+	22, // [22:22] is the sub-list for extension type_name
+	22, // [22:22] is the sub-list for extension extendee
+	0,  // [0:22] is the sub-list for field type_name
 }
 
 func init() { file_fetch_fetch_proto_init() }
@@ -1653,7 +2028,7 @@ func file_fetch_fetch_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_fetch_fetch_proto_rawDesc), len(file_fetch_fetch_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   21,
+			NumMessages:   25,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -23,6 +23,8 @@ const _ = grpc.SupportPackageIsVersion9
 
 const (
 	Fetch_Select_FullMethodName    = "/epimetheus.fetch.v1.Fetch/Select"
+	Fetch_Read_FullMethodName      = "/epimetheus.fetch.v1.Fetch/Read"
+	Fetch_Series_FullMethodName    = "/epimetheus.fetch.v1.Fetch/Series"
 	Fetch_Labels_FullMethodName    = "/epimetheus.fetch.v1.Fetch/Labels"
 	Fetch_Exemplars_FullMethodName = "/epimetheus.fetch.v1.Fetch/Exemplars"
 	Fetch_Metadata_FullMethodName  = "/epimetheus.fetch.v1.Fetch/Metadata"
@@ -35,6 +37,10 @@ const (
 type FetchClient interface {
 	// Series with their samples. The first message is the header.
 	Select(ctx context.Context, in *SelectRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[SelectResponse], error)
+	// The same, by references to series, whose labels a reader keeps.
+	Read(ctx context.Context, in *ReadRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[ReadResponse], error)
+	// Labels of series by their references.
+	Series(ctx context.Context, in *SeriesRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[SeriesResponse], error)
 	// Label names, or the values of one label.
 	Labels(ctx context.Context, in *LabelsRequest, opts ...grpc.CallOption) (*LabelsResponse, error)
 	// Exemplars of the series that match.
@@ -71,6 +77,44 @@ func (c *fetchClient) Select(ctx context.Context, in *SelectRequest, opts ...grp
 
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type Fetch_SelectClient = grpc.ServerStreamingClient[SelectResponse]
+
+func (c *fetchClient) Read(ctx context.Context, in *ReadRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[ReadResponse], error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	stream, err := c.cc.NewStream(ctx, &Fetch_ServiceDesc.Streams[1], Fetch_Read_FullMethodName, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	x := &grpc.GenericClientStream[ReadRequest, ReadResponse]{ClientStream: stream}
+	if err := x.ClientStream.SendMsg(in); err != nil {
+		return nil, err
+	}
+	if err := x.ClientStream.CloseSend(); err != nil {
+		return nil, err
+	}
+	return x, nil
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Fetch_ReadClient = grpc.ServerStreamingClient[ReadResponse]
+
+func (c *fetchClient) Series(ctx context.Context, in *SeriesRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[SeriesResponse], error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	stream, err := c.cc.NewStream(ctx, &Fetch_ServiceDesc.Streams[2], Fetch_Series_FullMethodName, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	x := &grpc.GenericClientStream[SeriesRequest, SeriesResponse]{ClientStream: stream}
+	if err := x.ClientStream.SendMsg(in); err != nil {
+		return nil, err
+	}
+	if err := x.ClientStream.CloseSend(); err != nil {
+		return nil, err
+	}
+	return x, nil
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Fetch_SeriesClient = grpc.ServerStreamingClient[SeriesResponse]
 
 func (c *fetchClient) Labels(ctx context.Context, in *LabelsRequest, opts ...grpc.CallOption) (*LabelsResponse, error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
@@ -118,6 +162,10 @@ func (c *fetchClient) Stats(ctx context.Context, in *StatsRequest, opts ...grpc.
 type FetchServer interface {
 	// Series with their samples. The first message is the header.
 	Select(*SelectRequest, grpc.ServerStreamingServer[SelectResponse]) error
+	// The same, by references to series, whose labels a reader keeps.
+	Read(*ReadRequest, grpc.ServerStreamingServer[ReadResponse]) error
+	// Labels of series by their references.
+	Series(*SeriesRequest, grpc.ServerStreamingServer[SeriesResponse]) error
 	// Label names, or the values of one label.
 	Labels(context.Context, *LabelsRequest) (*LabelsResponse, error)
 	// Exemplars of the series that match.
@@ -138,6 +186,12 @@ type UnimplementedFetchServer struct{}
 
 func (UnimplementedFetchServer) Select(*SelectRequest, grpc.ServerStreamingServer[SelectResponse]) error {
 	return status.Error(codes.Unimplemented, "method Select not implemented")
+}
+func (UnimplementedFetchServer) Read(*ReadRequest, grpc.ServerStreamingServer[ReadResponse]) error {
+	return status.Error(codes.Unimplemented, "method Read not implemented")
+}
+func (UnimplementedFetchServer) Series(*SeriesRequest, grpc.ServerStreamingServer[SeriesResponse]) error {
+	return status.Error(codes.Unimplemented, "method Series not implemented")
 }
 func (UnimplementedFetchServer) Labels(context.Context, *LabelsRequest) (*LabelsResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Labels not implemented")
@@ -182,6 +236,28 @@ func _Fetch_Select_Handler(srv interface{}, stream grpc.ServerStream) error {
 
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type Fetch_SelectServer = grpc.ServerStreamingServer[SelectResponse]
+
+func _Fetch_Read_Handler(srv interface{}, stream grpc.ServerStream) error {
+	m := new(ReadRequest)
+	if err := stream.RecvMsg(m); err != nil {
+		return err
+	}
+	return srv.(FetchServer).Read(m, &grpc.GenericServerStream[ReadRequest, ReadResponse]{ServerStream: stream})
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Fetch_ReadServer = grpc.ServerStreamingServer[ReadResponse]
+
+func _Fetch_Series_Handler(srv interface{}, stream grpc.ServerStream) error {
+	m := new(SeriesRequest)
+	if err := stream.RecvMsg(m); err != nil {
+		return err
+	}
+	return srv.(FetchServer).Series(m, &grpc.GenericServerStream[SeriesRequest, SeriesResponse]{ServerStream: stream})
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Fetch_SeriesServer = grpc.ServerStreamingServer[SeriesResponse]
 
 func _Fetch_Labels_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
 	in := new(LabelsRequest)
@@ -283,6 +359,16 @@ var Fetch_ServiceDesc = grpc.ServiceDesc{
 		{
 			StreamName:    "Select",
 			Handler:       _Fetch_Select_Handler,
+			ServerStreams: true,
+		},
+		{
+			StreamName:    "Read",
+			Handler:       _Fetch_Read_Handler,
+			ServerStreams: true,
+		},
+		{
+			StreamName:    "Series",
+			Handler:       _Fetch_Series_Handler,
 			ServerStreams: true,
 		},
 	},

@@ -1,0 +1,255 @@
+package fetch
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"math"
+
+	"github.com/prometheus/prometheus/model/labels"
+	"github.com/prometheus/prometheus/tsdb/chunkenc"
+
+	"github.com/epimetheus-tsdb/epimetheus/ingest/fetch/fetchpb"
+)
+
+// Columns are series of one generation.
+type Columns struct {
+	Generation uint64
+	Refs       []uint32
+	Counts     []uint32 // of chunks, by series; nil: there are no chunks
+	Chunks     []Chunk  // one series after the other
+}
+
+// Message gives the message for columns of which all chunks begin at, or after, about
+// mint.
+func (c *Columns) Message(mint int64) *fetchpb.ReadResponse {
+	n, size := len(c.Chunks), 0
+	for i := range c.Chunks {
+		size += len(c.Chunks[i].Data)
+	}
+	p := &fetchpb.ReadResponse{
+		Generation: c.Generation, Refs: c.Refs, Chunks: c.Counts, Encodings: make([]byte, n), Mint: make([]int64, n), Span: make([]uint64, n),
+		Sizes: make([]uint32, n), Data: make([]byte, 0, size),
+	}
+	for i := range c.Chunks {
+		x := &c.Chunks[i]
+		p.Encodings[i], p.Mint[i], p.Span[i], p.Sizes[i] = byte(x.Encoding), x.MinT-mint, uint64(x.MaxT-x.MinT), uint32(len(x.Data)) //nolint:gosec // as in the message
+		p.Data = append(p.Data, x.Data...)
+		mint = x.MinT
+	}
+	return p
+}
+
+// columns is the reverse of Message. They share memory with the message.
+func columns(p *fetchpb.ReadResponse, mint int64) (*Columns, error) {
+	n := len(p.Encodings)
+	if len(p.Mint) != n || len(p.Span) != n || len(p.Sizes) != n || len(p.Chunks) != len(p.Refs) && len(p.Chunks)+n > 0 {
+		return nil, fmt.Errorf("%w: columns of different lengths", errProtocol)
+	}
+	total := uint64(0)
+	for _, k := range p.Chunks {
+		total += uint64(k)
+	}
+	if total != uint64(n) {
+		return nil, fmt.Errorf("%w: series of %d chunks have %d", errProtocol, total, n)
+	}
+	c := &Columns{Generation: p.Generation, Refs: p.Refs, Counts: p.Chunks, Chunks: make([]Chunk, n)}
+	data := p.Data
+	for i, size := range p.Sizes {
+		if uint64(size) > uint64(len(data)) || p.Span[i] > math.MaxInt64 {
+			return nil, fmt.Errorf("%w: a chunk of %d bytes where %d are left", errProtocol, size, len(data))
+		}
+		mint += p.Mint[i]
+		c.Chunks[i] = Chunk{Encoding: chunkenc.Encoding(p.Encodings[i]), MinT: mint, MaxT: mint + int64(p.Span[i]), Data: data[:size:size]} //nolint:gosec // checked
+		data = data[size:]
+	}
+	return c, nil
+}
+
+// appendSeries gives the series of columns, which get their labels later.
+func appendSeries(dst []Series, c *Columns) []Series {
+	chunks := c.Chunks
+	for i := range c.Refs {
+		var s Series
+		if c.Counts != nil {
+			n := c.Counts[i]
+			s.Chunks, chunks = chunks[:n:n], chunks[n:]
+		}
+		dst = append(dst, s)
+	}
+	return dst
+}
+
+// list is what a generation has.
+type list struct {
+	generation uint64
+	refs       []uint32
+	series     []Series
+}
+
+// read is Select by references.
+func (c *Client) read(ctx context.Context, q Query) ([][]Series, Header, error) {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	stream, err := c.rpc.Read(ctx, &fetchpb.ReadRequest{
+		Tenant: q.Tenant, Mint: q.MinT, Maxt: q.MaxT, Matchers: FromMatchers(q.Matchers),
+		LabelsOnly: q.LabelsOnly, Limit: uint32(q.Limit), Newest: q.Newest, //nolint:gosec // of series
+	})
+	if err != nil {
+		return nil, Header{}, err
+	}
+	var hd Header
+	var lists []list
+	for first := true; ; first = false {
+		m, err := stream.Recv()
+		if errors.Is(err, io.EOF) && !first {
+			break
+		}
+		if err != nil {
+			return nil, hd, err
+		}
+		if first {
+			if hd, err = toHeader(m.Header); err != nil {
+				return nil, hd, err
+			}
+			continue
+		}
+		cols, err := columns(m, q.MinT)
+		if err != nil {
+			return nil, hd, err
+		}
+		if n := len(lists); n == 0 || lists[n-1].generation != cols.Generation {
+			lists = append(lists, list{generation: cols.Generation})
+		}
+		l := &lists[len(lists)-1]
+		l.refs, l.series = append(l.refs, cols.Refs...), appendSeries(l.series, cols)
+	}
+	out := make([][]Series, len(lists))
+	for i := range lists {
+		if err := c.name(ctx, string(hd.Start), q.Tenant, &lists[i]); err != nil {
+			return nil, hd, err
+		}
+		out[i] = lists[i].series
+	}
+	return out, hd, nil
+}
+
+// name gives the series of a generation their labels.
+func (c *Client) name(ctx context.Context, start, tenant string, l *list) error {
+	at := scope{start, tenant, l.generation}
+	unknown := c.names.get(at, l)
+	if len(unknown) == 0 {
+		return nil
+	}
+	refs := make([]uint32, len(unknown))
+	for i, k := range unknown {
+		refs[i] = l.refs[k]
+	}
+	stream, err := c.rpc.Series(ctx, &fetchpb.SeriesRequest{Tenant: tenant, Start: []byte(start), Generation: l.generation, Refs: refs})
+	if err != nil {
+		return err
+	}
+	got := 0
+	for {
+		m, err := stream.Recv()
+		if errors.Is(err, io.EOF) {
+			break
+		}
+		if err != nil {
+			return err
+		}
+		err = eachLabels(m, func(ls labels.Labels) error {
+			if got == len(unknown) {
+				return fmt.Errorf("%w: labels of more series than were asked for", errProtocol)
+			}
+			l.series[unknown[got]].Labels = ls
+			got++
+			return nil
+		})
+		if err != nil {
+			return err
+		}
+	}
+	if got < len(unknown) {
+		return fmt.Errorf("%w: labels of %d series, %d were asked for", errProtocol, got, len(unknown))
+	}
+	c.names.put(at, l, unknown)
+	return nil
+}
+
+// eachLabels calls fn with the label sets of a message.
+func eachLabels(m *fetchpb.SeriesResponse, fn func(labels.Labels) error) error {
+	var b labels.ScratchBuilder
+	pairs := m.Pairs
+	for _, n := range m.Labels {
+		if uint64(len(pairs)) < 2*uint64(n) {
+			return fmt.Errorf("%w: labels without names and values", errProtocol)
+		}
+		b.Reset()
+		last := ""
+		for i := range 2 * n {
+			if int(pairs[i]) >= len(m.Symbols) {
+				return fmt.Errorf("%w: symbol %d of %d", errProtocol, pairs[i], len(m.Symbols))
+			}
+			if i%2 == 1 {
+				name := m.Symbols[pairs[i-1]]
+				if name <= last {
+					return fmt.Errorf("%w: label name %q after %q", errProtocol, name, last)
+				}
+				b.Add(name, m.Symbols[pairs[i]])
+				last = name
+			}
+		}
+		pairs = pairs[2*n:]
+		if err := fn(b.Labels()); err != nil {
+			return err
+		}
+	}
+	if len(pairs) > 0 {
+		return fmt.Errorf("%w: names and values of no series", errProtocol)
+	}
+	return nil
+}
+
+// LabelSets makes messages for label sets.
+type LabelSets struct {
+	m       *fetchpb.SeriesResponse
+	symbols map[string]uint32
+	size    int
+}
+
+// Add adds one.
+func (s *LabelSets) Add(ls labels.Labels) {
+	if s.m == nil {
+		s.m, s.symbols, s.size = &fetchpb.SeriesResponse{}, map[string]uint32{}, 0
+	}
+	n := uint32(0)
+	ls.Range(func(l labels.Label) {
+		s.m.Pairs = append(s.m.Pairs, s.symbol(l.Name), s.symbol(l.Value))
+		s.size += 4
+		n++
+	})
+	s.m.Labels = append(s.m.Labels, n)
+}
+
+func (s *LabelSets) symbol(text string) uint32 {
+	i, ok := s.symbols[text]
+	if !ok {
+		i = uint32(len(s.m.Symbols))
+		s.symbols[text] = i
+		s.m.Symbols = append(s.m.Symbols, text)
+		s.size += len(text) + 4
+	}
+	return i
+}
+
+// Bytes is about how long the message is by now.
+func (s *LabelSets) Bytes() int { return s.size }
+
+// Take gives the message with those that were added since the last; nil: none.
+func (s *LabelSets) Take() *fetchpb.SeriesResponse {
+	m := s.m
+	s.m = nil
+	return m
+}
