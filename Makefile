@@ -83,7 +83,7 @@ sim-long: ## simulate N= seeds of STEPS= steps each
 COST_FLAGS ?=
 .PHONY: cost
 cost: ## what stated fleets cost on AWS, from a simulation of weeks (minutes; COST_FLAGS="-cost.million-puts 5 …" for other prices)
-	go test ./e2e/cost -run TestCost -count 1 -timeout 60m -cost.full $(COST_FLAGS)
+	go test ./e2e/cost -run TestCost -count 1 -v -timeout 60m -cost.full $(COST_FLAGS)
 
 .PHONY: bench
 bench: tools ## the benchmarks that docs/benchmarks.md shows (half an hour)
