@@ -518,6 +518,15 @@ func (p *SeriesPage) Windows(i int, width, mint, maxt int64) []Chunk {
 	return p.short.select1(i, mint, maxt)
 }
 
+// WindowPages are the locations of the pages with windows of a width. They lie one
+// behind the other in the object.
+func (p *SeriesPage) WindowPages(width int64) []Location {
+	if width == rollup.Long {
+		return p.long.pages
+	}
+	return p.short.pages
+}
+
 func (p *SeriesPage) labels(i int, b *labels.ScratchBuilder) labels.Labels {
 	b.Reset()
 	for j := range p.names {

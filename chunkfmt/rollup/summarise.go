@@ -44,7 +44,7 @@ func (s *Summariser) Summarise(dst *Windows, samples *Samples, width int64) {
 	t, v, st := s.floats(samples)
 	s.histograms(samples)
 	events := s.events
-	d := decimals(v)
+	d, guessed := 0, int64(math.MinInt64)
 	i := dst.Len()
 	dst.grow(possible(t, events, width))
 	for ; len(t) > 0 || len(events) > 0; i++ {
@@ -55,6 +55,11 @@ func (s *Summariser) Summarise(dst *Windows, samples *Samples, width int64) {
 			end = EndOf(events[0].t, width)
 		}
 		n := until(t, end)
+		if n > 0 && end > guessed {
+			// For each day anew, so that it doesn't matter which others are made with it.
+			guessed = EndOf(end, guessFor)
+			d = decimals(v[:until(t, guessed)])
+		}
 		dst.End[i] = end
 		dst.FirstT[i], dst.PrevT[i], dst.LastT[i] = end, end, end
 		last := int64(math.MinInt64)
@@ -83,6 +88,9 @@ func (s *Summariser) Summarise(dst *Windows, samples *Samples, width int64) {
 	}
 	dst.shrink(i)
 }
+
+// guessFor is for how long, in ms, it is guessed at once how many decimals samples have.
+const guessFor = 24 * Long
 
 // possible is how many windows there are at most that hold a sample.
 func possible(t []int64, events []event, width int64) int {

@@ -7,10 +7,14 @@ import "math"
 // would give, but for Sum and M2, which may be rounded otherwise. They are to be
 // later than those that dst has.
 func Widen(dst, w *Windows, width int64) {
-	d := decimals(w.Sum)
+	d, guessed := 0, int64(math.MinInt64)
 	var lost []float64
 	for from := 0; from < len(w.End); {
 		end := EndOf(w.End[from], width)
+		if end > guessed {
+			guessed = EndOf(end, guessFor)
+			d = decimals(w.Sum[from : from+until(w.End[from:], guessed)])
+		}
 		to := from + 1
 		for to < len(w.End) && w.End[to] <= end {
 			to++

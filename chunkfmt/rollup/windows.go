@@ -171,6 +171,18 @@ func (w *Windows) Append(from *Windows, i, j int, cols Columns) {
 	}
 }
 
+// Slice gives the windows from i up to, without, j, all columns of them. They share the
+// memory of w.
+func (w *Windows) Slice(i, j int) Windows {
+	return Windows{
+		End: w.End[i:j], Count: w.Count[i:j], Flags: w.Flags[i:j],
+		FirstT: w.FirstT[i:j], FirstV: w.FirstV[i:j], PrevT: w.PrevT[i:j], PrevV: w.PrevV[i:j],
+		LastT: w.LastT[i:j], LastV: w.LastV[i:j],
+		Sum: w.Sum[i:j], Min: w.Min[i:j], Max: w.Max[i:j],
+		Resets: w.Resets[i:j], Reset: w.Reset[i:j], Changes: w.Changes[i:j], M2: w.M2[i:j],
+	}
+}
+
 // grow adds n windows that are all zero, and gives the index of the first.
 func (w *Windows) grow(n int) int {
 	at := len(w.End)
