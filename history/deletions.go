@@ -47,7 +47,7 @@ func (h *History) hidden(ctx context.Context, tenant string) (*Hidden, error) {
 	if h.o.Retentions != nil {
 		r = h.o.Retentions()
 	}
-	return NewHidden(k.tenants[tenant], r.Of(tenant).Horizon(h.now())), nil
+	return NewHidden(k.tenants[tenant], r.Of(tenant).Horizons(h.now())), nil
 }
 
 // Hides says whether anything of a tenant is hidden in mint to maxt, both included,

@@ -74,16 +74,16 @@ type found struct {
 }
 
 // find returns the series that match all of ms and have samples or exemplars in
-// mint to maxt, for each block. seriesRuns bounds the GETs of series pages of one
-// block; 0 is no bound.
-func (s *Snapshot) find(ctx context.Context, bs []*Block, ms []*labels.Matcher, mint, maxt int64, seriesRuns int) ([]found, error) {
+// mint to maxt, or summaries of windows whose samples are gone, for each block, but for
+// what is hidden. seriesRuns bounds the GETs of series pages of one block; 0 is no bound.
+func (s *Snapshot) find(ctx context.Context, bs []*Block, ms []*labels.Matcher, mint, maxt int64, seriesRuns int, hidden func(labels.Labels) []chunkfmt.Range) ([]found, error) {
 	out := make([]found, len(bs))
 	for i, b := range bs {
 		out[i].block = b
 	}
 	err := s.seriesPages(ctx, bs, ms, mint, maxt, seriesRuns, func(i int, p *chunkfmt.SeriesPage, lo, hi int64) {
 		for _, e := range p.Select(ms, lo, hi) {
-			if bs[i].holds(&e, lo, hi) && s.shows(&e, lo, hi) {
+			if bs[i].holds(&e, lo, hi) && shows(&e, lo, hi, hidden(e.Labels)) {
 				out[i].entries = append(out[i].entries, e)
 				s.Stats.Series.Add(1)
 			}
@@ -142,6 +142,7 @@ func (s *Snapshot) seriesPages(ctx context.Context, bs []*Block, ms []*labels.Ma
 // alone: at least as many as there are, but that the samples of a page are taken to
 // be spread evenly over its time.
 func (s *Snapshot) Estimate(ctx context.Context, ms []*labels.Matcher, mint, maxt int64) (samples int64, err error) {
+	mint = s.samplesFrom(mint)
 	err = s.estimate(ctx, ms, mint, maxt, func(r *chunkfmt.PageRef, part float64) {
 		samples += int64(part * float64(r.Samples))
 	}, func() { samples = 0 })
@@ -181,21 +182,27 @@ func (b *Block) holds(e *chunkfmt.Entry, mint, maxt int64) bool {
 	return slices.ContainsFunc(b.Ranges, func(r chunkfmt.Range) bool {
 		lo, hi := max(mint, r.MinT), min(maxt, r.MaxT)
 		in := func(c chunkfmt.Chunk) bool { return c.Overlaps(lo, hi) }
-		return lo <= hi && (slices.ContainsFunc(e.Chunks, in) || slices.ContainsFunc(e.Exemplars, in))
+		return lo <= hi && (slices.ContainsFunc(e.Chunks, in) || slices.ContainsFunc(e.Exemplars, in) ||
+			slices.ContainsFunc(e.Gone, func(r chunkfmt.Range) bool { return r.Overlaps(lo, hi) }))
 	})
 }
 
-// shows drops those chunks of a series of which all in mint to maxt is hidden. It
-// says whether there are others.
-func (s *Snapshot) shows(e *chunkfmt.Entry, mint, maxt int64) bool {
-	hidden := s.Hidden.Of(e.Labels)
+// shows drops those chunks of a series of which all in mint to maxt is hidden, and
+// what is gone if all of it is. It says whether there is anything else.
+func shows(e *chunkfmt.Entry, mint, maxt int64, hidden []chunkfmt.Range) bool {
 	if len(hidden) == 0 {
 		return true
 	}
 	gone := func(c chunkfmt.Chunk) bool { return covers(hidden, max(mint, c.MinT), min(maxt, c.MaxT)) }
 	e.Chunks = slices.DeleteFunc(slices.Clone(e.Chunks), gone)
 	e.Exemplars = slices.DeleteFunc(slices.Clone(e.Exemplars), gone)
-	return len(e.Chunks)+len(e.Exemplars) > 0
+	if !slices.ContainsFunc(e.Gone, func(r chunkfmt.Range) bool {
+		r.MinT, r.MaxT = max(r.MinT, mint), min(r.MaxT, maxt)
+		return r.MinT <= r.MaxT && !covers(hidden, r.MinT, r.MaxT)
+	}) {
+		e.Gone = nil
+	}
+	return len(e.Chunks)+len(e.Exemplars)+len(e.Gone) > 0
 }
 
 // prune drops series pages of metrics that carry no label value that could

@@ -10,24 +10,60 @@ import (
 	"github.com/prometheus/prometheus/model/labels"
 
 	"github.com/epimetheus-tsdb/epimetheus/chunkfmt"
+	"github.com/epimetheus-tsdb/epimetheus/chunkfmt/rollup"
 	"github.com/epimetheus-tsdb/epimetheus/history/index"
 )
 
-// Retention is how long what a tenant has is kept. 0: for ever.
+// Retention is how long what a tenant has is kept.
 type Retention struct {
-	// Raw is of the samples as they were written. What is made of them, such as the
-	// summaries in the same block, goes with them.
+	// Raw is of the samples as they were written. 0: for ever, and so is all else.
 	Raw time.Duration
+	// Short and Long are of the summaries of windows of 5 minutes and of an hour. 0, or
+	// shorter than what is finer: as long as that.
+	Short, Long time.Duration
 }
 
-// Horizon is the time in ms before which samples are past the retention, at now;
-// math.MinInt64 if there is none. It moves on by minutes.
-func (r Retention) Horizon(now time.Time) int64 {
-	if r.Raw <= 0 {
-		return math.MinInt64
-	}
-	return now.Add(-r.Raw).Truncate(time.Minute).UnixMilli()
+// Horizons are the times in ms before which something is past the retention, or
+// math.MinInt64. None is later than that of what is finer.
+type Horizons struct {
+	Raw         int64 // of samples
+	Short, Long int64 // of windows, which are past it if any of their time is before
 }
+
+// Before are the horizons where samples and windows are past the retention from the
+// same time in ms on; math.MinInt64: nothing is.
+func Before(t int64) Horizons { return Horizons{t, t, t} }
+
+// Horizons at now. That of samples moves on by minutes, and the others, where they are
+// others, by whole hours.
+func (r Retention) Horizons(now time.Time) Horizons {
+	if r.Raw <= 0 {
+		return Before(math.MinInt64)
+	}
+	out := Before(now.Add(-r.Raw).Truncate(time.Minute).UnixMilli())
+	if r.Short > r.Raw {
+		out.Short = wholeHours(now.Add(-r.Short).UnixMilli())
+		out.Long = out.Short
+	}
+	if r.Long > max(r.Raw, r.Short) {
+		out.Long = wholeHours(now.Add(-r.Long).UnixMilli())
+	}
+	return out
+}
+
+// wholeHours is the last start of a window of an hour that isn't later.
+func wholeHours(t int64) int64 { return rollup.EndOf(t, rollup.Long) - rollup.Long + 1 }
+
+// Of windows of a width, rollup.Short or rollup.Long.
+func (h Horizons) Of(width int64) int64 {
+	if width == rollup.Long {
+		return h.Long
+	}
+	return h.Short
+}
+
+// Summaries says whether some are kept for longer than samples.
+func (h Horizons) Summaries() bool { return h.Long < h.Raw }
 
 // Retentions says how long samples are kept. nil: for ever.
 type Retentions struct {
@@ -65,17 +101,16 @@ func (r *Retentions) None() bool {
 type Hidden struct {
 	// Deletions that are in force; not to be changed.
 	Deletions []index.Deletion
-	// Before is the time in ms before which all is past the retention;
-	// math.MinInt64: there is none.
-	Before int64
+	// Before says what is past the retention.
+	Before Horizons
 
 	named map[string][]int // deletions that are about one metric, by its name
 	other []int            // deletions that aren't
 }
 
 // NewHidden gives nil where nothing is hidden.
-func NewHidden(ds []index.Deletion, before int64) *Hidden {
-	if len(ds) == 0 && before == math.MinInt64 {
+func NewHidden(ds []index.Deletion, before Horizons) *Hidden {
+	if len(ds) == 0 && before == Before(math.MinInt64) {
 		return nil
 	}
 	h := &Hidden{Deletions: ds, Before: before}
@@ -102,8 +137,10 @@ func (h *Hidden) Within(mint, maxt int64) *Hidden {
 		return nil
 	}
 	before := h.Before
-	if before <= mint {
-		before = math.MinInt64
+	for _, t := range []*int64{&before.Raw, &before.Short, &before.Long} {
+		if *t <= mint {
+			*t = math.MinInt64
+		}
 	}
 	some := func(d index.Deletion) bool { return d.Overlaps(mint, maxt) }
 	n := 0
@@ -124,14 +161,31 @@ func (h *Hidden) Within(mint, maxt int64) *Hidden {
 	return NewHidden(ds, before)
 }
 
-// Of gives the ranges of time in which a series is hidden, ascending and disjoint.
+// Of gives the ranges of time in which samples of a series are hidden, ascending and
+// disjoint.
 func (h *Hidden) Of(ls labels.Labels) []chunkfmt.Range {
 	if h == nil {
 		return nil
 	}
+	return h.of(ls, h.Before.Raw)
+}
+
+// OfWindows gives the ranges of time in which windows of a width in ms are hidden, as
+// they are if any of their time is, and with them the samples that they would be made of.
+func (h *Hidden) OfWindows(ls labels.Labels, width int64) []chunkfmt.Range {
+	if h == nil {
+		return nil
+	}
+	return h.of(ls, h.Before.Of(width))
+}
+
+// OfAll gives the ranges of time in which nothing of a series can be read.
+func (h *Hidden) OfAll(ls labels.Labels) []chunkfmt.Range { return h.OfWindows(ls, rollup.Long) }
+
+func (h *Hidden) of(ls labels.Labels, before int64) []chunkfmt.Range {
 	var out []chunkfmt.Range
-	if h.Before > math.MinInt64 {
-		out = append(out, chunkfmt.Range{MinT: math.MinInt64, MaxT: h.Before - 1})
+	if before > math.MinInt64 {
+		out = append(out, chunkfmt.Range{MinT: math.MinInt64, MaxT: before - 1})
 	}
 	for _, is := range [...][]int{h.other, h.named[ls.Get(model.MetricNameLabel)]} {
 		for _, i := range is {
@@ -179,14 +233,14 @@ func (h *Hidden) Touches(ls labels.Labels, a, b int64) bool {
 }
 
 // All says whether all of mint to maxt, both included, in ms, is hidden, whatever
-// the series.
+// the series, windows too.
 func (h *Hidden) All(mint, maxt int64) bool {
 	if h == nil {
 		return false
 	}
 	var rs []chunkfmt.Range
-	if h.Before > math.MinInt64 {
-		rs = append(rs, chunkfmt.Range{MinT: math.MinInt64, MaxT: h.Before - 1})
+	if h.Before.Long > math.MinInt64 {
+		rs = append(rs, chunkfmt.Range{MinT: math.MinInt64, MaxT: h.Before.Long - 1})
 	}
 	for _, i := range h.other {
 		if d := &h.Deletions[i]; len(d.Matchers) == 0 {
@@ -204,6 +258,29 @@ func covers(rs []chunkfmt.Range, mint, maxt int64) bool {
 // Covers says whether all of mint to maxt, both included, in ms, lies in one of the
 // ranges that Of has given.
 func Covers(hidden []chunkfmt.Range, mint, maxt int64) bool { return covers(hidden, mint, maxt) }
+
+// Overlap gives what of ranges, which ascend and are apart, lies in others, which do too.
+func Overlap(a, b []chunkfmt.Range) []chunkfmt.Range {
+	var out []chunkfmt.Range
+	for i, j := 0, 0; i < len(a) && j < len(b); {
+		if lo, hi := max(a[i].MinT, b[j].MinT), min(a[i].MaxT, b[j].MaxT); lo <= hi {
+			out = append(out, chunkfmt.Range{MinT: lo, MaxT: hi})
+		}
+		if a[i].MaxT < b[j].MaxT {
+			i++
+		} else {
+			j++
+		}
+	}
+	return out
+}
+
+// Union makes ranges ascending and apart, with room between them. It keeps a.
+func Union(a, b []chunkfmt.Range) []chunkfmt.Range { return union(slices.Concat(a, b)) }
+
+// Without gives what of ranges, which ascend and are apart, lies in none of others, which
+// do too.
+func Without(rs, others []chunkfmt.Range) []chunkfmt.Range { return subtract(rs, others) }
 
 // Cut takes the samples and exemplars out of a series that lie in ranges that Of has
 // given. The columns stay in their memory.

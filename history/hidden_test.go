@@ -48,7 +48,7 @@ func TestHiddenModel(t *testing.T) {
 		if r.IntN(3) == 0 {
 			before = r.Int64N(100)
 		}
-		all := NewHidden(ds, before)
+		all := NewHidden(ds, Before(before))
 		lo := r.Int64N(100)
 		hi := lo + r.Int64N(30)
 		for _, h := range []*Hidden{all, all.Within(lo, hi)} {

@@ -18,19 +18,19 @@ import (
 // block: directory, label page, series pages.
 const labelReadRuns = 1
 
-// Series returns the labels of the series that match all of ms and have samples
-// in mint to maxt, both included, sorted, each once. It reads no samples.
+// Series returns the labels of the series that match all of ms and have samples, or
+// summaries, in mint to maxt, both included, sorted, each once. It reads no samples.
 func (s *Snapshot) Series(ctx context.Context, ms []*labels.Matcher, mint, maxt int64) ([]labels.Labels, error) {
 	var out []labels.Labels
 	err := s.attempt(ctx, mint, maxt, func(bs []*Block) error {
-		fs, err := s.find(ctx, bs, ms, mint, maxt, labelReadRuns)
+		fs, err := s.find(ctx, bs, ms, mint, maxt, labelReadRuns, s.Hidden.OfAll)
 		if err != nil {
 			return err
 		}
 		var set labelSets
 		for _, f := range fs {
 			for i := range f.entries {
-				if len(f.entries[i].Chunks) > 0 {
+				if len(f.entries[i].Chunks)+len(f.entries[i].Gone) > 0 {
 					set.add(f.entries[i].Labels)
 				}
 			}
@@ -76,7 +76,7 @@ func (s *Snapshot) LabelNames(ctx context.Context, ms []*labels.Matcher, mint, m
 	err := s.attempt(ctx, mint, maxt, func(bs []*Block) error {
 		set := map[string]struct{}{}
 		if len(ms) > 0 {
-			fs, err := s.find(ctx, bs, ms, mint, maxt, labelReadRuns)
+			fs, err := s.find(ctx, bs, ms, mint, maxt, labelReadRuns, s.Hidden.OfAll)
 			if err != nil {
 				return err
 			}
@@ -114,7 +114,7 @@ func (s *Snapshot) LabelValues(ctx context.Context, name string, ms []*labels.Ma
 		set := map[string]struct{}{}
 		metric, byPages := onlyMetric(ms)
 		if !byPages {
-			fs, err := s.find(ctx, bs, ms, mint, maxt, labelReadRuns)
+			fs, err := s.find(ctx, bs, ms, mint, maxt, labelReadRuns, s.Hidden.OfAll)
 			if err != nil {
 				return err
 			}
@@ -264,7 +264,7 @@ func (s *Snapshot) Metadata(ctx context.Context, metric string, mint, maxt int64
 	}
 	var out []MetricMetadata
 	err := s.attempt(ctx, mint, maxt, func(bs []*Block) error {
-		fs, err := s.find(ctx, bs, ms, mint, maxt, labelReadRuns)
+		fs, err := s.find(ctx, bs, ms, mint, maxt, labelReadRuns, s.Hidden.OfAll)
 		if err != nil {
 			return err
 		}

@@ -51,6 +51,7 @@ type Series struct {
 	// Of SelectWindows: what is read, and from which parts, ascending and disjoint.
 	summaries Summaries
 	pieces    []piece
+	samples   []chunkfmt.Range // as hidden, of samples: hidden is of windows, and of samples that windows are made of
 }
 
 // part is what one block has of a series.
@@ -64,7 +65,7 @@ type part struct {
 	entry       chunkfmt.WindowEntry
 	windows     []chunkfmt.Chunk
 	windowPages []*heldPage
-	covered     []chunkfmt.Range
+	covered     []chunkfmt.Range // where its samples aren't read
 }
 
 // Select returns the series that match all of ms and may have samples in mint to
@@ -76,8 +77,9 @@ func (s *Snapshot) Select(ctx context.Context, ms []*labels.Matcher, mint, maxt 
 // SelectOrdered is Select, in order of what key gives of the series' labels.
 func (s *Snapshot) SelectOrdered(ctx context.Context, ms []*labels.Matcher, mint, maxt int64, key func(labels.Labels) labels.Labels) (*SeriesSet, error) {
 	var set *SeriesSet
+	mint = s.samplesFrom(mint)
 	err := s.attempt(ctx, mint, maxt, func(bs []*Block) error {
-		fs, err := s.find(ctx, bs, ms, mint, maxt, 0)
+		fs, err := s.find(ctx, bs, ms, mint, maxt, 0, s.Hidden.Of)
 		if err != nil {
 			return err
 		}
@@ -104,7 +106,7 @@ func (s *Snapshot) seriesSet(fs []found, mint, maxt int64) *SeriesSet {
 		for i := range f.entries {
 			e := &f.entries[i]
 			if len(e.Chunks) == 0 {
-				continue // only exemplars in that time
+				continue // only exemplars in that time, or summaries
 			}
 			at, added := sets.add(e.Labels)
 			if added {
@@ -478,6 +480,7 @@ func forget[H any](hs []H, spans []span, unknown func(H) H) {
 // matchers of at least one of sets, sorted by labels; of a series, by time.
 func (s *Snapshot) Exemplars(ctx context.Context, sets [][]*labels.Matcher, mint, maxt int64) ([]chunkfmt.Series, error) {
 	var out []chunkfmt.Series
+	mint = s.samplesFrom(mint)
 	err := s.attempt(ctx, mint, maxt, func(bs []*Block) error {
 		type place struct {
 			series int // in names.all
@@ -489,7 +492,7 @@ func (s *Snapshot) Exemplars(ctx context.Context, sets [][]*labels.Matcher, mint
 		var wants []want
 		seen := map[pageKey]map[int]bool{} // by page: chunks; matcher sets may overlap
 		for _, ms := range sets {
-			fs, err := s.find(ctx, bs, ms, mint, maxt, 0)
+			fs, err := s.find(ctx, bs, ms, mint, maxt, 0, s.Hidden.Of)
 			if err != nil {
 				return err
 			}

@@ -113,12 +113,39 @@ func (h *History) Snapshot(ctx context.Context, tenant string, mint, maxt int64,
 }
 
 // hide keeps what is hidden in the snapshot's time, and lets that begin behind the
-// retention.
+// retention of what is kept longest.
 func (s *Snapshot) hide(hidden *Hidden) {
 	s.Hidden = hidden.Within(s.MinT, s.MaxT)
 	if s.Hidden != nil {
-		s.MinT = max(s.MinT, s.Hidden.Before)
+		s.MinT = max(s.MinT, s.Hidden.Before.Long)
 	}
+}
+
+// samplesFrom is the first time in ms, from mint on, of which there may be samples.
+func (s *Snapshot) samplesFrom(mint int64) int64 {
+	if mint = max(mint, s.MinT); s.Hidden != nil {
+		mint = max(mint, s.Hidden.Before.Raw)
+	}
+	return mint
+}
+
+// OnlySummaries says whether there may be blocks, between mint and maxt, both included,
+// in ms, of a time of which only summaries of windows may be read, or with a width only
+// those of wider windows.
+func (s *Snapshot) OnlySummaries(mint, maxt, width int64) bool {
+	if s == nil || s.Hidden == nil {
+		return false
+	}
+	h := s.Hidden.Before
+	until := h.Raw
+	if width != 0 {
+		until = h.Of(width)
+	}
+	if until <= max(mint, h.Long) {
+		return false
+	}
+	mint, maxt = max(mint, h.Long), min(maxt, until-1)
+	return mint <= maxt && slices.ContainsFunc(s.Blocks, func(b Block) bool { return b.Overlaps(mint, maxt) })
 }
 
 // Open makes a snapshot of blocks that another process has listed, of which some

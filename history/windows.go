@@ -35,7 +35,8 @@ type piece struct {
 // time.
 //
 // A window is given if a single block alone has chunks of the series in it, nothing
-// of it is hidden, and nobody else has samples there. Windows that end behind maxt
+// of it is hidden, and nobody else has samples there. One whose samples are gone is
+// given in any case, and what others have there doesn't count. Windows that end behind maxt
 // are not; the first may begin before mint: of what it says, only that is to be used
 // which is about the time from mint on, for what others have of it before isn't looked
 // for.
@@ -47,17 +48,19 @@ func (s *Snapshot) SelectWindows(ctx context.Context, ms []*labels.Matcher, mint
 		lo, hi := max(mint, s.MinT), min(maxt, s.MaxT)
 		err := s.seriesPages(ctx, bs, ms, mint, maxt, 0, func(i int, p *chunkfmt.SeriesPage, from, to int64) {
 			for _, e := range p.SelectWindows(ms, from, to, of.Width) {
-				if len(bs[i].Ranges) > 1 && !bs[i].holds(&chunkfmt.Entry{Chunks: e.Chunks(from, to)}, from, to) {
+				if len(bs[i].Ranges) > 1 && !bs[i].holds(&chunkfmt.Entry{Chunks: e.Chunks(from, to), Gone: e.Gone}, from, to) {
 					continue
 				}
-				hidden := s.Hidden.Of(e.Labels)
+				hidden := s.Hidden.OfWindows(e.Labels, of.Width)
 				if covers(hidden, max(from, e.Times.MinT), min(to, e.Times.MaxT)) {
 					continue
 				}
 				s.Stats.Series.Add(1)
 				at, added := sets.add(e.Labels)
 				if added {
-					set.series = append(set.series, &Series{Labels: e.Labels, mint: lo, maxt: hi, hidden: hidden, s: s, summaries: of})
+					set.series = append(set.series, &Series{
+						Labels: e.Labels, mint: lo, maxt: hi, hidden: hidden, s: s, summaries: of, samples: s.Hidden.Of(e.Labels),
+					})
 				}
 				set.series[at].parts = append(set.series[at].parts, part{block: bs[i], entry: e})
 			}
@@ -133,6 +136,14 @@ func (s *Series) cover(cut bool) {
 				}
 			}
 		}
+	}
+	kept := s.kept(width)
+	var only []chunkfmt.Range // of all of kept
+	for _, k := range kept {
+		only = Union(only, k)
+	}
+	for i := range s.parts {
+		p := &s.parts[i]
 		if len(p.covered) > 0 && (len(voids) > 0 || !alone[i]) {
 			all := slices.Clone(voids)
 			if !alone[i] {
@@ -140,8 +151,15 @@ func (s *Series) cover(cut bool) {
 			}
 			p.covered = subtract(union(p.covered), union(all))
 		}
+		if kept != nil {
+			p.covered = Union(subtract(p.covered, only), kept[i])
+		}
 		for _, r := range p.covered {
 			s.pieces = append(s.pieces, piece{r, i})
+		}
+		given := p.covered
+		if only != nil {
+			p.covered = Union(p.covered, only) // though it has others there
 		}
 		if r := clip(p.entry.Times); !covers(p.covered, r.MinT, r.MaxT) {
 			p.chunks = slices.DeleteFunc(p.entry.Chunks(s.mint, s.maxt), func(c chunkfmt.Chunk) bool {
@@ -150,17 +168,51 @@ func (s *Series) cover(cut bool) {
 			})
 		}
 		p.windows = p.entry.Windows
-		if len(p.covered) == 0 {
+		if len(given) == 0 {
 			p.windows = nil
-		} else if n := len(p.windows); p.covered[0].MinT > p.windows[0].MaxT || p.covered[len(p.covered)-1].MaxT < p.windows[n-1].MinT {
+		} else if n := len(p.windows); given[0].MinT > p.windows[0].MaxT || given[len(given)-1].MaxT < p.windows[n-1].MinT {
 			p.windows = slices.DeleteFunc(slices.Clone(p.windows), func(c chunkfmt.Chunk) bool {
-				return !slices.ContainsFunc(p.covered, func(r chunkfmt.Range) bool { return r.Overlaps(c.MinT, c.MaxT) })
+				return !slices.ContainsFunc(given, func(r chunkfmt.Range) bool { return r.Overlaps(c.MinT, c.MaxT) })
 			})
 		}
 	}
 	if !slices.IsSortedFunc(s.pieces, byStart) {
 		slices.SortFunc(s.pieces, byStart)
 	}
+}
+
+// kept gives for each part the windows, of those that may be read, of which the
+// samples are gone; nil if there are none. If several have one, it is the first's.
+func (s *Series) kept(width int64) (of [][]chunkfmt.Range) {
+	var all []chunkfmt.Range
+	for i := range s.parts {
+		p := &s.parts[i]
+		if p.entry.Gone == nil {
+			continue
+		}
+		gone := make([]chunkfmt.Range, len(p.entry.Gone))
+		for j, r := range p.entry.Gone {
+			gone[j] = widen(r, width)
+		}
+		hidden := make([]chunkfmt.Range, len(s.hidden))
+		for j, r := range s.hidden {
+			hidden[j] = widen(r, width)
+		}
+		var there []chunkfmt.Range
+		for _, c := range p.entry.Windows {
+			there = append(there, chunkfmt.Range{MinT: c.MinT, MaxT: c.MaxT})
+		}
+		mine := subtract(subtract(Overlap(Overlap(p.covered, union(gone)), union(there)), union(hidden)), all)
+		if len(mine) == 0 {
+			continue
+		}
+		if of == nil {
+			of = make([][]chunkfmt.Range, len(s.parts))
+		}
+		of[i] = mine
+		all = Union(all, mine)
+	}
+	return of
 }
 
 func byStart(a, b piece) int { return cmp.Compare(a.MinT, b.MinT) }
@@ -311,7 +363,7 @@ func (h *heldPage) decodeWindows(b *windowBuffer, c *chunkfmt.Chunk, of *Summari
 // SelectWindows gave, those in windows too. It fetches their pages. What it gives is
 // as from Runs.
 func (s *Series) Raw(ctx context.Context, buf *Buffer, mint, maxt int64) ([]*chunkfmt.Series, error) {
-	raw := &Series{Labels: s.Labels, mint: max(mint, s.mint), maxt: min(maxt, s.maxt), hidden: s.hidden, s: s.s}
+	raw := &Series{Labels: s.Labels, mint: max(mint, s.mint), maxt: min(maxt, s.maxt), hidden: s.samples, s: s.s}
 	if raw.mint > raw.maxt {
 		return nil, nil
 	}
@@ -325,6 +377,58 @@ func (s *Series) Raw(ctx context.Context, buf *Buffer, mint, maxt int64) ([]*chu
 		return nil, err
 	}
 	return raw.Runs(buf)
+}
+
+// HasGone says whether blocks have a window that reaches into mint to maxt, both
+// included, in ms, and of which the samples are gone, whatever is hidden.
+func (s *Snapshot) HasGone(ctx context.Context, ms []*labels.Matcher, mint, maxt int64) (bool, error) {
+	all := chunkfmt.Range{MinT: mint, MaxT: maxt}
+	wide := widen(all, rollup.Long)
+	some := false
+	err := s.attempt(ctx, wide.MinT, wide.MaxT, func(bs []*Block) error {
+		dirs, err := s.directories(ctx, bs)
+		if err != nil {
+			return err
+		}
+		gone := &Snapshot{Tenant: s.Tenant, MinT: wide.MinT, MaxT: wide.MaxT, Stats: s.Stats, h: s.h}
+		for i, b := range bs {
+			if dirs[i].Gone {
+				gone.Blocks = append(gone.Blocks, *b)
+			}
+		}
+		for _, width := range []int64{rollup.Short, rollup.Long} {
+			if some || len(gone.Blocks) == 0 {
+				return nil
+			}
+			if some, err = gone.hasGone(ctx, ms, all, width); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	return some, err
+}
+
+func (s *Snapshot) hasGone(ctx context.Context, ms []*labels.Matcher, in chunkfmt.Range, width int64) (bool, error) {
+	set, err := s.SelectWindows(ctx, ms, s.MinT, s.MaxT, Summaries{Width: width})
+	if err != nil {
+		return false, err
+	}
+	var buf Buffer
+	for set.Next(ctx) {
+		w, _, err := set.At().Windows(&buf)
+		if err != nil {
+			return false, err
+		}
+		for _, p := range set.At().parts {
+			for _, end := range w.End {
+				if in.Overlaps(end-width+1, end) && covers(p.entry.Gone, end, end) {
+					return true, nil
+				}
+			}
+		}
+	}
+	return false, set.Err()
 }
 
 // EstimateWindows says about how many windows, and samples beside them, a

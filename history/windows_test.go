@@ -136,7 +136,7 @@ func TestSelectWindows(t *testing.T) {
 			}
 			if !clean && r.IntN(3) == 0 {
 				a := start + r.Int64N(4*day)
-				snap.hide(NewHidden([]index.Deletion{{MinT: a, MaxT: a + r.Int64N(day), Matchers: []*labels.Matcher{eq("__name__", "m1")}}}, start+r.Int64N(2)*r.Int64N(day)))
+				snap.hide(NewHidden([]index.Deletion{{MinT: a, MaxT: a + r.Int64N(day), Matchers: []*labels.Matcher{eq("__name__", "m1")}}}, Before(start+r.Int64N(2)*r.Int64N(day))))
 			}
 			compareWindows(t, snap, of, voids, mint, maxt, clean)
 			if t.Failed() {

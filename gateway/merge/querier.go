@@ -179,7 +179,8 @@ type seriesSet struct {
 	shard, shards uint64
 	left          int              // series that may still be given; -1: all
 	heads         [][]fetch.Series // each ascending in labels; what is left
-	hidden        *history.Hidden  // of heads; history knows of it itself
+	snap          *history.Snapshot // says what is hidden of heads too; nil: nothing is
+	labelsOnly    bool
 	old           *history.SeriesSet
 	more          bool // old has a present series
 
@@ -213,6 +214,14 @@ func (s *seriesSet) Release() {
 
 // readHistory begins to read blocks.
 func (s *seriesSet) readHistory(ctx context.Context, snap *history.Snapshot, ms []*labels.Matcher) {
+	width := int64(0)
+	if s.sums != nil {
+		width = s.sums.Width
+	}
+	if err := onlySummaries(snap, s.mint, s.maxt, width); err != nil {
+		s.warnings = annotations.New().Merge(s.warnings) // those of the selection are others' too
+		s.warnings.Add(err)
+	}
 	old, err := s.from(ctx, snap, ms)
 	if err == nil {
 		s.old = old
@@ -230,7 +239,16 @@ func (s *seriesSet) Next() bool {
 		if !ok {
 			return false
 		}
-		at := &Series{labels: ls, mint: s.mint, maxt: s.maxt, summaries: s.sums, hidden: s.hidden.Of(ls)}
+		at := &Series{labels: ls, mint: s.mint, maxt: s.maxt, summaries: s.sums, snap: s.snap}
+		if s.snap != nil && s.snap.Hidden != nil {
+			at.hiddenSamples = s.snap.Hidden.Of(ls)
+			switch at.hidden = at.hiddenSamples; {
+			case s.sums != nil:
+				at.hidden = s.snap.Hidden.OfWindows(ls, s.sums.Width)
+			case s.labelsOnly:
+				at.hidden = s.snap.Hidden.OfAll(ls)
+			}
+		}
 		elsewhere := false // it has samples, at other times
 		for i := range s.heads {
 			if h := s.heads[i]; len(h) > 0 && labels.Equal(h[0].Labels, ls) {
@@ -305,7 +323,11 @@ func (s *seriesSet) Warnings() annotations.Annotations {
 type Series struct {
 	labels     labels.Labels
 	mint, maxt int64
-	hidden     []chunkfmt.Range
+	hidden     []chunkfmt.Range // of what is wanted, samples or windows
+	snap       *history.Snapshot
+
+	hiddenSamples []chunkfmt.Range
+
 	heads      [][]fetch.Chunk // of each ingester that has it
 	old        *history.Series // nil: none
 	summaries  *Summaries      // that are wanted; nil: none
@@ -376,18 +398,19 @@ func (s *Series) Columns(buf *Buffer) (*chunkfmt.Series, error) {
 			return nil, err
 		}
 	}
-	return s.merged(buf, runs, s.mint, s.maxt)
+	return s.merged(buf, runs, s.mint, s.maxt, s.hidden)
 }
 
-// merged puts what heads have in mint to maxt together with runs of history.
-func (s *Series) merged(buf *Buffer, runs []*chunkfmt.Series, mint, maxt int64) (*chunkfmt.Series, error) {
+// merged puts what heads have in mint to maxt, but for what is hidden, together with
+// runs of history.
+func (s *Series) merged(buf *Buffer, runs []*chunkfmt.Series, mint, maxt int64, hidden []chunkfmt.Range) (*chunkfmt.Series, error) {
 	for i, cs := range s.heads {
 		run, err := buf.decoder(i).Decode(cs)
 		if err != nil {
 			return nil, err
 		}
 		run = trim(run, max(mint, s.mint), min(maxt, s.maxt))
-		history.Cut(run, s.hidden)
+		history.Cut(run, hidden)
 		runs = append(runs, run)
 	}
 	if len(runs) == 0 {

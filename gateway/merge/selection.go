@@ -165,8 +165,8 @@ func (s *Selection) read(ctx context.Context, set *seriesSet, mint, maxt int64) 
 	if set.err = s.err; s.err != nil || mint > maxt {
 		return
 	}
-	set.heads, set.hidden = slices.Clone(s.heads), s.snap.Hidden
-	if s.labelsOnly() {
+	set.heads, set.snap, set.labelsOnly = slices.Clone(s.heads), s.snap, s.labelsOnly()
+	if set.labelsOnly {
 		lss, err := s.snap.Series(ctx, s.matchers, mint, maxt)
 		if err != nil {
 			set.err = class(ctx, err)
@@ -188,7 +188,7 @@ func (s *Selection) read(ctx context.Context, set *seriesSet, mint, maxt int64) 
 // to maxt, inclusive, in ms, or summaries of those, if any are wanted. It begins to
 // read before it returns.
 func Historical(ctx context.Context, snap *history.Snapshot, mint, maxt int64, sums *Summaries, ms []*labels.Matcher) storage.SeriesSet {
-	set := &seriesSet{ctx: ctx, ready: make(chan struct{}), mint: mint, maxt: maxt, left: -1, account: account.From(ctx), streams: true, sums: sums}
+	set := &seriesSet{ctx: ctx, ready: make(chan struct{}), mint: mint, maxt: maxt, left: -1, account: account.From(ctx), streams: true, sums: sums, snap: snap}
 	close(set.ready)
 	set.readHistory(ctx, snap, ms)
 	return set

@@ -2,9 +2,12 @@ package merge
 
 import (
 	"context"
+	"fmt"
 	"slices"
+	"time"
 
 	"github.com/prometheus/prometheus/model/labels"
+	"github.com/prometheus/prometheus/util/annotations"
 
 	"github.com/epimetheus-tsdb/epimetheus/chunkfmt"
 	"github.com/epimetheus-tsdb/epimetheus/chunkfmt/rollup"
@@ -53,19 +56,31 @@ func (s *seriesSet) from(ctx context.Context, snap *history.Snapshot, ms []*labe
 // read; unless always.
 func (s *Series) Windows(buf *Buffer, always bool) (*rollup.Windows, error) {
 	stored := &rollup.Windows{}
+	hidden := s.hidden
 	if s.old != nil {
 		w, covered, err := s.old.Windows(&buf.old)
 		if err != nil {
 			return nil, err
 		}
 		if len(covered) > 0 {
+			if len(s.heads) > 0 {
+				// They have something there only if blocks have no samples of it any more.
+				hidden = history.Union(hidden, covered)
+			}
 			stored, always = w, true
 		}
 	}
 	if !always {
 		return nil, nil //nolint:nilnil // as documented
 	}
-	cols, err := s.Columns(buf) // of the rest of the time
+	var runs []*chunkfmt.Series // of the rest of the time
+	if s.old != nil {
+		var err error
+		if runs, err = s.old.Runs(&buf.old); err != nil {
+			return nil, err
+		}
+	}
+	cols, err := s.merged(buf, runs, s.mint, s.maxt, hidden)
 	if err != nil {
 		return nil, err
 	}
@@ -92,7 +107,31 @@ func (s *Series) ColumnsOf(ctx context.Context, buf *Buffer, mint, maxt int64) (
 			return nil, err
 		}
 	}
-	return s.merged(buf, runs, mint, maxt)
+	return s.merged(buf, runs, mint, maxt, s.hiddenSamples)
+}
+
+// OnlySummaries is the warning that mint to maxt, inclusive, in ms, is partly of a time of
+// which there are no samples any more; nil if it isn't.
+func (s *Series) OnlySummaries(mint, maxt int64) error {
+	return onlySummaries(s.snap, max(mint, s.mint), min(maxt, s.maxt), 0)
+}
+
+// onlySummaries is for who reads samples, or with a width in ms windows, where blocks
+// have but windows, or but wider ones.
+func onlySummaries(snap *history.Snapshot, mint, maxt, width int64) error {
+	if !snap.OnlySummaries(mint, maxt, width) {
+		return nil
+	}
+	at := func(ms int64) string { return time.UnixMilli(ms).UTC().Format(time.RFC3339) }
+	h := snap.Hidden.Before
+	what, from, finest := "samples", h.Raw, "at times, steps, ranges and offsets of whole hours"
+	if width != 0 {
+		what, from = "samples and summaries of 5 minutes", h.Short
+	} else if h.Short < h.Raw {
+		finest += ", from " + at(max(h.Short, snap.MinT)) + " on of whole 5 minutes"
+	}
+	return fmt.Errorf("%w: %s from before %s are past their retention; what is left of them are summaries, which answer instant selectors, rate, increase, delta, irate, idelta, changes, resets, and the *_over_time functions count, sum, avg, min, max, first, last, present, absent, stddev and stdvar (these two by the hour alone) %s",
+		annotations.PromQLWarning, what, at(from), finest)
 }
 
 // together puts windows into dst that are in a or in b, in order of time. Both have

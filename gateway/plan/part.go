@@ -120,7 +120,10 @@ func (l *Leaf) key(tenant string, span, number int64, o options, blocks []histor
 		h.Write(b)
 	}
 	if hidden = hidden.Within(mint, maxt); hidden != nil {
-		b = binary.BigEndian.AppendUint64(append(b[:0], "hidden"...), uint64(hidden.Before)) //nolint:gosec // bits
+		b = append(b[:0], "hidden"...)
+		for _, before := range []int64{hidden.Before.Raw, hidden.Before.Short, hidden.Before.Long} {
+			b = binary.BigEndian.AppendUint64(b, uint64(min(before, maxt+1))) //nolint:gosec // bits
+		}
 		for i := range hidden.Deletions {
 			b = append(b, hidden.Deletions[i].ID[:]...)
 		}

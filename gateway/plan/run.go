@@ -142,7 +142,8 @@ func runOver(ctx context.Context, l *Leaf, o options, set storage.SeriesSet, sum
 			return &partial{annos: r.annos}, err
 		}
 		if sums != nil {
-			if total.series == 0 && needSamples(slots) {
+			// Where there are no samples any more, summaries tell what can be told.
+			if total.series == 0 && needSamples(slots) && slots[0].series.OnlySummaries(l.mint(), l.maxt()) == nil {
 				hold(0)
 				if r, ok := set.(interface{ Release() }); ok {
 					r.Release()

@@ -83,7 +83,7 @@ var ErrUnlike = errors.New("worker differs in version or options")
 
 // Version of tasks and of what they give. Gateways of different versions compute
 // their parts themselves.
-const Version = 3
+const Version = 4
 
 // Task is a part of a leaf for another gateway. It has the whole query: a leaf's
 // own text would change the meaning of start() and end(), and the places in

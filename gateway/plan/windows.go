@@ -101,6 +101,9 @@ func (x *windows) patch(ctx context.Context, w *worker, s *slot) error {
 		}
 		from := s.raw[i]
 		part := x.leaf.only(int(from), int(s.raw[j-1])+1)
+		if err := s.series.OnlySummaries(part.mint(), part.maxt()); err != nil {
+			s.annos.Add(err)
+		}
 		cols, err := s.series.ColumnsOf(ctx, w.buf, part.mint(), part.maxt())
 		if err != nil {
 			return promql.ErrStorage{Err: err}

@@ -35,7 +35,7 @@ func request(t *plan.Task) *workpb.RunRequest {
 		r.Blocks[i] = out
 	}
 	if h := t.Hidden; h != nil {
-		r.Before = &h.Before
+		r.Before, r.BeforeShort, r.BeforeLong = &h.Before.Raw, &h.Before.Short, &h.Before.Long
 		for i := range h.Deletions {
 			d := &h.Deletions[i]
 			out := &workpb.Deletion{Id: d.ID[:], Mint: d.MinT, Maxt: d.MaxT}
@@ -50,9 +50,9 @@ func request(t *plan.Task) *workpb.RunRequest {
 
 // hidden reads what of the blocks isn't to be read.
 func hidden(r *workpb.RunRequest) (*history.Hidden, error) {
-	before := int64(math.MinInt64)
-	if r.Before != nil {
-		before = r.GetBefore()
+	before := history.Before(math.MinInt64)
+	if r.Before != nil && r.BeforeShort != nil && r.BeforeLong != nil {
+		before = history.Horizons{Raw: r.GetBefore(), Short: r.GetBeforeShort(), Long: r.GetBeforeLong()}
 	}
 	ds := make([]index.Deletion, len(r.GetDeletions()))
 	for i, d := range r.GetDeletions() {

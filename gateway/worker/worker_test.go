@@ -71,7 +71,7 @@ func task() *plan.Task {
 		Hidden: history.NewHidden([]index.Deletion{
 			{ID: ulid.MustNew(2, nil), MinT: -4, MaxT: 9, Matchers: []*labels.Matcher{labels.MustNewMatcher(labels.MatchNotEqual, "a", "b")}},
 			{ID: ulid.MustNew(3, nil), MinT: 1, MaxT: 1},
-		}, -6),
+		}, history.Horizons{Raw: -6, Short: -60, Long: -600}),
 	}
 }
 

@@ -2,29 +2,34 @@ package compact
 
 import (
 	"context"
-	"encoding/binary"
 	"errors"
 	"fmt"
+	"maps"
 	"math"
 	"slices"
+	"sync"
 	"time"
 
 	"github.com/oklog/ulid/v2"
 	"github.com/prometheus/prometheus/model/labels"
+	"golang.org/x/sync/errgroup"
 
+	"github.com/epimetheus-tsdb/epimetheus/chunkfmt"
+	"github.com/epimetheus-tsdb/epimetheus/chunkfmt/rollup"
 	"github.com/epimetheus-tsdb/epimetheus/history"
 	"github.com/epimetheus-tsdb/epimetheus/history/index"
 )
 
 // Merges drop what is deleted or past the retention. Blocks that aren't going to be
-// merged again, or not soon, are cleaned: written again by themselves, as a job with
-// one source.
+// merged again, or not soon, are cleaned: written again by themselves. Blocks of the last
+// level that overlap are written again together: when one came late, and before their
+// samples go, for summaries alone can't be merged exactly.
 
 // cleaner finds blocks to clean. It is of the goroutine in Round.
 type cleaner struct {
 	reader *history.History
 
-	todo   map[ulid.ULID]index.JobSource
+	todo   map[ulid.ULID]*cleaning
 	sights map[ulid.ULID]sight // by deletion
 	noted  ulid.ULID           // the last change of deletions that was looked at
 	asked  bool                // there are deletions to be cleaned soon
@@ -34,6 +39,16 @@ type cleaner struct {
 	// When a tenant in a block will be past its retention, in ms, by block.
 	due        map[ulid.ULID]int64
 	retentions *history.Retentions // that due was found by
+
+	// Blocks that no other of the last level overlaps, as long as they are young.
+	apart map[ulid.ULID]bool
+}
+
+// cleaning is a block that is to be written again.
+type cleaning struct {
+	index.JobSource
+	window int64             // of the last level, that its newest samples lie in
+	with   []index.JobSource // others of the last level, of the same window
 }
 
 // sight is what was seen when something of a deletion was looked for.
@@ -45,8 +60,8 @@ type sight struct {
 // groups are those blocks that can be cleaned at present.
 func (c *Compactor) cleanGroups(v *view) []*group {
 	var out []*group
-	for _, s := range c.cleaner.todo {
-		if g := c.cleanGroup(v, s); g != nil {
+	for _, x := range c.cleaner.todo {
+		if g := c.cleanGroup(v, x); g != nil {
 			out = append(out, g)
 		}
 	}
@@ -56,12 +71,19 @@ func (c *Compactor) cleanGroups(v *view) []*group {
 
 // cleanGroup is the group of a block that is to be cleaned; nil if it can't be at
 // present. The slot is that in which it would be merged, so that nobody else takes
-// it; blocks that nobody merges, as those of the last level, have slots of their own.
-func (c *Compactor) cleanGroup(v *view, s index.JobSource) *group {
-	if v.busy[s.Block] || v.aside[s.Block] || s.Level == 0 {
+// it; blocks that nobody merges, as those of the last level, have slots of their own, by
+// their windows: those that may be written together have the same.
+func (c *Compactor) cleanGroup(v *view, x *cleaning) *group {
+	s := x.JobSource
+	if s.Level == 0 {
 		return nil
 	}
-	g := &group{makes: s.Level, sources: []index.JobSource{s}, clean: true}
+	g := &group{makes: s.Level, sources: append([]index.JobSource{s}, x.with...), clean: true}
+	for _, s := range g.sources {
+		if v.busy[s.Block] || v.aside[s.Block] {
+			return nil
+		}
+	}
 	for _, r := range v.compacted {
 		if r.Block == s.Block && r.Level == s.Level && s.Level < c.top() {
 			g.level, g.window, g.tenant = r.Level+1, windowOf(r.End, c.o.Ranges[r.Level].Milliseconds()), r.Tenant
@@ -71,8 +93,8 @@ func (c *Compactor) cleanGroup(v *view, s index.JobSource) *group {
 	}
 	// Merged meanwhile, which its guard row tells, or of a level that was the last when
 	// it was written: then nobody merges it.
-	g.level = c.top() + 1
-	g.slot = slotOf(g.level, int64(binary.BigEndian.Uint64(s.Block[8:])), "") //nolint:gosec // bits
+	g.level, g.window = c.top()+1, x.window
+	g.slot = slotOf(g.level, g.window, "")
 	return g
 }
 
@@ -106,7 +128,7 @@ func (c *Compactor) survey(ctx context.Context, v *view) error {
 		}
 	}
 	if x.todo == nil || full {
-		x.todo = map[ulid.ULID]index.JobSource{}
+		x.todo = map[ulid.ULID]*cleaning{}
 	}
 	var errs []error
 	sights, asked := map[ulid.ULID]sight{}, false
@@ -165,7 +187,7 @@ func (c *Compactor) survey(ctx context.Context, v *view) error {
 	}
 	x.sights, x.asked = sights, asked
 	if full {
-		if err := c.pastRetention(ctx, v); err != nil {
+		if err := c.surveyBlocks(ctx, v); err != nil {
 			errs = append(errs, err)
 		}
 	}
@@ -253,13 +275,22 @@ func (c *Compactor) left(ctx context.Context, v *view, tenant string, d *index.D
 		}
 		left = true
 		if b.Level > 0 && (d.Clean || aged && b.Level >= c.top()) {
-			c.cleaner.todo[b.ID] = index.JobSource{BlockRef: index.BlockRef{Block: b.ID, Object: b.Object, ObjectSize: b.ObjectSize}, Level: b.Level}
+			ref := index.BlockRef{Block: b.ID, Object: b.Object, ObjectSize: b.ObjectSize}
+			f, err := readFooter(ctx, c.o.Objects, ref)
+			if err != nil {
+				if unreadable(err) == "" {
+					errs = append(errs, err)
+				}
+				continue
+			}
+			c.clean(ref, b.Level, f, nil)
 		}
 	}
 	return left, some, errors.Join(errs...)
 }
 
-// has says whether a block has any sample or exemplar of a deletion. Chunks don't
+// has says whether a block has any sample or exemplar of a deletion, or a window of
+// samples that are gone. Chunks don't
 // tell: of one that reaches into its time, what is deleted may have been dropped.
 func (c *Compactor) has(ctx context.Context, tenant string, b *history.Block, d *index.Deletion) (bool, error) {
 	s := c.cleaner.reader.Open(tenant, d.MinT, d.MaxT, []history.Block{*b}, nil)
@@ -281,17 +312,47 @@ func (c *Compactor) has(ctx context.Context, tenant string, b *history.Block, d 
 		return false, err
 	}
 	es, err := s.Exemplars(ctx, [][]*labels.Matcher{d.Matchers}, d.MinT, d.MaxT)
-	return len(es) > 0, err
+	if len(es) > 0 || err != nil {
+		return len(es) > 0, err
+	}
+	return s.HasGone(ctx, d.Matchers, d.MinT, d.MaxT)
 }
 
-// pastRetention puts the blocks on the list that have a tenant of which all is past
-// its retention.
-func (c *Compactor) pastRetention(ctx context.Context, v *view) error {
-	x, rs := &c.cleaner, c.o.Retentions()
-	if rs.None() {
-		x.due = nil
-		return nil
+// clean puts a block on the list, with others of the last level or without.
+func (c *Compactor) clean(b index.BlockRef, level index.Level, f *chunkfmt.Footer, with []index.JobSource) {
+	x := c.cleaner.todo[b.Block]
+	if x == nil {
+		x = &cleaning{JobSource: index.JobSource{BlockRef: b, Level: level}, window: c.lastWindow(f)}
+		c.cleaner.todo[b.Block] = x
 	}
+	for _, s := range with {
+		if !slices.ContainsFunc(x.with, func(o index.JobSource) bool { return o.Block == s.Block }) && len(x.with) < c.o.MaxSources-1 {
+			x.with = append(x.with, s)
+		}
+	}
+}
+
+// lastWindow is the window of the last level in which a block's newest samples lie. It
+// follows from the block.
+func (c *Compactor) lastWindow(f *chunkfmt.Footer) int64 {
+	maxt := int64(math.MinInt64)
+	for i := range f.Tenants {
+		maxt = max(maxt, f.Tenants[i].MaxT)
+	}
+	return windowOf(maxt, c.o.Ranges[c.top()-1].Milliseconds())
+}
+
+// How young a block of the last level is, as a multiple of CleanAge, when it is looked
+// whether others overlap it: until then some more may come late.
+const (
+	overlapFrom  = 1
+	overlapUntil = 10
+)
+
+// surveyBlocks puts the blocks on the list of which enough is past the retention, and
+// those of the last level that overlap.
+func (c *Compactor) surveyBlocks(ctx context.Context, v *view) error {
+	x, rs := &c.cleaner, c.o.Retentions()
 	old := x.due
 	if x.retentions != rs {
 		old = nil
@@ -301,7 +362,7 @@ func (c *Compactor) pastRetention(ctx context.Context, v *view) error {
 		flushed[v.flushes[i].Block] = true
 	}
 	now := c.now()
-	due := map[ulid.ULID]int64{}
+	due, apart := map[ulid.ULID]int64{}, map[ulid.ULID]bool{}
 	var found []index.BlockRef
 	err := eachBlock(ctx, c.o.Objects, func(b index.BlockRef, _ time.Time) {
 		if !flushed[b.Block] && !v.busy[b.Block] && !v.aside[b.Block] {
@@ -313,58 +374,213 @@ func (c *Compactor) pastRetention(ctx context.Context, v *view) error {
 	}
 	var errs []error
 	for _, b := range found {
+		age := now.Sub(ulid.Time(b.Block.Time()))
+		young := age >= overlapFrom*c.o.CleanAge && age < overlapUntil*c.o.CleanAge && !x.apart[b.Block]
 		at, known := old[b.Block]
-		if known && at > now.UnixMilli() {
+		if x.apart[b.Block] && age < overlapUntil*c.o.CleanAge {
+			apart[b.Block] = true
+		}
+		if rs.None() {
+			at, known = math.MaxInt64, true
+		}
+		if known && at > now.UnixMilli() && !young {
 			due[b.Block] = at
 			continue
 		}
-		if !known {
-			if state, err := c.o.Index.GuardState(ctx, b.Block); err != nil || state != index.Published {
-				errs = append(errs, err)
-				continue
-			}
-		}
-		at, err := c.past(ctx, b, rs, now)
-		if err != nil {
+		if state, err := c.o.Index.GuardState(ctx, b.Block); err != nil || state != index.Published {
 			errs = append(errs, err)
 			continue
 		}
-		due[b.Block] = at
+		f, err := readFooter(ctx, c.o.Objects, b)
+		if err != nil {
+			if unreadable(err) == "" {
+				errs = append(errs, err)
+			} // else whoever needs it says so
+			continue
+		}
+		if due[b.Block], err = c.past(ctx, b, f, rs, now); err != nil {
+			delete(due, b.Block)
+			errs = append(errs, err)
+			continue
+		}
+		if young {
+			level, with, err := c.overlapping(ctx, b, f, nil)
+			if err != nil {
+				errs = append(errs, err)
+				continue
+			}
+			if len(with) > 0 {
+				c.clean(b, level, f, with)
+			} else if level > 0 {
+				apart[b.Block] = true
+			}
+		}
 	}
-	x.due, x.retentions = due, rs
+	x.due, x.retentions, x.apart = due, rs, apart
 	return errors.Join(errs...)
 }
 
-// past says when a tenant of a block will be past its retention, the first after now,
-// in ms. If there are some already, the block is put on the list.
-func (c *Compactor) past(ctx context.Context, b index.BlockRef, rs *history.Retentions, now time.Time) (int64, error) {
-	f, err := readFooter(ctx, c.o.Objects, b)
-	if err != nil {
-		if unreadable(err) != "" {
-			return math.MaxInt64, nil // whoever needs it says so
+// overlapping gives the level that a block has, 0 if it has no rows, and, if it is the
+// last, the other blocks of that level, and of the same window, that have something of a
+// tenant in the same hours, of those tenants that of picks; nil: of all.
+func (c *Compactor) overlapping(ctx context.Context, b index.BlockRef, f *chunkfmt.Footer, of func(*chunkfmt.TenantSummary) bool) (level index.Level, with []index.JobSource, err error) {
+	if len(f.Tenants) > 0 {
+		t := &f.Tenants[0]
+		rows, err := c.o.Index.Blocks(ctx, t.Tenant, t.MinT, t.MaxT, true)
+		if err != nil {
+			return 0, nil, err
 		}
-		return 0, err
+		if i := slices.IndexFunc(rows, func(r index.BlockRow) bool { return r.Block == b.Block }); i >= 0 {
+			level = rows[i].Level
+		}
 	}
-	next := int64(math.MaxInt64)
-	for _, t := range f.Tenants {
+	if level < c.top() {
+		return level, nil, nil
+	}
+	window := c.lastWindow(f)
+	others := map[ulid.ULID]index.JobSource{}
+	var mu sync.Mutex
+	g, gctx := errgroup.WithContext(ctx)
+	g.SetLimit(16) // queries, each of one tenant
+	for i := range f.Tenants {
+		t := &f.Tenants[i]
+		if of != nil && !of(t) {
+			continue
+		}
+		g.Go(func() error {
+			rows, err := c.o.Index.Blocks(gctx, t.Tenant, t.MinT, t.MaxT, true)
+			if err != nil {
+				return err
+			}
+			var own []chunkfmt.Range
+			for _, w := range t.Windows {
+				own = append(own, widenTo([]chunkfmt.Range{w}, rollup.Long)...)
+			}
+			mu.Lock()
+			defer mu.Unlock()
+			for i := range rows {
+				r := &rows[i]
+				if r.Block != b.Block && r.Level >= c.top() && slices.ContainsFunc(own, func(w chunkfmt.Range) bool { return w.Overlaps(r.MinT, r.MaxT) }) {
+					others[r.Block] = index.JobSource{BlockRef: index.BlockRef{Block: r.Block, Object: r.Object, ObjectSize: r.ObjectSize}, Level: r.Level}
+				}
+			}
+			return nil
+		})
+	}
+	if err := g.Wait(); err != nil {
+		return level, nil, err
+	}
+	for _, id := range slices.SortedFunc(maps.Keys(others), ulid.ULID.Compare) {
+		s := others[id]
+		f, err := readFooter(ctx, c.o.Objects, s.BlockRef)
+		if err != nil {
+			if unreadable(err) != "" {
+				continue
+			}
+			return level, nil, err
+		}
+		if s.Level == level && c.lastWindow(f) == window {
+			with = append(with, s)
+		}
+	}
+	return level, with, nil
+}
+
+// Blocks are shared: one is written again only when so much of its samples are past
+// the retention, or some have been for CleanAge.
+const lapsedShare = 4 // a quarter
+
+// past says when something that a tenant of a block has will be past its retention, the
+// first after now, in ms. If it is worth while already, the block is put on the list.
+func (c *Compactor) past(ctx context.Context, b index.BlockRef, f *chunkfmt.Footer, rs *history.Retentions, now time.Time) (int64, error) {
+	next, oldest := int64(math.MaxInt64), int64(math.MaxInt64)
+	level, known := index.Level(0), false
+	lapsed, all := uint64(0), uint64(0)
+	thinned := map[string]bool{} // tenants of which summaries stay
+	for i := range f.Tenants {
+		t := &f.Tenants[i]
+		all += max(t.Samples, 1)
 		r := rs.Of(t.Tenant)
 		if r.Raw <= 0 {
 			continue
 		}
-		if t.MaxT >= r.Horizon(now) {
-			next = min(next, t.MaxT+r.Raw.Milliseconds())
+		after := func(d time.Duration) int64 { return t.MaxT + d.Milliseconds() }
+		raw, long := after(r.Raw), after(max(r.Raw, r.Short, r.Long))
+		if !known && raw < now.UnixMilli() {
+			// What level the block is of, its rows tell.
+			rows, err := c.o.Index.Blocks(ctx, t.Tenant, t.MinT, t.MaxT, true)
+			if err != nil {
+				return 0, err
+			}
+			i := slices.IndexFunc(rows, func(r index.BlockRow) bool { return r.Block == b.Block })
+			if i < 0 {
+				return now.UnixMilli(), nil // being replaced
+			}
+			level, known = rows[i].Level, true
+		}
+		h := c.horizons(r, level, true, now)
+		since := int64(math.MaxInt64)
+		switch {
+		case t.MaxT < h.Long:
+			since = long
+			if !h.Summaries() {
+				since = raw
+			}
+		case t.Samples > 0 && t.MaxT < h.Raw:
+			since = raw
+			thinned[t.Tenant] = true
+		case t.Samples == 0 && t.MaxT < h.Short:
+			some, err := c.hasShort(ctx, b, t)
+			if err != nil {
+				return 0, err
+			}
+			if some {
+				since = after(max(r.Raw, r.Short))
+			}
+		}
+		if since < math.MaxInt64 {
+			lapsed += max(t.Samples, 1)
+			oldest = min(oldest, since)
 			continue
 		}
-		next = min(next, now.UnixMilli()) // look again
-		// What level it is of, its rows tell.
-		rows, err := c.o.Index.Blocks(ctx, t.Tenant, t.MinT, t.MaxT, true)
-		if err != nil {
-			return 0, err
+		for _, at := range []int64{raw, after(max(r.Raw, r.Short)), long} {
+			if at += rollup.Long; at > now.UnixMilli() { // horizons move by hours
+				next = min(next, at)
+			}
 		}
-		if i := slices.IndexFunc(rows, func(r index.BlockRow) bool { return r.Block == b.Block }); i >= 0 {
-			c.cleaner.todo[b.Block] = index.JobSource{BlockRef: b, Level: rows[i].Level}
-			break
+		if known && level < c.top() && raw <= now.UnixMilli() {
+			next = min(next, now.UnixMilli()) // another level's rules may hold the next time
 		}
 	}
-	return next, nil
+	if lapsed == 0 {
+		return next, nil
+	}
+	if lapsed*lapsedShare >= all || now.Sub(time.UnixMilli(oldest)) >= c.o.CleanAge {
+		var with []index.JobSource
+		if len(thinned) > 0 {
+			var err error
+			if _, with, err = c.overlapping(ctx, b, f, func(t *chunkfmt.TenantSummary) bool { return thinned[t.Tenant] }); err != nil {
+				return 0, err
+			}
+		}
+		c.clean(b, level, f, with)
+	}
+	return now.UnixMilli(), nil // look again
+}
+
+// hasShort says whether a tenant that has no samples in a block has short windows.
+func (c *Compactor) hasShort(ctx context.Context, b index.BlockRef, t *chunkfmt.TenantSummary) (bool, error) {
+	at := t.Directory
+	p, err := c.o.Objects.GetRange(ctx, b.Object, at.Offset, at.Size)
+	if err != nil {
+		return false, &BlockError{b.Block, b.Object, "directory", at.Offset, err}
+	}
+	d, err := chunkfmt.ParseDirectory(p)
+	if err != nil {
+		if errors.Is(err, chunkfmt.ErrCorrupt) {
+			return false, nil // whoever needs it says so
+		}
+		return false, err
+	}
+	return slices.ContainsFunc(d.Pages(nil, math.MinInt64, math.MaxInt64), func(p chunkfmt.PageRef) bool { return p.Short.Windows > 0 }), nil
 }

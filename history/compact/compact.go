@@ -314,8 +314,27 @@ func (c *Compactor) Conditions() []health.Condition {
 	return out
 }
 
-// hidden is what compaction drops at present.
-func (c *Compactor) hidden(ctx context.Context) (func(tenant string) *history.Hidden, error) {
+// horizons are what a tenant has past its retention, for compaction: samples of which
+// summaries are to stay go by whole windows, and only out of blocks of the last level,
+// where all that there is of a time comes together, when they are cleaned.
+func (c *Compactor) horizons(r history.Retention, level index.Level, clean bool, now time.Time) history.Horizons {
+	h := r.Horizons(now)
+	switch {
+	case !h.Summaries():
+	case !c.rollups(c.top()): // there are none
+		h = history.Before(h.Raw)
+	case !clean || level < c.top() || !c.rollups(level):
+		h = history.Before(h.Long)
+	default:
+		h.Raw = rollup.EndOf(h.Raw, rollup.Long) - rollup.Long + 1
+		h.Short = min(h.Short, h.Raw)
+		h.Long = min(h.Long, h.Raw)
+	}
+	return h
+}
+
+// hidden is what a group drops at present.
+func (c *Compactor) hidden(ctx context.Context, g *group) (func(tenant string) *history.Hidden, error) {
 	rows, err := c.o.Index.AllDeletions(ctx)
 	if err != nil {
 		return nil, err
@@ -326,7 +345,7 @@ func (c *Compactor) hidden(ctx context.Context) (func(tenant string) *history.Hi
 	}
 	retentions, now := c.o.Retentions(), c.now()
 	return func(tenant string) *history.Hidden {
-		return history.NewHidden(ds[tenant], retentions.Of(tenant).Horizon(now))
+		return history.NewHidden(ds[tenant], c.horizons(retentions.Of(tenant), g.makes, g.clean, now))
 	}, nil
 }
 
@@ -355,13 +374,14 @@ func (c *Compactor) top() index.Level { return index.Level(len(c.o.Ranges)) } //
 
 // mergeInto merges blocks, from the first on as many as it says, into others of a
 // level and puts those into the object store; nothing of them is visible.
-func (c *Compactor) mergeInto(ctx context.Context, level index.Level, blocks []index.JobSource, beat func(context.Context) error) (_ []index.CompactedRow, taken int, err error) {
-	each := min(max(readBudget/int64(4*len(blocks)), minRead), maxRead)
-	hidden, err := c.hidden(ctx)
+func (c *Compactor) mergeInto(ctx context.Context, g *group, blocks []index.JobSource, beat func(context.Context) error) (_ []index.CompactedRow, taken int, err error) {
+	each := min(max(readBudget/int64(6*len(blocks)), minRead), maxRead)
+	level := g.makes
+	hidden, err := c.hidden(ctx, g)
 	if err != nil {
 		return nil, 0, err
 	}
-	m := &merger{hidden: hidden}
+	m := &merger{hidden: hidden, rollups: c.rollups(level)}
 	for _, b := range blocks {
 		s, err := openSource(ctx, c.o.Objects, b.BlockRef, each)
 		if err != nil {

@@ -87,7 +87,7 @@ func (i *Intake) Window(t int64) (mint, maxt int64) {
 // Add adds a series, of which it keeps nothing, in order of metric name, then
 // labels. The same series may come again with samples of later windows. A block is
 // open for each window that had samples since Finish.
-func (i *Intake) Add(ctx context.Context, s *chunkfmt.Series) error { return i.out.series(ctx, s) }
+func (i *Intake) Add(ctx context.Context, s *chunkfmt.Series) error { return i.out.series(ctx, s, nil) }
 
 // Samples is how many were added.
 func (i *Intake) Samples() int64 { return i.out.samples }

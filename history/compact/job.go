@@ -31,7 +31,7 @@ func (c *Compactor) tryGroup(ctx context.Context, v *view, g *group) (bool, erro
 	default:
 		return false, nil
 	}
-	if sources, err := c.published(ctx, g.sources); err != nil || len(sources) == 0 {
+	if sources, err := c.published(ctx, g.sources); err != nil || len(sources) == 0 || g.clean && len(sources) < len(g.sources) {
 		if err == nil && g.clean {
 			delete(c.cleaner.todo, g.sources[0].Block) // merged meanwhile
 		}
@@ -100,15 +100,18 @@ func (c *Compactor) run(ctx context.Context, j *index.Job, g *group) (bool, erro
 	}
 	var sources []index.JobSource
 	if g.clean {
-		if again := c.cleanGroup(v, g.sources[0]); again != nil && again.slotKey == g.slotKey {
-			sources = again.sources
+		if x := c.cleaner.todo[g.sources[0].Block]; x != nil {
+			if again := c.cleanGroup(v, x); again != nil && again.slotKey == g.slotKey {
+				sources = again.sources
+			}
 		}
 	} else if i := slices.IndexFunc(c.groups(v), func(h *group) bool {
 		return h.level == g.level && h.window == g.window && h.tenant == g.tenant
 	}); i >= 0 {
 		sources = c.groups(v)[i].sources
 	}
-	if sources, err = c.published(ctx, sources); err != nil {
+	all := len(sources)
+	if sources, err = c.published(ctx, sources); err != nil || g.clean && len(sources) < all {
 		return false, err
 	}
 	start := c.now()
@@ -136,7 +139,7 @@ func (c *Compactor) run(ctx context.Context, j *index.Job, g *group) (bool, erro
 			return false, nil
 		}
 		var taken int
-		outputs, taken, err = c.mergeInto(ctx, g.makes, sources, beat)
+		outputs, taken, err = c.mergeInto(ctx, g, sources, beat)
 		if err == nil {
 			sources = sources[:taken] // the others are next
 			break
@@ -179,7 +182,7 @@ func (c *Compactor) run(ctx context.Context, j *index.Job, g *group) (bool, erro
 		size += o.ObjectSize
 	}
 	if g.clean {
-		c.logger.Info("cleaned", "level", g.makes, "source", g.sources[0].Block, "blocks", len(outputs), "size_bytes", size, "duration", c.now().Sub(start))
+		c.logger.Info("cleaned", "level", g.makes, "source", g.sources[0].Block, "sources", len(sources), "blocks", len(outputs), "size_bytes", size, "duration", c.now().Sub(start))
 		return true, nil
 	}
 	c.logger.Info("compacted", "level", j.Level, "window_end", windowEnd(g.window, c.o.Ranges[j.Level-1].Milliseconds()), "tenant", g.tenant,

@@ -16,8 +16,9 @@ import (
 type sink interface {
 	// tenant begins a tenant, of which the sources have about so many bytes.
 	tenant(ctx context.Context, tenant string, sizeBytes int64) error
-	// series adds a series of the tenant, in order. It keeps nothing of it.
-	series(ctx context.Context, s *chunkfmt.Series) error
+	// series adds a series of the tenant, in order, with its windows; nil: they aren't
+	// known. It keeps nothing of it.
+	series(ctx context.Context, s *chunkfmt.Series, sums *chunkfmt.Summaries) error
 }
 
 // merger puts the series of sources together, in order of tenant, metric name and
@@ -26,13 +27,16 @@ type sink interface {
 type merger struct {
 	sources []*source
 	hidden  func(tenant string) *history.Hidden // what is to be dropped; nil: nothing
+	rollups bool                                // windows are made
 	heap    []*source                           // of those that have series of the tenant left, the least first
 	equal   []*source                           // those that have the present series
 	runs    []*run
 	out     []*chunkfmt.Series
 	drop    *history.Hidden // of the present tenant
 
-	samples int64 // read
+	samples    int64 // read
+	mint, maxt int64 // of the pass, inclusive
+	sums       summariser
 }
 
 // run is memory for samples that follow each other, used again and again.
@@ -46,6 +50,7 @@ type run struct {
 // merge reads what sources have in mint to maxt, both included, in ms. An error
 // of a source is a *BlockError.
 func (m *merger) merge(ctx context.Context, mint, maxt int64, to sink) error {
+	m.mint, m.maxt = mint, maxt
 	for _, s := range m.sources {
 		s.start(mint, maxt)
 	}
@@ -108,8 +113,14 @@ func (m *merger) mergeTenant(ctx context.Context, tenant string, to sink) error 
 		if err != nil {
 			return err
 		}
-		if len(s.Floats.T)+len(s.Histograms.T)+len(s.FloatHistograms.T)+len(s.Exemplars) > 0 {
-			if err := to.series(ctx, s); err != nil {
+		var sums *chunkfmt.Summaries
+		if m.rollups || slices.ContainsFunc(m.equal, func(s *source) bool { return s.entry.Gone != nil }) {
+			if sums, err = m.summaries(ctx, s); err != nil {
+				return err
+			}
+		}
+		if len(s.Floats.T)+len(s.Histograms.T)+len(s.FloatHistograms.T)+len(s.Exemplars) > 0 || sums != nil && len(sums.Gone) > 0 {
+			if err := to.series(ctx, s, sums); err != nil {
 				return err
 			}
 		}
@@ -236,7 +247,7 @@ func (m *merger) read(ctx context.Context) (*chunkfmt.Series, error) {
 		m.out = append(m.out, rest, &chunkfmt.Series{})
 	}
 	out := chunkfmt.Merge(m.out...)
-	history.Cut(out, m.drop.Of(rest.Labels))
+	history.Cut(out, m.drop.OfAll(rest.Labels)) // what is past the retention of samples alone is needed for windows
 	out.Labels, out.Metadata, out.Family = rest.Labels, newest.entry.Metadata, newest.entry.Family
 	return out, nil
 }

@@ -106,7 +106,10 @@ func (c *collect) tenant(_ context.Context, tenant string, _ int64) error {
 	return nil
 }
 
-func (c *collect) series(_ context.Context, s *chunkfmt.Series) error {
+func (c *collect) series(_ context.Context, s *chunkfmt.Series, _ *chunkfmt.Summaries) error {
+	if len(s.Floats.T)+len(s.Histograms.T)+len(s.FloatHistograms.T)+len(s.Exemplars) == 0 {
+		return nil // windows alone
+	}
 	out := &chunkfmt.Series{Labels: s.Labels.Copy(), Metadata: s.Metadata, Family: s.Family}
 	out.Floats = chunkfmt.Floats{T: slices.Clone(s.Floats.T), ST: slices.Clone(s.Floats.ST), V: slices.Clone(s.Floats.V)}
 	out.Histograms = chunkfmt.Histograms{T: slices.Clone(s.Histograms.T), ST: slices.Clone(s.Histograms.ST), H: slices.Clone(s.Histograms.H)}

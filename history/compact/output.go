@@ -18,6 +18,7 @@ import (
 	"github.com/oklog/ulid/v2"
 
 	"github.com/epimetheus-tsdb/epimetheus/chunkfmt"
+	"github.com/epimetheus-tsdb/epimetheus/chunkfmt/rollup"
 	"github.com/epimetheus-tsdb/epimetheus/history"
 	"github.com/epimetheus-tsdb/epimetheus/history/index"
 	"github.com/epimetheus-tsdb/epimetheus/history/memcached"
@@ -103,32 +104,40 @@ func (o *outputs) tenant(ctx context.Context, tenant string, sizeBytes int64) er
 }
 
 // series implements sink.
-func (o *outputs) series(ctx context.Context, s *chunkfmt.Series) error {
+func (o *outputs) series(ctx context.Context, s *chunkfmt.Series, sums *chunkfmt.Summaries) error {
 	if err := o.beat(ctx); err != nil {
 		return err
 	}
 	mint, maxt := times(s)
+	if sums != nil && len(sums.Gone) > 0 {
+		for _, w := range []*rollup.Windows{&sums.Short, &sums.Long} {
+			if n := w.Len(); n > 0 {
+				mint, maxt = min(mint, w.End[0]), max(maxt, w.End[n-1])
+			}
+		}
+	}
 	first, last := windowOf(mint, o.width), windowOf(maxt, o.width)
 	if first == last {
-		return o.add(ctx, first, s)
+		return o.add(ctx, first, s, sums)
 	}
 	for w := first; w <= last; w++ {
 		part := within(s, w, o.width)
-		if len(part.Floats.T)+len(part.Histograms.T)+len(part.FloatHistograms.T)+len(part.Exemplars) == 0 {
+		of := summariesWithin(sums, w, o.width)
+		if len(part.Floats.T)+len(part.Histograms.T)+len(part.FloatHistograms.T)+len(part.Exemplars) == 0 && (of == nil || len(of.Gone) == 0) {
 			// Years may be empty.
-			if next := after(s, w, o.width); next > w+1 {
+			if next := after(s, w, o.width); next > w+1 && (sums == nil || len(sums.Gone) == 0) {
 				w = next - 1
 			}
 			continue
 		}
-		if err := o.add(ctx, w, part); err != nil {
+		if err := o.add(ctx, w, part, of); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-func (o *outputs) add(ctx context.Context, window int64, s *chunkfmt.Series) error {
+func (o *outputs) add(ctx context.Context, window int64, s *chunkfmt.Series, sums *chunkfmt.Summaries) error {
 	open := o.shared
 	if o.large {
 		open = o.own
@@ -150,7 +159,13 @@ func (o *outputs) add(ctx context.Context, window int64, s *chunkfmt.Series) err
 		}
 		open[window] = out
 	}
-	if err := out.w.Add(o.name, s); err != nil {
+	err := error(nil)
+	if sums != nil {
+		err = out.w.AddSummarised(o.name, s, sums)
+	} else {
+		err = out.w.Add(o.name, s)
+	}
+	if err != nil {
 		return fmt.Errorf("block %s of window %d: %w", out.row.Block, window, err)
 	}
 	o.samples += int64(len(s.Floats.T) + len(s.Histograms.T) + len(s.FloatHistograms.T))
@@ -261,6 +276,23 @@ func within(s *chunkfmt.Series, window, width int64) *chunkfmt.Series {
 	from = sort.Search(len(s.Exemplars), func(i int) bool { return s.Exemplars[i].Ts >= mint })
 	to = sort.Search(len(s.Exemplars), func(i int) bool { return s.Exemplars[i].Ts > maxt })
 	out.Exemplars = s.Exemplars[from:to]
+	return out
+}
+
+// summariesWithin is what of a series' windows lies in a window of a block; it shares
+// memory with sums.
+func summariesWithin(sums *chunkfmt.Summaries, window, width int64) *chunkfmt.Summaries {
+	if sums == nil {
+		return nil
+	}
+	mint, maxt := bounds(window, window, width)
+	cut := func(w *rollup.Windows) rollup.Windows { return w.Slice(find(w.End, mint, maxt)) }
+	out := &chunkfmt.Summaries{Short: cut(&sums.Short), Long: cut(&sums.Long)}
+	for _, g := range history.Overlap(sums.Gone, []chunkfmt.Range{{MinT: mint, MaxT: maxt}}) {
+		if has(&out.Short, g) || has(&out.Long, g) {
+			out.Gone = append(out.Gone, g)
+		}
+	}
 	return out
 }
 

@@ -123,7 +123,7 @@ func parseLabels(t *testing.T, text string) labels.Labels {
 
 // gone says of a sample whether it must not be read, or need not be.
 func (s *sim) gone(tenant string, ls labels.Labels, t int64, now time.Time) (must, may bool) {
-	if t < simRetentions().Of(tenant).Horizon(now) {
+	if t < simRetentions().Of(tenant).Horizons(now).Raw {
 		return true, true
 	}
 	for _, d := range s.deletions {
@@ -702,7 +702,7 @@ func (s *sim) read(a *actor, h *history.History) {
 			}
 			got[key][t] = true
 			s.samples++
-			if t < simRetentions().Of(tenant).Horizon(began) {
+			if t < simRetentions().Of(tenant).Horizons(began).Raw {
 				s.t.Errorf("%s at %d is past the retention", key, t)
 			}
 			for _, d := range s.deletions {

@@ -14,6 +14,7 @@ import (
 	"github.com/prometheus/prometheus/model/labels"
 
 	"github.com/epimetheus-tsdb/epimetheus/chunkfmt"
+	"github.com/epimetheus-tsdb/epimetheus/chunkfmt/rollup"
 	"github.com/epimetheus-tsdb/epimetheus/history/index"
 	"github.com/epimetheus-tsdb/epimetheus/history/object"
 )
@@ -96,8 +97,16 @@ type source struct {
 
 	data    *chunkfmt.DataPage // the last one
 	dataAt  chunkfmt.Location
+	wins    [2]windowPages // short and long
 	dec     chunkfmt.Decoder
 	builder labels.ScratchBuilder
+}
+
+// windowPages are those of one width.
+type windowPages struct {
+	pager
+	page *chunkfmt.WindowPage // the last one
+	at   chunkfmt.Location
 }
 
 // openSource reads the footer of a block.
@@ -142,7 +151,7 @@ func readFooter(ctx context.Context, objects object.Store, b index.BlockRef) (*c
 func (s *source) start(mint, maxt int64) {
 	s.mint, s.maxt = mint, maxt
 	s.tenant = -1
-	s.front, s.indexes, s.samples, s.exemplars = pager{}, pager{}, pager{}, pager{}
+	s.front, s.indexes, s.samples, s.exemplars, s.wins = pager{}, pager{}, pager{}, pager{}, [2]windowPages{}
 	s.data = nil
 	s.nextTenant()
 }
@@ -299,6 +308,29 @@ func (s *source) page(ctx context.Context, p *pager, name string, at chunkfmt.Lo
 	}
 	s.data, s.dataAt = d, at
 	return d, nil
+}
+
+const windowsPage = "windows page"
+
+func (s *source) windowPage(ctx context.Context, width int64, at chunkfmt.Location) (*chunkfmt.WindowPage, error) {
+	w := &s.wins[0]
+	if width == rollup.Long {
+		w = &s.wins[1]
+	}
+	if w.page != nil && w.at == at {
+		return w.page, nil
+	}
+	all := s.series.WindowPages(width)
+	b, err := s.get(ctx, &w.pager, windowsPage, at, at.Offset, max(at.End(), all[len(all)-1].End()))
+	if err != nil {
+		return nil, err
+	}
+	p, err := chunkfmt.ParseWindowPage(b)
+	if err != nil {
+		return nil, s.error(windowsPage, at, err)
+	}
+	w.page, w.at = p, at
+	return p, nil
 }
 
 // read appends the samples of the present series to run, which ends before them.

@@ -282,8 +282,10 @@ type RunRequest struct {
 	From               uint32                 `protobuf:"varint,16,opt,name=from,proto3" json:"from,omitempty"` // steps
 	To                 uint32                 `protobuf:"varint,17,opt,name=to,proto3" json:"to,omitempty"`
 	Blocks             []*Block               `protobuf:"bytes,18,rep,name=blocks,proto3" json:"blocks,omitempty"`
-	Deletions          []*Deletion            `protobuf:"bytes,19,rep,name=deletions,proto3" json:"deletions,omitempty"`    // those that the part may be about
-	Before             *int64                 `protobuf:"zigzag64,20,opt,name=before,proto3,oneof" json:"before,omitempty"` // ms; what is before is past the retention
+	Deletions          []*Deletion            `protobuf:"bytes,19,rep,name=deletions,proto3" json:"deletions,omitempty"`                                 // those that the part may be about
+	Before             *int64                 `protobuf:"zigzag64,20,opt,name=before,proto3,oneof" json:"before,omitempty"`                              // ms; samples before it are past the retention
+	BeforeShort        *int64                 `protobuf:"zigzag64,21,opt,name=before_short,json=beforeShort,proto3,oneof" json:"before_short,omitempty"` // ms; windows of 5 minutes that begin before it are
+	BeforeLong         *int64                 `protobuf:"zigzag64,22,opt,name=before_long,json=beforeLong,proto3,oneof" json:"before_long,omitempty"`    // ms; windows of an hour that begin before it are
 	unknownFields      protoimpl.UnknownFields
 	sizeCache          protoimpl.SizeCache
 }
@@ -458,6 +460,20 @@ func (x *RunRequest) GetBefore() int64 {
 	return 0
 }
 
+func (x *RunRequest) GetBeforeShort() int64 {
+	if x != nil && x.BeforeShort != nil {
+		return *x.BeforeShort
+	}
+	return 0
+}
+
+func (x *RunRequest) GetBeforeLong() int64 {
+	if x != nil && x.BeforeLong != nil {
+		return *x.BeforeLong
+	}
+	return 0
+}
+
 type RunResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Result        []byte                 `protobuf:"bytes,1,opt,name=result,proto3" json:"result,omitempty"`
@@ -526,7 +542,7 @@ const file_worker_worker_proto_rawDesc = "" +
 	"\aMatcher\x12\x12\n" +
 	"\x04type\x18\x01 \x01(\rR\x04type\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\x14\n" +
-	"\x05value\x18\x03 \x01(\tR\x05value\"\xec\x04\n" +
+	"\x05value\x18\x03 \x01(\tR\x05value\"\xdb\x05\n" +
 	"\n" +
 	"RunRequest\x12\x18\n" +
 	"\aversion\x18\x01 \x01(\rR\aversion\x12\x16\n" +
@@ -550,8 +566,13 @@ const file_worker_worker_proto_rawDesc = "" +
 	"\x02to\x18\x11 \x01(\rR\x02to\x121\n" +
 	"\x06blocks\x18\x12 \x03(\v2\x19.epimetheus.work.v1.BlockR\x06blocks\x12:\n" +
 	"\tdeletions\x18\x13 \x03(\v2\x1c.epimetheus.work.v1.DeletionR\tdeletions\x12\x1b\n" +
-	"\x06before\x18\x14 \x01(\x12H\x00R\x06before\x88\x01\x01B\t\n" +
-	"\a_before\"%\n" +
+	"\x06before\x18\x14 \x01(\x12H\x00R\x06before\x88\x01\x01\x12&\n" +
+	"\fbefore_short\x18\x15 \x01(\x12H\x01R\vbeforeShort\x88\x01\x01\x12$\n" +
+	"\vbefore_long\x18\x16 \x01(\x12H\x02R\n" +
+	"beforeLong\x88\x01\x01B\t\n" +
+	"\a_beforeB\x0f\n" +
+	"\r_before_shortB\x0e\n" +
+	"\f_before_long\"%\n" +
 	"\vRunResponse\x12\x16\n" +
 	"\x06result\x18\x01 \x01(\fR\x06result2N\n" +
 	"\x04Work\x12F\n" +
