@@ -218,6 +218,9 @@ func (d *WindowDecoder) decodeShape(b []byte, n int, width int64) error {
 	if w.End, b, err = d.codec.Times(w.End, b, n); err != nil {
 		return err
 	}
+	if done, err := d.alike(b, at, n, width); done || err != nil {
+		return err
+	}
 	count, flags := column(d.first), column(d.last)
 	first, last, prev := column(d.ints), column(d.least), column(d.most)
 	d.first, d.last, d.ints, d.least, d.most = count, flags, first, last, prev
@@ -233,15 +236,11 @@ func (d *WindowDecoder) decodeShape(b []byte, n int, width int64) error {
 	ends, counts, flagsOf := w.End[at:][:n], w.Count[at:][:n], w.Flags[at:][:n]
 	firsts, prevs, lasts := w.FirstT[at:][:n], w.PrevT[at:][:n], w.LastT[at:][:n]
 	count, flags, first, last, prev = count[:n], flags[:n], first[:n], last[:n], prev[:n]
-	limit := math.MaxInt64 / width
-	before := -limit
+	if err := scaleEnds(ends, width); err != nil {
+		return err
+	}
 	bad, said := int64(0), int64(0)
 	for i, end := range ends {
-		if end <= before || end >= limit {
-			return corrupt("windows out of order")
-		}
-		before = end
-		end *= width
 		f, l, v, k := first[i], last[i], prev[i], count[i]
 		// From the start of the window, exclusive, to its end. What is not in order is
 		// negative, or makes a difference so.
@@ -250,7 +249,7 @@ func (d *WindowDecoder) decodeShape(b []byte, n int, width int64) error {
 			bad |= width - 1 - f - l - v
 		}
 		said |= flags[i]
-		ends[i], counts[i], flagsOf[i] = end, uint32(k), rollup.Flags(flags[i])
+		counts[i], flagsOf[i] = uint32(k), rollup.Flags(flags[i])
 		firsts[i], prevs[i], lasts[i] = end-width+1+f, end-l-v, end-l
 		if k == 0 {
 			firsts[i] = end
@@ -263,6 +262,58 @@ func (d *WindowDecoder) decodeShape(b []byte, n int, width int64) error {
 		return corrupt("there are windows of no samples")
 	}
 	return nil
+}
+
+// scaleEnds makes times of the numbers of windows, which have to ascend.
+func scaleEnds(ends []int64, width int64) error {
+	limit := math.MaxInt64 / width
+	before := -limit
+	for i, end := range ends {
+		if end <= before || end >= limit {
+			return corrupt("windows out of order")
+		}
+		before = end
+		ends[i] = end * width
+	}
+	return nil
+}
+
+// alike is decodeShape for windows that differ in nothing but where they lie, as those of
+// a target do that was never missed. It reports false if they are others.
+func (d *WindowDecoder) alike(b []byte, at, n int, width int64) (done bool, err error) {
+	var c [5]int64
+	for i := range c {
+		var ok bool
+		if c[i], b, ok = codec.Const(b); !ok {
+			return false, nil
+		}
+	}
+	count, flags, first, last, prev := c[0], c[1], c[2], c[3], c[4]
+	if count <= 0 || count > width || flags < 0 || flags > math.MaxUint8 || !rollup.Flags(flags).Valid() ||
+		first < 0 || last < 0 || prev < 0 || first >= width || last >= width || prev > width-1-last-first || len(b) > 0 {
+		return false, nil
+	}
+	w := &d.times
+	w.End = w.End[:at+n]
+	w.Count, w.Flags = extend(w.Count, n), extend(w.Flags, n)
+	w.FirstT, w.PrevT, w.LastT = extend(w.FirstT, n), extend(w.PrevT, n), extend(w.LastT, n)
+	ends := w.End[at:]
+	if err := scaleEnds(ends, width); err != nil {
+		return false, err
+	}
+	firsts, prevs, lasts := w.FirstT[at:][:n], w.PrevT[at:][:n], w.LastT[at:][:n]
+	first, prev = width-1-first, last+prev
+	for i, end := range ends {
+		firsts[i], prevs[i], lasts[i] = end-first, end-prev, end-last
+	}
+	counts, flagsOf := w.Count[at:], w.Flags[at:]
+	for i := range counts {
+		counts[i] = uint32(count)
+	}
+	for i := range flagsOf {
+		flagsOf[i] = rollup.Flags(flags)
+	}
+	return true, nil
 }
 
 // Parts of a chunk, each with its size before them but for the last: what isn't

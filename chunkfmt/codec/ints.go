@@ -254,6 +254,18 @@ func (d *Decoder) Ints(dst []int64, b []byte, n int) (out []int64, rest []byte, 
 	return out, rest, err
 }
 
+// Const reports whether what Ints would decode from b are all the same, if any, and which.
+func Const(b []byte) (v int64, rest []byte, ok bool) {
+	if len(b) == 0 || b[0] != formConst {
+		return 0, b, false
+	}
+	v, k := binary.Varint(b[1:])
+	if k <= 0 {
+		return 0, b, false
+	}
+	return v, b[1+k:], true
+}
+
 func grow[T any](dst []T, n int) (all, added []T, err error) {
 	if n < 0 || n > MaxLen {
 		return dst, nil, ErrCorrupt
