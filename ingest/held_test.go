@@ -4,7 +4,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"testing/synctest"
@@ -24,6 +26,7 @@ import (
 	"github.com/epimetheus-tsdb/epimetheus/history/index"
 	"github.com/epimetheus-tsdb/epimetheus/ingest/head"
 	"github.com/epimetheus-tsdb/epimetheus/ingest/ship"
+	"github.com/epimetheus-tsdb/epimetheus/internal/health"
 )
 
 // flushHeld flushes what can be, and doesn't try again what is held back.
@@ -251,6 +254,90 @@ func TestHeldBackWithoutItsLog(t *testing.T) {
 		flushHeld(t, after)
 		e = after
 	}
+}
+
+// The logs that are kept for a tenant that is held back are bounded in bytes: the
+// oldest go, and after a crash its sources send again. Nobody else's do.
+func TestHeldBackLogsAreBounded(t *testing.T) {
+	on := newStores(t)
+	o := logged(t.TempDir())
+	o.CommitLogFiles.MaxHeldBytes = 1000
+	e := startOn(t, o, on)
+	ha, hb := hello("a"), hello("b")
+	a, b := e.mustOpen(ha), e.mustOpen(hb)
+	e.hold("a")
+	want := map[string][]float64{`{__name__="x"}`: nil}
+	const flushes = 12
+	for seq := uint64(1); seq <= flushes; seq++ {
+		var names []string
+		if seq == 1 {
+			names = []string{"x"}
+		}
+		for _, c := range []*client{a, b} {
+			c.send(c.batch(seq, 0, names, 0, float64(seq)*1000, float64(seq)))
+		}
+		a.await(seq, 0)
+		b.awaitAtLeast(seq, 0)
+		flushHeld(t, e)
+		want[`{__name__="x"}`] = append(want[`{__name__="x"}`], float64(seq)*1000, float64(seq))
+	}
+	bytes, logs := int64(0), 0
+	for _, name := range files(t, e.opts.CommitLog) {
+		info, err := os.Stat(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		bytes += info.Size()
+		logs++
+	}
+	if logs == 0 || logs >= flushes || bytes > 1000 {
+		t.Errorf("%d logs of %d bytes are kept", logs, bytes)
+	}
+	if n := e.counted("epimetheus_ingester_commitlog_let_go_total"); n != float64(flushes-logs) {
+		t.Errorf("%v logs were let go, %d are there", n, logs)
+	}
+	e.note()
+	if cs := e.Health().Conditions(); !slices.ContainsFunc(cs, func(c health.Condition) bool {
+		return strings.Contains(c.What, fmt.Sprintf("the commit logs of %d flushes were removed", flushes-logs))
+	}) {
+		t.Errorf("health says %v", cs)
+	}
+	if d := cmp.Diff(want, e.inHead("a")); d != "" {
+		t.Error(d)
+	}
+	b.awaitAtLeast(flushes, flushes)
+
+	after := startOn(t, logged(crash(t, e.opts.CommitLog)), on)
+	after.hold("a")
+	a2 := after.mustOpen(again(ha, a, flushes+1, flushes))
+	if a2.welcome.Resumed {
+		t.Errorf("a session without its first batches is resumed: %v", a2.welcome)
+	}
+	a2.ends(codes.NotFound)
+
+	// When all is written the logs may go in peace.
+	e.hold()
+	if !e.flush.retryUntil(t.Context(), time.Millisecond) {
+		t.Error("something is held back")
+	}
+	e.note()
+	if n := e.counted("epimetheus_ingester_commitlog_held_bytes"); n != 0 || e.log.LetGo() != 0 || len(files(t, e.opts.CommitLog)) > 0 {
+		t.Errorf("%v bytes, %d let go, files %v", n, e.log.LetGo(), files(t, e.opts.CommitLog))
+	}
+	if d := cmp.Diff([]health.Condition(nil), e.Health().Conditions()); d != "" {
+		t.Error(d)
+	}
+	e.in(t, "a", flushes, want[`{__name__="x"}`]...)
+}
+
+// files are the logs of a directory.
+func files(t *testing.T, dir string) []string {
+	t.Helper()
+	names, err := filepath.Glob(filepath.Join(dir, "*.log"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return names
 }
 
 // manyTenants is a Publisher that can't write the rows of some tenants.

@@ -44,7 +44,7 @@ type Options struct {
 
 	// CommitLog is the directory of the commit log; empty: there is none.
 	CommitLog string
-	// CommitLogFiles is for tests of disks that fail.
+	// CommitLogFiles is for tests: of disks that fail, of logs that take too much.
 	CommitLogFiles commitlog.Options
 }
 
@@ -112,7 +112,11 @@ func New(o Options, publisher Publisher, logger *slog.Logger, reg prometheus.Reg
 	first, process := uint64(1), i.process
 	if o.CommitLog != "" {
 		var err error
-		if i.log, err = commitlog.Open(o.CommitLog, o.CommitLogFiles, logger, reg); err != nil {
+		files := o.CommitLogFiles
+		if files.MaxHeldBytes == 0 {
+			files.MaxHeldBytes = o.MaxBytes / heldShare
+		}
+		if i.log, err = commitlog.Open(o.CommitLog, files, logger, reg); err != nil {
 			return nil, err
 		}
 		first, process = i.log.First(), i.log.Process()
@@ -297,6 +301,8 @@ func (i *Ingester) note() {
 	h.Note("crowded", len(crowded) > 0, "samples of %d tenants wait at their sources, since as much of theirs is held back as may be", len(crowded))
 	if i.log != nil {
 		err := i.log.Err()
+		n := i.log.LetGo()
+		h.Note("heldlog", n > 0, "the commit logs of %d flushes were removed, although tenants that are held back need them, since they took more than %d bytes: a crash would have the sources of these tenants send again", n, i.opts.MaxBytes/heldShare)
 		h.Note("log", err != nil, "the commit log is not written until the next flush, a crash would have sources send again: %v", err)
 	}
 	waiting, ahead := i.receive.clocks()

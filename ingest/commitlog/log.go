@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -49,6 +50,10 @@ type Options struct {
 	// Create makes a file that isn't there yet; nil: in the file system. It is
 	// for tests of disks that fail.
 	Create func(path string) (File, error)
+	// MaxHeldBytes bounds the logs that are kept for tenants that are held back
+	// alone. Beyond it the oldest go: after a crash the sources of these tenants
+	// send again. 0: no bound.
+	MaxHeldBytes int64
 }
 
 func create(path string) (File, error) {
@@ -64,6 +69,7 @@ func create(path string) (File, error) {
 type Log struct {
 	dir     string
 	create  func(string) (File, error)
+	maxHeld int64 // bytes
 	logger  *slog.Logger
 	metrics *logMetrics
 	lock    fileutil.Releaser
@@ -82,6 +88,8 @@ type Log struct {
 	mu       sync.Mutex
 	durable  uint64           // generations up to this one
 	held     held             // but not for these tenants
+	letGo    map[uint64]bool  // generations in held whose logs were too much
+	sizes    map[uint64]int64 // of what is in replay
 	files    map[uint64]*file // by generation
 	queue    []segment        // not yet written, in the order of Append
 	spare    []segment        // memory for the next queue
@@ -108,7 +116,7 @@ type segment struct {
 type file struct {
 	f    File
 	path string
-	size int64 // up to the end of the last record
+	size atomic.Int64 // up to the end of the last record; the writer sets it
 
 	ended atomic.Bool // no more is written: an error, or the file goes
 	dirty atomic.Bool // written since the last sync
@@ -117,6 +125,8 @@ type file struct {
 
 type logMetrics struct {
 	bytes, ended prometheus.Counter
+	heldBytes    prometheus.Gauge
+	letGo        prometheus.Counter
 	sync         prometheus.Histogram
 	samples      prometheus.Counter
 	sessions     prometheus.Counter
@@ -132,6 +142,13 @@ func newLogMetrics(reg prometheus.Registerer) *logMetrics {
 			Name: "epimetheus_ingester_commitlog_ended_total",
 			Help: "Generations whose log ended early because it could not be written: until they are flushed, a crash makes sources send again.",
 		}),
+		heldBytes: prometheus.NewGauge(prometheus.GaugeOpts{
+			Name: "epimetheus_ingester_commitlog_held_bytes", Help: "Bytes of logs that are kept for tenants that are held back alone.",
+		}),
+		letGo: prometheus.NewCounter(prometheus.CounterOpts{
+			Name: "epimetheus_ingester_commitlog_let_go_total",
+			Help: "Logs removed although tenants that are held back need them, since these take too many bytes: after a crash their sources send again.",
+		}),
 		sync: prometheus.NewHistogram(prometheus.HistogramOpts{
 			Name: "epimetheus_ingester_commitlog_sync_duration_seconds", Help: "Time that syncs of the commit log took.",
 			Buckets: prometheus.ExponentialBuckets(0.001, 4, 8),
@@ -146,7 +163,7 @@ func newLogMetrics(reg prometheus.Registerer) *logMetrics {
 			Name: "epimetheus_ingester_commitlog_replay_duration_seconds", Help: "Time that the replay of the commit log took at the start.",
 		}),
 	}
-	reg.MustRegister(m.bytes, m.ended, m.sync, m.samples, m.sessions, m.duration)
+	reg.MustRegister(m.bytes, m.ended, m.heldBytes, m.letGo, m.sync, m.samples, m.sessions, m.duration)
 	return m
 }
 
@@ -163,6 +180,7 @@ type state struct {
 func Open(dir string, o Options, logger *slog.Logger, reg prometheus.Registerer) (_ *Log, err error) {
 	l := &Log{
 		dir: dir, create: o.Create, logger: logger.With("component", "commitlog"), work: make(chan struct{}, 1), files: map[uint64]*file{},
+		maxHeld: o.MaxHeldBytes, letGo: map[uint64]bool{}, sizes: map[uint64]int64{},
 	}
 	if l.create == nil {
 		l.create = create
@@ -299,6 +317,11 @@ func (l *Log) list() error {
 		if err := checkVersion(filepath.Join(l.dir, e.Name())); err != nil {
 			return err
 		}
+		info, err := e.Info()
+		if err != nil {
+			return fmt.Errorf("commit log: %w", err)
+		}
+		l.sizes[g] = info.Size()
 		l.replay = append(l.replay, g)
 		l.first = max(l.first, g+1)
 	}
@@ -407,7 +430,46 @@ func (l *Log) enqueue(generation uint64, e *Entry, done func()) bool {
 
 // wanted says whether the log of a generation is needed. The caller holds l.mu.
 func (l *Log) wanted(generation uint64) bool {
-	return generation > l.durable || l.held[generation] != nil
+	return generation > l.durable || l.held[generation] != nil && !l.letGo[generation]
+}
+
+// letGoOfHeld chooses the logs that go since those that are kept for tenants that
+// are held back take too much: the oldest. The caller holds l.mu.
+func (l *Log) letGoOfHeld() {
+	for g := range l.letGo {
+		if l.held[g] == nil {
+			delete(l.letGo, g)
+		}
+	}
+	kept, bytes := map[uint64]int64{}, int64(0)
+	for g := range l.held {
+		if !l.wanted(g) || g > l.durable {
+			continue
+		}
+		if kept[g] = l.sizes[g]; l.files[g] != nil {
+			kept[g] = l.files[g].size.Load()
+		}
+		bytes += kept[g]
+	}
+	for _, g := range slices.Sorted(maps.Keys(kept)) {
+		if l.maxHeld == 0 || bytes <= l.maxHeld {
+			break
+		}
+		bytes -= kept[g]
+		l.letGo[g] = true
+		l.metrics.letGo.Inc()
+		l.logger.Warn("commit log let go although tenants need it that are held back, since these logs take too much: nothing is lost, but after a crash their sources have to send again",
+			"path", l.path(g), "size_bytes", kept[g], "tenants", len(l.held[g]), "limit_bytes", l.maxHeld)
+	}
+	l.metrics.heldBytes.Set(float64(bytes))
+}
+
+// LetGo is how many generations have tenants that are held back, but no log any
+// more, since these logs took too much.
+func (l *Log) LetGo() int {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return len(l.letGo)
 }
 
 // Open says whether entries for a generation are still taken.
@@ -566,9 +628,9 @@ func (l *Log) writeTo(f *file, s *segment) error {
 	if err != nil {
 		// Whole records would be a hole less; but this is simple, and a reader
 		// takes what stands there as it takes any torn tail.
-		return errors.Join(fmt.Errorf("write at %d: %w", f.size, err), f.f.Truncate(f.size))
+		return errors.Join(fmt.Errorf("write at %d: %w", f.size.Load(), err), f.f.Truncate(f.size.Load()))
 	}
-	f.size += int64(n)
+	f.size.Add(int64(n))
 	f.dirty.Store(true)
 	l.metrics.bytes.Add(float64(n))
 	return nil
@@ -661,6 +723,7 @@ func (l *Log) Remove() {
 	}
 	durable, heldBack, due := l.durable, l.held, l.stateDue
 	l.stateDue = false
+	l.letGoOfHeld()
 	var gone []*file
 	for g, f := range l.files {
 		if !l.wanted(g) {
