@@ -66,7 +66,7 @@ func (h *History) Publish(ctx context.Context, block ulid.ULID, data []byte, sum
 	if err := h.o.Index.PutWork(ctx, work); err != nil {
 		return fmt.Errorf("publish block %s: work row: %w", block, err)
 	}
-	left, err := h.putRows(ctx, rows)
+	left, err := PutRows(ctx, h.o.Index, rows)
 	if err != nil {
 		return fmt.Errorf("publish block %s: block rows: %w", block, err)
 	}
@@ -106,7 +106,7 @@ func (h *History) PublishRows(ctx context.Context, block ulid.ULID, summary *chu
 	}
 	_, rows := flushRows(block, summary)
 	rows = slices.DeleteFunc(rows, func(r index.BlockRow) bool { return !slices.Contains(tenants, r.Tenant) })
-	left, err := h.putRows(ctx, rows)
+	left, err := PutRows(ctx, h.o.Index, rows)
 	if err != nil {
 		return fmt.Errorf("rows of block %s: %w", block, err)
 	}
@@ -155,9 +155,10 @@ const (
 	rowPatience = 30 * time.Second // for all of them
 )
 
-// putRows writes rows and says for which tenants that didn't work.
-func (h *History) putRows(ctx context.Context, rows []index.BlockRow) (left map[string]error, _ error) {
-	err := h.o.Index.PutBlocks(ctx, rows)
+// PutRows writes block rows and says for which tenants that didn't work. One of them
+// costs the others no more than a time-out of the index.
+func PutRows(ctx context.Context, x *index.Index, rows []index.BlockRow) (left map[string]error, _ error) {
+	err := x.PutBlocks(ctx, rows)
 	if err == nil {
 		return nil, nil
 	}
@@ -185,7 +186,7 @@ func (h *History) putRows(ctx context.Context, rows []index.BlockRow) (left map[
 			if tctx.Err() != nil {
 				return nil
 			}
-			err := h.o.Index.PutBlocks(tctx, rows)
+			err := x.PutBlocks(tctx, rows)
 			mu.Lock()
 			defer mu.Unlock()
 			if err == nil {

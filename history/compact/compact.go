@@ -158,6 +158,7 @@ type Compactor struct {
 
 	mu     sync.Mutex
 	status Status
+	held   map[ulid.ULID]*heldJob // written by the goroutine in Round
 }
 
 type slotKey struct {
@@ -208,6 +209,7 @@ func New(o Options) (*Compactor, error) {
 	c := &Compactor{
 		o: o, owner: id.String(), logger: o.Logger.With("component", "compactor"), now: time.Now, entropy: rand.Reader,
 		seen: map[slotKey]sighting{}, condemned: map[ulid.ULID]time.Time{}, strikes: map[ulid.ULID]int{},
+		held: map[ulid.ULID]*heldJob{},
 	}
 	// What it reads of blocks is read once.
 	if c.cleaner.reader, err = history.New(history.Options{Objects: o.Objects, Index: o.Index, PageCacheBytes: -1, RowCacheBytes: -1, Logger: o.Logger}); err != nil {
@@ -259,9 +261,10 @@ func (c *Compactor) Round(ctx context.Context) (worked bool, err error) {
 	if err != nil {
 		return false, err
 	}
+	c.forgetHeld(v)
 	var errs []error
 	for _, j := range v.jobs {
-		if err := c.advance(ctx, j); err != nil {
+		if err := c.carryOn(ctx, v, j); err != nil {
 			errs = append(errs, fmt.Errorf("job %s of level %d: %w", j.ID, j.Level, err))
 		}
 	}
@@ -306,6 +309,11 @@ func (c *Compactor) Conditions() []health.Condition {
 	if s.Err != nil {
 		out = append(out, health.Condition{Since: s.ErrSince, What: fmt.Sprintf("compaction fails: %v", s.Err)})
 	}
+	c.mu.Lock()
+	for id, h := range c.held {
+		out = append(out, health.Condition{Since: h.since, What: fmt.Sprintf("compaction %s waits, others go on: index rows can't be written or removed: %v", id, h.err)})
+	}
+	c.mu.Unlock()
 	for _, a := range s.Aside {
 		out = append(out, health.Condition{
 			Since: ulid.Time(a.Block.Time()), What: fmt.Sprintf("block %s can't be read and is left as it is: %s", a.Block, a.Reason),

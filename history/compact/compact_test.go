@@ -374,3 +374,92 @@ func TestFit(t *testing.T) {
 		}
 	}
 }
+
+// TestHeldJob: rows of one tenant can't be written, nor removed, for long. Its
+// compaction is parked: the other tenants in it see what it made, and its slot is
+// free for others. Then it is finished.
+func TestHeldJob(t *testing.T) {
+	objects, rows := &historytest.MemoryObjects{}, &historytest.MemoryRows{}
+	held := false
+	w := newWorld(t, objects, &historytest.FaultyRows{Store: rows, Decide: func(op, key string) historytest.Fault {
+		if held && key == "b/a" && (op == "Put" || op == "Delete") {
+			return historytest.Before
+		}
+		return historytest.None
+	}})
+	r := rand.New(rand.NewPCG(1, 7))
+	flushes := func(tenants ...string) {
+		for range 2 {
+			w.now = w.now.Add(time.Second)
+			c := content{}
+			for _, tenant := range tenants {
+				c.add(tenant, someSeries(r, "m", 1, w.now.UnixMilli()-hour, w.now.UnixMilli()))
+			}
+			w.flush(t, c)
+		}
+	}
+	pass := func(d time.Duration) {
+		for end := w.now.Add(d); w.now.Before(end); w.now = w.now.Add(time.Minute) {
+			_, _ = w.c.Round(t.Context()) // it fails at times
+		}
+	}
+	begin := w.now
+	flushes("a", "b")
+	held = true
+	pass(4 * time.Hour)
+	if got := w.levels(t, "b"); got[0]+got[1] != 3 || got[1] != 1 { // the rows of the sources are there until a's are
+		t.Errorf("b has rows by level %v", got)
+	}
+	if got := w.levels(t, "a"); got[1] != 0 {
+		t.Errorf("a has rows by level %v", got)
+	}
+	snap, err := w.history.Snapshot(t.Context(), "b", math.MinInt64, math.MaxInt64, nil, time.Time{})
+	if err != nil || len(snap.Blocks) != 1 {
+		t.Errorf("b sees %d blocks, %v", len(snap.Blocks), err)
+	}
+	cs := w.c.Conditions()
+	if len(cs) != 1 || !strings.Contains(cs[0].What, `such as of "a"`) {
+		t.Errorf("conditions %v", cs)
+	}
+	jobs := func() (free, aside int) {
+		js, err := w.index.Jobs(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, j := range js {
+			switch {
+			case j.State != index.JobIdle && j.Slot >= parkedSlots:
+				aside++
+			case j.State != index.JobIdle:
+				t.Errorf("a slot is taken: %+v", j)
+			default:
+				free++
+			}
+		}
+		return free, aside
+	}
+	if free, aside := jobs(); free != 1 || aside != 1 {
+		t.Errorf("%d jobs are done, %d parked", free, aside)
+	}
+
+	// The slot of that window is that of another one, a day later.
+	w.now = begin.Add(24 * time.Hour)
+	flushes("b", "c")
+	pass(4 * time.Hour)
+	if got := w.levels(t, "c"); got[0] != 0 || got[1] != 1 {
+		t.Errorf("c has rows by level %v", got)
+	}
+	held = false
+	pass(3 * time.Hour)
+	if _, aside := jobs(); aside != 0 {
+		t.Error("a job is parked still")
+	}
+	for _, tenant := range []string{"a", "b", "c"} {
+		if got := w.levels(t, tenant); got[0] != 0 {
+			t.Errorf("%s has rows by level %v", tenant, got)
+		}
+	}
+	if cs := w.c.Conditions(); len(cs) != 0 {
+		t.Errorf("conditions %v", cs)
+	}
+}

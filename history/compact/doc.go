@@ -20,7 +20,9 @@
 // conditional writes only. Who merges holds a lease on its slot; from the commit
 // on, the row says all that is left to do, and anybody may carry on: publish the
 // outputs, wait, remove the sources' rows, wait, remove their objects. Each step
-// may be repeated, by several at the same time, and by one that is hours late.
+// may be repeated, by several at the same time, and by one that is hours late. A job
+// that waits for block rows of a tenant that can't be written is parked elsewhere, so
+// that its slot is free.
 // The order of writing, and why it is safe, is in docs/formats/index.md and
 // docs/decisions/0008-compaction.md; TestSimulation tries it.
 //

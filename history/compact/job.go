@@ -297,14 +297,27 @@ func (c *Compactor) publish(ctx context.Context, j index.Job) error {
 			return err
 		}
 	}
-	if err := c.o.Index.PutBlocks(ctx, first); err != nil {
+	// Of each tenant for itself: the last row is what makes its others count.
+	left, err := history.PutRows(ctx, c.o.Index, first)
+	if err != nil {
 		return fmt.Errorf("block rows: %w", err)
 	}
-	if err := c.o.Index.PutBlocks(ctx, last); err != nil {
+	last = slices.DeleteFunc(last, func(r index.BlockRow) bool { return left[r.Tenant] != nil })
+	more, err := history.PutRows(ctx, c.o.Index, last)
+	if err != nil {
 		return fmt.Errorf("block rows: %w", err)
 	}
 	if late, err := c.withdraw(ctx, j.Outputs, slices.Concat(first, last)); late || err != nil {
 		return err
+	}
+	for tenant, err := range more {
+		if left == nil {
+			left = map[string]error{}
+		}
+		left[tenant] = err
+	}
+	if len(left) > 0 {
+		return &heldError{&history.RowsError{Published: true, Tenants: left}}
 	}
 	next := j
 	next.State = index.JobPublished
@@ -415,6 +428,11 @@ func (c *Compactor) withdraw(ctx context.Context, outputs []index.CompactedRow, 
 // abort gives up a job because a sweeper has condemned one of its outputs, which
 // takes a merge of a day. Its sources are as they were.
 func (c *Compactor) abort(ctx context.Context, j index.Job) error {
+	if late, err := c.visible(ctx, j); err != nil {
+		return err
+	} else if late { // what was parked twice may have been done long ago
+		return c.step(ctx, j, index.Job{Level: j.Level, Slot: j.Slot, ID: j.ID})
+	}
 	next := j
 	next.State = index.JobAborted
 	if err := c.o.Index.SwapJob(ctx, j, next); err != nil {
@@ -425,6 +443,30 @@ func (c *Compactor) abort(ctx context.Context, j index.Job) error {
 	}
 	c.logger.Warn("outputs of a compaction were taken for orphans: it is done again", "level", j.Level)
 	return c.aborted(ctx, next)
+}
+
+// visible says whether an output of a job has a row: then none of them was taken for
+// an orphan.
+func (c *Compactor) visible(ctx context.Context, j index.Job) (bool, error) {
+	for _, o := range j.Outputs {
+		f, err := readFooter(ctx, c.o.Objects, o.BlockRef)
+		if err != nil {
+			if unreadable(err) == "" {
+				return false, err
+			}
+			continue // it is gone
+		}
+		for _, t := range f.Tenants {
+			rows, err := c.o.Index.AllBlocks(ctx, t.Tenant)
+			if err != nil {
+				return false, err
+			}
+			if slices.ContainsFunc(rows, func(r index.BlockRow) bool { return r.Block == o.Block }) {
+				return true, nil
+			}
+		}
+	}
+	return false, nil
 }
 
 // aborted leaves what an aborted job has made to sweepers.
@@ -443,7 +485,7 @@ func (c *Compactor) removeRows(ctx context.Context, j index.Job) error {
 		return err
 	}
 	if err := c.o.Index.DeleteRows(ctx, rows); err != nil {
-		return fmt.Errorf("rows of replaced blocks: %w", err)
+		return &heldError{fmt.Errorf("rows of replaced blocks: %w", err)}
 	}
 	next := j
 	next.State = index.JobRemoved

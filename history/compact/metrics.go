@@ -17,7 +17,7 @@ type metrics struct {
 	aside                *prometheus.CounterVec
 	asideNow             prometheus.Gauge
 	pending              *prometheus.GaugeVec
-	unfinished           prometheus.Gauge
+	unfinished, held     prometheus.Gauge
 	cleaning             prometheus.Gauge
 	oldest               prometheus.Gauge
 	orphans              *prometheus.CounterVec
@@ -62,6 +62,9 @@ func newMetrics(reg prometheus.Registerer, levels int) (*metrics, error) {
 		unfinished: prometheus.NewGauge(prometheus.GaugeOpts{
 			Name: "epimetheus_compactor_unfinished_jobs", Help: "Compactions under way, those included whose sources wait for their removal.",
 		}),
+		held: prometheus.NewGauge(prometheus.GaugeOpts{
+			Name: "epimetheus_compactor_held_jobs", Help: "Compactions that wait, since index rows of some tenants can't be written or removed. Others go on.",
+		}),
 		cleaning: prometheus.NewGauge(prometheus.GaugeOpts{
 			Name: "epimetheus_compactor_unclean_blocks", Help: "Blocks that are going to be written again without what is deleted or past the retention.",
 		}),
@@ -83,7 +86,7 @@ func newMetrics(reg prometheus.Registerer, levels int) (*metrics, error) {
 	}
 	var errs []error
 	for _, c := range []prometheus.Collector{
-		m.jobs, m.duration, m.read, m.written, m.bytes, m.replaced, m.aside, m.asideNow, m.pending, m.unfinished, m.cleaning, m.oldest, m.orphans, m.failures,
+		m.jobs, m.duration, m.read, m.written, m.bytes, m.replaced, m.aside, m.asideNow, m.pending, m.unfinished, m.held, m.cleaning, m.oldest, m.orphans, m.failures,
 	} {
 		errs = append(errs, reg.Register(c))
 	}

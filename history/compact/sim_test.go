@@ -84,6 +84,9 @@ type sim struct {
 	readers int  // with a snapshot that they have yet to read
 	expiry  time.Time
 
+	held      string // block rows of this tenant can't be written or removed by compactors
+	heldUntil time.Time
+
 	started, durable map[string]map[string]map[int64]bool // tenant, series, time
 	deletions        []*simDeletion
 	reads, samples   int
@@ -348,6 +351,12 @@ func (s *sim) fault(a *actor) verdict {
 		// that all is done and gone when it goes on.
 		a.frozen = s.now.Add(time.Duration(s.r.Int64N(int64([]time.Duration{10 * time.Minute, time.Hour, 10 * time.Hour}[s.r.IntN(3)]))))
 		s.counts["frozen"]++
+	case 9:
+		if s.now.After(s.heldUntil.Add(time.Hour)) {
+			s.held = fmt.Sprint("b/t", s.r.IntN(2))
+			s.heldUntil = s.now.Add([]time.Duration{20 * time.Minute, time.Hour, 10 * time.Hour}[s.r.IntN(3)])
+			s.counts["held back"]++
+		}
 	}
 	return proceed
 }
@@ -363,6 +372,13 @@ func (r *simRows) Put(ctx context.Context, items []index.Item) error {
 	// other, in an order that isn't the seed's.
 	r.a.puts.Lock()
 	defer r.a.puts.Unlock()
+	var left []index.Key
+	items = slices.DeleteFunc(slices.Clone(items), func(it index.Item) bool {
+		if r.a.holds(it.Hash) {
+			left = append(left, it.Key)
+		}
+		return r.a.holds(it.Hash)
+	})
 	// In pieces: nothing spans rows.
 	for len(items) > 0 {
 		n := 1 + r.a.sim.r.IntN(len(items))
@@ -371,7 +387,15 @@ func (r *simRows) Put(ctx context.Context, items []index.Item) error {
 		}
 		items = items[n:]
 	}
+	if len(left) > 0 {
+		return &index.PartialError{Left: left, Err: historytest.ErrInjected}
+	}
 	return nil
+}
+
+// holds says whether rows with a hash key can't be changed by a compactor.
+func (a *actor) holds(hash string) bool {
+	return a.sim.faults && hash == a.sim.held && a.sim.now.Before(a.sim.heldUntil) && strings.HasPrefix(a.name, "compactor")
 }
 
 func (r *simRows) PutIf(ctx context.Context, it index.Item, old []byte) (current []byte, err error) {
@@ -424,6 +448,9 @@ func (r *simRows) Query(ctx context.Context, q index.Query) (items []index.Item,
 
 func (r *simRows) Delete(ctx context.Context, keys []index.Key) error {
 	for len(keys) > 0 {
+		if r.a.holds(keys[0].Hash) {
+			return fmt.Errorf("Delete %s: %w", keys[0].Hash, historytest.ErrInjected)
+		}
 		n := 1 + r.a.sim.r.IntN(len(keys))
 		if err := r.a.do("Delete "+keys[0].Hash, func() error { return r.Store.Delete(ctx, keys[:n]) }); err != nil {
 			return err
