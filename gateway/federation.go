@@ -3,6 +3,7 @@ package gateway
 import (
 	"context"
 	"errors"
+	"math"
 	"slices"
 	"strings"
 	"sync"
@@ -115,6 +116,18 @@ func (q *querier) Selection(ctx context.Context, newest bool, hints *storage.Sel
 		return m.Selection(ctx, newest, hints, ms...)
 	}
 	return nil
+}
+
+// SamplesFrom is as that of merge.Querier; for several tenants it doesn't matter.
+func (q *querier) SamplesFrom(ctx context.Context) (int64, error) {
+	if all := tenantsOf(ctx); len(all) == 1 {
+		if one, err := q.tenant(all[0]); err == nil {
+			if m, ok := one.(*merge.Querier); ok {
+				return m.SamplesFrom(ctx)
+			}
+		}
+	}
+	return math.MinInt64, nil
 }
 
 // Close implements storage.LabelQuerier.

@@ -5,6 +5,7 @@ import (
 	"crypto/rand"
 	"errors"
 	"fmt"
+	"math"
 	mathrand "math/rand/v2"
 	"slices"
 	"time"
@@ -55,6 +56,16 @@ func (h *History) hidden(ctx context.Context, tenant string) (*Hidden, error) {
 func (h *History) Hides(ctx context.Context, tenant string, mint, maxt int64) (bool, error) {
 	hidden, err := h.hidden(ctx, tenant)
 	return hidden.Within(mint, maxt) != nil, err
+}
+
+// SamplesFrom is the first time in ms of which a tenant may have samples, where
+// summaries of windows are kept for longer; else math.MinInt64.
+func (h *History) SamplesFrom(ctx context.Context, tenant string) (int64, error) {
+	hidden, err := h.hidden(ctx, tenant)
+	if err != nil || hidden == nil || !hidden.Before.Summaries() {
+		return math.MinInt64, err
+	}
+	return hidden.Before.Raw, nil
 }
 
 // deletions gives those that were in force seconds ago. While the index can't be

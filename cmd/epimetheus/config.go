@@ -190,18 +190,31 @@ type CompactorConfig struct {
 // RetentionConfig says how long samples are kept. It is followed at run time.
 type RetentionConfig struct {
 	Raw     duration                         `yaml:"raw,omitempty" doc:"How long samples are kept, at least 1h. 0: for ever. Older ones can't be queried, and are deleted with the block that they are in, when all of the tenant's in it are older. The same in all gateways and compactors; a change is taken within a minute, or at once with SIGHUP."`
-	Tenants map[string]TenantRetentionConfig `yaml:"tenants,omitempty" doc:"By tenant: its own 'raw'. Absent: for ever, whatever holds for others."`
+	Short   duration                         `yaml:"5m,omitempty" doc:"How long summaries of windows of 5 minutes are kept, which answer most functions at steps of 5 minutes. 0: as long as samples."`
+	Long    duration                         `yaml:"1h,omitempty" doc:"How long summaries of windows of an hour are kept, which answer most functions at steps of an hour; '100y' is for ever. 0: as long as those of 5 minutes."`
+	Tenants map[string]TenantRetentionConfig `yaml:"tenants,omitempty" doc:"By tenant: its own 'raw', '5m' and '1h'. Absent: for ever, whatever holds for others."`
 }
 
 // TenantRetentionConfig is what a tenant has of its own.
 type TenantRetentionConfig struct {
-	Raw duration `yaml:"raw,omitempty"`
+	Raw   duration `yaml:"raw,omitempty"`
+	Short duration `yaml:"5m,omitempty"`
+	Long  duration `yaml:"1h,omitempty"`
+}
+
+func (c TenantRetentionConfig) retention() history.Retention {
+	return history.Retention{Raw: time.Duration(c.Raw), Short: time.Duration(c.Short), Long: time.Duration(c.Long)}
+}
+
+// all is what holds for tenants that have nothing of their own.
+func (c *RetentionConfig) all() TenantRetentionConfig {
+	return TenantRetentionConfig{c.Raw, c.Short, c.Long}
 }
 
 func (c *RetentionConfig) retentions() *history.Retentions {
-	out := &history.Retentions{Default: history.Retention{Raw: time.Duration(c.Raw)}, Tenants: map[string]history.Retention{}}
+	out := &history.Retentions{Default: c.all().retention(), Tenants: map[string]history.Retention{}}
 	for name, t := range c.Tenants {
-		out.Tenants[name] = history.Retention{Raw: time.Duration(t.Raw)}
+		out.Tenants[name] = t.retention()
 	}
 	return out
 }
@@ -209,15 +222,29 @@ func (c *RetentionConfig) retentions() *history.Retentions {
 // minRetention is less than any block is made for.
 const minRetention = time.Hour
 
-func (c *RetentionConfig) validate(bad func(string, ...any)) {
-	check := func(name string, d duration) {
-		if d != 0 && time.Duration(d) < minRetention {
-			bad("%s: %s is less than 1h (0 means for ever)", name, d)
+// validate is told whether compaction makes summaries.
+func (c *RetentionConfig) validate(summaries bool, bad func(string, ...any)) {
+	check := func(name string, r TenantRetentionConfig) {
+		if r.Raw != 0 && time.Duration(r.Raw) < minRetention {
+			bad("%s.raw: %s is less than 1h (0 means for ever)", name, r.Raw)
+		}
+		switch {
+		case r.Short == 0 && r.Long == 0:
+		case r.Raw == 0:
+			bad("%s: '5m' and '1h' are for summaries that stay when samples go, but without 'raw' samples stay for ever: set 'raw', or remove them", name)
+		case !summaries:
+			bad("%s: summaries are made in blocks of a day or more: the last of compactor.ranges has to be 1d or more", name)
+		}
+		if r.Short != 0 && r.Short < r.Raw {
+			bad("%s.5m: %s is less than 'raw', %s", name, r.Short, r.Raw)
+		}
+		if finer := max(r.Raw, r.Short); r.Long != 0 && r.Long < finer {
+			bad("%s.1h: %s is less than what is finer is kept for, %s", name, r.Long, finer)
 		}
 	}
-	check("retention.raw", c.Raw)
+	check("retention", c.all())
 	for _, name := range slices.Sorted(maps.Keys(c.Tenants)) {
-		check("retention.tenants."+name+".raw", c.Tenants[name].Raw)
+		check("retention.tenants."+name, c.Tenants[name])
 	}
 }
 
@@ -370,7 +397,6 @@ func (c *Config) validate() error {
 			bad("gateway.tenants.%s.enable_features: %s", name, e.Validate())
 		}
 	}
-	c.Retention.validate(bad)
 	var ranges []time.Duration
 	for _, r := range c.Compactor.Ranges {
 		ranges = append(ranges, time.Duration(r))
@@ -378,6 +404,7 @@ func (c *Config) validate() error {
 	if err := compact.ValidateRanges(ranges); err != nil {
 		bad("compactor.ranges: %v", err)
 	}
+	c.Retention.validate(len(ranges) == 0 || compact.Summarises(ranges[len(ranges)-1]), bad)
 	if c.Compactor.BlockBytes < 16*mib {
 		bad("compactor.block_bytes: %s is less than 16MiB: there would be very many blocks", c.Compactor.BlockBytes)
 	}

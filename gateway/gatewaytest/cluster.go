@@ -39,6 +39,8 @@ type Options struct {
 	Run bool
 	// BeforePublish is called before each block is published. May be nil.
 	BeforePublish func()
+	// Retentions as in history.Options.
+	Retentions func() *history.Retentions
 }
 
 // Cluster is ingesters, history and a gateway's storage.
@@ -88,7 +90,7 @@ func New(t testing.TB, o Options) *Cluster {
 	must(err)
 	c.Objects, c.Index = objects, index.New(c.bolt)
 	c.History, err = history.New(history.Options{
-		Objects: c.Objects, Index: c.Index, VisibilityDelay: o.VisibilityDelay, Registerer: reg,
+		Objects: c.Objects, Index: c.Index, VisibilityDelay: o.VisibilityDelay, Retentions: o.Retentions, Registerer: reg,
 	})
 	must(err)
 	for i := range o.Ingesters {

@@ -105,6 +105,13 @@ func (q *Querier) Selection(ctx context.Context, newest bool, hints *storage.Sel
 	return sel
 }
 
+// SamplesFrom is the first time in ms of which there may be samples, where summaries of
+// windows are kept for longer; else math.MinInt64.
+func (q *Querier) SamplesFrom(ctx context.Context) (int64, error) {
+	from, err := q.s.history.SamplesFrom(ctx, q.s.tenantOf(ctx))
+	return from, class(ctx, err)
+}
+
 // class puts an error into one of the classes for which Prometheus's API has
 // status codes: the query was cancelled, it took too long, or the storage failed,
 // which is not the fault of the query.

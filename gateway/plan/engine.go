@@ -252,13 +252,22 @@ func (q *query) Cancel() {
 // nil.
 type selector interface {
 	Selection(ctx context.Context, newest bool, hints *storage.SelectHints, ms ...*labels.Matcher) *merge.Selection
+	// SamplesFrom is the first time in ms of which there may be samples, or summaries
+	// are all that is left.
+	SamplesFrom(ctx context.Context) (int64, error)
 }
 
 // compute fills in the results of all leaves.
 func (q *query) compute(ctx context.Context) (annos annotations.Annotations, err error) {
 	sels := make([]*merge.Selection, len(q.leaves))
+	s, ok := q.one.querier.(selector)
+	if ok {
+		if err := q.leavePlain(ctx, s); err != nil {
+			return nil, err
+		}
+	}
 	for i, l := range q.leaves { // all begin to read
-		if s, ok := q.one.querier.(selector); ok {
+		if ok && !l.given {
 			sels[i] = s.Selection(ctx, l.newest(), l.hints(), l.Selector.LabelMatchers...)
 		}
 	}
@@ -297,6 +306,24 @@ func (q *query) compute(ctx context.Context) (annos annotations.Annotations, err
 		l.counts = p.counts
 	}
 	return annos, nil
+}
+
+// leavePlain leaves selectors that stand by themselves to the engine, if there are
+// samples of all their time.
+func (q *query) leavePlain(ctx context.Context, s selector) error {
+	for _, l := range q.leaves {
+		if !l.plain || q.opts.summarise {
+			continue
+		}
+		from, err := s.SamplesFrom(ctx)
+		if err != nil {
+			return promql.ErrStorage{Err: err}
+		}
+		if l.mint() >= from {
+			l.giveUp()
+		}
+	}
+	return nil
 }
 
 // snapshot lets all selectors of a query read from one querier.

@@ -70,7 +70,6 @@ func (q *query) explain(ctx context.Context, e *Explanation) *promql.Result {
 	}
 	ctx, cancel := context.WithTimeout(ctx, q.engine.opts.Timeout)
 	defer cancel()
-	e.Plan = q.Plan()
 	querier, err := q.one.Queryable.Querier(q.one.mint, q.one.maxt)
 	if err != nil {
 		return &promql.Result{Err: err}
@@ -78,8 +77,13 @@ func (q *query) explain(ctx context.Context, e *Explanation) *promql.Result {
 	defer querier.Close()
 	s, ok := querier.(selector)
 	if !ok {
+		e.Plan = q.Plan()
 		return empty
 	}
+	if err := q.leavePlain(ctx, s); err != nil {
+		return &promql.Result{Err: err}
+	}
+	e.Plan = q.Plan()
 	read := func(hints *storage.SelectHints, ms []*labels.Matcher) (*merge.Selection, error) {
 		sel := s.Selection(ctx, false, hints, ms...)
 		if sel == nil {
@@ -94,6 +98,9 @@ func (q *query) explain(ctx context.Context, e *Explanation) *promql.Result {
 		return sel, nil
 	}
 	for i, l := range q.leaves {
+		if l.given {
+			continue
+		}
 		sel, err := read(l.hints(), l.Selector.LabelMatchers)
 		if sel == nil || err != nil {
 			return &promql.Result{Value: empty.Value, Err: err}

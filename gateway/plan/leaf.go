@@ -32,6 +32,10 @@ type Leaf struct {
 
 	// once, subquery: as in place.
 	once, subquery bool
+	// plain: the selector stands by itself. The engine is as good at it, but where
+	// there are no samples any more.
+	plain bool
+	given bool // up: the engine computes it
 
 	params []float64
 	whole  parser.Expr            // what the leaf stood for at first
@@ -107,6 +111,27 @@ var aggregations = map[parser.ItemType]bool{
 	parser.STDDEV: true, parser.STDVAR: true,
 }
 
+// looksAtSelector are functions that the engine evaluates otherwise if their argument
+// is a selector.
+//
+//nolint:gochecknoglobals // a constant table
+var looksAtSelector = map[string]bool{"timestamp": true, "absent": true}
+
+func isSelector(e parser.Expr) bool {
+	for {
+		switch n := e.(type) {
+		case *parser.ParenExpr:
+			e = n.Expr
+		case *parser.StepInvariantExpr:
+			e = n.Expr
+		case *parser.VectorSelector:
+			return true
+		default:
+			return false
+		}
+	}
+}
+
 // planner walks through a query.
 type planner struct {
 	lookback int64 // ms
@@ -131,6 +156,10 @@ var matchNothing = labels.MustNewMatcher(labels.MatchEqual, model.MetricNameLabe
 // walk takes the leaves out of e, and gives what is to stand in its place.
 func (p *planner) walk(e parser.Expr, at place) parser.Expr {
 	switch n := e.(type) {
+	case *parser.VectorSelector:
+		if l := p.plain(n, at); l != nil {
+			return p.take(l)
+		}
 	case *parser.AggregateExpr:
 		if l := p.aggregate(n, at); l != nil {
 			return p.take(l)
@@ -145,6 +174,9 @@ func (p *planner) walk(e parser.Expr, at place) parser.Expr {
 		}
 		if l := p.call(n, at); l != nil {
 			return p.take(l)
+		}
+		if looksAtSelector[n.Func.Name] && isSelector(n.Args[0]) {
+			break
 		}
 		for i := range n.Args {
 			n.Args[i] = p.walk(n.Args[i], at)
@@ -191,7 +223,7 @@ func (p *planner) take(l *Leaf) parser.Expr {
 }
 
 // giveUp puts back what the leaf stands for.
-func (l *Leaf) giveUp() { l.slot.Expr = l.whole }
+func (l *Leaf) giveUp() { l.slot.Expr, l.given = l.whole, true }
 
 // split leaves the aggregation to the engine, and keeps the function. It reports
 // whether there is one left.
@@ -203,6 +235,19 @@ func (l *Leaf) split() bool {
 	agg.Expr = l.slot.Expr
 	l.slot.Expr, l.Agg = &agg, nil
 	return true
+}
+
+// plain is the leaf of a selector that stands by itself, if summaries could answer it.
+func (p *planner) plain(vs *parser.VectorSelector, at place) *Leaf {
+	l := p.selector(vs, at)
+	if l == nil {
+		return nil
+	}
+	l.Range, l.plain = p.lookback, true
+	if l.query(options{}).Width() == 0 {
+		return nil
+	}
+	return l
 }
 
 func (p *planner) aggregate(n *parser.AggregateExpr, at place) *Leaf {
@@ -278,12 +323,18 @@ func (p *planner) selector(vs *parser.VectorSelector, at place) *Leaf {
 func describe(e parser.Expr, leaves []*Leaf) string {
 	var b strings.Builder
 	for i, l := range leaves {
+		if l.given {
+			continue
+		}
 		was := l.slot.Expr
 		l.slot.Expr = &parser.VectorSelector{Name: fmt.Sprintf("leaf_%d", i+1)}
 		defer func() { l.slot.Expr = was }()
 	}
 	fmt.Fprintf(&b, "engine: %s\n", e)
 	for i, l := range leaves {
+		if l.given {
+			continue
+		}
 		fmt.Fprintf(&b, "leaf_%d: %s\n", i+1, l)
 	}
 	return b.String()

@@ -374,8 +374,12 @@ func (c *Compactor) width(level index.Level) int64 {
 // or more do. They are cut on bounds of windows; a block of the first level has but
 // the part of a window that was flushed in its time.
 func (c *Compactor) rollups(level index.Level) bool {
-	width := c.o.Ranges[min(level, c.top())-1].Milliseconds() // of more levels than there are now, too
-	return width >= (24*time.Hour).Milliseconds() && width%rollup.Long == 0
+	return Summarises(c.o.Ranges[min(level, c.top())-1]) // of more levels than there are now, too
+}
+
+// Summarises says whether blocks of a level of this width get summaries of windows.
+func Summarises(width time.Duration) bool {
+	return width >= 24*time.Hour && width%time.Hour == 0
 }
 
 func (c *Compactor) top() index.Level { return index.Level(len(c.o.Ranges)) } //nolint:gosec // at most 8

@@ -7,7 +7,8 @@
 // its size goes on in another one.
 //
 // Blocks of a day or more get summaries of windows (docs/formats/rollup.md) beside
-// the samples, made of what was merged. They are cut on bounds of windows, but know
+// the samples: those of the blocks that are merged, where one alone has a series, or
+// made of what was merged. They are cut on bounds of windows, but know
 // nothing of late samples in other blocks: who reads them looks for those.
 //
 // Merging. Blocks are read front to back, side by side. What they have of each
@@ -28,8 +29,8 @@
 //
 // Deletion and retention. Merges drop what is deleted, or past the retention, when
 // they begin. Blocks that have some of it and won't be merged soon are cleaned: a job
-// with one source, and outputs of the same level or none. See
-// docs/decisions/0011-deletion.md.
+// with one source, or several of the last level that overlap, and outputs of the same
+// level or none. Summaries may stay when samples go. See docs/decisions/0011-deletion.md.
 //
 // A sweep removes objects that nobody has published within a day.
 package compact
