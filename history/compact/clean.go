@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/oklog/ulid/v2"
+	"github.com/prometheus/common/model"
 	"github.com/prometheus/prometheus/model/labels"
 	"golang.org/x/sync/errgroup"
 
@@ -422,7 +423,8 @@ func (c *Compactor) surveyBlocks(ctx context.Context, v *view) error {
 
 // overlapping gives the level that a block has, 0 if it has no rows, and, if it is the
 // last, the other blocks of that level, and of the same window, that have something of a
-// tenant in the same hours, of those tenants that of picks; nil: of all.
+// tenant in the same hours, of those tenants that of picks; nil: of all. Blocks that were
+// cut from each other by their size have other series, and aren't among them.
 func (c *Compactor) overlapping(ctx context.Context, b index.BlockRef, f *chunkfmt.Footer, of func(*chunkfmt.TenantSummary) bool) (level index.Level, with []index.JobSource, err error) {
 	if len(f.Tenants) > 0 {
 		t := &f.Tenants[0]
@@ -438,10 +440,12 @@ func (c *Compactor) overlapping(ctx context.Context, b index.BlockRef, f *chunkf
 		return level, nil, nil
 	}
 	window := c.lastWindow(f)
+	type pair struct{ own, other chunkfmt.Location } // directories of a tenant
 	others := map[ulid.ULID]index.JobSource{}
+	pairs := map[ulid.ULID][]pair{}
 	var mu sync.Mutex
 	g, gctx := errgroup.WithContext(ctx)
-	g.SetLimit(16) // queries, each of one tenant
+	g.SetLimit(c.queries) // each is of one tenant
 	for i := range f.Tenants {
 		t := &f.Tenants[i]
 		if of != nil && !of(t) {
@@ -462,6 +466,7 @@ func (c *Compactor) overlapping(ctx context.Context, b index.BlockRef, f *chunkf
 				r := &rows[i]
 				if r.Block != b.Block && r.Level >= c.top() && slices.ContainsFunc(own, func(w chunkfmt.Range) bool { return w.Overlaps(r.MinT, r.MaxT) }) {
 					others[r.Block] = index.JobSource{BlockRef: index.BlockRef{Block: r.Block, Object: r.Object, ObjectSize: r.ObjectSize}, Level: r.Level}
+					pairs[r.Block] = append(pairs[r.Block], pair{t.Directory, r.Directory})
 				}
 			}
 			return nil
@@ -479,11 +484,74 @@ func (c *Compactor) overlapping(ctx context.Context, b index.BlockRef, f *chunkf
 			}
 			return level, nil, err
 		}
-		if s.Level == level && c.lastWindow(f) == window {
-			with = append(with, s)
+		if s.Level != level || c.lastWindow(f) != window {
+			continue
+		}
+		for _, p := range pairs[id] {
+			same, err := c.mayShareSeries(ctx, b, p.own, s.BlockRef, p.other)
+			if err != nil && unreadable(err) == "" {
+				return level, nil, err
+			}
+			if same {
+				with = append(with, s)
+				break
+			}
 		}
 	}
 	return level, with, nil
+}
+
+// mayShareSeries says whether the series of a tenant in a block don't all come before, or
+// all behind, those in another.
+func (c *Compactor) mayShareSeries(ctx context.Context, a index.BlockRef, aDir chunkfmt.Location, b index.BlockRef, bDir chunkfmt.Location) (bool, error) {
+	aFirst, aLast, err := c.ends(ctx, a, aDir)
+	if err != nil {
+		return false, err
+	}
+	bFirst, bLast, err := c.ends(ctx, b, bDir)
+	if err != nil {
+		return false, err
+	}
+	before := func(x, y labels.Labels) bool {
+		return compareKeys(x.Get(model.MetricNameLabel), x, y.Get(model.MetricNameLabel), y) < 0
+	}
+	return !before(aLast, bFirst) && !before(bLast, aFirst), nil
+}
+
+// ends are the first and the last series of a tenant in a block.
+func (c *Compactor) ends(ctx context.Context, b index.BlockRef, dir chunkfmt.Location) (first, last labels.Labels, err error) {
+	s := &source{block: b, objects: c.o.Objects}
+	at, err := s.get(ctx, &s.front, "directory", dir, dir.Offset, dir.End())
+	if err != nil {
+		return first, last, err
+	}
+	d, err := chunkfmt.ParseDirectory(at)
+	if err != nil {
+		return first, last, s.error("directory", dir, err)
+	}
+	pages := d.Pages(nil, math.MinInt64, math.MaxInt64)
+	if len(pages) == 0 {
+		return first, last, s.error("directory", dir, corrupt("no series"))
+	}
+	for i, ref := range []*chunkfmt.PageRef{&pages[0], &pages[len(pages)-1]} {
+		at := ref.Bytes
+		if at == nil {
+			if at, err = s.get(ctx, &s.indexes, "series page", ref.Location, ref.Offset, ref.End()); err != nil {
+				return first, last, err
+			}
+		}
+		p, err := chunkfmt.ParseSeriesPage(at)
+		if err != nil {
+			return first, last, s.error("series page", ref.Location, err)
+		}
+		if i == 0 {
+			e, _ := p.Entry(0, math.MinInt64, math.MaxInt64, &s.builder)
+			first = e.Labels
+		}
+		e, _ := p.Entry(p.Len()-1, math.MinInt64, math.MaxInt64, &s.builder)
+		last = e.Labels
+	}
+	return first, last, nil
 }
 
 // Blocks are shared: one is written again only when so much of its samples are past

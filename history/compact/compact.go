@@ -148,6 +148,7 @@ type Compactor struct {
 	logger  *slog.Logger
 	now     func() time.Time
 	entropy io.Reader // for ids
+	queries int       // of the index at the same time
 
 	// Of the goroutine in Round.
 	seen      map[slotKey]sighting
@@ -207,7 +208,7 @@ func New(o Options) (*Compactor, error) {
 		return nil, fmt.Errorf("compact: %w", err)
 	}
 	c := &Compactor{
-		o: o, owner: id.String(), logger: o.Logger.With("component", "compactor"), now: time.Now, entropy: rand.Reader,
+		o: o, owner: id.String(), logger: o.Logger.With("component", "compactor"), now: time.Now, entropy: rand.Reader, queries: 16,
 		seen: map[slotKey]sighting{}, condemned: map[ulid.ULID]time.Time{}, strikes: map[ulid.ULID]int{},
 		held: map[ulid.ULID]*heldJob{},
 	}

@@ -23,6 +23,7 @@ import (
 	"github.com/prometheus/prometheus/promql/parser"
 
 	"github.com/epimetheus-tsdb/epimetheus/chunkfmt"
+	"github.com/epimetheus-tsdb/epimetheus/chunkfmt/rollup"
 	"github.com/epimetheus-tsdb/epimetheus/history"
 	"github.com/epimetheus-tsdb/epimetheus/history/historytest"
 	"github.com/epimetheus-tsdb/epimetheus/history/index"
@@ -40,7 +41,8 @@ var (
 // by halves, processes die at any of them or stand still for a while. Every read
 // sees each durable sample once. Series are deleted meanwhile, and one tenant has a
 // retention: no read sees what was deleted before it began, or is past the retention,
-// and all else. At the end, when all has had its time, there is nothing but the blocks
+// and all else. Of another the summaries are kept for longer: of each hour that had
+// samples there are some or its summary, which never tells of more than there were. At the end, when all has had its time, there is nothing but the blocks
 // of the last level and their rows, without anything that was deleted.
 func TestSimulation(t *testing.T) {
 	seeds := []uint64{*simSeed}
@@ -107,7 +109,9 @@ type simDeletion struct {
 const simRetention = 30 * time.Hour
 
 func simRetentions() *history.Retentions {
-	return &history.Retentions{Tenants: map[string]history.Retention{"t1": {Raw: simRetention}}}
+	return &history.Retentions{Tenants: map[string]history.Retention{
+		"t1": {Raw: simRetention}, "t2": {Raw: 20 * time.Hour, Short: 50 * time.Hour, Long: 1000 * time.Hour},
+	}}
 }
 
 func simRetentionsOnce() func() *history.Retentions {
@@ -628,7 +632,7 @@ func (s *sim) compactor(a *actor) *Compactor {
 		s.t.Fatal(err)
 	}
 	c.now = func() time.Time { return s.now }
-	c.entropy = entropy{s.r}
+	c.entropy, c.queries = entropy{s.r}, 1
 	return c
 }
 
@@ -759,7 +763,79 @@ func (s *sim) read(a *actor, h *history.History) {
 	if missing > 0 {
 		s.t.Errorf("%s: read of %s, %d to %d: %d samples are missing", s.now, tenant, mint, maxt, missing)
 	}
+	if tenant == "t2" {
+		s.readWindows(snap, want, tenant, mint, maxt)
+	}
 	s.reads++
+}
+
+// readWindows sees that of each hour that has samples there are some, or a window, and
+// that no window tells of more than there ever were.
+func (s *sim) readWindows(snap *history.Snapshot, want map[string]map[int64]bool, tenant string, mint, maxt int64) {
+	set, err := snap.SelectWindows(context.Background(), nil, mint, maxt, history.Summaries{Width: rollup.Long})
+	if err != nil {
+		s.t.Errorf("%s: windows of %s: %v", s.now, tenant, err)
+		return
+	}
+	got := map[string]map[int64]int{}
+	for set.Next(context.Background()) {
+		buf, key := &history.Buffer{}, set.At().Labels.String()
+		got[key] = map[int64]int{}
+		w, _, err := set.At().Windows(buf)
+		if err != nil {
+			s.t.Errorf("%s: windows of %s: %v", s.now, tenant, err)
+			return
+		}
+		for i, end := range w.End {
+			got[key][end] += int(w.Count[i])
+		}
+		if runs, err := set.At().Runs(buf); err != nil {
+			s.t.Errorf("%s: windows of %s: %v", s.now, tenant, err)
+		} else if len(runs) > 0 {
+			for _, t := range chunkfmt.Merge(runs...).Floats.T {
+				got[key][rollup.EndOf(t, rollup.Long)]++
+			}
+		}
+		ever := map[int64]int{}
+		for t := range s.started[tenant][key] {
+			ever[rollup.EndOf(t, rollup.Long)]++
+		}
+		for end, n := range got[key] {
+			if end-rollup.Long >= mint && n > ever[end] {
+				s.t.Errorf("%s: %s of %s: %d samples until %d, there were %d", s.now, key, tenant, n, end, ever[end])
+			}
+		}
+	}
+	if err := set.Err(); err != nil {
+		s.t.Errorf("%s: windows of %s: %v", s.now, tenant, err)
+	}
+	all, fewer := 0, 0
+	for key, ts := range want {
+		ls := parseLabels(s.t, key)
+		hours := map[int64]int{}
+		for t := range ts {
+			end := rollup.EndOf(t, rollup.Long)
+			if slices.ContainsFunc(s.deletions, func(d *simDeletion) bool {
+				return d.tenant == tenant && d.Overlaps(end-rollup.Long+1, end) && d.Matches(ls)
+			}) {
+				continue
+			}
+			if end-rollup.Long >= mint && end <= maxt {
+				hours[end]++
+			}
+		}
+		for end, n := range hours {
+			if all++; got[key][end] == 0 {
+				s.t.Errorf("%s: %s of %s: nothing is left of the hour until %d", s.now, key, tenant, end)
+			} else if got[key][end] < n {
+				fewer++ // they came when the others were gone
+			}
+		}
+	}
+	if fewer > 3+all/10 {
+		s.t.Errorf("%s: windows of %s: %d of %d lack samples", s.now, tenant, fewer, all)
+	}
+	s.counts["windows"] += all
 }
 
 func (s *sim) run() {
@@ -882,6 +958,20 @@ func (s *sim) checkEnd() {
 		}
 	}
 	s.checkLeft(x)
+	// All of the last level was looked at when it was young.
+	c := s.compactor(&actor{sim: s, name: "reader"})
+	c.o.Objects, c.o.Index = s.objects, x
+	if err := eachBlock(ctx, s.objects, func(b index.BlockRef, _ time.Time) {
+		f, err := readFooter(ctx, s.objects, b)
+		if err != nil {
+			s.t.Fatal(err)
+		}
+		if _, with, err := c.overlapping(ctx, b, f, nil); err != nil || len(with) > 0 {
+			s.t.Errorf("block %s overlaps %v, %v", b.Block, with, err)
+		}
+	}); err != nil {
+		s.t.Fatal(err)
+	}
 	if err := s.objects.List(ctx, "", func(i object.Info) error {
 		if named[i.Key] == 0 {
 			s.t.Errorf("object %s has no row", i.Key)
