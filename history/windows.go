@@ -379,6 +379,17 @@ func (s *Series) Raw(ctx context.Context, buf *Buffer, mint, maxt int64) ([]*chu
 	return raw.Runs(buf)
 }
 
+// Gone says whether of some of the snapshot's time there are only summaries of windows.
+func (s *Snapshot) Gone(ctx context.Context) (bool, error) {
+	some := false
+	err := s.attempt(ctx, s.MinT, s.MaxT, func(bs []*Block) error {
+		dirs, err := s.directories(ctx, bs)
+		some = slices.ContainsFunc(dirs, func(d *chunkfmt.Directory) bool { return d.Gone }) || s.OnlySummaries(s.MinT, s.MaxT, 0)
+		return err
+	})
+	return some, err
+}
+
 // HasGone says whether blocks have a window that reaches into mint to maxt, both
 // included, in ms, and of which the samples are gone, whatever is hidden.
 func (s *Snapshot) HasGone(ctx context.Context, ms []*labels.Matcher, mint, maxt int64) (bool, error) {

@@ -63,6 +63,9 @@ type Exported struct {
 type ExportResult struct {
 	Blocks          int
 	Series, Samples uint64 // series once for each block that has it
+	// Gone says that of some of the time there are only summaries of windows, which
+	// aren't exported.
+	Gone bool
 }
 
 const (
@@ -128,6 +131,9 @@ func Export(ctx context.Context, o ExportOptions) (*ExportResult, error) {
 	}
 	all, err := o.History.Snapshot(ctx, o.Tenant, o.MinT, o.MaxT, nil, time.Time{})
 	if err != nil {
+		return nil, err
+	}
+	if e.result.Gone, err = all.Gone(ctx); err != nil {
 		return nil, err
 	}
 	// Pages are best read once: a pass goes as far as a page may, or to where too

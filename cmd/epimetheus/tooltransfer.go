@@ -233,6 +233,9 @@ func addExport(tool *kingpin.CmdClause, commands map[string]command) {
 				return err
 			}
 			fmt.Printf("%d blocks, %d samples\n", r.Blocks, r.Samples)
+			if r.Gone {
+				fmt.Println("Of some of this time there are only summaries of windows: they aren't exported, see retention.5m and retention.1h.")
+			}
 			return nil
 		})
 	}

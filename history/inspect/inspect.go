@@ -338,7 +338,7 @@ func (c *checker) seriesPage(ctx context.Context, p *chunkfmt.PageRef, page *chu
 		data = d
 		return true
 	}
-	each := func(kind string, chunks []chunkfmt.Chunk, ls labels.Labels) {
+	each := func(kind string, chunks []chunkfmt.Chunk, ls labels.Labels, gone []chunkfmt.Range) {
 		for i := range chunks {
 			k := &chunks[i]
 			times.MinT, times.MaxT = min(times.MinT, k.MinT), max(times.MaxT, k.MaxT)
@@ -346,7 +346,7 @@ func (c *checker) seriesPage(ctx context.Context, p *chunkfmt.PageRef, page *chu
 				samples += uint64(k.Samples) //nolint:gosec // not negative
 			}
 			if open(kind, k.Page) {
-				if err := c.chunk(data, k); err != nil {
+				if err := c.chunk(data, k, gone); err != nil {
 					c.fault(kind, k.Page.Offset, fmt.Errorf("chunk %d, of %s: %w", k.Index, ls, err))
 				}
 			}
@@ -363,26 +363,28 @@ func (c *checker) seriesPage(ctx context.Context, p *chunkfmt.PageRef, page *chu
 		if k.metric < p.FirstMetric || k.metric > p.LastMetric {
 			complain("series %s in a page of metrics %q to %q", k.labels, p.FirstMetric, p.LastMetric)
 		}
-		each(dataPage, e.Chunks, e.Labels)
+		each(dataPage, e.Chunks, e.Labels, e.Gone)
 	}
 	for i := range entries {
-		each("exemplar page", entries[i].Exemplars, entries[i].Labels)
+		each("exemplar page", entries[i].Exemplars, entries[i].Labels, nil)
+	}
+	for _, width := range []int64{rollup.Short, rollup.Long} {
+		c.windowPages(ctx, page.SelectWindows(nil, math.MinInt64, math.MaxInt64, width), width, &times)
 	}
 	if len(entries) != page.Len() || uint64(page.Len()) != p.Series || samples != p.Samples { //nolint:gosec // not negative
 		complain("it has %d series (%d with samples) and %d samples; the directory says %d and %d", page.Len(), len(entries), samples, p.Series, p.Samples)
 	}
 	if len(entries) > 0 && times != p.Times {
-		complain("its chunks span %d to %d ms; the directory says %d to %d", times.MinT, times.MaxT, p.Times.MinT, p.Times.MaxT)
+		complain("its samples, and what is gone, span %d to %d ms; the directory says %d to %d", times.MinT, times.MaxT, p.Times.MinT, p.Times.MaxT)
 	}
-	c.windowPages(ctx, page.SelectWindows(nil, math.MinInt64, math.MaxInt64, rollup.Short), rollup.AllColumns&^rollup.M2) // which those of an hour have alone
-	c.windowPages(ctx, page.SelectWindows(nil, math.MinInt64, math.MaxInt64, rollup.Long), rollup.AllColumns)
 	return last
 }
 
 const dataPage = "data page"
 
-// chunk decodes a chunk and compares it with what its series page says.
-func (c *checker) chunk(d *chunkfmt.DataPage, k *chunkfmt.Chunk) error {
+// chunk decodes a chunk and compares it with what its series page says, also of times
+// of which all samples are gone.
+func (c *checker) chunk(d *chunkfmt.DataPage, k *chunkfmt.Chunk, gone []chunkfmt.Range) error {
 	if k.Index >= d.Len() || d.Kind(k.Index) != k.Kind {
 		return bad("the page has %d chunks, and not one of kind %s there", d.Len(), k.Kind)
 	}
@@ -416,6 +418,11 @@ func (c *checker) chunk(d *chunkfmt.DataPage, k *chunkfmt.Chunk) error {
 	if len(t) != k.Samples || len(t) == 0 || t[0] != k.MinT || t[len(t)-1] != k.MaxT {
 		return bad("it has %d samples; its series page says %d from %d to %d ms", len(t), k.Samples, k.MinT, k.MaxT)
 	}
+	for i := 0; i < len(t) && gone != nil; i++ {
+		if history.Covers(gone, t[i], t[i]) {
+			return bad("there is a sample at %d ms, of a time of which all are gone", t[i])
+		}
+	}
 	for i := 1; i < len(t); i++ {
 		if t[i-1] > t[i] || t[i-1] == t[i] && k.Kind != chunkfmt.KindExemplar {
 			return bad("sample at %d behind %d ms", t[i], t[i-1])
@@ -424,13 +431,18 @@ func (c *checker) chunk(d *chunkfmt.DataPage, k *chunkfmt.Chunk) error {
 	return nil
 }
 
-// windowPages decodes the summaries of windows.
-func (c *checker) windowPages(ctx context.Context, entries []chunkfmt.WindowEntry, cols rollup.Columns) {
+// windowPages decodes the summaries of windows, and adds those whose samples are gone to
+// the times.
+func (c *checker) windowPages(ctx context.Context, entries []chunkfmt.WindowEntry, width int64, times *chunkfmt.Range) {
 	const kind = "window page"
+	cols := rollup.AllColumns
+	if width == rollup.Short {
+		cols &^= rollup.M2 // which those of an hour have alone
+	}
 	var at chunkfmt.Location
 	var page *chunkfmt.WindowPage
-	for i := range entries {
-		for _, k := range entries[i].Windows {
+	for n := range entries {
+		for _, k := range entries[n].Windows {
 			if k.Page != at {
 				at, page = k.Page, nil
 				b := c.get(ctx, &c.data, kind, at.Offset, at.Size)
@@ -450,8 +462,16 @@ func (c *checker) windowPages(ctx context.Context, entries []chunkfmt.WindowEntr
 			if err == nil && w.Len() != k.Samples {
 				err = bad("it has %d windows, its series page says %d", w.Len(), k.Samples)
 			}
+			if err == nil && page.Width() != width {
+				err = bad("its windows are of %d ms, its series page says %d", page.Width(), width)
+			}
+			for i, end := range w.End {
+				if err == nil && history.Covers(entries[n].Gone, end, end) {
+					times.MinT, times.MaxT = min(times.MinT, w.FirstT[i]), max(times.MaxT, end)
+				}
+			}
 			if err != nil {
-				c.fault(kind, at.Offset, fmt.Errorf("chunk %d, of %s: %w", k.Index, entries[i].Labels, err))
+				c.fault(kind, at.Offset, fmt.Errorf("chunk %d, of %s: %w", k.Index, entries[n].Labels, err))
 			}
 		}
 	}

@@ -13,6 +13,7 @@ import (
 	"github.com/prometheus/prometheus/tsdb/tsdbutil"
 
 	"github.com/epimetheus-tsdb/epimetheus/chunkfmt"
+	"github.com/epimetheus-tsdb/epimetheus/chunkfmt/rollup"
 	"github.com/epimetheus-tsdb/epimetheus/history"
 	"github.com/epimetheus-tsdb/epimetheus/history/historytest"
 	"github.com/epimetheus-tsdb/epimetheus/history/index"
@@ -54,6 +55,44 @@ func encode(t testing.TB) ([]byte, *chunkfmt.Summary) {
 		t.Fatal(err)
 	}
 	return buf.Bytes(), sum
+}
+
+// TestGone: a block in which some is in summaries alone is as it should be, unless
+// there are samples there too.
+func TestGone(t *testing.T) {
+	block := func(wrong bool) []byte {
+		var buf bytes.Buffer
+		w := chunkfmt.NewWriter(&buf, chunkfmt.WriterOptions{Window: history.Window, Level: 3})
+		var sum rollup.Summariser
+		for i := range 10 {
+			s := &chunkfmt.Series{Labels: labels.FromStrings("__name__", "m", "i", fmt.Sprint(i))}
+			for ts := 1 * hour; ts <= 12*hour; ts += 15_000 {
+				s.Floats.T, s.Floats.V = append(s.Floats.T, ts), append(s.Floats.V, float64(ts))
+			}
+			x := &chunkfmt.Summaries{Gone: []chunkfmt.Range{{MinT: 1, MaxT: 4 * hour}}}
+			sum.Summarise(&x.Short, s.Samples(), rollup.Short)
+			rollup.Widen(&x.Long, &x.Short, rollup.Long)
+			if !wrong {
+				history.Cut(s, x.Gone)
+			}
+			if i == 3 {
+				s.Floats = chunkfmt.Floats{}
+			}
+			if err := w.AddSummarised("a", s, x); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if _, err := w.Close(); err != nil {
+			t.Fatal(err)
+		}
+		return buf.Bytes()
+	}
+	if _, f := verify(t, block(false)); len(f) > 0 {
+		t.Error(f[0])
+	}
+	if _, f := verify(t, block(true)); len(f) != 9 || !strings.Contains(f[0].String(), "are gone") {
+		t.Error(f)
+	}
 }
 
 type faults []*Fault
