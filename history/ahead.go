@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/epimetheus-tsdb/epimetheus/chunkfmt"
+	"github.com/epimetheus-tsdb/epimetheus/chunkfmt/rollup"
 	"github.com/epimetheus-tsdb/epimetheus/history/memcached"
 )
 
@@ -22,7 +23,7 @@ const (
 
 // WriteAhead puts the pages of a new block that have samples of the last hours into
 // memcached, so that the first queries find them there: directories, label pages and
-// series pages, then data pages. It waits for room in memcached's queue, for some
+// series pages, then pages of samples and of windows. It waits for room in memcached's queue, for some
 // seconds at most; what isn't put by then is left out. r has the block. An error
 // means that the block can't be read, and harms nothing else.
 func WriteAhead(ctx context.Context, m *memcached.Client, object string, r io.ReaderAt, summary *chunkfmt.Summary, now time.Time) error {
@@ -57,7 +58,7 @@ type ahead struct {
 	object string
 	r      io.ReaderAt
 	since  int64               // ms
-	data   []chunkfmt.Location // of pages that are to be put
+	data   []chunkfmt.Location // of pages of samples and windows that are to be put
 }
 
 func (a *ahead) put(ctx context.Context, at chunkfmt.Location) ([]byte, error) {
@@ -96,6 +97,8 @@ func (a *ahead) indexes(ctx context.Context, t *chunkfmt.TenantSummary) error {
 			return err
 		}
 		a.data = append(a.data, p.DataPages()...)
+		a.data = append(a.data, p.WindowPages(rollup.Long)...)
+		a.data = append(a.data, p.WindowPages(rollup.Short)...)
 	}
 	return nil
 }

@@ -4,12 +4,14 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"testing"
 	"time"
 
 	"github.com/prometheus/prometheus/model/labels"
 
 	"github.com/epimetheus-tsdb/epimetheus/chunkfmt"
+	"github.com/epimetheus-tsdb/epimetheus/chunkfmt/rollup"
 	"github.com/epimetheus-tsdb/epimetheus/history/historytest"
 	"github.com/epimetheus-tsdb/epimetheus/history/memcached"
 	"github.com/epimetheus-tsdb/epimetheus/internal/testenv"
@@ -159,5 +161,39 @@ func TestUnreadableBlockAhead(t *testing.T) {
 	}
 	if err := WriteAhead(context.Background(), nil, "blocks/x", nil, summary, time.UnixMilli(hour)); err != nil {
 		t.Errorf("without memcached: %v", err)
+	}
+}
+
+// TestWriteAheadWindows: so are the pages of windows.
+func TestWriteAheadWindows(t *testing.T) {
+	addr, _ := testenv.Memcached(t)
+	m := historytest.StartMemcached(t, addr)
+	st := localStores(t)
+	var all []*chunkfmt.Series
+	for i := range 50 {
+		all = append(all, floats(1, 15_000, 1000, func(k int) float64 { return float64(k * i) }, "__name__", "m", "i", fmt.Sprintf("%02d", i)))
+	}
+	o := manyPages()
+	o.Rollups = true
+	publishWith(t, st.with(t, m), tenantSeries{"a": all}, o)
+	m.Idle(t)
+	for _, width := range []int64{rollup.Short, rollup.Long} {
+		s := snapshot(t, st.with(t, m), "a", 0, 1e9)
+		set, err := s.SelectWindows(t.Context(), nil, 0, 1e9, Summaries{Width: width, Columns: rollup.Last})
+		if err != nil {
+			t.Fatal(err)
+		}
+		n := 0
+		var buf Buffer
+		for set.Next(t.Context()) {
+			w, _, err := set.At().Windows(&buf)
+			if err != nil {
+				t.Fatal(err)
+			}
+			n += w.Len()
+		}
+		if gets := s.Stats.ObjectGets.Load(); gets != 0 || n < 50*4 || set.Err() != nil {
+			t.Errorf("%d ms: %d GETs, %d windows, %v", width, gets, n, set.Err())
+		}
 	}
 }

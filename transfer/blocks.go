@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"os"
 	"path/filepath"
 	"slices"
@@ -60,6 +61,9 @@ const (
 	deletionMark = "deletion-mark.json"
 	// maxMetaBytes bounds a meta.json, which names the blocks that went into a block.
 	maxMetaBytes = 64 << 20
+	// maxTime is so far from the ends of an int64 that windows can be told about any time
+	// before it, in ms; a hundred million years.
+	maxTime = math.MaxInt64 / 3
 )
 
 func parseMeta(raw []byte) (Block, error) {
@@ -87,6 +91,10 @@ func parseMeta(raw []byte) (Block, error) {
 		return Block{}, fmt.Errorf("%s has version %d; this program knows version 1", metaFile, m.Version)
 	case m.ULID == (ulid.ULID{}) || m.MaxTime < m.MinTime:
 		return Block{}, fmt.Errorf("%s: ulid %s, minTime %d, maxTime %d can't be", metaFile, m.ULID, m.MinTime, m.MaxTime)
+	}
+	if m.MinTime < -maxTime || m.MaxTime > maxTime {
+		return Block{}, fmt.Errorf("%s: minTime %d, maxTime %d: history has room for times of %d to %d ms; was the block written with times in another unit?",
+			metaFile, m.MinTime, m.MaxTime, -maxTime, maxTime)
 	}
 	b := Block{
 		ULID: m.ULID, MinTime: m.MinTime, MaxTime: m.MaxTime, Samples: m.Stats.NumSamples, Series: m.Stats.NumSeries,
