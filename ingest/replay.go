@@ -3,12 +3,15 @@ package ingest
 import (
 	"context"
 	"errors"
+	"math"
 	"runtime"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/prometheus/common/model"
+	"github.com/prometheus/prometheus/model/labels"
 	"github.com/prometheus/prometheus/model/metadata"
 
 	"github.com/epimetheus-tsdb/epimetheus/ingest/commitlog"
@@ -267,126 +270,174 @@ type replayWorker struct {
 	cols    ship.Columns
 	scratch commitlog.Scratch
 
-	used      int         // pieces, of all sessions
-	free      []*piece    // others
-	waiting   []*replayed // sessions that have some
-	chains    chains
+	used      int            // bytes that are gathered, of all sessions
+	free      []*piece       // others
+	waiting   []*replayed    // sessions that have some
 	collected []ship.Columns // memory for each core
 }
 
 // Samples of many batches are gathered before they are appended, series by series:
-// in the order of their coming nearly each would wait for memory several times.
+// in the order of their coming nearly each would wait for memory several times, and
+// be encoded for itself.
 const (
-	pieceBits = 12   // samples of a piece
-	maxPieces = 1024 // of a worker, of 112 KiB
-	blockBits = 10   // refs of a block
+	binBits     = 8         // refs of a bin: what it has fits into a core's cache
+	pieceValues = 256       // of a piece
+	maxGathered = 112 << 20 // bytes, of a worker
+	pieceBytes  = 8 * pieceValues
+	rowBytes    = 16
 )
 
-// piece holds samples of a session.
-type piece struct {
-	ref   [1 << pieceBits]uint32
-	t, st [1 << pieceBits]int64
-	v     [1 << pieceBits]float64
+// piece holds values, or the bits of start times, of a bin.
+type piece [pieceValues]float64
+
+// row are samples of one time of series whose refs follow each other. Scrapes are
+// rows, since refs are given in their order.
+type row struct {
+	t     int64
+	first uint8 // ref within the bin
+	more  uint8 // refs behind it
+	st    bool  // there are start times
 }
 
-// gathered are samples of a session, in pieces of which all but the last are full.
-type gathered struct {
+// bin has samples of refs next to each other, in the order of their coming.
+type bin struct {
+	rows       []row
+	values, st packed
+	n          int // samples
+}
+
+// packed are numbers in pieces.
+type packed struct {
 	pieces []*piece
-	n      int // samples
-	st     bool
-	min    uint32 // refs
-	max    uint32
+	n      int
 }
 
-// chains lead from one sample of a series to the next, by number plus 1. Adjacent
-// refs mostly have adjacent samples, so following chain after chain reads memory
-// in order.
-type chains struct {
-	base              uint32 // the least ref
-	first, last, next []int32
+// gathered are samples of a session.
+type gathered struct {
+	bins []bin // by ref
+	n    int   // samples
 }
 
 func grown[E any](s []E, n int) []E { return slices.Grow(s[:0], n)[:n] }
 
-// build makes the chains of what was gathered.
-func (c *chains) build(g *gathered) {
-	c.base = g.min
-	n := int(g.max-g.min) + 1
-	c.first, c.last, c.next = grown(c.first, n), grown(c.last, n), grown(c.next, g.n)
-	clear(c.first)
-	clear(c.next)
-	for k, p := range g.pieces {
-		from := k << pieceBits
-		for i, ref := range p.ref[:min(1<<pieceBits, g.n-from)] {
-			at, number := ref-c.base, int32(from+i)
-			if c.first[at] == 0 {
-				c.first[at] = number + 1
-			} else {
-				c.next[c.last[at]] = number + 1
-			}
-			c.last[at] = number
-		}
-	}
-}
-
-// collect replaces out by the samples of the refs of a block, series by series.
-func (c *chains) collect(out *ship.Floats, g *gathered, block int) {
-	out.Ref, out.T, out.ST, out.V = out.Ref[:0], out.T[:0], out.ST[:0], out.V[:0]
-	from := block << blockBits
-	for at, next := range c.first[from:min(from+1<<blockBits, len(c.first))] {
-		for next != 0 {
-			p, i := g.pieces[(next-1)>>pieceBits], (next-1)&(1<<pieceBits-1)
-			out.Ref, out.T, out.V = append(out.Ref, c.base+uint32(from+at)), append(out.T, p.t[i]), append(out.V, p.v[i])
-			if g.st {
-				out.ST = append(out.ST, p.st[i])
-			}
-			next = c.next[next-1]
-		}
-	}
-}
-
-// blocks is how many collect gives.
-func (c *chains) blocks() int { return (len(c.first) + 1<<blockBits - 1) >> blockBits }
-
 // gather takes the floats of a batch.
 func (w *replayWorker) gather(s *replayed, c *ship.Floats) {
-	g := &s.gathered
 	for i := 0; i < len(c.T); {
-		at := g.n & (1<<pieceBits - 1)
-		if at == 0 {
-			if w.used == maxPieces {
-				w.appendAll()
-			}
-			if g.n == 0 {
-				w.waiting = append(w.waiting, s)
-				g.min, g.max = c.Ref[i], c.Ref[i]
-			}
-			g.pieces = append(g.pieces, w.piece())
+		ref, t := c.Ref[i], c.T[i]
+		at := ref & (1<<binBits - 1)
+		end, most := i+1, min(len(c.T), i+int(1<<binBits-at))
+		for end < most && c.Ref[end] == ref+uint32(end-i) && c.T[end] == t {
+			end++
 		}
-		p := g.pieces[len(g.pieces)-1]
-		n := copy(p.ref[at:], c.Ref[i:])
-		copy(p.t[at:], c.T[i:])
-		copy(p.v[at:], c.V[i:])
+		if w.used >= maxGathered {
+			w.appendAll()
+		}
+		g := &s.gathered
+		if g.n == 0 {
+			w.waiting = append(w.waiting, s)
+		}
+		k := int(ref >> binBits)
+		if k >= len(g.bins) {
+			g.bins = slices.Grow(g.bins, k+1-len(g.bins))[:k+1]
+		}
+		b := &g.bins[k]
+		b.rows = append(b.rows, row{t: t, first: uint8(at), more: uint8(end - i - 1), st: len(c.ST) > 0})
+		b.values.add(w, c.V[i:end])
 		if len(c.ST) > 0 {
-			g.st = true
-			copy(p.st[at:], c.ST[i:])
-		} else {
-			clear(p.st[at : at+n])
+			for _, st := range c.ST[i:end] {
+				b.st.add(w, []float64{math.Float64frombits(uint64(st))})
+			}
 		}
-		g.min, g.max = min(g.min, slices.Min(c.Ref[i:i+n])), max(g.max, slices.Max(c.Ref[i:i+n]))
-		g.n += n
-		i += n
+		b.n += end - i
+		g.n += end - i
+		w.used += rowBytes
+		i = end
+	}
+}
+
+func (p *packed) add(w *replayWorker, vs []float64) {
+	for len(vs) > 0 {
+		at := p.n % pieceValues
+		if at == 0 {
+			p.pieces = append(p.pieces, w.piece())
+		}
+		n := copy(p.pieces[len(p.pieces)-1][at:], vs)
+		p.n += n
+		vs = vs[n:]
 	}
 }
 
 func (w *replayWorker) piece() *piece {
-	w.used++
+	w.used += pieceBytes
 	if n := len(w.free); n > 0 {
 		p := w.free[n-1]
 		w.free = w.free[:n-1]
 		return p
 	}
 	return &piece{}
+}
+
+// release gives the memory back of what was appended.
+func (w *replayWorker) release(g *gathered) {
+	for i := range g.bins {
+		b := &g.bins[i]
+		w.used -= rowBytes*len(b.rows) + pieceBytes*(len(b.values.pieces)+len(b.st.pieces))
+		for _, p := range []*packed{&b.values, &b.st} {
+			w.free = append(w.free, p.pieces...)
+			*p = packed{pieces: p.pieces[:0]}
+		}
+		b.rows, b.n = b.rows[:0], 0
+	}
+	g.n = 0
+}
+
+// sorted replaces out by the samples of a bin, series by series, each in the
+// order of their coming. base is the bin's first ref.
+func (b *bin) sorted(out *ship.Floats, base uint32) {
+	var ends [1 << binBits]int32
+	for _, r := range b.rows {
+		for ref := range ends[int(r.first) : int(r.first)+int(r.more)+1] {
+			ends[int(r.first)+ref]++
+		}
+	}
+	out.Ref, out.T, out.V, out.ST = grown(out.Ref, b.n), grown(out.T, b.n), grown(out.V, b.n), out.ST[:0]
+	if b.st.n > 0 {
+		out.ST = grown(out.ST, b.n)
+	}
+	sum := int32(0)
+	for i, n := range ends {
+		refs := out.Ref[sum : sum+n]
+		for k := range refs {
+			refs[k] = base + uint32(i)
+		}
+		ends[i] = sum
+		sum += n
+	}
+	at, starts := 0, 0
+	for _, r := range b.rows {
+		n := int(r.more) + 1
+		to := ends[int(r.first) : int(r.first)+n]
+		for len(to) > 0 {
+			vs := b.values.pieces[at/pieceValues][at%pieceValues:]
+			vs = vs[:min(len(vs), len(to))]
+			for i, v := range vs {
+				k := to[i]
+				to[i]++
+				out.T[k], out.V[k] = r.t, v
+			}
+			at += len(vs)
+			to = to[len(vs):]
+		}
+		if b.st.n == 0 {
+			continue
+		}
+		for _, k := range ends[int(r.first) : int(r.first)+n] {
+			if out.ST[k-1] = 0; r.st { // it was counted above
+				out.ST[k-1] = int64(math.Float64bits(b.st.pieces[starts/pieceValues][starts%pieceValues]))
+				starts++
+			}
+		}
+	}
 }
 
 func (w *replayWorker) appendAll() {
@@ -402,18 +453,23 @@ func (w *replayWorker) appendGathered(s *replayed) {
 	if g.n == 0 {
 		return
 	}
-	w.chains.build(g)
-	blocks := w.chains.blocks()
-	counts := make([]int, min(len(w.collected), blocks))
+	counts := make([]int, min(len(w.collected), len(g.bins)))
+	var next atomic.Int64
 	var wg sync.WaitGroup
 	for part := range counts {
 		wg.Go(func() {
 			cols, refs := &w.collected[part], s.refs.Share()
-			for block := part; block < blocks; block += len(counts) {
-				if w.chains.collect(&cols.Floats, g, block); len(cols.Floats.T) > 0 {
-					res := w.head.Append(s.id.tenant, refs, &head.Batch{Columns: cols, Replayed: true})
-					counts[part] += res.Appended + res.Late
+			for {
+				k := int(next.Add(1)) - 1
+				if k >= len(g.bins) {
+					return
 				}
+				if g.bins[k].n == 0 {
+					continue
+				}
+				g.bins[k].sorted(&cols.Floats, uint32(k)<<binBits)
+				res := w.head.Append(s.id.tenant, refs, &head.Batch{Columns: cols, Replayed: true})
+				counts[part] += res.Appended + res.Late
 			}
 		})
 	}
@@ -421,9 +477,7 @@ func (w *replayWorker) appendGathered(s *replayed) {
 	for _, n := range counts {
 		w.samples += n
 	}
-	w.free = append(w.free, g.pieces...)
-	w.used -= len(g.pieces)
-	g.pieces, g.n, g.st = g.pieces[:0], 0, false
+	w.release(g)
 }
 
 func (w *replayWorker) record(s *replayed, rec *commitlog.Record) {
@@ -487,7 +541,10 @@ func (w *replayWorker) refs(s *replayed, rec *commitlog.Record) bool {
 	return true
 }
 
-var errTooMany = errors.New("more refs than the session has")
+var (
+	errTooMany = errors.New("more refs than the session has")
+	errRefs    = errors.New("refs that are not dense, or too many")
+)
 
 func (w *replayWorker) batch(s *replayed, rec *commitlog.Record) bool {
 	if s.next != nil {
@@ -499,15 +556,25 @@ func (w *replayWorker) batch(s *replayed, rec *commitlog.Record) bool {
 	if rec.Seq != s.received+1 && !bug.Is(bug.HoleInLog) {
 		s.broken = true // but its samples are worth having
 	}
-	rest, err := rec.Rest(&w.scratch)
+	// Announcements are what apply made of them; of its limits the log has what came
+	// of them: the positions of those that were refused.
+	known, position, refused := uint32(s.refs.Len()), uint32(0), rec.Refused
+	rest, err := rec.Rest(&w.scratch, func(ref uint32, ls labels.Labels, err error) error {
+		refuse := len(refused) > 0 && refused[0] == position
+		if position++; refuse {
+			refused = refused[1:]
+		} else if err != nil {
+			return err
+		}
+		if ref < known {
+			w.appendGathered(s) // the ref is about to mean something else
+		}
+		if ref >= maxRefs || !s.refs.Announce(ref, ls, refuse) {
+			return errRefs
+		}
+		return nil
+	})
 	if err != nil {
-		return false
-	}
-	known := uint32(s.refs.Len())
-	if slices.ContainsFunc(rest.GetAnnounce(), func(a *shippb.Series) bool { return a.Ref < known }) {
-		w.appendGathered(s) // a ref is about to mean something else
-	}
-	if !announce(&s.refs, rest.GetAnnounce(), rec.Refused) {
 		return false
 	}
 	if err := w.dec.Decode(rec.Columns, &w.cols); err != nil {
@@ -546,22 +613,6 @@ func (w *replayWorker) batch(s *replayed, rec *commitlog.Record) bool {
 		}
 	}
 	s.received, s.generation = rec.Seq, w.generation
-	return true
-}
-
-// announce is what apply does with announcements, but for the limits, of which
-// the log has what came of them: the positions of those that were refused.
-func announce(refs *head.Refs, as []*shippb.Series, refused []uint32) bool {
-	for i, a := range as {
-		ls, err := pairs(a.Labels)
-		refuse := len(refused) > 0 && refused[0] == uint32(i)
-		if refuse {
-			refused = refused[1:]
-		}
-		if a.Ref >= maxRefs || err != nil && !refuse || !refs.Announce(a.Ref, ls, refuse) {
-			return false
-		}
-	}
 	return true
 }
 

@@ -7,9 +7,11 @@ import (
 	"hash/crc32"
 	"math"
 	"sync"
+	"unicode/utf8"
 
 	"github.com/klauspost/compress/s2"
 	"github.com/prometheus/prometheus/model/labels"
+	"google.golang.org/protobuf/encoding/protowire"
 	"google.golang.org/protobuf/proto"
 
 	"github.com/epimetheus-tsdb/epimetheus/ingest/ship/shippb"
@@ -289,8 +291,8 @@ func (r *Record) Parse(payload []byte) error {
 
 // Scratch is memory for what is decompressed, to be reused.
 type Scratch struct {
-	b       []byte
-	builder labels.ScratchBuilder
+	b, other []byte
+	builder  labels.ScratchBuilder
 }
 
 func (s *Scratch) unpack(b []byte) ([]byte, error) {
@@ -351,8 +353,18 @@ func (r *Record) Refs(s *Scratch, fn func(Ref) error) error {
 	return nil
 }
 
-// Rest is what a batch has beside seq and columns; nil if there is nothing.
-func (r *Record) Rest(s *Scratch) (*shippb.Batch, error) {
+// Numbers of fields in ship.proto.
+const (
+	batchAnnounce = 2
+	seriesRef     = 1
+	seriesLabels  = 2
+)
+
+// Rest is what a batch has beside seq and columns; nil if there is nothing. Its
+// announcements are given to announce instead, in their order, until that returns an
+// error: a replay has as many as there are series. The labels of one are in order,
+// or there is an error.
+func (r *Record) Rest(s *Scratch, announce func(ref uint32, ls labels.Labels, err error) error) (*shippb.Batch, error) {
 	if len(r.packed) == 0 {
 		return nil, nil
 	}
@@ -360,11 +372,87 @@ func (r *Record) Rest(s *Scratch) (*shippb.Batch, error) {
 	if err != nil {
 		return nil, err
 	}
+	text := string(b) // texts are parts of it
+	other := s.other[:0]
+	for at := 0; at < len(b); {
+		number, kind, n := protowire.ConsumeTag(b[at:])
+		if n < 0 {
+			return nil, fmt.Errorf("%w: batch %d: %w", ErrRecord, r.Seq, protowire.ParseError(n))
+		}
+		size := protowire.ConsumeFieldValue(number, kind, b[at+n:])
+		if size < 0 {
+			return nil, fmt.Errorf("%w: batch %d: %w", ErrRecord, r.Seq, protowire.ParseError(size))
+		}
+		end := at + n + size
+		if number != batchAnnounce || kind != protowire.BytesType {
+			other = append(other, b[at:end]...)
+			at = end
+			continue
+		}
+		v, _ := protowire.ConsumeBytes(b[at+n:])
+		ref, ls, invalid, err := s.series(v, text[end-len(v):end])
+		if err != nil {
+			return nil, fmt.Errorf("%w: batch %d: %w", ErrRecord, r.Seq, err)
+		}
+		if err := announce(ref, ls, invalid); err != nil {
+			return nil, err
+		}
+		at = end
+	}
+	s.other = other
 	rest := &shippb.Batch{}
-	if err := proto.Unmarshal(b, rest); err != nil {
+	if err := proto.Unmarshal(other, rest); err != nil {
 		return nil, fmt.Errorf("%w: batch %d: %w", ErrRecord, r.Seq, err)
 	}
 	return rest, nil
+}
+
+// ErrLabels is that of an announcement whose labels make no series.
+var ErrLabels = errors.New("labels out of order, empty or of invalid UTF-8")
+
+// series reads a message Series. text is what b is, as a string.
+func (s *Scratch) series(b []byte, text string) (ref uint32, ls labels.Labels, invalid, _ error) {
+	s.builder.Reset()
+	name, last, named := "", "", false
+	for at := 0; at < len(b); {
+		number, kind, n := protowire.ConsumeTag(b[at:])
+		if n < 0 {
+			return 0, ls, nil, protowire.ParseError(n)
+		}
+		at += n
+		size := protowire.ConsumeFieldValue(number, kind, b[at:])
+		if size < 0 {
+			return 0, ls, nil, protowire.ParseError(size)
+		}
+		switch {
+		case number == seriesRef && kind == protowire.VarintType:
+			v, _ := protowire.ConsumeVarint(b[at:])
+			ref = uint32(v) //nolint:gosec // as protobuf has it
+		case number == seriesLabels && kind == protowire.BytesType:
+			v, _ := protowire.ConsumeBytes(b[at:])
+			t := text[at+size-len(v) : at+size]
+			if !utf8.ValidString(t) {
+				invalid = ErrLabels
+			}
+			if named = !named; named {
+				name = t
+				break
+			}
+			if name <= last { // none is empty
+				invalid = ErrLabels
+			}
+			last = name
+			s.builder.Add(name, t)
+		}
+		at += size
+	}
+	if named {
+		invalid = ErrLabels
+	}
+	if invalid == nil {
+		ls = s.builder.Labels()
+	}
+	return ref, ls, invalid, nil
 }
 
 // Metadata gives the entries of a record of that kind to fn.

@@ -73,7 +73,7 @@ func TestRecords(t *testing.T) {
 		t.Error(d)
 	}
 	r := records[2]
-	rest, err := r.Rest(&s)
+	rest, err := restOf(t, r, &s)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -84,7 +84,7 @@ func TestRecords(t *testing.T) {
 	if d := cmp.Diff([]uint32{1}, r.Refused) + cmp.Diff([]uint32{0, 2, 1<<32 - 1}, r.Limited); d != "" {
 		t.Error(d)
 	}
-	if rest, err := records[3].Rest(&s); rest != nil || err != nil || records[3].Seq != 301 || len(records[3].Columns) != 0 {
+	if rest, err := restOf(t, records[3], &s); rest != nil || err != nil || records[3].Seq != 301 || len(records[3].Columns) != 0 {
 		t.Errorf("empty batch: %+v, %v, %v", records[3], rest, err)
 	}
 	var ms []Metadata
@@ -94,6 +94,42 @@ func TestRecords(t *testing.T) {
 	if d := cmp.Diff(exampleMetadata, ms); d != "" {
 		t.Error(d)
 	}
+}
+
+// restOf is Rest with its announcements. They are those of protobuf's own decoder.
+func restOf(t *testing.T, r *Record, s *Scratch) (*shippb.Batch, error) {
+	t.Helper()
+	var as []*shippb.Series
+	var bad error
+	rest, err := r.Rest(s, func(ref uint32, ls labels.Labels, invalid error) error {
+		a := &shippb.Series{Ref: ref}
+		ls.Range(func(l labels.Label) { a.Labels = append(a.Labels, l.Name, l.Value) })
+		as = append(as, a)
+		bad = errors.Join(bad, invalid)
+		return nil
+	})
+	if err != nil || bad != nil || rest == nil {
+		return nil, errors.Join(err, bad)
+	}
+	b, err := s.unpack(r.packed)
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := &shippb.Batch{}
+	if err := proto.Unmarshal(b, want); err != nil {
+		t.Errorf("protobuf can't read it: %v", err)
+	}
+	rest.Announce = as
+	if len(want.Announce) != len(as) {
+		t.Errorf("%d announcements, want %d", len(as), len(want.Announce))
+	}
+	for i, a := range want.Announce {
+		a.ProtoReflect().SetUnknown(nil)
+		if !proto.Equal(a, as[i]) {
+			t.Errorf("announcement %v, want %v", as[i], a)
+		}
+	}
+	return rest, nil
 }
 
 // Many refs and much metadata go into several records, none of them large.
@@ -178,7 +214,7 @@ func FuzzRecord(f *testing.F) {
 			}
 			e.Refs(r.Index, r.From, len(refs), func(i int) Ref { return refs[i-r.From] })
 		case KindBatch:
-			rest, err := r.Rest(&s)
+			rest, err := restOf(t, &r, &s)
 			if err != nil {
 				return
 			}
@@ -208,8 +244,8 @@ func FuzzRecord(f *testing.F) {
 			t.Errorf("%+v became %+v", r, again)
 		}
 		if r.Kind == KindBatch {
-			a, errA := r.Rest(&s)
-			b, errB := again.Rest(&s)
+			a, errA := restOf(t, &r, &s)
+			b, errB := restOf(t, &again, &s)
 			if errA != nil || errB != nil || a != nil && b != nil && !proto.Equal(strip(a), strip(b)) {
 				t.Errorf("%v (%v) became %v (%v)", a, errA, b, errB)
 			}

@@ -69,6 +69,122 @@ func (f *floats) append(t int64, v float64) (grown int) {
 	return grown
 }
 
+// bitWriter writes bits beside the stream: to a place that is large enough, eight
+// bytes at a time. It is for many samples at once.
+type bitWriter struct {
+	b    []byte
+	n    int    // bytes written
+	acc  uint64 // the bits that follow, from the highest on
+	bits uint   // of acc; less than 64
+}
+
+// write appends the n low bits of u, of which there may be 1 to 64; the higher ones
+// may be anything.
+func (w *bitWriter) write(u uint64, n uint) {
+	u <<= 64 - n
+	w.acc |= u >> w.bits
+	if w.bits += n; w.bits >= 64 {
+		binary.BigEndian.PutUint64(w.b[w.n:], w.acc)
+		w.n += 8
+		w.bits -= 64
+		w.acc = u << (n - w.bits) // 0 if nothing is left: then the shift is n, which is 64 at most
+	}
+}
+
+// most is how much a run of a chunk takes at most: 22 bytes each sample, and what is
+// written ahead.
+const mostBytes = 22*chunkSamples + 16
+
+// appendAll is append for several samples, which go into the chunk, with scratch
+// memory of mostBytes. The chunk has two samples at least.
+func (f *floats) appendAll(ts []int64, vs []float64, scratch []byte) (grown int) {
+	w := bitWriter{b: scratch}
+	size := len(f.stream)
+	if f.free > 0 {
+		size--
+		w.acc, w.bits = uint64(f.stream[size])<<56, 8-uint(f.free)
+	}
+	last, tDelta := f.t, f.tDelta
+	for i, t := range ts {
+		v := vs[i]
+		delta := uint64(t - last)
+		dod := int64(delta - tDelta)
+		last, tDelta = t, delta
+		stale := value.IsStaleNaN(v)
+		x := math.Float64bits(v) ^ math.Float64bits(f.v)
+		f.stale = stale
+		if dod == 0 {
+			switch {
+			case stale:
+				w.write(0b11111, 5)
+			case x == 0:
+				w.write(0, 1)
+			case f.reuses(x, 11):
+				w.pair(0b100, 3, x>>f.trailing, 64-uint(f.leading)-uint(f.trailing))
+			default:
+				f.newWindow(x, 5)
+				size := 64 - uint(f.leading) - uint(f.trailing)
+				w.pair(0b101<<11|uint64(f.leading)<<6|uint64(size)&0x3f, 14, x>>f.trailing, size)
+			}
+		} else {
+			switch {
+			case dod >= -(1<<12) && dod < 1<<12:
+				w.write(0b110<<13|uint64(dod)&(1<<13-1), 16)
+			case dod >= -(1<<19) && dod < 1<<19:
+				w.write(0b1110<<20|uint64(dod)&(1<<20-1), 24)
+			default:
+				w.write(0b11110, 5)
+				w.write(uint64(dod), 64)
+			}
+			switch {
+			case stale:
+				w.write(0b111, 3)
+			case x == 0:
+				w.write(0, 1)
+			case f.reuses(x, 12):
+				w.pair(0b10, 2, x>>f.trailing, 64-uint(f.leading)-uint(f.trailing))
+			default:
+				f.newWindow(x, 6)
+				size := 64 - uint(f.leading) - uint(f.trailing)
+				w.pair(0b110<<11|uint64(f.leading)<<6|uint64(size)&0x3f, 14, x>>f.trailing, size)
+			}
+		}
+		if !stale {
+			f.v = v
+		}
+	}
+	f.t, f.tDelta = last, tDelta
+	f.n += uint8(len(ts))
+	binary.BigEndian.PutUint64(w.b[w.n:], w.acc)
+	tail := int(w.bits+7) / 8
+	f.free = uint8(8*tail - int(w.bits))
+	written := w.b[:w.n+tail]
+	need, before := size+len(written), cap(f.stream)
+	if before >= need {
+		f.stream = append(f.stream[:size], written...)
+		return 0
+	}
+	after := before
+	for after < need {
+		after += streamStep(after)
+	}
+	s := make([]byte, need, after)
+	copy(s, f.stream[:size])
+	copy(s[size:], written)
+	f.stream = s
+	return after - before
+}
+
+// pair writes control bits, at most 16, and what follows them.
+func (w *bitWriter) pair(control uint64, n uint, u uint64, size uint) {
+	if n+size <= 64 {
+		w.write(control<<size|u, n+size)
+		return
+	}
+	w.write(control, n)
+	w.write(u, size)
+}
+
 // streamStep is by how much a stream of the size grows: it should waste little,
 // and end at sizes that the Go runtime allocates.
 func streamStep(size int) int {
@@ -149,6 +265,13 @@ func (f *floats) reuses(x uint64, extra uint8) bool {
 // window writes a new window and x in it. Bounds of the old one are kept if that
 // costs no more than the bits given.
 func (f *floats) window(x uint64, most uint8) {
+	f.newWindow(x, most)
+	size := 64 - int(f.leading) - int(f.trailing)
+	f.write(uint64(f.leading)<<6|uint64(size)&0x3f, 11)
+	f.write(x>>f.trailing, size)
+}
+
+func (f *floats) newWindow(x uint64, most uint8) {
 	l, t := zeros(x)
 	if f.leading != 0xff && (l < f.leading || t < f.trailing) {
 		ul, ut := min(l, f.leading), min(t, f.trailing)
@@ -157,9 +280,6 @@ func (f *floats) window(x uint64, most uint8) {
 		}
 	}
 	f.leading, f.trailing = l, t
-	size := 64 - int(l) - int(t)
-	f.write(uint64(l)<<6|uint64(size)&0x3f, 11)
-	f.write(x>>t, size)
 }
 
 // write appends the n low bits of u, of which there may be 1 to 64; the higher

@@ -35,6 +35,28 @@ func compareFloats(t *testing.T, ts []int64, vs []float64) {
 	if f.mint() != ts[0] {
 		t.Errorf("begins at %d, want %d", f.mint(), ts[0])
 	}
+	// Several at once, cut at any place.
+	scratch := make([]byte, mostBytes)
+	for step := 1; step <= len(ts)+1; step = step*3/2 + 1 {
+		var r run
+		grown := 0
+		for i := 0; i < len(ts); {
+			s := sample{t: ts[i], v: vs[i]}
+			g, err := r.append(&s)
+			if err != nil {
+				t.Fatal(err)
+			}
+			end := min(len(ts), i+1+step)
+			n, more := r.extend(ts[i+1:end], vs[i+1:end], scratch)
+			if grown += g + more; n != end-i-1 {
+				t.Fatalf("took %d samples of %d", n, end-i-1)
+			}
+			i = end
+		}
+		if g := &r.floats; !bytes.Equal(g.bytes(), c.Bytes()) || g.t != f.t || g.tDelta != f.tDelta || g.stale != f.stale || g.free != f.free || grown != cap(g.stream) {
+			t.Fatalf("in steps of %d: %x, %d bytes, want %x", step, g.bytes(), grown, c.Bytes())
+		}
+	}
 }
 
 func TestFloatsAreThoseOfChunkenc(t *testing.T) {

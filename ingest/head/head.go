@@ -308,6 +308,7 @@ func (a *appender) unlock() {
 // runs appends floats without start times that are sorted by ref: the first sample
 // of each as append does, and then as many as just go on.
 func (a *appender) runs(f *ship.Floats) {
+	var scratch [mostBytes]byte
 	for i := 0; i < len(f.Ref); {
 		ref := f.Ref[i]
 		a.append(ref, sample{t: f.T[i], v: f.V[i]})
@@ -317,7 +318,7 @@ func (a *appender) runs(f *ship.Floats) {
 			end++
 		}
 		if m := a.refs.series[ref]; i < end && m.generation == a.t.generation && a.held != nil {
-			n, grown := m.inOrder.extend(f.T[i:end], f.V[i:end])
+			n, grown := m.inOrder.extend(f.T[i:end], f.V[i:end], scratch[:])
 			a.grown += grown
 			a.result.Appended += n
 			if n > 0 {

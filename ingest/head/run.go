@@ -101,14 +101,23 @@ func (r *run) append(s *sample) (int, error) {
 
 // extend adds floats to the open chunk for as long as they are newer and it has
 // room. It returns how many it took, and by how many bytes the memory has grown.
-func (r *run) extend(ts []int64, vs []float64) (n, grown int) {
+// scratch has mostBytes.
+func (r *run) extend(ts []int64, vs []float64, scratch []byte) (n, grown int) {
 	f := &r.floats
 	if f.n == 0 {
 		return 0, 0
 	}
-	for n < len(ts) && f.n < chunkSamples && ts[n] > f.t {
-		grown += f.append(ts[n], vs[n])
+	if f.n == 1 && len(ts) > 0 && ts[0] > f.t {
+		grown = f.append(ts[0], vs[0])
+		n = 1
+	}
+	from, last := n, f.t
+	for n < len(ts) && int(f.n)+n-from < chunkSamples && ts[n] > last {
+		last = ts[n]
 		n++
+	}
+	if n > from {
+		grown += f.appendAll(ts[from:n], vs[from:n], scratch)
 	}
 	return n, grown
 }
