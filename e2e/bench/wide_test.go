@@ -98,6 +98,12 @@ func ship(b *testing.B, binary, yml, dir, name, data string, gateway, ingester *
 // them.
 func stores(b *testing.B, binary, more string) string {
 	b.Helper()
+	return storesBehind(b, binary, more, func(dynamodb string) string { return dynamodb })
+}
+
+// storesBehind is stores with a proxy in front of the DynamoDB server.
+func storesBehind(b *testing.B, binary, more string, proxy func(dynamodb string) string) string {
+	b.Helper()
 	s3, db := testenv.S3(b), testenv.DynamoDB(b)
 	for _, kv := range s3.Env() {
 		for i := range kv {
@@ -115,7 +121,7 @@ objects:
 index:
   type: dynamodb
   dynamodb: {table: rows, endpoint: %q, region: %q}
-`, s3.Bucket, s3.Endpoint, s3.Region, db.Endpoint, db.Region) + more
+`, s3.Bucket, s3.Endpoint, s3.Region, proxy(db.Endpoint), db.Region) + more
 	if err := os.WriteFile(yml, []byte(text), 0o644); err != nil {
 		b.Fatal(err)
 	}
