@@ -184,8 +184,8 @@ type seriesSet struct {
 	warnings      annotations.Annotations
 	mint, maxt    int64
 	shard, shards uint64
-	left          int              // series that may still be given; -1: all
-	heads         [][]fetch.Series // each ascending in labels; what is left
+	left          int               // series that may still be given; -1: all
+	heads         [][]fetch.Series  // each ascending in labels; what is left
 	snap          *history.Snapshot // says what is hidden of heads too; nil: nothing is
 	labelsOnly    bool
 	old           *history.SeriesSet
@@ -335,9 +335,9 @@ type Series struct {
 
 	hiddenSamples []chunkfmt.Range
 
-	heads      [][]fetch.Chunk // of each ingester that has it
-	old        *history.Series // nil: none
-	summaries  *Summaries      // that are wanted; nil: none
+	heads     [][]fetch.Chunk // of each ingester that has it
+	old       *history.Series // nil: none
+	summaries *Summaries      // that are wanted; nil: none
 }
 
 // shows says whether a chunk may have samples that are to be read.

@@ -5,12 +5,14 @@ import (
 	"errors"
 	"log/slog"
 	"math"
+	"sort"
 	"sync"
 	"time"
 
 	"github.com/prometheus/prometheus/model/labels"
 	"github.com/prometheus/prometheus/promql"
 	"github.com/prometheus/prometheus/promql/parser"
+	"github.com/prometheus/prometheus/schema"
 	"github.com/prometheus/prometheus/storage"
 	"github.com/prometheus/prometheus/util/annotations"
 
@@ -118,6 +120,9 @@ type query struct {
 	one    *snapshot
 	leaves []*Leaf
 
+	answer promql.Matrix // of a query that is a leaf and nothing else
+	points int           // in answer, as the engine counts them
+
 	mu     sync.Mutex
 	cancel context.CancelFunc
 }
@@ -206,8 +211,59 @@ func (q *query) exec(ctx context.Context) *promql.Result {
 	}
 	r := q.Query.Exec(ctx)
 	r.Warnings.Merge(annos)
+	if r.Err == nil && q.answer != nil {
+		r.Value = q.finished()
+	}
 	q.account()
 	return r
+}
+
+// takeAsAnswer takes a leaf's result for that of the query, if the leaf is all that the
+// query is: the engine would only copy it, point by point, which takes longer than
+// many a leaf. It reports false if the engine has to look at it.
+func (q *query) takeAsAnswer(l *Leaf, series []partialSeries) (bool, error) {
+	if q.opts.delayedNameRemoval || len(q.leaves) != 1 || !l.stands(q.stmt.Expr) {
+		return false, nil
+	}
+	m := make(promql.Matrix, len(series))
+	points := 0
+	for i := range series {
+		m[i] = series[i].Series
+		if m[i].DropName {
+			m[i].Metric = m[i].Metric.DropReserved(schema.IsMetadataLabel)
+		}
+		points += len(m[i].Floats)
+		for _, h := range m[i].Histograms {
+			points += histogramSize(h.H)
+		}
+	}
+	switch {
+	case points > q.opts.maxSamples:
+		return false, promql.ErrTooManySamples("query execution")
+	case m.ContainsSameLabelset(): // that is an error of the engine's
+		return false, nil
+	}
+	q.answer, q.points = m, points
+	return true, nil
+}
+
+// finished is the answer in the form that the engine would give it.
+func (q *query) finished() parser.Value {
+	q.Stats().Samples.UpdatePeak(q.points)
+	if q.stmt.Interval != 0 || !q.stmt.Start.Equal(q.stmt.End) {
+		sort.Sort(q.answer)
+		return q.answer
+	}
+	v := make(promql.Vector, len(q.answer))
+	for i, s := range q.answer {
+		v[i] = promql.Sample{Metric: s.Metric, T: q.grid.Start, DropName: s.DropName}
+		if len(s.Histograms) > 0 {
+			v[i].H = s.Histograms[0].H
+		} else {
+			v[i].F = s.Floats[0].F
+		}
+	}
+	return v
 }
 
 // account makes the query's statistics those of the engine alone: it has counted
@@ -298,12 +354,18 @@ func (q *query) compute(ctx context.Context) (annos annotations.Annotations, err
 			return annos, err
 		}
 		p.counts.begin()
+		taken, err := q.takeAsAnswer(l, p.series)
+		if err != nil {
+			return annos, err
+		}
+		if l.counts = p.counts; taken {
+			continue
+		}
 		l.result.Series = make([]storage.Series, len(p.series))
 		for j := range p.series {
 			p.counts.without(&p.series[j].Series, l.Grid)
 			l.result.Series[j] = promql.NewStorageSeries(p.series[j].Series)
 		}
-		l.counts = p.counts
 	}
 	return annos, nil
 }

@@ -24,6 +24,8 @@ type fold struct {
 	groups   []*group       // in the order of their first series
 	builder  *labels.Builder
 	buf      []byte
+	phi      float64 // of QUANTILE
+	held     int64   // points in groups' columns
 }
 
 // group has, for each step, what has been put together so far.
@@ -35,6 +37,23 @@ type group struct {
 	c      []float64     // floatKahanC; of SUM and AVG
 	mean   []float64     // floatMean; of STDDEV and STDVAR, of AVG where a sum overflowed
 	inc    []bool        // floatIncrementalMean; nil: nowhere
+	all    []column      // heap, by series; of QUANTILE
+}
+
+// column are the points of one series.
+type column struct {
+	first int     // step
+	step  []int32 // nil: those from first on
+	v     []float64
+}
+
+// copyOf copies points.
+func copyOf(p *points) column {
+	c := column{first: int(p.step[0]), v: slices.Clone(p.v)}
+	if int(p.step[len(p.step)-1])-c.first != len(p.step)-1 {
+		c.step = slices.Clone(p.step)
+	}
+	return c
 }
 
 func newFold(l *Leaf) *fold {
@@ -42,6 +61,7 @@ func newFold(l *Leaf) *fold {
 		leaf: l, without: l.Agg.Without, steps: l.Grid.Len(), index: map[uint64]int{},
 		builder: labels.NewBuilder(labels.EmptyLabels()),
 	}
+	f.phi, _ = quantileOf(l.Agg)
 	f.grouping = slices.Clone(l.Agg.Grouping)
 	if f.without {
 		f.grouping = append(f.grouping, model.MetricNameLabel, model.MetricTypeLabel, model.MetricUnitLabel)
@@ -80,7 +100,7 @@ func (f *fold) group(series, ls labels.Labels) *group {
 		g.v, g.c = make([]float64, f.steps), make([]float64, f.steps)
 	case parser.STDDEV, parser.STDVAR:
 		g.v, g.mean = make([]float64, f.steps), make([]float64, f.steps)
-	case parser.MIN, parser.MAX:
+	case parser.MIN, parser.MAX, parser.QUANTILE:
 		g.v = make([]float64, f.steps)
 	}
 	f.index[hash] = len(f.groups)
@@ -123,6 +143,14 @@ func (f *fold) add(series, ls labels.Labels, p *points, annos *annotations.Annot
 				g.v[s] = x
 			}
 			g.n[s]++
+		}
+	case parser.QUANTILE:
+		if len(p.step) > 0 {
+			for _, s := range p.step {
+				g.n[s]++
+			}
+			g.all = append(g.all, copyOf(p))
+			f.held += int64(len(p.step))
 		}
 	case parser.COUNT, parser.GROUP:
 		for _, s := range p.step {
@@ -208,10 +236,44 @@ func (g *group) average(s int, x float64) {
 	g.mean[s], g.c[s] = kahansum.Inc(x/n, q*g.mean[s], q*g.c[s])
 }
 
+// quantiles sets v from all: promql's quantile, at each step.
+func (g *group) quantiles(phi float64) {
+	at := make([]int, len(g.all)) // by column: how many of its points are done
+	values := make([]float64, 0, len(g.all))
+	for s, n := range g.n {
+		if n == 0 {
+			continue
+		}
+		values = values[:0]
+		for i := range g.all {
+			c := &g.all[i]
+			if c.step == nil {
+				if k := s - c.first; k >= 0 && k < len(c.v) {
+					values = append(values, c.v[k])
+				}
+			} else if k := at[i]; k < len(c.step) && int(c.step[k]) == s {
+				values = append(values, c.v[k])
+				at[i]++
+			}
+		}
+		slices.Sort(values) // NaN first, as there
+		rank := phi * float64(len(values)-1)
+		lower := math.Floor(rank)
+		weight := rank - lower
+		if g.v[s] = values[int(lower)]; weight != 0 {
+			g.v[s] = g.v[s]*(1-weight) + values[int(lower)+1]*weight
+		}
+	}
+	g.all = nil
+}
+
 // finish gives the results, in the engine's order.
 func (f *fold) finish(dropName bool) []partialSeries {
 	out := make([]partialSeries, 0, len(f.groups))
 	for _, g := range f.groups {
+		if f.leaf.Agg.Op == parser.QUANTILE {
+			g.quantiles(f.phi)
+		}
 		s := promql.Series{Metric: g.labels, DropName: dropName}
 		for i, n := range g.n {
 			if n == 0 {

@@ -40,7 +40,8 @@ type Leaf struct {
 	params []float64
 	whole  parser.Expr            // what the leaf stood for at first
 	slot   *parser.ParenExpr      // what stands in the leaf's place
-	result *parser.VectorSelector // in slot; takes the result's series
+	copied parser.Expr            // in slot: copies result
+	result *parser.VectorSelector // in copied; takes the result's series
 	counts counts                 // of samples, once it has been computed
 }
 
@@ -214,12 +215,25 @@ func (p *planner) take(l *Leaf) parser.Expr {
 	l.whole = l.expr()
 	pos := l.whole.PositionRange()
 	l.result = &parser.VectorSelector{LabelMatchers: []*labels.Matcher{matchNothing}, PosRange: pos}
-	l.slot = &parser.ParenExpr{PosRange: pos, Expr: &parser.Call{
+	l.copied = &parser.Call{
 		Func:     parser.Functions["last_over_time"],
 		Args:     parser.Expressions{&parser.MatrixSelector{VectorSelector: l.result, Range: time.Millisecond, EndPos: pos.End}},
 		PosRange: pos,
-	}}
+	}
+	l.slot = &parser.ParenExpr{PosRange: pos, Expr: l.copied}
 	return l.slot
+}
+
+// stands says whether a query is the leaf, and nothing else, as it has been taken.
+func (l *Leaf) stands(e parser.Expr) bool {
+	for e != l.slot {
+		p, ok := e.(*parser.ParenExpr)
+		if !ok {
+			return false
+		}
+		e = p.Expr
+	}
+	return l.slot.Expr == l.copied
 }
 
 // giveUp puts back what the leaf stands for.
@@ -250,8 +264,20 @@ func (p *planner) plain(vs *parser.VectorSelector, at place) *Leaf {
 	return l
 }
 
+// quantileOf is the parameter of a quantile() that a kernel computes: others have warnings.
+func quantileOf(n *parser.AggregateExpr) (phi float64, ok bool) {
+	if n.Op != parser.QUANTILE {
+		return 0, false
+	}
+	p, ok := n.Param.(*parser.NumberLiteral)
+	if !ok || !(p.Val >= 0 && p.Val <= 1) {
+		return 0, false
+	}
+	return p.Val, true
+}
+
 func (p *planner) aggregate(n *parser.AggregateExpr, at place) *Leaf {
-	if !aggregations[n.Op] {
+	if _, ok := quantileOf(n); !ok && !aggregations[n.Op] {
 		return nil
 	}
 	switch e := n.Expr.(type) {

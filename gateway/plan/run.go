@@ -272,6 +272,9 @@ func (r *result) add(s *slot) error {
 			}
 			r.unnamed[hash] = struct{}{}
 		}
+		if r.fold.held > int64(r.opts.maxSamples) {
+			return promql.ErrTooManySamples("query execution")
+		}
 		return r.fold.add(s.labels, ls, &s.out, &r.annos)
 	default:
 		one := s.out.series(r.leaf.Grid)
@@ -292,7 +295,7 @@ func (r *result) add(s *slot) error {
 func (r *result) bytes() int64 {
 	const point = 16
 	if r.fold != nil {
-		return 3 * 8 * int64(len(r.fold.groups)) * int64(r.fold.steps)
+		return 3*8*int64(len(r.fold.groups))*int64(r.fold.steps) + 8*r.fold.held
 	}
 	return point * r.held
 }
