@@ -131,3 +131,51 @@ func cpuSeconds(b *testing.B) float64 {
 	}
 	return float64(u.Utime.Sec+u.Stime.Sec) + float64(u.Utime.Usec+u.Stime.Usec)/1e6
 }
+
+// BenchmarkLabelReads asks for values of labels over 52 blocks, a year of weeks, of
+// 5,000 metrics each, with nothing at hand.
+func BenchmarkLabelReads(b *testing.B) {
+	st := localStores(b)
+	w := st.open(b, nil)
+	const metrics, blocks = 5000, 52
+	for i := range int64(blocks) {
+		var all []*chunkfmt.Series
+		for m := range metrics {
+			for k := range 4 {
+				all = append(all, floats(i*Window+1, 60_000, 2, func(int) float64 { return 1 }, "__name__", fmt.Sprintf("metric_%04d_total", m),
+					"instance", fmt.Sprintf("host-%04d:9100", 4*(m%1000)+k), "job", fmt.Sprintf("job-%02d", m%20)))
+			}
+		}
+		publish(b, w, tenantSeries{"a": all})
+	}
+	for _, bench := range []struct {
+		name, label string
+		values      int
+		ms          []*labels.Matcher
+	}{
+		{"job", "job", 20, nil},
+		{"instance", "instance", 4000, nil},
+		{"names", "__name__", metrics, nil},
+		{"instance/of=metric", "instance", 4, []*labels.Matcher{eq("__name__", "metric_0042_total")}},
+		{"instance/of=job", "instance", 200, []*labels.Matcher{eq("job", "job-03")}},
+	} {
+		b.Run(bench.name, func(b *testing.B) {
+			var gets, bytes int64
+			before := cpuSeconds(b)
+			for b.Loop() {
+				s := snapshot(b, st.open(b, nil), "a", 0, blocks*Window)
+				got, err := s.LabelValues(b.Context(), bench.label, bench.ms, 0, blocks*Window)
+				if err != nil || len(got) != bench.values {
+					b.Fatal(len(got), err)
+				}
+				gets, bytes = s.Stats.ObjectGets.Load(), s.Stats.ObjectBytes.Load()
+			}
+			if gets > 3*blocks {
+				b.Errorf("%d GETs of %d blocks", gets, blocks)
+			}
+			b.ReportMetric(float64(gets)/blocks, "GETs/block")
+			b.ReportMetric(float64(bytes)/blocks/1024, "KiB/block")
+			b.ReportMetric((cpuSeconds(b)-before)/float64(b.N)*1000, "CPU-ms")
+		})
+	}
+}

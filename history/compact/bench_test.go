@@ -4,6 +4,8 @@ import (
 	"context"
 	"crypto/rand"
 	"fmt"
+	"runtime"
+	runtimemetrics "runtime/metrics"
 	"syscall"
 	"testing"
 	"time"
@@ -26,15 +28,19 @@ func BenchmarkMerge(b *testing.B) {
 		name                       string
 		tenants, series            int // per tenant
 		blocks, perBlock, replicas int
-		rollups                    bool
+		rollups, reuse             bool // windows are made, and those of the sources are used
 	}{
-		{"2h/tenants=1/replicas=1", 1, 20_000, 4, 120, 1, false},
-		{"2h/tenants=1/replicas=2", 1, 20_000, 4, 120, 2, false},
-		{"2h/tenants=200/replicas=2", 200, 100, 4, 120, 2, false},
-		{"1d/tenants=1/replicas=1", 1, 2_000, 12, 480, 1, false},
-		{"1d/tenants=1/replicas=1/rollups", 1, 2_000, 12, 480, 1, true},
-		{"1w/tenants=1/replicas=1", 1, 250, 7, 5760, 1, false},
-		{"1w/tenants=1/replicas=1/rollups", 1, 250, 7, 5760, 1, true},
+		{"2h/tenants=1/replicas=1", 1, 20_000, 4, 120, 1, false, false},
+		{"2h/tenants=1/replicas=2", 1, 20_000, 4, 120, 2, false, false},
+		{"2h/tenants=200/replicas=2", 200, 100, 4, 120, 2, false, false},
+		{"1d/tenants=1/replicas=1", 1, 2_000, 12, 480, 1, false, false},
+		{"1d/tenants=1/replicas=1/rollups", 1, 2_000, 12, 480, 1, true, false},
+		{"1d/tenants=200/replicas=1/rollups", 200, 10, 12, 480, 1, true, false},
+		{"1d/tenants=1/replicas=1/rollups/large", 1, 16_000, 12, 480, 1, true, false},
+		{"1w/tenants=1/replicas=1", 1, 250, 7, 5760, 1, false, false},
+		{"1w/tenants=1/replicas=1/rollups", 1, 250, 7, 5760, 1, true, false},
+		{"1w/tenants=1/replicas=1/reused", 1, 250, 7, 5760, 1, true, true},
+		{"1w/tenants=50/replicas=1/reused", 50, 5, 7, 5760, 1, true, true},
 	} {
 		b.Run(bench.name, func(b *testing.B) {
 			objects := historytest.Files(b, prometheus.NewRegistry())
@@ -45,7 +51,7 @@ func BenchmarkMerge(b *testing.B) {
 				contents[i] = content{}
 			}
 			for t := range bench.tenants {
-				const start, interval = int64(1_700_000_000_000), int64(15_000)
+				const start, interval = int64(1_699_920_015_000), int64(15_000) // the first scrape of a day
 				c := gen.Config{
 					Series: bench.series, Targets: max(1, bench.series/500), Churn: 0.1, Seed: uint64(t), Interval: interval, //nolint:gosec // small
 					Start: start, End: start + interval*int64(bench.blocks*bench.perBlock),
@@ -62,7 +68,7 @@ func BenchmarkMerge(b *testing.B) {
 						if !ok {
 							break
 						}
-						i := min(int((at-start)/interval)/bench.perBlock, bench.blocks-1)
+						i := min(int((at-1-(start-interval))/interval)/bench.perBlock, bench.blocks-1) // (a, b]
 						if parts[i] == nil {
 							parts[i] = &chunkfmt.Series{Labels: lb.Labels()}
 						}
@@ -78,13 +84,15 @@ func BenchmarkMerge(b *testing.B) {
 			}
 			for range bench.replicas {
 				for _, c := range contents {
-					ref := put(b, objects, chunkfmt.WriterOptions{}, c)
+					ref := put(b, objects, chunkfmt.WriterOptions{Rollups: bench.reuse}, c)
 					refs = append(refs, ref)
 					size += ref.ObjectSize
 				}
 			}
+			clear(contents)
 			b.SetBytes(size)
 			b.ReportAllocs()
+			peak := peakHeap(b)
 			before := cpuSeconds(b)
 			for b.Loop() {
 				o := &outputs{
@@ -92,7 +100,7 @@ func BenchmarkMerge(b *testing.B) {
 					now: time.Now, entropy: rand.Reader, beat: func(context.Context) error { return nil }, shared: map[int64]*output{}, own: map[int64]*output{},
 					writer: chunkfmt.WriterOptions{Window: history.Window, Rollups: bench.rollups},
 				}
-				m := &merger{}
+				m := &merger{rollups: bench.rollups}
 				for _, ref := range refs {
 					s, err := openSource(b.Context(), objects, ref, 1<<20)
 					if err != nil {
@@ -117,8 +125,39 @@ func BenchmarkMerge(b *testing.B) {
 					}
 				}
 			}
+			b.ReportMetric(peak(), "peak-MiB")
 			b.ReportMetric(float64(in)*float64(b.N)/(cpuSeconds(b)-before)/1e6, "Msamples/CPU-s")
 		})
+	}
+}
+
+// peakHeap begins to look at the heap, and what it returns says by how many MiB it grew
+// at most.
+func peakHeap(b *testing.B) func() float64 {
+	b.Helper()
+	sample := []runtimemetrics.Sample{{Name: "/memory/classes/heap/objects:bytes"}}
+	read := func() uint64 {
+		runtimemetrics.Read(sample)
+		return sample[0].Value.Uint64()
+	}
+	runtime.GC()
+	base, most := read(), uint64(0)
+	stop, done := make(chan struct{}), make(chan struct{})
+	go func() {
+		defer close(done)
+		for {
+			select {
+			case <-stop:
+				return
+			case <-time.After(5 * time.Millisecond):
+				most = max(most, read())
+			}
+		}
+	}()
+	return func() float64 {
+		close(stop)
+		<-done
+		return float64(max(most, base)-base) / (1 << 20)
 	}
 }
 
