@@ -8,8 +8,6 @@ import (
 	"maps"
 	"net/http"
 	"net/url"
-	"sync"
-	"sync/atomic"
 	"testing"
 	"time"
 
@@ -111,57 +109,4 @@ func comparesWith(ctx context.Context, n *tenant, gw, samples string) error {
 		return fmt.Errorf("samples by target: %v, Prometheus has %v", got, want)
 	}
 	return nil
-}
-
-// TestRingChanges: with one replica an ingester is added; one is stopped; one is
-// killed, and restarted at once without its disk. At any time an answer has all
-// that Prometheus has, but for what was scraped in the last seconds, or warns.
-func TestRingChanges(t *testing.T) {
-	t.Parallel()
-	ctx := t.Context()
-	s := startRoles(t, testenv.S3(t))
-	began := time.Now().Add(-time.Second)
-	n := startTenant(t, s, "team-a", "")
-	eventually(t, 30*time.Second, "all samples", func() error { return comparesWith(ctx, n, s.gateways[0].url, "15s] offset 8s") })
-	wctx, stop := context.WithCancel(ctx)
-	var wg sync.WaitGroup
-	defer wg.Wait()
-	defer stop()
-	var asked, warned atomic.Int64
-	for _, g := range s.gateways {
-		wg.Go(func() {
-			for wctx.Err() == nil {
-				// A source waits for an owner that takes nothing for up to 5 s, and warns of nothing.
-				err := comparesWith(wctx, n, g.url, "15s] offset 8s")
-				asked.Add(1)
-				switch {
-				case errors.Is(err, errWarned):
-					warned.Add(1)
-				case err != nil && wctx.Err() == nil:
-					t.Errorf("%s: %s: %v", time.Now().Format("15:04:05.000"), g.url, err)
-				}
-				pause(wctx, 50*time.Millisecond)
-			}
-		})
-	}
-	pause(ctx, 5*time.Second)
-	step(t, "an ingester is added")
-	s.addIngester(t)
-	pause(ctx, 20*time.Second)
-	step(t, "an ingester is stopped")
-	s.rest[0].stop(t)
-	pause(ctx, 20*time.Second)
-	before := warned.Load()
-	if n := asked.Load(); n < 100 || before > n/2 {
-		t.Errorf("of %d queries %d carry a warning, though nothing is lost", n, before)
-	}
-	step(t, "an ingester restarts without its disk")
-	s.victim.Kill()
-	wipe(t, s.victim.dir)
-	s.victim.restart(t)
-	pause(ctx, 15*time.Second)
-	stop()
-	wg.Wait()
-	t.Logf("%d queries, %d with a warning, %d of them before the restart", asked.Load(), warned.Load(), before)
-	auditLive(t, s, n, s.gateways[0].url, began, time.Now())
 }
