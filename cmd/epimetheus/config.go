@@ -89,6 +89,7 @@ type IngesterConfig struct {
 	FlushBytes      size          `yaml:"flush_bytes,omitempty" doc:"Memory of a generation at which it is flushed early."`
 	MaxBytes        size          `yaml:"max_bytes,omitempty" doc:"Memory of the head at which nothing new is taken until a flush has worked; the sources wait."`
 	VisibilityDelay duration      `yaml:"visibility_delay,omitempty" doc:"How long a generation stays readable after its flush: at least twice 'gateway.query_timeout'."`
+	LeaveTimeout    duration      `yaml:"leave_timeout,omitempty" doc:"How long the last flush may take when the process is stopped. What isn't durable then its sources send again. Whoever stops the process should give it some seconds more."`
 	CommitLog       bool          `yaml:"commit_log" doc:"Whether what is received is logged in the data directory, so that a restart need not ask every source again. 'epimetheus ingester' does it only where '--data.dir' is given."`
 	Limits          ingest.Limits `yaml:"limits,omitempty"`
 }
@@ -295,6 +296,7 @@ func defaultConfig() Config {
 			FlushBytes:      gib,
 			MaxBytes:        4 * gib,
 			VisibilityDelay: duration(5 * time.Minute),
+			LeaveTimeout:    duration(time.Minute),
 			CommitLog:       true,
 			Limits:          ingest.Limits{LabelsPerSeries: 128, LabelNameBytes: 1024, LabelValueBytes: 64 << 10},
 		},
@@ -375,6 +377,9 @@ func (c *Config) validate() error {
 	i := &c.Ingester
 	if d := time.Duration(i.FlushInterval); d < time.Second || d > 24*time.Hour {
 		bad("ingester.flush_interval: %s is not between 1s and 24h", i.FlushInterval)
+	}
+	if d := time.Duration(i.LeaveTimeout); d < time.Second || d > time.Hour {
+		bad("ingester.leave_timeout: %s is not between 1s and 1h", i.LeaveTimeout)
 	}
 	if i.FlushBytes < 16*mib {
 		bad("ingester.flush_bytes: %s is less than 16MiB", i.FlushBytes)

@@ -100,7 +100,7 @@ func (p *process) addIngester(st *stores, rf *grpcFlags, id string, live *ring.L
 	ing, err := ingest.New(ingest.Options{
 		Member: id, RowWidth: index.Width,
 		FlushInterval: time.Duration(c.FlushInterval), FlushBytes: int64(c.FlushBytes), MaxBytes: int64(c.MaxBytes),
-		VisibilityDelay: time.Duration(c.VisibilityDelay), Limits: c.Limits, CommitLog: logDir, Ring: live,
+		VisibilityDelay: time.Duration(c.VisibilityDelay), FinalFlush: time.Duration(c.LeaveTimeout), Limits: c.Limits, CommitLog: logDir, Ring: live,
 	}, st.history, p.logger, p.reg)
 	if err != nil {
 		return err
