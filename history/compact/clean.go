@@ -26,10 +26,8 @@ import (
 // level that overlap are written again together: when one came late, and before their
 // samples go, for summaries alone can't be merged exactly.
 
-// cleaner finds blocks to clean. It is of the goroutine in Round.
+// cleaner is what was found of blocks to clean.
 type cleaner struct {
-	reader *history.History
-
 	todo   map[ulid.ULID]*cleaning
 	sights map[ulid.ULID]sight // by deletion
 	noted  ulid.ULID           // the last change of deletions that was looked at
@@ -50,6 +48,54 @@ type cleaning struct {
 	index.JobSource
 	window int64             // of the last level, that its newest samples lie in
 	with   []index.JobSource // others of the last level, of the same window
+}
+
+// copy is another one, for a survey while blocks are being cleaned.
+func (x *cleaner) copy() *cleaner {
+	out := *x
+	out.todo = make(map[ulid.ULID]*cleaning, len(x.todo))
+	for id, one := range x.todo {
+		c := *one
+		c.with = slices.Clone(c.with)
+		out.todo[id] = &c
+	}
+	if x.todo == nil {
+		out.todo = nil
+	}
+	return &out
+}
+
+// surveyor surveys beside rounds, which may take long where much has to be read.
+type surveyor struct {
+	done    chan surveyed // has room for one
+	running bool
+	wg      sync.WaitGroup
+}
+
+type surveyed struct {
+	found *cleaner
+	err   error
+}
+
+// surveyBeside takes what the last survey has found, and begins another.
+func (c *Compactor) surveyBeside(ctx context.Context, v *view) error {
+	var err error
+	select {
+	case r := <-c.surveyor.done:
+		c.surveyor.running = false
+		// What was cleaned meanwhile isn't published any more, and so left alone.
+		c.cleaner, err = *r.found, r.err
+	default:
+	}
+	if !c.surveyor.running {
+		c.surveyor.running = true
+		x := c.cleaner.copy()
+		c.surveyor.wg.Go(func() {
+			err := c.survey(ctx, v, x)
+			c.surveyor.done <- surveyed{x, err}
+		})
+	}
+	return err
 }
 
 // sight is what was seen when something of a deletion was looked for.
@@ -101,8 +147,7 @@ func (c *Compactor) cleanGroup(v *view, x *cleaning) *group {
 
 // survey looks for blocks to clean, if it is time. A deletion of which nothing is left
 // is noted.
-func (c *Compactor) survey(ctx context.Context, v *view) error {
-	x := &c.cleaner
+func (c *Compactor) survey(ctx context.Context, v *view, x *cleaner) error {
 	noted, err := c.o.Index.DeletionsNoted(ctx)
 	if err != nil {
 		return err
@@ -146,7 +191,7 @@ func (c *Compactor) survey(ctx context.Context, v *view) error {
 					continue
 				}
 				// An import may have made blocks of any level since.
-				left, some, err := c.left(ctx, v, r.Tenant, d, time.UnixMilli(d.Gone).Add(-lateImport))
+				left, some, err := c.left(ctx, v, x, r.Tenant, d, time.UnixMilli(d.Gone).Add(-lateImport))
 				switch {
 				case err != nil:
 					errs = append(errs, fmt.Errorf("deletion %s of tenant %s: %w", d.ID, r.Tenant, err))
@@ -165,7 +210,7 @@ func (c *Compactor) survey(ctx context.Context, v *view) error {
 				}
 				continue
 			}
-			left, _, err := c.left(ctx, v, r.Tenant, d, time.Time{})
+			left, _, err := c.left(ctx, v, x, r.Tenant, d, time.Time{})
 			if err != nil {
 				errs = append(errs, fmt.Errorf("deletion %s of tenant %s: %w", d.ID, r.Tenant, err))
 			}
@@ -188,7 +233,7 @@ func (c *Compactor) survey(ctx context.Context, v *view) error {
 	}
 	x.sights, x.asked = sights, asked
 	if full {
-		if err := c.surveyBlocks(ctx, v); err != nil {
+		if err := c.surveyBlocks(ctx, v, x); err != nil {
 			errs = append(errs, err)
 		}
 	}
@@ -243,7 +288,7 @@ func (c *Compactor) noteGone(ctx context.Context, r index.DeletionsRow, gone map
 // are to be cleaned on the list. What can't be found out counts as left. With since,
 // it looks only at blocks made after that by something else than a flush, and says
 // whether there are some.
-func (c *Compactor) left(ctx context.Context, v *view, tenant string, d *index.Deletion, since time.Time) (left, some bool, _ error) {
+func (c *Compactor) left(ctx context.Context, v *view, x *cleaner, tenant string, d *index.Deletion, since time.Time) (left, some bool, _ error) {
 	rows, err := c.o.Index.Blocks(ctx, tenant, d.MinT, d.MaxT, true)
 	if err != nil {
 		return true, false, err
@@ -284,7 +329,7 @@ func (c *Compactor) left(ctx context.Context, v *view, tenant string, d *index.D
 				}
 				continue
 			}
-			c.clean(ref, b.Level, f, nil)
+			c.clean(x, ref, b.Level, f, nil)
 		}
 	}
 	return left, some, errors.Join(errs...)
@@ -294,7 +339,7 @@ func (c *Compactor) left(ctx context.Context, v *view, tenant string, d *index.D
 // samples that are gone. Chunks don't
 // tell: of one that reaches into its time, what is deleted may have been dropped.
 func (c *Compactor) has(ctx context.Context, tenant string, b *history.Block, d *index.Deletion) (bool, error) {
-	s := c.cleaner.reader.Open(tenant, d.MinT, d.MaxT, []history.Block{*b}, nil)
+	s := c.reader.Open(tenant, d.MinT, d.MaxT, []history.Block{*b}, nil)
 	set, err := s.Select(ctx, d.Matchers, d.MinT, d.MaxT)
 	if err != nil {
 		return false, err
@@ -320,15 +365,15 @@ func (c *Compactor) has(ctx context.Context, tenant string, b *history.Block, d 
 }
 
 // clean puts a block on the list, with others of the last level or without.
-func (c *Compactor) clean(b index.BlockRef, level index.Level, f *chunkfmt.Footer, with []index.JobSource) {
-	x := c.cleaner.todo[b.Block]
-	if x == nil {
-		x = &cleaning{JobSource: index.JobSource{BlockRef: b, Level: level}, window: c.lastWindow(f)}
-		c.cleaner.todo[b.Block] = x
+func (c *Compactor) clean(x *cleaner, b index.BlockRef, level index.Level, f *chunkfmt.Footer, with []index.JobSource) {
+	one := x.todo[b.Block]
+	if one == nil {
+		one = &cleaning{JobSource: index.JobSource{BlockRef: b, Level: level}, window: c.lastWindow(f)}
+		x.todo[b.Block] = one
 	}
 	for _, s := range with {
-		if !slices.ContainsFunc(x.with, func(o index.JobSource) bool { return o.Block == s.Block }) && len(x.with) < c.o.MaxSources-1 {
-			x.with = append(x.with, s)
+		if !slices.ContainsFunc(one.with, func(o index.JobSource) bool { return o.Block == s.Block }) && len(one.with) < c.o.MaxSources-1 {
+			one.with = append(one.with, s)
 		}
 	}
 }
@@ -352,8 +397,8 @@ const (
 
 // surveyBlocks puts the blocks on the list of which enough is past the retention, and
 // those of the last level that overlap.
-func (c *Compactor) surveyBlocks(ctx context.Context, v *view) error {
-	x, rs := &c.cleaner, c.o.Retentions()
+func (c *Compactor) surveyBlocks(ctx context.Context, v *view, x *cleaner) error {
+	rs := c.o.Retentions()
 	old := x.due
 	if x.retentions != rs {
 		old = nil
@@ -399,7 +444,7 @@ func (c *Compactor) surveyBlocks(ctx context.Context, v *view) error {
 			} // else whoever needs it says so
 			continue
 		}
-		if due[b.Block], err = c.past(ctx, b, f, rs, now); err != nil {
+		if due[b.Block], err = c.past(ctx, x, b, f, rs, now); err != nil {
 			delete(due, b.Block)
 			errs = append(errs, err)
 			continue
@@ -411,7 +456,7 @@ func (c *Compactor) surveyBlocks(ctx context.Context, v *view) error {
 				continue
 			}
 			if len(with) > 0 {
-				c.clean(b, level, f, with)
+				c.clean(x, b, level, f, with)
 			} else if level > 0 {
 				apart[b.Block] = true
 			}
@@ -560,7 +605,7 @@ const lapsedShare = 4 // a quarter
 
 // past says when something that a tenant of a block has will be past its retention, the
 // first after now, in ms. If it is worth while already, the block is put on the list.
-func (c *Compactor) past(ctx context.Context, b index.BlockRef, f *chunkfmt.Footer, rs *history.Retentions, now time.Time) (int64, error) {
+func (c *Compactor) past(ctx context.Context, x *cleaner, b index.BlockRef, f *chunkfmt.Footer, rs *history.Retentions, now time.Time) (int64, error) {
 	next, oldest := int64(math.MaxInt64), int64(math.MaxInt64)
 	level, known := index.Level(0), false
 	lapsed, all := uint64(0), uint64(0)
@@ -631,7 +676,7 @@ func (c *Compactor) past(ctx context.Context, b index.BlockRef, f *chunkfmt.Foot
 				return 0, err
 			}
 		}
-		c.clean(b, level, f, with)
+		c.clean(x, b, level, f, with)
 	}
 	return now.UnixMilli(), nil // look again
 }

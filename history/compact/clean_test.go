@@ -2,8 +2,10 @@ package compact
 
 import (
 	"bytes"
+	"context"
 	"fmt"
 	"math"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -329,5 +331,83 @@ func TestCleanImports(t *testing.T) {
 	}
 	if n := w.samplesOf(t, "b"); n != len(s.Floats.T) {
 		t.Errorf("the other tenant has %d samples, want %d", n, len(s.Floats.T))
+	}
+}
+
+// gatedObjects hang as long as the gate is shut.
+type gatedObjects struct {
+	object.Store
+	gate, waiting chan struct{}
+}
+
+func (o *gatedObjects) GetRange(ctx context.Context, key string, off, n int64) ([]byte, error) {
+	select {
+	case o.waiting <- struct{}{}:
+	default:
+	}
+	select {
+	case <-o.gate:
+	case <-ctx.Done():
+		return nil, context.Cause(ctx)
+	}
+	return o.Store.GetRange(ctx, key, off, n)
+}
+
+// TestSurveyBeside: rounds go on while it takes long to find out what is left of a
+// deletion, and clean when that is known.
+func TestSurveyBeside(t *testing.T) {
+	w := newWorld(t, &historytest.MemoryObjects{}, &historytest.MemoryRows{})
+	put := func() {
+		c, now := content{}, w.now.UnixMilli()
+		s := &chunkfmt.Series{Labels: labels.FromStrings("__name__", "m")}
+		for ts := now + 1; ts < now+hour; ts += minute {
+			s.Floats.T, s.Floats.V = append(s.Floats.T, ts), append(s.Floats.V, 1)
+		}
+		c.add("a", s)
+		w.flush(t, c)
+	}
+	var clock atomic.Int64 // w.now, for another goroutine
+	w.c.now = func() time.Time { return time.UnixMilli(clock.Load()) }
+	pass := func(d, every time.Duration) {
+		t.Helper()
+		for end := w.now.Add(d); w.now.Before(end); {
+			clock.Store(w.now.UnixMilli())
+			w.pass(t, every, every)
+		}
+	}
+	put()
+	pass(16*24*time.Hour, 6*time.Hour)
+	slow := &gatedObjects{w.objects, make(chan struct{}), make(chan struct{}, 1)}
+	var err error
+	if w.c.reader, err = history.New(history.Options{Objects: slow, Index: w.index, PageCacheBytes: -1, RowCacheBytes: -1}); err != nil {
+		t.Fatal(err)
+	}
+	w.c.surveyor = &surveyor{done: make(chan surveyed, 1)}
+	if _, err := w.history.Delete(t.Context(), "a", math.MinInt64, w.now.UnixMilli()); err != nil {
+		t.Fatal(err)
+	}
+	if err := w.history.Clean(t.Context(), "a"); err != nil {
+		t.Fatal(err)
+	}
+	put()
+	pass(30*time.Minute, 10*time.Minute)
+	<-slow.waiting
+	pass(3*time.Hour, 10*time.Minute)
+	if got := w.levels(t, "a"); got[1] != 1 || got[3] != 1 {
+		t.Errorf("while it is looked what is left: rows by level %v", got)
+	}
+	close(slow.gate)
+	w.c.surveyor.wg.Wait()
+	for range 8 { // each takes what the survey before has found
+		pass(10*time.Minute, 10*time.Minute)
+		w.c.surveyor.wg.Wait()
+	}
+	if n := w.samplesOf(t, "a"); n != 60 {
+		t.Errorf("%d samples are left, want 60", n)
+	}
+	pass(20*time.Hour, 10*time.Minute)
+	w.c.surveyor.wg.Wait()
+	if got := w.levels(t, "a"); got[3] != 0 {
+		t.Errorf("rows by level %v", got)
 	}
 }

@@ -149,6 +149,7 @@ type Compactor struct {
 	now     func() time.Time
 	entropy io.Reader // for ids
 	queries int       // of the index at the same time
+	reader  *history.History
 
 	// Of the goroutine in Round.
 	seen      map[slotKey]sighting
@@ -156,6 +157,7 @@ type Compactor struct {
 	strikes   map[ulid.ULID]int       // how often a block could not be read
 	swept     time.Time
 	cleaner   cleaner
+	surveyor  *surveyor // nil: rounds survey themselves
 
 	mu     sync.Mutex
 	status Status
@@ -213,7 +215,7 @@ func New(o Options) (*Compactor, error) {
 		held: map[ulid.ULID]*heldJob{},
 	}
 	// What it reads of blocks is read once.
-	if c.cleaner.reader, err = history.New(history.Options{Objects: o.Objects, Index: o.Index, PageCacheBytes: -1, RowCacheBytes: -1, Logger: o.Logger}); err != nil {
+	if c.reader, err = history.New(history.Options{Objects: o.Objects, Index: o.Index, PageCacheBytes: -1, RowCacheBytes: -1, Logger: o.Logger}); err != nil {
 		return nil, fmt.Errorf("compact: %w", err)
 	}
 	if c.metrics, err = newMetrics(o.Registerer, len(o.Ranges)); err != nil {
@@ -224,6 +226,8 @@ func New(o Options) (*Compactor, error) {
 
 // Run works until ctx ends.
 func (c *Compactor) Run(ctx context.Context) error {
+	c.surveyor = &surveyor{done: make(chan surveyed, 1)}
+	defer c.surveyor.wg.Wait()
 	for {
 		worked, err := c.Round(ctx)
 		if ctx.Err() != nil {
@@ -269,7 +273,11 @@ func (c *Compactor) Round(ctx context.Context) (worked bool, err error) {
 			errs = append(errs, fmt.Errorf("job %s of level %d: %w", j.ID, j.Level, err))
 		}
 	}
-	if err := c.survey(ctx, v); err != nil {
+	survey := func(ctx context.Context, v *view) error { return c.survey(ctx, v, &c.cleaner) }
+	if c.surveyor != nil {
+		survey = c.surveyBeside
+	}
+	if err := survey(ctx, v); err != nil {
 		errs = append(errs, fmt.Errorf("look for what is deleted or past the retention: %w", err))
 	}
 	for _, g := range append(c.groups(v), c.cleanGroups(v)...) {

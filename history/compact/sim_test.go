@@ -628,7 +628,7 @@ func (s *sim) compactor(a *actor) *Compactor {
 		s.t.Fatal(err)
 	}
 	// It reads several pages at a time, in an order that no seed decides.
-	if c.cleaner.reader, err = history.New(history.Options{Objects: s.objects, Index: index.New(s.rows), PageCacheBytes: -1, RowCacheBytes: -1}); err != nil {
+	if c.reader, err = history.New(history.Options{Objects: s.objects, Index: index.New(s.rows), PageCacheBytes: -1, RowCacheBytes: -1}); err != nil {
 		s.t.Fatal(err)
 	}
 	c.now = func() time.Time { return s.now }
