@@ -3,6 +3,7 @@ package history
 import (
 	"context"
 	"fmt"
+	"math"
 	"slices"
 	"sort"
 
@@ -28,6 +29,7 @@ type SeriesSet struct {
 	pages  map[pageKey]*heldPage // of the last batch
 	bytes  int64                 // of pages that were taken so far
 	held   int64                 // of pages
+	gone   int64                 // as GoneUntil
 	err    error
 }
 
@@ -100,11 +102,12 @@ func (s *Snapshot) SelectOrdered(ctx context.Context, ms []*labels.Matcher, mint
 }
 
 func (s *Snapshot) seriesSet(fs []found, mint, maxt int64) *SeriesSet {
-	out := &SeriesSet{s: s}
+	out := &SeriesSet{s: s, gone: math.MinInt64}
 	var sets labelSets
 	for _, f := range fs {
 		for i := range f.entries {
 			e := &f.entries[i]
+			out.gone = max(out.gone, goneUntil(e.Gone, mint, maxt))
 			if len(e.Chunks) == 0 {
 				continue // only exemplars in that time, or summaries
 			}
@@ -117,6 +120,30 @@ func (s *Snapshot) seriesSet(fs []found, mint, maxt int64) *SeriesSet {
 	}
 	slices.SortFunc(out.series, func(a, b *Series) int { return labels.Compare(a.Labels, b.Labels) })
 	return out
+}
+
+// GoneUntil is the last time in ms, of what was selected, at which there are but
+// summaries of windows of a series; math.MinInt64 if there is none.
+func (ss *SeriesSet) GoneUntil() int64 { return ss.gone }
+
+// GoneUntil is the last time in mint to maxt, both included, in ms, at which there are but
+// summaries of windows of a series that SelectWindows gave; math.MinInt64 if there is none.
+func (s *Series) GoneUntil(mint, maxt int64) int64 {
+	until := int64(math.MinInt64)
+	for i := range s.parts {
+		until = max(until, goneUntil(s.parts[i].entry.Gone, max(mint, s.mint), min(maxt, s.maxt)))
+	}
+	return until
+}
+
+// goneUntil is the last time of ranges, which ascend, in mint to maxt.
+func goneUntil(gone []chunkfmt.Range, mint, maxt int64) int64 {
+	for _, r := range slices.Backward(gone) {
+		if r.Overlaps(mint, maxt) {
+			return min(r.MaxT, maxt)
+		}
+	}
+	return math.MinInt64
 }
 
 // Len is the number of series in the set, those that were passed included.

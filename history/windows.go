@@ -43,7 +43,7 @@ type piece struct {
 func (s *Snapshot) SelectWindows(ctx context.Context, ms []*labels.Matcher, mint, maxt int64, of Summaries) (*SeriesSet, error) {
 	var set *SeriesSet
 	err := s.attempt(ctx, mint, maxt, func(bs []*Block) error {
-		set = &SeriesSet{s: s}
+		set = &SeriesSet{s: s, gone: math.MinInt64}
 		var sets labelSets
 		lo, hi := max(mint, s.MinT), min(maxt, s.MaxT)
 		err := s.seriesPages(ctx, bs, ms, mint, maxt, 0, func(i int, p *chunkfmt.SeriesPage, from, to int64) {

@@ -3,6 +3,7 @@ package merge
 import (
 	"context"
 	"errors"
+	"math"
 	"slices"
 	"sync"
 	"time"
@@ -225,12 +226,16 @@ func (s *seriesSet) readHistory(ctx context.Context, snap *history.Snapshot, ms 
 	if s.sums != nil {
 		width = s.sums.Width
 	}
-	if err := onlySummaries(snap, s.mint, s.maxt, width); err != nil {
-		s.warnings = annotations.New().Merge(s.warnings) // those of the selection are others' too
-		s.warnings.Add(err)
-	}
+	lacks := onlySummaries(snap, s.mint, s.maxt, width)
 	old, err := s.from(ctx, snap, ms)
 	if err == nil {
+		if until := old.GoneUntil(); lacks == nil && s.sums == nil && until > math.MinInt64 {
+			lacks = warning(until+1, "samples", hourly) // kept for longer now than they were
+		}
+		if lacks != nil {
+			s.warnings = annotations.New().Merge(s.warnings) // those of the selection are others' too
+			s.warnings.Add(lacks)
+		}
 		s.old = old
 		s.more = old.Next(ctx)
 		err = old.Err()

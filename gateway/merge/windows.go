@@ -3,6 +3,7 @@ package merge
 import (
 	"context"
 	"fmt"
+	"math"
 	"slices"
 	"time"
 
@@ -113,8 +114,18 @@ func (s *Series) ColumnsOf(ctx context.Context, buf *Buffer, mint, maxt int64) (
 // OnlySummaries is the warning that mint to maxt, inclusive, in ms, is partly of a time of
 // which there are no samples any more; nil if it isn't.
 func (s *Series) OnlySummaries(mint, maxt int64) error {
-	return onlySummaries(s.snap, max(mint, s.mint), min(maxt, s.maxt), 0)
+	mint, maxt = max(mint, s.mint), min(maxt, s.maxt)
+	if err := onlySummaries(s.snap, mint, maxt, 0); err != nil || s.old == nil {
+		return err
+	}
+	if until := s.old.GoneUntil(mint, maxt); until > math.MinInt64 {
+		return warning(until+1, "samples", hourly)
+	}
+	return nil
 }
+
+// hourly is when summaries of an hour answer.
+const hourly = "at times, steps, ranges and offsets of whole hours"
 
 // onlySummaries is for who reads samples, or with a width in ms windows, where blocks
 // have but windows, or but wider ones.
@@ -122,16 +133,24 @@ func onlySummaries(snap *history.Snapshot, mint, maxt, width int64) error {
 	if !snap.OnlySummaries(mint, maxt, width) {
 		return nil
 	}
-	at := func(ms int64) string { return time.UnixMilli(ms).UTC().Format(time.RFC3339) }
 	h := snap.Hidden.Before
-	what, from, finest := "samples", h.Raw, "at times, steps, ranges and offsets of whole hours"
 	if width != 0 {
-		what, from = "samples and summaries of 5 minutes", h.Short
-	} else if h.Short < h.Raw {
-		finest += ", from " + at(max(h.Short, snap.MinT)) + " on of whole 5 minutes"
+		return warning(h.Short, "samples and summaries of 5 minutes", hourly)
 	}
+	when := hourly
+	if h.Short < h.Raw {
+		when += ", from " + showTime(max(h.Short, snap.MinT)) + " on of whole 5 minutes"
+	}
+	return warning(h.Raw, "samples", when)
+}
+
+func showTime(ms int64) string { return time.UnixMilli(ms).UTC().Format(time.RFC3339) }
+
+// warning says from what time in ms on there is something, and when summaries answer
+// what is before.
+func warning(from int64, what, when string) error {
 	return fmt.Errorf("%w: %s from before %s are past their retention; what is left of them are summaries, which answer instant selectors, rate, increase, delta, irate, idelta, changes, resets, and the *_over_time functions count, sum, avg, min, max, first, last, present, absent, stddev and stdvar (these two by the hour alone) %s",
-		annotations.PromQLWarning, what, at(from), finest)
+		annotations.PromQLWarning, what, showTime(from), when)
 }
 
 // together puts windows into dst that are in a or in b, in order of time. Both have

@@ -195,4 +195,18 @@ func TestOnlySummaries(t *testing.T) {
 	check("past the retention", true)
 	settled(func(b index.BlockRow) bool { return b.MaxT > start.Add(48*time.Hour).UnixMilli() || b.Samples == 0 })
 	check("removed", true)
+
+	// What is gone stays gone, and queries say so, though the retention is another.
+	rs = &history.Retentions{}
+	const expr = "quantile_over_time(0.5, load[1h])"
+	for name, e := range map[string]promql.QueryEngine{"planned": planned, "engine": engine} {
+		if r := run(e, c.Storage, expr, start.Add(time.Hour), start.Add(9*time.Hour), time.Hour); r.Err != nil || !lost(r) {
+			t.Errorf("%s: kept for ever: %v, %v", name, r.Err, r.Warnings)
+		}
+	}
+	const sum = "sum by (job) (sum_over_time(load[2h]))"
+	got := run(planned, c.Storage, sum, start, end, time.Hour)
+	if diff := differ(run(engine, prom, sum, start, end, time.Hour), got); diff != "" {
+		t.Errorf("kept for ever: %s", diff)
+	}
 }
