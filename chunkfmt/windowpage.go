@@ -157,37 +157,50 @@ func (d *WindowDecoder) Decode(p *WindowPage, i int, cols rollup.Columns, dst *r
 		return fmt.Errorf("windows page: %w", corrupt("chunk %d of %d", i, len(p.chunks)))
 	}
 	k := &p.chunks[i]
-	shape, err := d.shape(p, k.shape)
+	out := *dst
+	empty, err := d.appendTimes(p, k.shape, cols, &out)
 	if err == nil {
-		at, n := shape.at, p.shapes[k.shape].n
-		out := *dst
-		// Only the columns of times are in d.times.
-		out.End = append(out.End, d.times.End[at:at+n]...)
-		out.Count = append(out.Count, d.times.Count[at:at+n]...)
-		out.Flags = append(out.Flags, d.times.Flags[at:at+n]...)
-		if cols&rollup.First != 0 {
-			out.FirstT = append(out.FirstT, d.times.FirstT[at:at+n]...)
-		}
-		if cols&rollup.Prev != 0 {
-			out.PrevT = append(out.PrevT, d.times.PrevT[at:at+n]...)
-		}
-		if cols&rollup.Last != 0 {
-			out.LastT = append(out.LastT, d.times.LastT[at:at+n]...)
-		}
-		if err = d.values(p.body[k.from:k.end], cols, &out, n, shape.empty); err == nil {
-			*dst = out
-			return nil
-		}
+		err = d.values(p.body[k.from:k.end], cols, &out, p.shapes[k.shape].n, empty)
 	}
-	return fmt.Errorf("windows page: chunk %d: %w", i, err)
+	if err != nil {
+		return fmt.Errorf("windows page: chunk %d: %w", i, err)
+	}
+	*dst = out
+	return nil
 }
 
-// shape gives where a shape of p lies in d.times.
+// appendTimes appends the columns of times of a shape, and says whether there are windows
+// without floats.
+func (d *WindowDecoder) appendTimes(p *WindowPage, shape uint32, cols rollup.Columns, out *rollup.Windows) (empty bool, err error) {
+	n := p.shapes[shape].n
+	k, ok := d.known[shapeKey{p.id, shape}]
+	if !ok {
+		if done, err := d.alike(p.shapes[shape].b, n, p.width, cols, out); done || err != nil {
+			return false, err
+		}
+		if k, err = d.shape(p, shape); err != nil {
+			return false, err
+		}
+	}
+	at := k.at
+	out.End = append(out.End, d.times.End[at:at+n]...)
+	out.Count = append(out.Count, d.times.Count[at:at+n]...)
+	out.Flags = append(out.Flags, d.times.Flags[at:at+n]...)
+	if cols&rollup.First != 0 {
+		out.FirstT = append(out.FirstT, d.times.FirstT[at:at+n]...)
+	}
+	if cols&rollup.Prev != 0 {
+		out.PrevT = append(out.PrevT, d.times.PrevT[at:at+n]...)
+	}
+	if cols&rollup.Last != 0 {
+		out.LastT = append(out.LastT, d.times.LastT[at:at+n]...)
+	}
+	return k.empty, nil
+}
+
+// shape puts a shape of p into d.times, and gives where it lies there.
 func (d *WindowDecoder) shape(p *WindowPage, shape uint32) (knownShape, error) {
 	key := shapeKey{p.id, shape}
-	if k, ok := d.known[key]; ok {
-		return k, nil
-	}
 	n := p.shapes[shape].n
 	at := len(d.times.End)
 	if d.known == nil || at+n > rememberedWindows {
@@ -216,9 +229,6 @@ func (d *WindowDecoder) decodeShape(b []byte, n int, width int64) error {
 	}
 	w.End = slices.Grow(w.End, n+8) // the codec would take just as much as it needs
 	if w.End, b, err = d.codec.Times(w.End, b, n); err != nil {
-		return err
-	}
-	if done, err := d.alike(b, at, n, width); done || err != nil {
 		return err
 	}
 	count, flags := column(d.first), column(d.last)
@@ -278,9 +288,15 @@ func scaleEnds(ends []int64, width int64) error {
 	return nil
 }
 
-// alike is decodeShape for windows that differ in nothing but where they lie, as those of
-// a target do that was never missed. It reports false if they are others.
-func (d *WindowDecoder) alike(b []byte, at, n int, width int64) (done bool, err error) {
+// alike is appendTimes for windows that differ in nothing but where they lie, as those of
+// a target do that was never missed: they are made faster than found. It reports false
+// if they are others.
+func (d *WindowDecoder) alike(b []byte, n int, width int64, cols rollup.Columns, out *rollup.Windows) (done bool, err error) {
+	at := len(out.End)
+	ends := slices.Grow(out.End, n+8) // the codec would take just as much as it needs
+	if ends, b, err = d.codec.Times(ends, b, n); err != nil {
+		return false, err
+	}
 	var c [5]int64
 	for i := range c {
 		var ok bool
@@ -293,27 +309,39 @@ func (d *WindowDecoder) alike(b []byte, at, n int, width int64) (done bool, err 
 		first < 0 || last < 0 || prev < 0 || first >= width || last >= width || prev > width-1-last-first || len(b) > 0 {
 		return false, nil
 	}
-	w := &d.times
-	w.End = w.End[:at+n]
-	w.Count, w.Flags = extend(w.Count, n), extend(w.Flags, n)
-	w.FirstT, w.PrevT, w.LastT = extend(w.FirstT, n), extend(w.PrevT, n), extend(w.LastT, n)
-	ends := w.End[at:]
+	out.End, ends = ends, ends[at:]
 	if err := scaleEnds(ends, width); err != nil {
 		return false, err
 	}
-	firsts, prevs, lasts := w.FirstT[at:][:n], w.PrevT[at:][:n], w.LastT[at:][:n]
-	first, prev = width-1-first, last+prev
-	for i, end := range ends {
-		firsts[i], prevs[i], lasts[i] = end-first, end-prev, end-last
+	out.Count, out.Flags = extend(out.Count, n), extend(out.Flags, n)
+	fill(out.Count[at:], uint32(count))
+	fill(out.Flags[at:], rollup.Flags(flags))
+	if cols&rollup.First != 0 {
+		out.FirstT = extend(out.FirstT, n)
+		before(out.FirstT[at:], ends, width-1-first)
 	}
-	counts, flagsOf := w.Count[at:], w.Flags[at:]
-	for i := range counts {
-		counts[i] = uint32(count)
+	if cols&rollup.Prev != 0 {
+		out.PrevT = extend(out.PrevT, n)
+		before(out.PrevT[at:], ends, last+prev)
 	}
-	for i := range flagsOf {
-		flagsOf[i] = rollup.Flags(flags)
+	if cols&rollup.Last != 0 {
+		out.LastT = extend(out.LastT, n)
+		before(out.LastT[at:], ends, last)
 	}
 	return true, nil
+}
+
+func fill[E any](s []E, v E) {
+	for i := range s {
+		s[i] = v
+	}
+}
+
+// before sets times to as much before the ends of their windows.
+func before(times, ends []int64, by int64) {
+	for i, end := range ends[:len(times)] {
+		times[i] = end - by
+	}
 }
 
 // Parts of a chunk, each with its size before them but for the last: what isn't

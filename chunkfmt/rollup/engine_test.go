@@ -141,6 +141,9 @@ func TestAgainstEngine(t *testing.T) {
 			if err != nil {
 				t.Fatalf("%s with windows of %d: %v", q.String(), width, err)
 			}
+			if !functions[fn].tail {
+				checkSamples(t, e, &q, s, &got)
+			}
 			worst = max(worst, off)
 			points += len(got.Step)
 			raw += len(got.Raw)
@@ -148,6 +151,35 @@ func TestAgainstEngine(t *testing.T) {
 		t.Logf("%-20s %8d points, %6d need samples, off by %.3g at most", fn, points, raw, worst)
 		if points < 3**queries || raw*2 > points {
 			t.Errorf("%s: %d points and %d that need the samples: not much of a test", fn, points, raw)
+		}
+	}
+}
+
+// checkSamples compares what an evaluator counts with the samples.
+func checkSamples(t *testing.T, e *Evaluator, q *Query, s *Samples, got *Result) {
+	t.Helper()
+	window, read := make([]int64, q.Steps), make([]int64, q.Steps)
+	e.Samples(window, read)
+	raw := map[int32]bool{}
+	for _, i := range got.Raw {
+		raw[i] = true
+	}
+	for i := range q.Steps {
+		end := q.Start + int64(i)*q.Step
+		all, fresh := int64(0), int64(0)
+		for k, at := range s.T {
+			if at > end-q.Range && at <= end && !value.IsStaleNaN(s.V[k]) {
+				all++
+				if at > end-q.Step {
+					fresh++
+				}
+			}
+		}
+		if raw[int32(i)] {
+			all, fresh = 0, 0
+		}
+		if window[i] != all || read[i] != fresh {
+			t.Fatalf("%s: step %d counts %d samples, %d of them fresh, want %d and %d", q.String(), i, window[i], read[i], all, fresh)
 		}
 	}
 }

@@ -20,6 +20,11 @@ type Evaluator struct {
 
 	out *Result
 	w   *Windows // of the series
+	// aligned: each range is one window, none is missing between the first and the
+	// last, and all are of use: the i-th range is window i*stride-before. What is by step
+	// below isn't set then.
+	aligned        bool
+	before, stride int
 
 	// By step: which windows are in the range, and how many floats of the one before
 	// those are, or edgeRaw.
@@ -74,6 +79,10 @@ func (e *Evaluator) Eval(w *Windows, out *Result) {
 	if e.q.Function != "" { // that sees staleness markers
 		e.densify()
 	}
+	if e.align(w); e.aligned {
+		e.rateOfWindows()
+		return
+	}
 	e.find()
 	e.forbid(w)
 	for i, n := range e.edge {
@@ -106,13 +115,50 @@ func (e *Evaluator) densify() {
 	e.w = &e.dense
 }
 
+// align sets aligned: what is asked for most, and most of what there is, is so.
+func (e *Evaluator) align(w *Windows) {
+	e.aligned = false
+	end := e.w.End
+	if !e.f.rates || e.q.Range != e.width || len(end) == 0 || !e.contiguous() {
+		return
+	}
+	any := Flags(0)
+	for _, f := range w.Flags {
+		any |= f
+	}
+	e.aligned = any&e.useless == 0
+	e.before, e.stride = int((end[0]-e.q.Start)/e.width), int(e.q.Step/e.width)
+}
+
+// contiguous: no window is missing, of one at least.
+func (e *Evaluator) contiguous() bool {
+	end := e.w.End
+	k := len(end)
+	return k > 0 && end[k-1]-end[0] == int64(k-1)*e.width
+}
+
+// steps are the first step, if aligned, whose range is one of the windows, and the step behind
+// the last.
+func (e *Evaluator) steps() (from, to int) {
+	last := len(e.w.End) - 1 + e.before // as far from the first step's window
+	if last < 0 || e.before > 0 && e.stride == 0 {
+		return 0, 0
+	}
+	to = e.q.Steps
+	if e.stride > 0 { // several steps
+		from = (max(0, e.before) + e.stride - 1) / e.stride
+		to = min(to, last/e.stride+1)
+	}
+	return from, max(from, to)
+}
+
 // find sets lo, hi and edge.
 func (e *Evaluator) find() {
 	n, end := e.q.Steps, e.w.End
 	e.lo, e.hi, e.edge = resize(e.lo, n), resize(e.hi, n), resize(e.edge, n)
 	clear(e.edge)
-	if k := len(end); k > 0 && end[k-1]-end[0] == int64(k-1)*e.width {
-		// No window is missing. The i-th step's newest is window i·step - before.
+	if k := len(end); e.contiguous() {
+		// The i-th step's newest is window i·step - before.
 		before, step := (end[0]-e.q.Start)/e.width, e.q.Step/e.width
 		line(e.hi, 1-before, step, int64(k))
 		line(e.lo, 1-before-e.whole/e.width, step, int64(k))
@@ -222,6 +268,17 @@ func (e *Evaluator) Samples(window, read []int64) {
 		for _, i := range e.out.Step {
 			window[i] += n
 			read[i] += n
+		}
+		return
+	}
+	if e.aligned {
+		from, to := e.steps()
+		j := from*e.stride - e.before
+		for i := from; i < to; i++ {
+			n := int64(e.w.Count[j])
+			window[i] += n
+			read[i] += n
+			j += e.stride
 		}
 		return
 	}
@@ -404,10 +461,6 @@ func (e *Evaluator) rate() {
 	w := e.w
 	counter := e.q.Function != "delta"
 	x := NewExtrapolation(e.q.Function, e.q.Range)
-	if e.whole == e.width && e.rest == 0 {
-		e.rateOfWindows(x)
-		return
-	}
 	e.marks = e.marks[:0]
 	if counter {
 		e.findResets()
@@ -461,19 +514,20 @@ func (e *Evaluator) rate() {
 	}
 }
 
-// rateOfWindows is rate where each range is one window: what is asked for most.
-func (e *Evaluator) rateOfWindows(x Extrapolation) {
+// rateOfWindows is rate where each range is one window.
+func (e *Evaluator) rateOfWindows() {
+	x := NewExtrapolation(e.q.Function, e.q.Range)
 	n := len(e.w.End)
 	counts, reset := e.w.Count[:n], e.w.Reset
 	if !x.counter {
 		reset = nil
 	}
 	firstT, firstV, lastT, lastV := e.w.FirstT[:n], e.w.FirstV[:n], e.w.LastT[:n], e.w.LastV[:n]
-	edges, his := e.edge[:len(e.lo)], e.hi[:len(e.lo)]
-	steps, values := resize(e.out.Step, min(n, len(his))), resize(e.out.Value, min(n, len(his)))
-	k, t := 0, e.q.Start
-	for i, lo := range e.lo {
-		if j := int(lo); lo < his[i] && edges[i] == 0 && counts[j] > 1 {
+	from, to := e.steps()
+	steps, values := resize(e.out.Step, to-from), resize(e.out.Value, to-from)
+	k, j, t := 0, from*e.stride-e.before, e.q.Start+int64(from)*e.q.Step
+	for i := from; i < to; i++ {
+		if counts[j] > 1 {
 			increase := lastV[j] - firstV[j]
 			if reset != nil && reset[j] != 0 { // -0 stays
 				increase += reset[j]
@@ -482,6 +536,7 @@ func (e *Evaluator) rateOfWindows(x Extrapolation) {
 			values[k] = x.Result(t, int64(counts[j]), firstT[j], lastT[j], firstV[j], increase)
 			k++
 		}
+		j += e.stride
 		t += e.q.Step
 	}
 	e.out.Step, e.out.Value = steps[:k], values[:k]

@@ -24,6 +24,8 @@ type function struct {
 	needs Flags
 	// starts: it looks at start timestamps, if the query does.
 	starts bool
+	// rates: it is rate(), increase() or delta().
+	rates bool
 	// long: windows of at least that width have what it needs.
 	long bool
 	run  func(e *Evaluator)
@@ -45,9 +47,9 @@ var functions = map[string]function{
 	"resets":            {columns: First | Last | Resets, starts: true, run: (*Evaluator).changes},
 	"sum_over_time":     {columns: Sum, needs: Huge, run: (*Evaluator).sum},
 	"avg_over_time":     {columns: Sum, needs: Huge, run: (*Evaluator).sum},
-	"rate":              {columns: First | Last | Reset, needs: Huge, starts: true, run: (*Evaluator).rate},
-	"increase":          {columns: First | Last | Reset, needs: Huge, starts: true, run: (*Evaluator).rate},
-	"delta":             {columns: First | Last, run: (*Evaluator).rate},
+	"rate":              {columns: First | Last | Reset, needs: Huge, starts: true, rates: true, run: (*Evaluator).rate},
+	"increase":          {columns: First | Last | Reset, needs: Huge, starts: true, rates: true, run: (*Evaluator).rate},
+	"delta":             {columns: First | Last, rates: true, run: (*Evaluator).rate},
 	"stddev_over_time":  {columns: First | Sum | M2, needs: Huge, long: true, run: (*Evaluator).deviation},
 	"stdvar_over_time":  {columns: First | Sum | M2, needs: Huge, long: true, run: (*Evaluator).deviation},
 }
