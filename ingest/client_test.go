@@ -174,7 +174,7 @@ func (e *env) samplesReceived(outcome string) float64 {
 // selected gives what the fetch protocol answers, all generations together.
 func (e *env) selected(tenant string) ([]fetch.Series, error) {
 	e.t.Helper()
-	lists, _, err := fetch.NewClient(e.conn, fetch.NewNames(1<<20, prometheus.NewRegistry())).Select(e.t.Context(), fetch.Query{
+	lists, _, err := fetch.NewClient(e.conn, fetch.NewNames(1<<20, prometheus.NewRegistry()), nil).Select(e.t.Context(), fetch.Query{
 		Tenant: tenant, MinT: math.MinInt64, MaxT: math.MaxInt64,
 	})
 	out := slices.Concat(lists...)

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -109,15 +110,33 @@ func (f *fetcher) Read(req *fetchpb.ReadRequest, ss fetchpb.Fetch_ReadServer) er
 	if err := ss.Send(&fetchpb.ReadResponse{Header: f.header(req.Tenant, hd)}); err != nil {
 		return err
 	}
+	m, _ := readResponses.Get().(*fetchpb.ReadResponse)
+	defer readResponses.Put(m)
 	for c, err := range found {
 		if err != nil {
 			return toStatus(err)
 		}
-		if err := ss.Send(c.Message(req.Mint)); err != nil {
+		c.Fill(m, req.Mint)
+		if err := ss.Send(m); err != nil { // which is done with it
 			return err
 		}
 	}
 	return nil
+}
+
+// readResponses are messages that were sent, for their memory.
+//
+//nolint:gochecknoglobals // scratch memory
+var readResponses = sync.Pool{New: func() any { return new(fetchpb.ReadResponse) }}
+
+// Fetch implements fetch.Local.
+func (i *Ingester) Fetch(ctx context.Context, q fetch.Query) ([][]fetch.Series, *fetchpb.Header, error) {
+	f := i.fetch
+	if err := f.begin("local"); err != nil {
+		return nil, nil, err
+	}
+	found, hd, err := f.head.Lists(ctx, q)
+	return found, f.header(q.Tenant, hd), err
 }
 
 func (f *fetcher) Series(req *fetchpb.SeriesRequest, ss fetchpb.Fetch_SeriesServer) error {

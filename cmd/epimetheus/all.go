@@ -6,6 +6,7 @@ import (
 	"github.com/alecthomas/kingpin/v2"
 
 	"github.com/epimetheus-tsdb/epimetheus/ingest"
+	"github.com/epimetheus-tsdb/epimetheus/ingest/fetch"
 	"github.com/epimetheus-tsdb/epimetheus/ingest/ring"
 )
 
@@ -24,13 +25,15 @@ func addAll(app *kingpin.Application, commands map[string]command) {
 		}
 		defer st.close()
 		live := &ring.Live{}
-		if err := p.addIngester(st, rf, "all", live, func(m ring.Member, _ *ingest.Ingester) (membership, error) {
+		local := map[string]fetch.Local{}
+		if err := p.addIngester(st, rf, "all", live, func(m ring.Member, ing *ingest.Ingester) (membership, error) {
+			local[m.Address] = ing
 			a := &alone{m, live}
 			return a, a.SetState(ring.Joining)
 		}); err != nil {
 			return err
 		}
-		if _, err := p.addGateway(st, live, nil, *admin); err != nil {
+		if _, err := p.addGateway(st, live, local, nil, *admin); err != nil {
 			return err
 		}
 		if p.config.Compactor.Enabled {

@@ -146,7 +146,7 @@ func metricsPage(t *testing.T) string {
 	}); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := p.addGateway(st, live, nil, false); err != nil {
+	if _, err := p.addGateway(st, live, nil, nil, false); err != nil {
 		t.Fatal(err)
 	}
 	if err := p.addCompactor(st); err != nil {

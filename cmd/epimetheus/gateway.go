@@ -22,6 +22,7 @@ import (
 	"github.com/epimetheus-tsdb/epimetheus/gateway/plan"
 	"github.com/epimetheus-tsdb/epimetheus/gateway/worker"
 	"github.com/epimetheus-tsdb/epimetheus/history/choice"
+	"github.com/epimetheus-tsdb/epimetheus/ingest/fetch"
 	"github.com/epimetheus-tsdb/epimetheus/ingest/gossip"
 	"github.com/epimetheus-tsdb/epimetheus/ingest/ring"
 	"github.com/epimetheus-tsdb/epimetheus/internal/health"
@@ -63,7 +64,7 @@ func addGateway(app *kingpin.Application, commands map[string]command) {
 			return out
 		}, p.logger, p.reg, dialOptions()...)
 		st.closers = append(st.closers, pool.Close)
-		api, err := p.addGateway(st, live, pool, *admin)
+		api, err := p.addGateway(st, live, nil, pool, *admin)
 		if err != nil {
 			return err
 		}
@@ -96,10 +97,13 @@ func addAdminFlag(cmd *kingpin.CmdClause) *bool {
 	return cmd.Flag("web.enable-admin-api", "Enable API endpoints for admin control actions: to delete series, and to list and cancel deletions.").Bool()
 }
 
-// addGateway adds the API. workers is nil where there are no other gateways; admin
-// turns on the admin API.
-func (p *process) addGateway(st *stores, live *ring.Live, workers plan.Workers, admin bool) (*gateway.API, error) {
+// addGateway adds the API. local are ingesters of this process, by address; workers is
+// nil where there are no other gateways; admin turns on the admin API.
+func (p *process) addGateway(st *stores, live *ring.Live, local map[string]fetch.Local, workers plan.Workers, admin bool) (*gateway.API, error) {
 	heads := merge.NewHeads(live, p.logger, p.reg, dialOptions()...)
+	for address, l := range local {
+		heads.AddLocal(address, l)
+	}
 	st.closers = append(st.closers, heads.Close)
 	storage := merge.New(heads, st.history, gateway.TenantOf)
 	c := p.config.Gateway

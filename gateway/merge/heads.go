@@ -61,6 +61,7 @@ type Heads struct {
 	covered prometheus.Counter
 
 	mu    sync.Mutex
+	local map[string]fetch.Local      // by address
 	conns map[string]*grpc.ClientConn // by address; nil once closed
 	heard map[string]map[string]heard // by tenant and member; of tenants with several replicas
 	known map[uint32]time.Time        // digests of members, and when they were last on the ring
@@ -71,7 +72,7 @@ func NewHeads(live *ring.Live, logger *slog.Logger, reg prometheus.Registerer, d
 	h := &Heads{
 		names: fetch.NewNames(maxNames, reg),
 		live:  live, dial: append(dial, grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxAnswer))),
-		logger: logger, conns: map[string]*grpc.ClientConn{}, heard: map[string]map[string]heard{}, known: map[uint32]time.Time{},
+		logger: logger, local: map[string]fetch.Local{}, conns: map[string]*grpc.ClientConn{}, heard: map[string]map[string]heard{}, known: map[uint32]time.Time{},
 		failed: prometheus.NewCounter(prometheus.CounterOpts{
 			Name: "epimetheus_gateway_head_failures_total",
 			Help: "Requests to ingesters that failed; the answers carried a warning, if no replicas had all.",
@@ -87,6 +88,13 @@ func NewHeads(live *ring.Live, logger *slog.Logger, reg prometheus.Registerer, d
 	}
 	reg.MustRegister(h.failed, h.covered, h.seconds)
 	return h
+}
+
+// AddLocal says that the ingester at an address is in this process.
+func (h *Heads) AddLocal(address string, l fetch.Local) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.local[address] = l
 }
 
 // Close closes the connections. Requests after it fail.
@@ -127,7 +135,7 @@ func (h *Heads) client(address string, members []ring.Member) (*fetch.Client, er
 		}
 		h.conns[address] = c
 	}
-	return fetch.NewClient(c, h.names), nil
+	return fetch.NewClient(c, h.names, h.local[address]), nil
 }
 
 // answer is what one ingester said.

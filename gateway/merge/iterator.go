@@ -124,9 +124,9 @@ func (it *iterator) AtST() int64 {
 
 func (it *iterator) Err() error { return it.err }
 
-// trim cuts the columns to [mint, maxt]; the slices share memory with s.
-func trim(s *chunkfmt.Series, mint, maxt int64) *chunkfmt.Series {
-	out := *s
+// trim makes out the columns of s cut to [mint, maxt]; the slices share memory with s.
+func trim(out, s *chunkfmt.Series, mint, maxt int64) {
+	*out = *s
 	cut := func(ts []int64) (int, int) {
 		i := sort.Search(len(ts), func(i int) bool { return ts[i] >= mint })
 		return i, i + sort.Search(len(ts)-i, func(k int) bool { return ts[i+k] > maxt })
@@ -143,5 +143,4 @@ func trim(s *chunkfmt.Series, mint, maxt int64) *chunkfmt.Series {
 	out.Histograms = chunkfmt.Histograms{T: s.Histograms.T[i:j], ST: starts(s.Histograms.ST, i, j), H: s.Histograms.H[i:j]}
 	i, j = cut(s.FloatHistograms.T)
 	out.FloatHistograms = chunkfmt.FloatHistograms{T: s.FloatHistograms.T[i:j], ST: starts(s.FloatHistograms.ST, i, j), H: s.FloatHistograms.H[i:j]}
-	return &out
 }

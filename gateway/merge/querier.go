@@ -200,6 +200,25 @@ type seriesSet struct {
 	held    int64      // bytes of pages, as the account was told
 
 	at *Series
+
+	// What follows is memory for the next series.
+	room   []Series
+	chunks [][]fetch.Chunk
+}
+
+// next gives an empty series.
+func (s *seriesSet) next() *Series {
+	const atOnce = 32
+	if len(s.room) == 0 {
+		s.room = make([]Series, atOnce)
+	}
+	at := &s.room[0]
+	s.room = s.room[1:]
+	if n := len(s.heads); cap(s.chunks)-len(s.chunks) < n {
+		s.chunks = make([][]fetch.Chunk, 0, n*atOnce)
+	}
+	at.heads = s.chunks[len(s.chunks):]
+	return at
 }
 
 // hold tells the account what pages are held.
@@ -251,7 +270,8 @@ func (s *seriesSet) Next() bool {
 		if !ok {
 			return false
 		}
-		at := &Series{labels: ls, mint: s.mint, maxt: s.maxt, summaries: s.sums, snap: s.snap}
+		at := s.next()
+		at.labels, at.mint, at.maxt, at.summaries, at.snap = ls, s.mint, s.maxt, s.sums, s.snap
 		if s.snap != nil && s.snap.Hidden != nil {
 			at.hiddenSamples = s.snap.Hidden.Of(ls)
 			switch at.hidden = at.hiddenSamples; {
@@ -271,6 +291,7 @@ func (s *seriesSet) Next() bool {
 				s.heads[i] = h[1:]
 			}
 		}
+		s.chunks = s.chunks[:len(s.chunks)+len(at.heads)]
 		if s.more && labels.Equal(s.old.At().Labels, ls) {
 			at.old = s.old.At()
 			if s.more = s.old.Next(s.ctx); !s.more {
@@ -384,19 +405,26 @@ func (s *Series) Iterator(it chunkenc.Iterator) chunkenc.Iterator {
 
 // Buffer is memory that one goroutine decodes into, again and again.
 type Buffer struct {
-	decoders []*fetch.Decoder // one for each head
-	old      history.Buffer
+	heads []*headBuffer
+	runs  []*chunkfmt.Series
+	old   history.Buffer
 
 	fresh, windows rollup.Windows
 	summariser     rollup.Summariser
 }
 
-// decoder gives the i-th.
-func (b *Buffer) decoder(i int) *fetch.Decoder {
-	for len(b.decoders) <= i {
-		b.decoders = append(b.decoders, &fetch.Decoder{})
+// headBuffer is what the chunks of one head are decoded into.
+type headBuffer struct {
+	decoder fetch.Decoder
+	trimmed chunkfmt.Series
+}
+
+// head gives the i-th.
+func (b *Buffer) head(i int) *headBuffer {
+	for len(b.heads) <= i {
+		b.heads = append(b.heads, &headBuffer{})
 	}
-	return b.decoders[i]
+	return b.heads[i]
 }
 
 // Columns gives the samples of the series in the time that was selected, merged.
@@ -416,15 +444,18 @@ func (s *Series) Columns(buf *Buffer) (*chunkfmt.Series, error) {
 // merged puts what heads have in mint to maxt, but for what is hidden, together with
 // runs of history.
 func (s *Series) merged(buf *Buffer, runs []*chunkfmt.Series, mint, maxt int64, hidden []chunkfmt.Range) (*chunkfmt.Series, error) {
+	runs = append(buf.runs[:0], runs...)
 	for i, cs := range s.heads {
-		run, err := buf.decoder(i).Decode(cs)
+		h := buf.head(i)
+		run, err := h.decoder.Decode(cs)
 		if err != nil {
 			return nil, err
 		}
-		run = trim(run, max(mint, s.mint), min(maxt, s.maxt))
-		history.Cut(run, hidden)
-		runs = append(runs, run)
+		trim(&h.trimmed, run, max(mint, s.mint), min(maxt, s.maxt))
+		history.Cut(&h.trimmed, hidden)
+		runs = append(runs, &h.trimmed)
 	}
+	buf.runs = runs
 	if len(runs) == 0 {
 		return &chunkfmt.Series{}, nil
 	}

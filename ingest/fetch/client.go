@@ -78,11 +78,20 @@ type Query struct {
 type Client struct {
 	rpc   fetchpb.FetchClient
 	names *Names
+	local Local
 }
 
-// NewClient uses a connection that the caller owns, and keeps labels in names.
-func NewClient(conn grpc.ClientConnInterface, names *Names) *Client {
-	return &Client{rpc: fetchpb.NewFetchClient(conn), names: names}
+// Local is an ingester in this process.
+type Local interface {
+	// Fetch is Select of a Client, without the wire. The series share memory with
+	// the head.
+	Fetch(ctx context.Context, q Query) ([][]Series, *fetchpb.Header, error)
+}
+
+// NewClient uses a connection that the caller owns, and keeps labels in names. What
+// takes the most time is asked of local, if that isn't nil.
+func NewClient(conn grpc.ClientConnInterface, names *Names, local Local) *Client {
+	return &Client{rpc: fetchpb.NewFetchClient(conn), names: names, local: local}
 }
 
 // errProtocol is wrapped by errors about answers that break the protocol.
@@ -91,6 +100,14 @@ var errProtocol = errors.New("fetch protocol broken")
 // Select gives the series that match and have samples in the time range, as lists
 // that each ascend in labels.
 func (c *Client) Select(ctx context.Context, q Query) ([][]Series, Header, error) {
+	if c.local != nil {
+		out, p, err := c.local.Fetch(ctx, q)
+		if err != nil {
+			return nil, Header{}, err
+		}
+		hd, err := toHeader(p)
+		return out, hd, err
+	}
 	out, hd, err := c.read(ctx, q)
 	if code := status.Code(err); code != codes.Unimplemented && code != codes.NotFound {
 		return out, hd, err

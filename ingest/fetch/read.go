@@ -13,7 +13,7 @@ import (
 	"github.com/epimetheus-tsdb/epimetheus/ingest/fetch/fetchpb"
 )
 
-// Columns are series of one generation.
+// Columns are series of one generation. They are good until the next ones are read.
 type Columns struct {
 	Generation uint64
 	Refs       []uint32
@@ -21,27 +21,39 @@ type Columns struct {
 	Chunks     []Chunk  // one series after the other
 }
 
-// Message gives the message for columns of which all chunks begin at, or after, about
-// mint.
-func (c *Columns) Message(mint int64) *fetchpb.ReadResponse {
-	n, size := len(c.Chunks), 0
-	for i := range c.Chunks {
-		size += len(c.Chunks[i].Data)
-	}
-	p := &fetchpb.ReadResponse{
-		Generation: c.Generation, Refs: c.Refs, Chunks: c.Counts, Encodings: make([]byte, n), Mint: make([]int64, n), Span: make([]uint64, n),
-		Sizes: make([]uint32, n), Data: make([]byte, 0, size),
-	}
+// Fill makes p the message for columns of which all chunks begin at, or after, about
+// mint. It uses the memory of p.
+func (c *Columns) Fill(p *fetchpb.ReadResponse, mint int64) {
+	p.Generation, p.Refs, p.Chunks = c.Generation, c.Refs, c.Counts
+	p.Encodings, p.Mint, p.Span, p.Sizes, p.Data = p.Encodings[:0], p.Mint[:0], p.Span[:0], p.Sizes[:0], p.Data[:0]
 	for i := range c.Chunks {
 		x := &c.Chunks[i]
-		p.Encodings[i], p.Mint[i], p.Span[i], p.Sizes[i] = byte(x.Encoding), x.MinT-mint, uint64(x.MaxT-x.MinT), uint32(len(x.Data)) //nolint:gosec // as in the message
+		p.Encodings, p.Mint = append(p.Encodings, byte(x.Encoding)), append(p.Mint, x.MinT-mint)
+		p.Span, p.Sizes = append(p.Span, uint64(x.MaxT-x.MinT)), append(p.Sizes, uint32(len(x.Data))) //nolint:gosec // as in the message
 		p.Data = append(p.Data, x.Data...)
 		mint = x.MinT
 	}
-	return p
 }
 
-// columns is the reverse of Message. They share memory with the message.
+// Append appends the series that columns are; labels gives them theirs, if it isn't
+// nil. They share memory with the columns.
+func (c *Columns) Append(dst []Series, labels func(ref uint32) labels.Labels) []Series {
+	chunks := c.Chunks
+	for i, ref := range c.Refs {
+		var s Series
+		if labels != nil {
+			s.Labels = labels(ref)
+		}
+		if c.Counts != nil {
+			n := c.Counts[i]
+			s.Chunks, chunks = chunks[:n:n], chunks[n:]
+		}
+		dst = append(dst, s)
+	}
+	return dst
+}
+
+// columns is the reverse of Fill. They share memory with the message.
 func columns(p *fetchpb.ReadResponse, mint int64) (*Columns, error) {
 	n := len(p.Encodings)
 	if len(p.Mint) != n || len(p.Span) != n || len(p.Sizes) != n || len(p.Chunks) != len(p.Refs) && len(p.Chunks)+n > 0 {
@@ -65,20 +77,6 @@ func columns(p *fetchpb.ReadResponse, mint int64) (*Columns, error) {
 		data = data[size:]
 	}
 	return c, nil
-}
-
-// appendSeries gives the series of columns, which get their labels later.
-func appendSeries(dst []Series, c *Columns) []Series {
-	chunks := c.Chunks
-	for i := range c.Refs {
-		var s Series
-		if c.Counts != nil {
-			n := c.Counts[i]
-			s.Chunks, chunks = chunks[:n:n], chunks[n:]
-		}
-		dst = append(dst, s)
-	}
-	return dst
 }
 
 // list is what a generation has.
@@ -123,7 +121,7 @@ func (c *Client) read(ctx context.Context, q Query) ([][]Series, Header, error) 
 			lists = append(lists, list{generation: cols.Generation})
 		}
 		l := &lists[len(lists)-1]
-		l.refs, l.series = append(l.refs, cols.Refs...), appendSeries(l.series, cols)
+		l.refs, l.series = append(l.refs, cols.Refs...), cols.Append(l.series, nil)
 	}
 	out := make([][]Series, len(lists))
 	for i := range lists {

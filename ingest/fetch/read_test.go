@@ -50,7 +50,8 @@ func (i *ingester) Read(req *fetchpb.ReadRequest, ss fetchpb.Fetch_ReadServer) e
 		{Generation: 1, Refs: []uint32{3}, Counts: []uint32{0}},
 		{Generation: 2, Refs: []uint32{1, 4}, Counts: []uint32{0, 0}},
 	} {
-		m := c.Message(req.Mint)
+		m := &fetchpb.ReadResponse{}
+		c.Fill(m, req.Mint)
 		if i.spoil != nil {
 			i.spoil(m)
 		}
@@ -102,7 +103,7 @@ func serve(t *testing.T, i *ingester) *Client {
 		s.Stop()
 		<-done
 	})
-	return NewClient(conn, NewNames(1<<20, prometheus.NewRegistry()))
+	return NewClient(conn, NewNames(1<<20, prometheus.NewRegistry()), nil)
 }
 
 func show(lists [][]Series) (out []string) {

@@ -42,39 +42,43 @@ func (h *Head) view(tenant string) ([]*tenantHead, fetch.Header) {
 	return ts, hd
 }
 
-// Select gives the series that match and have samples in the time range,
-// ascending in labels. With LabelsOnly their chunks are left out.
+// Select gives the series that match and have samples in the time range, ascending in
+// labels. With LabelsOnly their chunks are left out.
 func (h *Head) Select(ctx context.Context, q fetch.Query) ([]fetch.Series, fetch.Header, error) {
-	ts, hd := h.view(q.Tenant)
-	var out []fetch.Series
 	q.Newest = false
-	for _, t := range ts {
-		var part []fetch.Series
-		for c, err := range t.read(ctx, q, 0) {
-			if err != nil {
-				return nil, hd, err
-			}
-			chunks := c.Chunks
-			for i, ref := range c.Refs {
-				one := fetch.Series{Labels: t.labels(ref)}
-				if c.Counts != nil {
-					n := c.Counts[i]
-					one.Chunks, chunks = chunks[:n:n], chunks[n:]
-				}
-				part = append(part, one)
-			}
-		}
-		out = mergeSeries(out, part)
+	lists, hd, err := h.Lists(ctx, q)
+	var out []fetch.Series
+	for _, l := range lists {
+		out = mergeSeries(out, l)
 	}
 	if q.Limit > 0 && len(out) > q.Limit {
 		out = out[:q.Limit]
+	}
+	return out, hd, err
+}
+
+// Lists is Select generation by generation.
+func (h *Head) Lists(ctx context.Context, q fetch.Query) ([][]fetch.Series, fetch.Header, error) {
+	ts, hd := h.view(q.Tenant)
+	var out [][]fetch.Series
+	for _, t := range ts {
+		for c, err := range t.read(ctx, q, 0) { // once
+			if err != nil {
+				return nil, hd, err
+			}
+			t.mu.RLock()
+			series := t.series
+			t.mu.RUnlock()
+			of := func(ref uint32) labels.Labels { return series[ref].labels }
+			out = append(out, c.Append(make([]fetch.Series, 0, len(c.Refs)), of))
+		}
 	}
 	return out, hd, nil
 }
 
 // Read gives, generation by generation, the series that match and have samples in the
 // time range, as columns of about so many bytes of chunks, each generation's ascending in
-// labels. With LabelsOnly chunks are left out.
+// labels. With LabelsOnly chunks are left out. What is given is good until the next.
 func (h *Head) Read(ctx context.Context, q fetch.Query, bytes int) (fetch.Header, iter.Seq2[*fetch.Columns, error]) {
 	ts, hd := h.view(q.Tenant)
 	return hd, func(yield func(*fetch.Columns, error) bool) {
@@ -141,11 +145,15 @@ func (t *tenantHead) read(ctx context.Context, q fetch.Query, bytes int) iter.Se
 		left := q.Limit
 		refs = t.order.sort(refs, all, series)
 		var mem slab
+		c := &fetch.Columns{Generation: uint64(t.generation), Refs: make([]uint32, 0, len(refs))}
+		if bytes > 0 {
+			c.Refs = make([]uint32, 0, min(len(refs), readSeries))
+		}
+		if !q.LabelsOnly {
+			c.Counts, c.Chunks = make([]uint32, 0, cap(c.Refs)), make([]fetch.Chunk, 0, cap(c.Refs)+cap(c.Refs)/4)
+		}
 		for len(refs) > 0 {
-			c := &fetch.Columns{Generation: uint64(t.generation), Refs: make([]uint32, 0, min(len(refs), readSeries))}
-			if !q.LabelsOnly {
-				c.Counts, c.Chunks = make([]uint32, 0, cap(c.Refs)), make([]fetch.Chunk, 0, cap(c.Refs))
-			}
+			c.Refs, c.Counts, c.Chunks, mem.free = c.Refs[:0], c.Counts[:0], c.Chunks[:0], mem.free[:0]
 			size, n := 0, 0
 			for n < len(refs) && (bytes == 0 || size < bytes && len(c.Refs) < readSeries) && (q.Limit == 0 || left > 0) {
 				if n%1024 == 0 && ctx.Err() != nil {
@@ -175,10 +183,10 @@ func (t *tenantHead) read(ctx context.Context, q fetch.Query, bytes int) iter.Se
 				c.Refs, c.Counts = append(c.Refs, ref), append(c.Counts, uint32(len(c.Chunks)-before))
 				left--
 			}
+			refs = refs[n:]
 			if len(c.Refs) > 0 && !yield(c, nil) || q.Limit > 0 && left <= 0 {
 				return
 			}
-			refs = refs[n:]
 		}
 	}
 }
