@@ -3,6 +3,7 @@ package plan
 import (
 	"math"
 	"runtime"
+	"slices"
 
 	"github.com/prometheus/prometheus/model/histogram"
 	"github.com/prometheus/prometheus/model/labels"
@@ -28,6 +29,7 @@ type kernel struct {
 
 	// What follows is used again for each series.
 	win    spans
+	times  []int64 // those that win is of
 	t      []int64 // without staleness markers
 	v      []float64
 	blocks []block   // of sums
@@ -84,14 +86,14 @@ func (k *kernel) eval(ls labels.Labels, cols *chunkfmt.Series, out *points, anno
 		k.instantMixed(cols, out)
 	case k.fast != nil && !histograms && (!k.starts || cols.Floats.ST == nil):
 		t, v := cols.Floats.T, cols.Floats.V
-		k.win.find(t, k.leaf.Grid, k.leaf.offset(), k.leaf.Range)
+		k.find(t)
 		stale := k.stale
 		if k.counter {
 			stale = k.markResets // in the same pass
 		}
 		if stale(v) {
 			t, v = k.withoutStale(t, v)
-			k.win.find(t, k.leaf.Grid, k.leaf.offset(), k.leaf.Range)
+			k.find(t)
 			if k.counter {
 				k.markResets(v)
 			}
@@ -105,6 +107,15 @@ func (k *kernel) eval(ls labels.Labels, cols *chunkfmt.Series, out *points, anno
 		return k.call.eval(ls, cols, out, annos, &k.counts)
 	}
 	return nil
+}
+
+// find sets the windows of a column. Series of one target have the same times.
+func (k *kernel) find(t []int64) {
+	if len(t) > 0 && slices.Equal(k.times, t) {
+		return
+	}
+	k.times = append(k.times[:0], t...)
+	k.win.find(t, k.leaf.Grid, k.leaf.offset(), k.leaf.Range)
 }
 
 // stale reports whether there is a staleness marker in a window.
@@ -134,7 +145,7 @@ func (k *kernel) withoutStale(t []int64, v []float64) ([]int64, []float64) {
 // instant is the evaluation of a plain selector: the newest sample in the
 // window, unless that is a staleness marker.
 func (k *kernel) instant(t []int64, v []float64, out *points) {
-	k.win.find(t, k.leaf.Grid, k.leaf.offset(), k.leaf.Range)
+	k.find(t)
 	for i, hi := range k.win.hi {
 		if hi > k.win.lo[i] && !value.IsStaleNaN(v[hi-1]) {
 			out.add(i, v[hi-1])

@@ -83,6 +83,11 @@ func (l *Leaf) separable(o options) bool {
 	if o.typeAndUnitLabels {
 		return false // which are dropped too
 	}
+	return l.fixesName()
+}
+
+// fixesName: all series have the same name.
+func (l *Leaf) fixesName() bool {
 	return slices.ContainsFunc(l.Selector.LabelMatchers, func(m *labels.Matcher) bool {
 		return m.Type == labels.MatchEqual && m.Name == model.MetricNameLabel
 	})

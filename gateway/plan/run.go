@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"runtime/debug"
+	"slices"
 	"strings"
 	"sync"
 
@@ -222,6 +223,9 @@ type result struct {
 	// so: series that differ in their names alone become one, or an error, and the
 	// engine sees to that.
 	unnamed map[uint64]struct{}
+	// oneName: the selector fixes the name, and no group is by it. Series don't become one
+	// then, unless they have other metadata labels.
+	oneName bool
 
 	present []bool // by step; of absent_over_time
 
@@ -236,6 +240,7 @@ func newResult(l *Leaf, o options) *result {
 		r.fold = newFold(l)
 		if r.drops && !o.delayedNameRemoval {
 			r.unnamed = map[uint64]struct{}{}
+			r.oneName = l.fixesName() && !o.typeAndUnitLabels && !slices.ContainsFunc(l.Agg.Grouping, schema.IsMetadataLabel)
 		}
 	}
 	if fn == "absent_over_time" {
@@ -264,13 +269,17 @@ func (r *result) add(s *slot) error {
 		}
 	case r.fold != nil:
 		ls := s.labels
-		if r.unnamed != nil {
+		switch {
+		case r.unnamed == nil:
+		case !r.oneName:
 			ls = ls.DropReserved(schema.IsMetadataLabel)
 			hash := ls.Hash()
 			if _, ok := r.unnamed[hash]; ok {
 				return ErrGiveUp
 			}
 			r.unnamed[hash] = struct{}{}
+		case ls.Has(model.MetricTypeLabel) || ls.Has(model.MetricUnitLabel):
+			return ErrGiveUp // rare
 		}
 		if r.fold.held > int64(r.opts.maxSamples) {
 			return promql.ErrTooManySamples("query execution")
