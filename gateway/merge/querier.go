@@ -184,7 +184,9 @@ type seriesSet struct {
 	err           error
 	warnings      annotations.Annotations
 	mint, maxt    int64
-	shard, shards uint64
+	shard, shards uint64            // of the hints
+	in            []bool            // shards that are wanted, see Shards
+	hash          []byte            // scratch
 	left          int               // series that may still be given; -1: all
 	heads         [][]fetch.Series  // each ascending in labels; what is left
 	snap          *history.Snapshot // says what is hidden of heads too; nil: nothing is
@@ -304,6 +306,12 @@ func (s *seriesSet) Next() bool {
 		}
 		if s.shards > 0 && labels.StableHash(ls)%s.shards != s.shard {
 			continue
+		}
+		if n := uint64(len(s.in)); n > 0 {
+			var k uint64
+			if k, s.hash = shardOf(ls, n, s.hash); !s.in[k] {
+				continue
+			}
 		}
 		if s.left > 0 {
 			s.left--

@@ -5,6 +5,7 @@ import (
 	"slices"
 	"sync/atomic"
 
+	"github.com/prometheus/common/model"
 	"github.com/prometheus/prometheus/model/labels"
 	"github.com/prometheus/prometheus/storage"
 	"github.com/prometheus/prometheus/util/annotations"
@@ -28,6 +29,7 @@ type Selection struct {
 	err      error
 	warnings annotations.Annotations
 	heads    [][]fetch.Series // of the ingesters, each ascending in labels
+	bytes    int64            // of these, about
 	snap     *history.Snapshot
 
 	series atomic.Int64 // the most that one set of them has given
@@ -86,6 +88,7 @@ func (s *Selection) open(ctx context.Context) {
 			}
 		}
 	}
+	s.bytes = bytes
 	account.From(ctx).AddHeadBytes(bytes)
 	account.From(ctx).Hold(bytes)
 	snap, err := s.q.snapshot(ctx, blocks(as), since)
@@ -112,6 +115,43 @@ func (s *Selection) Snapshot() *history.Snapshot { return s.snap }
 
 // Matchers of the selector; not to be changed.
 func (s *Selection) Matchers() []*labels.Matcher { return s.matchers }
+
+// HeadSeries is what a head has of a series.
+type HeadSeries = fetch.Series
+
+// HeadBytes is about what the heads have given, in bytes. Wait first.
+func (s *Selection) HeadBytes() int64 { return s.bytes }
+
+// HeadShards gives what heads have of each of n shards. Wait first.
+func (s *Selection) HeadShards(n uint64) [][][]HeadSeries {
+	out := make([][][]HeadSeries, n)
+	var buf []byte
+	for _, list := range s.heads {
+		of := make([][]HeadSeries, n)
+		for i := range list {
+			var k uint64
+			k, buf = shardOf(list[i].Labels, n, buf)
+			of[k] = append(of[k], list[i])
+		}
+		for k := range of {
+			if len(of[k]) > 0 {
+				out[k] = append(out[k], of[k])
+			}
+		}
+	}
+	return out
+}
+
+// Shards are some of the shards that series are in by the hash of their labels. Series
+// that only differ in metadata labels, such as the name, are in the same.
+type Shards struct {
+	In []bool // by number of the shard; empty: all series
+}
+
+func shardOf(ls labels.Labels, n uint64, buf []byte) (uint64, []byte) {
+	hash, buf := ls.HashWithoutLabels(buf, model.MetricNameLabel, model.MetricTypeLabel, model.MetricUnitLabel)
+	return hash % n, buf
+}
 
 // HeadTimes calls fn with the time of each chunk that a head has for the selector,
 // inclusive, in ms, in no order. Wait first.
@@ -141,7 +181,12 @@ func (s *Selection) AddSeries(series, samples int64) error {
 // summaries of those, if any are wanted. The caller keeps none of them. It begins to
 // read at once.
 func (s *Selection) Set(mint, maxt int64, sums *Summaries) storage.SeriesSet {
-	set := &seriesSet{ctx: s.ctx, ready: make(chan struct{}), account: account.From(s.ctx), of: s, streams: true, sums: sums}
+	return s.ShardSet(mint, maxt, sums, Shards{})
+}
+
+// ShardSet is Set of some shards of the series.
+func (s *Selection) ShardSet(mint, maxt int64, sums *Summaries, shards Shards) storage.SeriesSet {
+	set := &seriesSet{ctx: s.ctx, ready: make(chan struct{}), account: account.From(s.ctx), of: s, streams: true, sums: sums, in: shards.In}
 	s.q.mu.Lock()
 	defer s.q.mu.Unlock()
 	if s.q.closed {
@@ -184,11 +229,14 @@ func (s *Selection) read(ctx context.Context, set *seriesSet, mint, maxt int64) 
 	set.readHistory(ctx, s.snap, s.matchers)
 }
 
-// Historical gives series of history alone, from a snapshot, with samples in mint
-// to maxt, inclusive, in ms, or summaries of those, if any are wanted. It begins to
-// read before it returns.
-func Historical(ctx context.Context, snap *history.Snapshot, mint, maxt int64, sums *Summaries, ms []*labels.Matcher) storage.SeriesSet {
-	set := &seriesSet{ctx: ctx, ready: make(chan struct{}), mint: mint, maxt: maxt, left: -1, account: account.From(ctx), streams: true, sums: sums, snap: snap}
+// Historical gives series of a snapshot of history, and of what heads have for it, in
+// some shards, with samples in mint to maxt, inclusive, in ms, or summaries of those, if
+// any are wanted. It begins to read before it returns.
+func Historical(ctx context.Context, snap *history.Snapshot, mint, maxt int64, sums *Summaries, shards Shards, heads [][]HeadSeries, ms []*labels.Matcher) storage.SeriesSet {
+	set := &seriesSet{
+		ctx: ctx, ready: make(chan struct{}), mint: mint, maxt: maxt, left: -1, account: account.From(ctx), streams: true, sums: sums,
+		in: shards.In, heads: slices.Clone(heads), snap: snap,
+	}
 	close(set.ready)
 	set.readHistory(ctx, snap, ms)
 	return set

@@ -218,16 +218,16 @@ func gateways(t testing.TB, n int, run func(context.Context, *plan.Task) ([]byte
 	return pool
 }
 
-// parted is an engine that computes small parts, here and at two other gateways,
-// and keeps the results. runs counts the parts with results from there.
-func parted(t *testing.T, c *gatewaytest.Cluster, e *promql.Engine, o promql.EngineOpts, runs *atomic.Int64) *plan.Engine {
+// parted is an engine that computes small parts, or shards of the series, here and at
+// two other gateways, and keeps the results. runs counts those with results from there.
+func parted(t *testing.T, c *gatewaytest.Cluster, e *promql.Engine, o promql.EngineOpts, tight func(plan.Spread) plan.Spread, runs *atomic.Int64) *plan.Engine {
 	t.Helper()
 	spread := func() plan.Spread {
 		r, err := plan.NewResults(4<<20, nil, prometheus.NewRegistry())
 		if err != nil {
 			t.Fatal(err)
 		}
-		return plan.Tight(plan.Spread{TenantOf: tenantOf, Results: r})
+		return tight(plan.Spread{TenantOf: tenantOf, Results: r})
 	}
 	engine := plan.New(e, o, spread())
 	s := spread()
@@ -249,7 +249,8 @@ func TestAgreement(t *testing.T) {
 	all := dataset(t, rand.New(rand.NewSource(42)), s, 4)
 	day := gatewaytest.New(t, gatewaytest.Options{})
 	dataset(t, rand.New(rand.NewSource(43)), gatewaytest.NewShipped(day, gatewaytest.Splits[0], true), 24)
-	rolled := summarised(t, day).Storage
+	rolledCluster := summarised(t, day)
+	rolled := rolledCluster.Storage
 	type engines struct {
 		name  string
 		plain *promql.Engine
@@ -263,7 +264,7 @@ func TestAgreement(t *testing.T) {
 	defer none.Close()
 	old := merge.New(none, c.History, tenantOf)
 	var es []engines
-	var atWorkers atomic.Int64
+	var atWorkers, atShards atomic.Int64
 	for _, delayed := range []bool{false, true} {
 		for _, starts := range []bool{false, true} {
 			o := suiteOptions
@@ -272,8 +273,11 @@ func TestAgreement(t *testing.T) {
 			e := promqltest.NewTestEngineWithOpts(t, o)
 			name := fmt.Sprintf("delayed name removal %t, start timestamps %t", delayed, starts)
 			es = append(es, engines{name, e, plan.New(e, o, plan.Spread{}), s, false, false},
-				engines{name + ", parts", e, parted(t, c, e, o, &atWorkers), s, true, false},
-				engines{name + ", parts of history", e, parted(t, c, e, o, &atWorkers), old, true, false},
+				engines{name + ", parts", e, parted(t, c, e, o, plan.Tight, &atWorkers), s, true, false},
+				engines{name + ", parts of history", e, parted(t, c, e, o, plan.Tight, &atWorkers), old, true, false},
+				engines{name + ", shards", e, parted(t, c, e, o, plan.TightShards, &atShards), s, false, false},
+				engines{name + ", shards of history", e, parted(t, c, e, o, plan.TightShards, &atShards), old, false, false},
+				engines{name + ", shards of summaries", e, parted(t, rolledCluster, e, o, plan.TightShards, &atShards), rolled, false, true},
 				engines{name + ", summaries of all", e, plan.Summarised(plan.New(e, o, plan.Spread{})), s, false, true},
 				engines{name + ", summaries of blocks", e, plan.New(e, o, plan.Spread{}), rolled, false, true})
 		}
@@ -377,12 +381,12 @@ func TestAgreement(t *testing.T) {
 			}
 		}
 	}
-	t.Logf("%d queries with %d leaves, %d of summaries (%d windows read), %d parts at workers: %d differ; of %d the engine gave two results", *agreeN, leaves, ofSummaries, windows, atWorkers.Load(), failed, chance)
+	t.Logf("%d queries with %d leaves, %d of summaries (%d windows read), %d parts and %d shards at workers: %d differ; of %d the engine gave two results", *agreeN, leaves, ofSummaries, windows, atWorkers.Load(), atShards.Load(), failed, chance)
 	if chance > max(3, *agreeN/50) {
 		t.Errorf("%d results depend on chance: too many to tell", chance)
 	}
-	if *agreeN > 100 && atWorkers.Load() < int64(*agreeN)/10 {
-		t.Errorf("only %d parts were computed at workers: they aren't tested", atWorkers.Load())
+	if *agreeN > 100 && (atWorkers.Load() < int64(*agreeN)/10 || atShards.Load() < int64(*agreeN)/10) {
+		t.Errorf("only %d parts and %d shards were computed at workers: they aren't tested", atWorkers.Load(), atShards.Load())
 	}
 	if *agreeN > 100 && ofSummaries < *agreeN/10 || windows < 5*int64(*agreeN) {
 		t.Errorf("only %d leaves of summaries, and %d of those read: they aren't tested", ofSummaries, windows)
@@ -475,7 +479,7 @@ func TestPartsCount(t *testing.T) {
 			t.Errorf("%+v, %d bytes held, want most points of 8 series", cost, held)
 		}
 	}
-	cost, _, err := run(parted(t, c, inner, o, &atWorkers), 8)
+	cost, _, err := run(parted(t, c, inner, o, plan.Tight, &atWorkers), 8)
 	if err != nil {
 		t.Fatal(err)
 	}

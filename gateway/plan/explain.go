@@ -33,10 +33,11 @@ type LeafExplanation struct {
 	Steps   int            `json:"steps"`
 	Span    model.Duration `json:"span"` // of a part; 0: the leaf isn't cut
 	Parts   int            `json:"parts"`
+	Shards  int            `json:"shards"`    // of the series, in place of parts
 	Fresh   int            `json:"fresh"`     // parts that need samples of heads
 	Kept    int            `json:"kept"`      // parts whose results are at hand
-	Here    int            `json:"here"`      // other parts that this gateway would compute, fresh ones included
-	Others  int            `json:"elsewhere"` // parts that other gateways would compute
+	Here    int            `json:"here"`      // other parts, or shards, that this gateway would compute, fresh ones included
+	Others  int            `json:"elsewhere"` // parts or shards that other gateways would compute
 }
 
 // SelectExplanation is about a selector that the engine reads.
@@ -114,14 +115,27 @@ func (q *query) explain(ctx context.Context, e *Explanation) *promql.Result {
 			Window: model.Duration(time.Duration(l.width) * time.Millisecond), Windows: est.windows,
 			Span: model.Duration(time.Duration(w.span) * time.Millisecond), Parts: len(w.parts),
 		}
-		for i := range w.parts {
-			switch sp := &q.engine.spread; {
+		sp := &q.engine.spread
+		for i := range w.sharded {
+			if w.sharded[i].here {
+				one.Here++
+			} else {
+				one.Others++
+			}
+		}
+		if len(w.sharded) > 0 {
+			one.Shards, one.Parts = len(w.sharded), 0
+		} else if len(w.parts) > 1 {
+			w.keptParts(ctx, sp.TenantOf(ctx))
+		}
+		for i := range one.Parts {
+			switch {
 			case len(w.parts) == 1:
 				one.Here++
 			case w.fresh[i]:
 				one.Fresh++
 				one.Here++
-			case w.kept(i) != nil:
+			case w.out[i] != nil:
 				one.Kept++
 			case sp.Workers == nil || sp.Workers.Here(w.keys[i]):
 				one.Here++

@@ -7,6 +7,12 @@ func Tight(s Spread) Spread {
 	return s
 }
 
+// TightShards makes shards of all leaves that can be cut so.
+func TightShards(s Spread) Spread {
+	s.parting = parting{samples: 1}
+	return s
+}
+
 // Summarised makes an engine that summarises all samples, where summaries would do:
 // as if blocks and heads had such of everything.
 func Summarised(e *Engine) *Engine {

@@ -56,6 +56,20 @@ func copyOf(p *points) column {
 	return c
 }
 
+// newGroup has room for what the aggregation needs.
+func newGroup(op parser.ItemType, steps int) *group {
+	g := &group{n: make([]uint32, steps)}
+	switch op {
+	case parser.SUM, parser.AVG:
+		g.v, g.c = make([]float64, steps), make([]float64, steps)
+	case parser.STDDEV, parser.STDVAR:
+		g.v, g.mean = make([]float64, steps), make([]float64, steps)
+	case parser.MIN, parser.MAX, parser.QUANTILE:
+		g.v = make([]float64, steps)
+	}
+	return g
+}
+
 func newFold(l *Leaf) *fold {
 	f := &fold{
 		leaf: l, without: l.Agg.Without, steps: l.Grid.Len(), index: map[uint64]int{},
@@ -82,7 +96,8 @@ func (f *fold) group(series, ls labels.Labels) *group {
 	if i, ok := f.index[hash]; ok {
 		return f.groups[i]
 	}
-	g := &group{first: series, n: make([]uint32, f.steps)}
+	g := newGroup(f.leaf.Agg.Op, f.steps)
+	g.first = series
 	f.builder.Reset(ls)
 	switch {
 	case f.without:
@@ -94,14 +109,6 @@ func (f *fold) group(series, ls labels.Labels) *group {
 		g.labels = f.builder.Labels()
 	default:
 		g.labels = labels.EmptyLabels()
-	}
-	switch f.leaf.Agg.Op {
-	case parser.SUM, parser.AVG:
-		g.v, g.c = make([]float64, f.steps), make([]float64, f.steps)
-	case parser.STDDEV, parser.STDVAR:
-		g.v, g.mean = make([]float64, f.steps), make([]float64, f.steps)
-	case parser.MIN, parser.MAX, parser.QUANTILE:
-		g.v = make([]float64, f.steps)
 	}
 	f.index[hash] = len(f.groups)
 	f.groups = append(f.groups, g)
@@ -267,10 +274,19 @@ func (g *group) quantiles(phi float64) {
 	g.all = nil
 }
 
-// finish gives the results, in the engine's order.
-func (f *fold) finish(dropName bool) []partialSeries {
+// finish gives the results, in the engine's order; or those of a shard, if they can be
+// put together with others.
+func (f *fold) finish(dropName bool) ([]partialSeries, error) {
 	out := make([]partialSeries, 0, len(f.groups))
 	for _, g := range f.groups {
+		if f.leaf.shard {
+			ss, ok := f.shardSeries(g, dropName)
+			if !ok {
+				return nil, ErrGiveUp
+			}
+			out = append(out, ss...)
+			continue
+		}
 		if f.leaf.Agg.Op == parser.QUANTILE {
 			g.quantiles(f.phi)
 		}
@@ -288,7 +304,7 @@ func (f *fold) finish(dropName bool) []partialSeries {
 			out = append(out, partialSeries{s, g.first})
 		}
 	}
-	return out
+	return out, nil
 }
 
 func (g *group) value(op parser.ItemType, i int) float64 {

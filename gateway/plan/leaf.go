@@ -37,6 +37,9 @@ type Leaf struct {
 	plain bool
 	given bool // up: the engine computes it
 
+	// shard: of some series only. An aggregation gives what combine needs.
+	shard bool
+
 	params []float64
 	whole  parser.Expr            // what the leaf stood for at first
 	slot   *parser.ParenExpr      // what stands in the leaf's place

@@ -171,7 +171,8 @@ func runOver(ctx context.Context, l *Leaf, o options, set storage.SeriesSet, sum
 	for i := range ws {
 		total.merge(&ws[i].k.counts)
 	}
-	return &partial{series: r.finish(), counts: total, annos: r.annos}, nil
+	series, err := r.finish()
+	return &partial{series: series, counts: total, annos: r.annos}, err
 }
 
 // recovered is deferred in goroutines: as in the engine, a bug ends a query and not
@@ -309,14 +310,14 @@ func (r *result) bytes() int64 {
 	return point * r.held
 }
 
-func (r *result) finish() []partialSeries {
+func (r *result) finish() ([]partialSeries, error) {
 	switch {
 	case r.fold != nil:
 		return r.fold.finish(r.drops && r.opts.delayedNameRemoval)
 	case r.present != nil:
-		return absent(r.leaf, r.present)
+		return absent(r.leaf, r.present), nil
 	}
-	return r.series
+	return r.series, nil
 }
 
 // warnOfName says that a metric doesn't look like a counter, as the engine does.

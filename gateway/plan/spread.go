@@ -67,7 +67,11 @@ func (r *Results) count(from string, n int) {
 
 // Workers compute parts of leaves at other gateways.
 type Workers interface {
-	// Here says whether the caller is the gateway that the key falls to.
+	// Size is how many gateways there are, with the caller.
+	Size() int
+	// Owner names the gateway that the key falls to.
+	Owner(key Key) string
+	// Here says whether the caller is that.
 	Here(key Key) bool
 	// Run computes the part at the gateway that the key falls to, or at another if
 	// that fails. ErrHere: the caller is to compute it.
@@ -83,7 +87,7 @@ var ErrUnlike = errors.New("worker differs in version or options")
 
 // Version of tasks and of what they give. Gateways of different versions compute
 // their parts themselves.
-const Version = 4
+const Version = 5
 
 // Task is a part of a leaf for another gateway. It has the whole query: a leaf's
 // own text would change the meaning of start() and end(), and the places in
@@ -105,6 +109,11 @@ type Task struct {
 	Span, Number int64 // of the part; span in ms
 	From, To     int   // steps, To excluded
 
+	// With Shards it is not a part, but of all steps of the leaf the Shard-th shard of the
+	// series, counted from 0.
+	Shard, Shards int
+	Heads         [][]merge.HeadSeries // what heads have of the shard
+
 	// Blocks that the query reads and the part may need.
 	Blocks []history.Block
 	// Hidden is what of them isn't to be read.
@@ -117,10 +126,14 @@ func (q *query) leaf(ctx context.Context, i int, sel *merge.Selection) (*partial
 	if err != nil {
 		return nil, err
 	}
-	if len(w.parts) < 2 {
+	if len(w.parts) < 2 && w.sharded == nil {
 		return w.here(ctx, 0, w.l.Grid.Len())
 	}
-	p, err := w.run(ctx)
+	run := w.run
+	if w.sharded != nil {
+		run = w.runShards
+	}
+	p, err := run(ctx)
 	if p != nil {
 		p.annos.Merge(sel.Warnings())
 	}
@@ -161,7 +174,7 @@ func (q *query) part(ctx context.Context, i int, sel *merge.Selection) (_ *work,
 	if sel.Snapshot() == nil || sp.Results == nil && sp.Workers == nil {
 		return w, e, nil
 	}
-	if l.Grid.Len() < 2 && explanationOf(ctx) == nil {
+	if l.Grid.Len() < 2 && explanationOf(ctx) == nil && (sp.Workers == nil || sp.Workers.Size() < 2 || !l.shardable()) {
 		return w, e, nil
 	}
 	e, err := l.estimate(ctx, sel)
@@ -173,6 +186,7 @@ func (q *query) part(ctx context.Context, i int, sel *merge.Selection) (_ *work,
 	w.fresh = make([]bool, len(w.parts))
 	w.out = make([]*partial, len(w.parts))
 	if len(w.parts) < 2 {
+		w.sharded = w.shards(sp.TenantOf(ctx), e.cost())
 		return w, e, nil
 	}
 	sel.HeadTimes(func(mint, maxt int64) {
@@ -201,6 +215,8 @@ type work struct {
 	parts []part
 	fresh []bool // heads have samples for it
 	keys  []Key  // of the others
+
+	sharded []shard // in place of parts; nil: none
 
 	mu  sync.Mutex
 	out []*partial
@@ -274,9 +290,19 @@ func (w *work) grid(i int) Grid { return w.l.only(w.parts[i].from, w.parts[i].to
 
 // recall gets the results that are kept: in memory, else in memcached.
 func (w *work) recall(ctx context.Context, tenant string) {
+	kept, near := w.keptParts(ctx, tenant)
+	w.q.engine.spread.Results.count("kept", kept)
+	w.q.engine.spread.Results.count("memcached", near)
+	account.From(ctx).AddParts(kept, 0, 0)
+	account.From(ctx).AddMemcachedParts(near)
+}
+
+// keptParts gets the results that are in memory, and those that are in memcached, and
+// says how many these are.
+func (w *work) keptParts(ctx context.Context, tenant string) (kept, near int) {
 	r := w.q.engine.spread.Results
 	if r == nil {
-		return
+		return 0, 0
 	}
 	var absent []int
 	for i := range w.parts {
@@ -285,9 +311,10 @@ func (w *work) recall(ctx context.Context, tenant string) {
 		}
 		if w.out[i] = w.kept(i); w.out[i] == nil {
 			absent = append(absent, i)
+		} else {
+			kept++
 		}
 	}
-	near := 0
 	keys, grids := make([]Key, len(absent)), make([]Grid, len(absent))
 	for j, i := range absent {
 		keys[j], grids[j] = w.keys[i], w.grid(i)
@@ -298,21 +325,11 @@ func (w *work) recall(ctx context.Context, tenant string) {
 			near++
 		}
 	}
-	kept := 0
-	for i := range w.out {
-		if w.out[i] != nil {
-			kept++
-		}
-	}
-	r.count("kept", kept-near)
-	r.count("memcached", near)
-	account.From(ctx).AddParts(kept-near, 0, 0)
-	account.From(ctx).AddMemcachedParts(near)
+	return kept, near
 }
 
-// elsewhere lets a worker compute a part. It leaves it out if none can.
-func (w *work) elsewhere(ctx context.Context, tenant string, i int) error {
-	p := w.parts[i]
+// task for another gateway, with the blocks that have samples in mint to maxt.
+func (w *work) task(tenant string, mint, maxt int64) *Task {
 	q := w.q
 	t := &Task{
 		Tenant: tenant, Query: q.String(), Start: q.stmt.Start.UnixMilli(), End: q.stmt.End.UnixMilli(),
@@ -320,15 +337,23 @@ func (w *work) elsewhere(ctx context.Context, tenant string, i int) error {
 		StartTimestamps: q.opts.startTimestamps, DelayedNameRemoval: q.opts.delayedNameRemoval,
 		TypeAndUnitLabels: q.opts.typeAndUnitLabels, MaxSamples: q.opts.maxSamples,
 		Leaf: w.leaf, Split: w.l.Agg == nil && w.l.whole != w.l.expr(),
-		Span: w.span, Number: p.number, From: p.from, To: p.to,
+		Hidden: w.sel.Snapshot().Hidden.Within(mint, maxt),
 	}
-	mint, maxt := w.l.reads(w.span, p.number)
 	for _, b := range w.sel.Snapshot().Blocks {
 		if b.Overlaps(mint, maxt) {
 			t.Blocks = append(t.Blocks, b)
 		}
 	}
-	t.Hidden = w.sel.Snapshot().Hidden.Within(mint, maxt)
+	return t
+}
+
+// elsewhere lets a worker compute a part. It leaves it out if none can.
+func (w *work) elsewhere(ctx context.Context, tenant string, i int) error {
+	p := w.parts[i]
+	q := w.q
+	mint, maxt := w.l.reads(w.span, p.number)
+	t := w.task(tenant, mint, maxt)
+	t.Span, t.Number, t.From, t.To = w.span, p.number, p.from, p.to
 	b, err := q.engine.spread.Workers.Run(ctx, w.keys[i], t)
 	switch {
 	case errors.Is(err, ErrHere), errors.Is(err, ErrUnlike):
@@ -497,6 +522,9 @@ func (e *Engine) Work(ctx context.Context, h *history.History, t *Task) ([]byte,
 	if t.Split && !l.split() || t.From < 0 || t.From >= t.To || t.To > l.Grid.Len() {
 		return nil, ErrUnlike
 	}
+	if t.Shards > 0 {
+		return e.workShard(ctx, h, q, l, t)
+	}
 	// What is kept is kept as of the part that the task names.
 	if t.Span <= 0 || floorDiv(l.Grid.At(t.From), t.Span) != t.Number || floorDiv(l.Grid.At(t.To-1), t.Span) != t.Number {
 		return nil, ErrUnlike
@@ -514,7 +542,7 @@ func (e *Engine) Work(ctx context.Context, h *history.History, t *Task) ([]byte,
 	defer cancel()
 	snap := h.Open(t.Tenant, only.mint(), only.maxt(), t.Blocks, t.Hidden)
 	p, err := run(ctx, only, q.opts, func(sums *merge.Summaries) storage.SeriesSet {
-		return merge.Historical(ctx, snap, only.mint(), only.maxt(), sums, l.Selector.LabelMatchers)
+		return merge.Historical(ctx, snap, only.mint(), only.maxt(), sums, merge.Shards{}, nil, l.Selector.LabelMatchers)
 	}, 1)
 	if err != nil {
 		return nil, err
@@ -527,3 +555,32 @@ func (e *Engine) Work(ctx context.Context, h *history.History, t *Task) ([]byte,
 	p.annos = tell(p.annos, t.Query)
 	return p.marshal(only.Grid)
 }
+
+// workShard computes the task of a shard, of which nothing is kept: it is of one query.
+func (e *Engine) workShard(ctx context.Context, h *history.History, q *query, l *Leaf, t *Task) ([]byte, error) {
+	if !l.shardable() || t.From != 0 || t.To != l.Grid.Len() || t.Shard < 0 || t.Shard >= t.Shards || t.Shards > maxShards || l.Grid.Len() > maxShardSteps {
+		return nil, ErrUnlike
+	}
+	q.opts.maxSamples = min(q.opts.maxSamples, t.MaxSamples)
+	ctx, cancel := context.WithTimeout(ctx, e.opts.Timeout)
+	defer cancel()
+	only := *l
+	only.shard = true
+	in := make([]bool, t.Shards)
+	in[t.Shard] = true
+	snap := h.Open(t.Tenant, l.mint(), l.maxt(), t.Blocks, t.Hidden)
+	p, err := run(ctx, &only, q.opts, func(sums *merge.Summaries) storage.SeriesSet {
+		return merge.Historical(ctx, snap, l.mint(), l.maxt(), sums, merge.Shards{In: in}, t.Heads, l.Selector.LabelMatchers)
+	}, 1)
+	if err != nil {
+		return nil, err
+	}
+	p.annos = tell(p.annos, t.Query)
+	return p.marshal(l.Grid)
+}
+
+// Bounds on what a task may ask for.
+const (
+	maxShards     = 1 << 12
+	maxShardSteps = 11_000 // as of a range query
+)

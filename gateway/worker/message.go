@@ -7,12 +7,14 @@ import (
 
 	"github.com/oklog/ulid/v2"
 	"github.com/prometheus/prometheus/model/labels"
+	"github.com/prometheus/prometheus/tsdb/chunkenc"
 
 	"github.com/epimetheus-tsdb/epimetheus/chunkfmt"
 	"github.com/epimetheus-tsdb/epimetheus/gateway/plan"
 	"github.com/epimetheus-tsdb/epimetheus/gateway/worker/workpb"
 	"github.com/epimetheus-tsdb/epimetheus/history"
 	"github.com/epimetheus-tsdb/epimetheus/history/index"
+	"github.com/epimetheus-tsdb/epimetheus/ingest/fetch"
 )
 
 //nolint:gosec // numbers of leaves and steps, levels
@@ -33,6 +35,19 @@ func request(t *plan.Task) *workpb.RunRequest {
 			out.Ranges = append(out.Ranges, x.MinT, x.MaxT)
 		}
 		r.Blocks[i] = out
+	}
+	r.Shard, r.Shards = uint32(t.Shard), uint32(t.Shards)
+	for _, list := range t.Heads {
+		out := &workpb.HeadList{Series: make([]*workpb.HeadSeries, len(list))}
+		for i := range list {
+			s := &workpb.HeadSeries{}
+			list[i].Labels.Range(func(l labels.Label) { s.Labels = append(s.Labels, l.Name, l.Value) })
+			for _, c := range list[i].Chunks {
+				s.Chunks = append(s.Chunks, &workpb.HeadChunk{Encoding: uint32(c.Encoding), Mint: c.MinT, Maxt: c.MaxT, Data: c.Data})
+			}
+			out.Series[i] = s
+		}
+		r.Heads = append(r.Heads, out)
 	}
 	if h := t.Hidden; h != nil {
 		r.Before, r.BeforeShort, r.BeforeLong = &h.Before.Raw, &h.Before.Short, &h.Before.Long
@@ -75,6 +90,33 @@ func hidden(r *workpb.RunRequest) (*history.Hidden, error) {
 	return history.NewHidden(ds, before), nil
 }
 
+// heads reads what heads have.
+func heads(r *workpb.RunRequest) ([][]fetch.Series, error) {
+	var out [][]fetch.Series
+	for _, l := range r.GetHeads() {
+		list := make([]fetch.Series, len(l.GetSeries()))
+		for i, s := range l.GetSeries() {
+			var err error
+			if list[i].Labels, err = fetch.ToLabels(s.GetLabels()); err != nil {
+				return nil, err
+			}
+			if i > 0 && labels.Compare(list[i-1].Labels, list[i].Labels) >= 0 {
+				return nil, fmt.Errorf("series %s of a head after %s", list[i].Labels, list[i-1].Labels)
+			}
+			for _, c := range s.GetChunks() {
+				if c.GetEncoding() > math.MaxUint8 || c.GetMint() > c.GetMaxt() {
+					return nil, fmt.Errorf("chunk of encoding %d from %d to %d ms", c.GetEncoding(), c.GetMint(), c.GetMaxt())
+				}
+				list[i].Chunks = append(list[i].Chunks, fetch.Chunk{
+					Encoding: chunkenc.Encoding(c.GetEncoding()), MinT: c.GetMint(), MaxT: c.GetMaxt(), Data: c.GetData(),
+				})
+			}
+		}
+		out = append(out, list)
+	}
+	return out, nil
+}
+
 // task reads a request. What it says of objects is checked when they are read.
 func task(r *workpb.RunRequest) (*plan.Task, error) {
 	t := &plan.Task{
@@ -82,10 +124,11 @@ func task(r *workpb.RunRequest) (*plan.Task, error) {
 		StartTimestamps: r.GetStartTimestamps(), DelayedNameRemoval: r.GetDelayedNameRemoval(), TypeAndUnitLabels: r.GetTypeAndUnitLabels(),
 		MaxSamples: int(r.GetMaxSamples()), Leaf: int(r.GetLeaf()), Split: r.GetSplit(), Span: r.GetSpan(), Number: r.GetNumber(),
 		From: int(r.GetFrom()), To: int(r.GetTo()), Blocks: make([]history.Block, len(r.GetBlocks())),
+		Shard: int(r.GetShard()), Shards: int(r.GetShards()),
 	}
 	const most = math.MaxInt64 / int64(time.Millisecond)
-	if t.Step < 0 || t.Step > most || t.Lookback < 0 || t.Lookback > most || t.Span <= 0 || t.Span > most {
-		return nil, fmt.Errorf("step %d, lookback %d, span %d: want 0 to %d ms, and the span not 0", t.Step, t.Lookback, t.Span, most)
+	if t.Step < 0 || t.Step > most || t.Lookback < 0 || t.Lookback > most || t.Span < 0 || t.Span > most || (t.Span == 0) != (t.Shards > 0) {
+		return nil, fmt.Errorf("step %d, lookback %d, span %d, %d shards: want 0 to %d ms, and a span or shards", t.Step, t.Lookback, t.Span, t.Shards, most)
 	}
 	for i, b := range r.GetBlocks() {
 		out := &t.Blocks[i]
@@ -102,6 +145,9 @@ func task(r *workpb.RunRequest) (*plan.Task, error) {
 		}
 	}
 	var err error
+	if t.Heads, err = heads(r); err != nil {
+		return nil, err
+	}
 	t.Hidden, err = hidden(r)
 	return t, err
 }

@@ -104,6 +104,12 @@ func (p *Pool) inLine(key plan.Key) []Peer {
 	return out
 }
 
+// Size implements plan.Workers.
+func (p *Pool) Size() int { return len(p.inLine(plan.Key{})) }
+
+// Owner implements plan.Workers.
+func (p *Pool) Owner(key plan.Key) string { return p.inLine(key)[0].ID }
+
 // Here implements plan.Workers.
 func (p *Pool) Here(key plan.Key) bool { return p.inLine(key)[0].ID == p.self }
 

@@ -144,7 +144,7 @@ func (c *Client) whole(ctx context.Context, q Query) ([]Series, Header, error) {
 			}
 		}
 		for _, s := range m.Series {
-			ls, err := toLabels(s.Labels)
+			ls, err := ToLabels(s.Labels)
 			if err != nil {
 				return nil, hd, err
 			}
@@ -192,13 +192,13 @@ func (c *Client) Exemplars(ctx context.Context, tenant string, mint, maxt int64,
 	}
 	var out []chunkfmt.Series
 	for _, s := range resp.Series {
-		ls, err := toLabels(s.Labels)
+		ls, err := ToLabels(s.Labels)
 		if err != nil {
 			return nil, hd, err
 		}
 		one := chunkfmt.Series{Labels: ls}
 		for _, e := range s.Exemplars {
-			els, err := toLabels(e.Labels)
+			els, err := ToLabels(e.Labels)
 			if err != nil {
 				return nil, hd, err
 			}
@@ -299,7 +299,8 @@ func toHeader(p *fetchpb.Header) (Header, error) {
 	return h, nil
 }
 
-func toLabels(ss []string) (labels.Labels, error) {
+// ToLabels reads name, value, name, value, … as messages have them.
+func ToLabels(ss []string) (labels.Labels, error) {
 	if len(ss)%2 != 0 {
 		return labels.EmptyLabels(), fmt.Errorf("%w: label name without value", errProtocol)
 	}

@@ -302,7 +302,10 @@ func readNewest(t *testing.T, h *Head, tenant string, mint, maxt int64, bytes in
 			if labels.Compare(last, ls) >= 0 {
 				t.Fatalf("%s after %s", ls, last)
 			}
-			chunks[ls.String()] = append(chunks[ls.String()], c.Chunks[from:from+c.Counts[i]]...)
+			for _, x := range c.Chunks[from : from+c.Counts[i]] {
+				x.Data = slices.Clone(x.Data)
+				chunks[ls.String()] = append(chunks[ls.String()], x)
+			}
 			from += c.Counts[i]
 			last = ls
 			i++

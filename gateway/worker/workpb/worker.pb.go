@@ -286,8 +286,12 @@ type RunRequest struct {
 	Before             *int64                 `protobuf:"zigzag64,20,opt,name=before,proto3,oneof" json:"before,omitempty"`                              // ms; samples before it are past the retention
 	BeforeShort        *int64                 `protobuf:"zigzag64,21,opt,name=before_short,json=beforeShort,proto3,oneof" json:"before_short,omitempty"` // ms; windows of 5 minutes that begin before it are
 	BeforeLong         *int64                 `protobuf:"zigzag64,22,opt,name=before_long,json=beforeLong,proto3,oneof" json:"before_long,omitempty"`    // ms; windows of an hour that begin before it are
-	unknownFields      protoimpl.UnknownFields
-	sizeCache          protoimpl.SizeCache
+	// With shards, of all steps of the leaf this shard of the series; there is no span.
+	Shard         uint32      `protobuf:"varint,23,opt,name=shard,proto3" json:"shard,omitempty"`
+	Shards        uint32      `protobuf:"varint,24,opt,name=shards,proto3" json:"shards,omitempty"`
+	Heads         []*HeadList `protobuf:"bytes,25,rep,name=heads,proto3" json:"heads,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *RunRequest) Reset() {
@@ -474,6 +478,192 @@ func (x *RunRequest) GetBeforeLong() int64 {
 	return 0
 }
 
+func (x *RunRequest) GetShard() uint32 {
+	if x != nil {
+		return x.Shard
+	}
+	return 0
+}
+
+func (x *RunRequest) GetShards() uint32 {
+	if x != nil {
+		return x.Shards
+	}
+	return 0
+}
+
+func (x *RunRequest) GetHeads() []*HeadList {
+	if x != nil {
+		return x.Heads
+	}
+	return nil
+}
+
+// What a head has of a shard, ascending in labels: as in the fetch protocol.
+type HeadList struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Series        []*HeadSeries          `protobuf:"bytes,1,rep,name=series,proto3" json:"series,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *HeadList) Reset() {
+	*x = HeadList{}
+	mi := &file_worker_worker_proto_msgTypes[4]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *HeadList) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*HeadList) ProtoMessage() {}
+
+func (x *HeadList) ProtoReflect() protoreflect.Message {
+	mi := &file_worker_worker_proto_msgTypes[4]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use HeadList.ProtoReflect.Descriptor instead.
+func (*HeadList) Descriptor() ([]byte, []int) {
+	return file_worker_worker_proto_rawDescGZIP(), []int{4}
+}
+
+func (x *HeadList) GetSeries() []*HeadSeries {
+	if x != nil {
+		return x.Series
+	}
+	return nil
+}
+
+type HeadSeries struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Labels        []string               `protobuf:"bytes,1,rep,name=labels,proto3" json:"labels,omitempty"`
+	Chunks        []*HeadChunk           `protobuf:"bytes,2,rep,name=chunks,proto3" json:"chunks,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *HeadSeries) Reset() {
+	*x = HeadSeries{}
+	mi := &file_worker_worker_proto_msgTypes[5]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *HeadSeries) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*HeadSeries) ProtoMessage() {}
+
+func (x *HeadSeries) ProtoReflect() protoreflect.Message {
+	mi := &file_worker_worker_proto_msgTypes[5]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use HeadSeries.ProtoReflect.Descriptor instead.
+func (*HeadSeries) Descriptor() ([]byte, []int) {
+	return file_worker_worker_proto_rawDescGZIP(), []int{5}
+}
+
+func (x *HeadSeries) GetLabels() []string {
+	if x != nil {
+		return x.Labels
+	}
+	return nil
+}
+
+func (x *HeadSeries) GetChunks() []*HeadChunk {
+	if x != nil {
+		return x.Chunks
+	}
+	return nil
+}
+
+type HeadChunk struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Encoding      uint32                 `protobuf:"varint,1,opt,name=encoding,proto3" json:"encoding,omitempty"`
+	Mint          int64                  `protobuf:"zigzag64,2,opt,name=mint,proto3" json:"mint,omitempty"` // ms
+	Maxt          int64                  `protobuf:"zigzag64,3,opt,name=maxt,proto3" json:"maxt,omitempty"`
+	Data          []byte                 `protobuf:"bytes,4,opt,name=data,proto3" json:"data,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *HeadChunk) Reset() {
+	*x = HeadChunk{}
+	mi := &file_worker_worker_proto_msgTypes[6]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *HeadChunk) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*HeadChunk) ProtoMessage() {}
+
+func (x *HeadChunk) ProtoReflect() protoreflect.Message {
+	mi := &file_worker_worker_proto_msgTypes[6]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use HeadChunk.ProtoReflect.Descriptor instead.
+func (*HeadChunk) Descriptor() ([]byte, []int) {
+	return file_worker_worker_proto_rawDescGZIP(), []int{6}
+}
+
+func (x *HeadChunk) GetEncoding() uint32 {
+	if x != nil {
+		return x.Encoding
+	}
+	return 0
+}
+
+func (x *HeadChunk) GetMint() int64 {
+	if x != nil {
+		return x.Mint
+	}
+	return 0
+}
+
+func (x *HeadChunk) GetMaxt() int64 {
+	if x != nil {
+		return x.Maxt
+	}
+	return 0
+}
+
+func (x *HeadChunk) GetData() []byte {
+	if x != nil {
+		return x.Data
+	}
+	return nil
+}
+
 type RunResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Result        []byte                 `protobuf:"bytes,1,opt,name=result,proto3" json:"result,omitempty"`
@@ -483,7 +673,7 @@ type RunResponse struct {
 
 func (x *RunResponse) Reset() {
 	*x = RunResponse{}
-	mi := &file_worker_worker_proto_msgTypes[4]
+	mi := &file_worker_worker_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -495,7 +685,7 @@ func (x *RunResponse) String() string {
 func (*RunResponse) ProtoMessage() {}
 
 func (x *RunResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_worker_worker_proto_msgTypes[4]
+	mi := &file_worker_worker_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -508,7 +698,7 @@ func (x *RunResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RunResponse.ProtoReflect.Descriptor instead.
 func (*RunResponse) Descriptor() ([]byte, []int) {
-	return file_worker_worker_proto_rawDescGZIP(), []int{4}
+	return file_worker_worker_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *RunResponse) GetResult() []byte {
@@ -542,7 +732,7 @@ const file_worker_worker_proto_rawDesc = "" +
 	"\aMatcher\x12\x12\n" +
 	"\x04type\x18\x01 \x01(\rR\x04type\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\x14\n" +
-	"\x05value\x18\x03 \x01(\tR\x05value\"\xdb\x05\n" +
+	"\x05value\x18\x03 \x01(\tR\x05value\"\xbd\x06\n" +
 	"\n" +
 	"RunRequest\x12\x18\n" +
 	"\aversion\x18\x01 \x01(\rR\aversion\x12\x16\n" +
@@ -569,10 +759,24 @@ const file_worker_worker_proto_rawDesc = "" +
 	"\x06before\x18\x14 \x01(\x12H\x00R\x06before\x88\x01\x01\x12&\n" +
 	"\fbefore_short\x18\x15 \x01(\x12H\x01R\vbeforeShort\x88\x01\x01\x12$\n" +
 	"\vbefore_long\x18\x16 \x01(\x12H\x02R\n" +
-	"beforeLong\x88\x01\x01B\t\n" +
+	"beforeLong\x88\x01\x01\x12\x14\n" +
+	"\x05shard\x18\x17 \x01(\rR\x05shard\x12\x16\n" +
+	"\x06shards\x18\x18 \x01(\rR\x06shards\x122\n" +
+	"\x05heads\x18\x19 \x03(\v2\x1c.epimetheus.work.v1.HeadListR\x05headsB\t\n" +
 	"\a_beforeB\x0f\n" +
 	"\r_before_shortB\x0e\n" +
-	"\f_before_long\"%\n" +
+	"\f_before_long\"B\n" +
+	"\bHeadList\x126\n" +
+	"\x06series\x18\x01 \x03(\v2\x1e.epimetheus.work.v1.HeadSeriesR\x06series\"[\n" +
+	"\n" +
+	"HeadSeries\x12\x16\n" +
+	"\x06labels\x18\x01 \x03(\tR\x06labels\x125\n" +
+	"\x06chunks\x18\x02 \x03(\v2\x1d.epimetheus.work.v1.HeadChunkR\x06chunks\"c\n" +
+	"\tHeadChunk\x12\x1a\n" +
+	"\bencoding\x18\x01 \x01(\rR\bencoding\x12\x12\n" +
+	"\x04mint\x18\x02 \x01(\x12R\x04mint\x12\x12\n" +
+	"\x04maxt\x18\x03 \x01(\x12R\x04maxt\x12\x12\n" +
+	"\x04data\x18\x04 \x01(\fR\x04data\"%\n" +
 	"\vRunResponse\x12\x16\n" +
 	"\x06result\x18\x01 \x01(\fR\x06result2N\n" +
 	"\x04Work\x12F\n" +
@@ -590,25 +794,31 @@ func file_worker_worker_proto_rawDescGZIP() []byte {
 	return file_worker_worker_proto_rawDescData
 }
 
-var file_worker_worker_proto_msgTypes = make([]protoimpl.MessageInfo, 5)
+var file_worker_worker_proto_msgTypes = make([]protoimpl.MessageInfo, 8)
 var file_worker_worker_proto_goTypes = []any{
 	(*Block)(nil),       // 0: epimetheus.work.v1.Block
 	(*Deletion)(nil),    // 1: epimetheus.work.v1.Deletion
 	(*Matcher)(nil),     // 2: epimetheus.work.v1.Matcher
 	(*RunRequest)(nil),  // 3: epimetheus.work.v1.RunRequest
-	(*RunResponse)(nil), // 4: epimetheus.work.v1.RunResponse
+	(*HeadList)(nil),    // 4: epimetheus.work.v1.HeadList
+	(*HeadSeries)(nil),  // 5: epimetheus.work.v1.HeadSeries
+	(*HeadChunk)(nil),   // 6: epimetheus.work.v1.HeadChunk
+	(*RunResponse)(nil), // 7: epimetheus.work.v1.RunResponse
 }
 var file_worker_worker_proto_depIdxs = []int32{
 	2, // 0: epimetheus.work.v1.Deletion.matchers:type_name -> epimetheus.work.v1.Matcher
 	0, // 1: epimetheus.work.v1.RunRequest.blocks:type_name -> epimetheus.work.v1.Block
 	1, // 2: epimetheus.work.v1.RunRequest.deletions:type_name -> epimetheus.work.v1.Deletion
-	3, // 3: epimetheus.work.v1.Work.Run:input_type -> epimetheus.work.v1.RunRequest
-	4, // 4: epimetheus.work.v1.Work.Run:output_type -> epimetheus.work.v1.RunResponse
-	4, // [4:5] is the sub-list for method output_type
-	3, // [3:4] is the sub-list for method input_type
-	3, // [3:3] is the sub-list for extension type_name
-	3, // [3:3] is the sub-list for extension extendee
-	0, // [0:3] is the sub-list for field type_name
+	4, // 3: epimetheus.work.v1.RunRequest.heads:type_name -> epimetheus.work.v1.HeadList
+	5, // 4: epimetheus.work.v1.HeadList.series:type_name -> epimetheus.work.v1.HeadSeries
+	6, // 5: epimetheus.work.v1.HeadSeries.chunks:type_name -> epimetheus.work.v1.HeadChunk
+	3, // 6: epimetheus.work.v1.Work.Run:input_type -> epimetheus.work.v1.RunRequest
+	7, // 7: epimetheus.work.v1.Work.Run:output_type -> epimetheus.work.v1.RunResponse
+	7, // [7:8] is the sub-list for method output_type
+	6, // [6:7] is the sub-list for method input_type
+	6, // [6:6] is the sub-list for extension type_name
+	6, // [6:6] is the sub-list for extension extendee
+	0, // [0:6] is the sub-list for field type_name
 }
 
 func init() { file_worker_worker_proto_init() }
@@ -623,7 +833,7 @@ func file_worker_worker_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_worker_worker_proto_rawDesc), len(file_worker_worker_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   5,
+			NumMessages:   8,
 			NumExtensions: 0,
 			NumServices:   1,
 		},
