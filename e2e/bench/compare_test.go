@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"maps"
 	"math"
 	"net/http"
 	"net/url"
@@ -135,9 +136,7 @@ func (s *system) ask(ctx context.Context, q *asked, start, end time.Time, more u
 		form.Set("step", strconv.Itoa(int(q.step.Seconds())))
 	}
 	for _, m := range []url.Values{s.form, more} {
-		for k, v := range m {
-			form[k] = v
-		}
+		maps.Copy(form, m)
 	}
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, s.url+"/api/v1/"+path+"?"+form.Encode(), nil)
 	if err != nil {

@@ -44,7 +44,8 @@ func (i *ingester) Read(req *fetchpb.ReadRequest, ss fetchpb.Fetch_ReadServer) e
 	}
 	for _, c := range []Columns{
 		{Generation: 1, Refs: []uint32{0, 2}, Counts: []uint32{2, 1}, Chunks: []Chunk{
-			{Encoding: chunkenc.EncXOR2, MinT: 1100, MaxT: 1200, Data: []byte("first")}, {Encoding: chunkenc.EncXOR, MinT: 900, MaxT: 1000, Data: []byte("2nd")},
+			{Encoding: chunkenc.EncXOR2, MinT: 1100, MaxT: 1200, Data: []byte("first")},
+			{Encoding: chunkenc.EncXOR, MinT: 900, MaxT: 1000, Data: []byte("2nd")},
 			{Encoding: Sample, MinT: 1500, MaxT: 1500, Data: []byte("12345678")},
 		}},
 		{Generation: 1, Refs: []uint32{3}, Counts: []uint32{0}},
