@@ -14,6 +14,7 @@ import (
 
 	gocmp "github.com/google/go-cmp/cmp"
 	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/prometheus/model/labels"
 	"github.com/stretchr/testify/require"
 
 	"github.com/epimetheus-tsdb/epimetheus/gateway"
@@ -111,6 +112,23 @@ func TestDeletionLikePrometheus(t *testing.T) {
 	jobs := request{path: "/series", params: "match[]=up"}
 	require.NotContains(t, jobs.ask(t, c, other).Body, "job-0")
 	require.Contains(t, jobs.ask(t, c, other).Body, "job-1")
+}
+
+// Where the newest sample of a head is deleted, the one before shows.
+func TestDeletionOfNewest(t *testing.T) {
+	c := gatewaytest.New(t, gatewaytest.Options{})
+	var ss []gatewaytest.Sample
+	for i := range int64(4) {
+		ss = append(ss, gatewaytest.Sample{Labels: labels.FromStrings("__name__", "x", "job", "a"), T: start + i*15_000, V: float64(10 + i)})
+	}
+	require.NoError(t, c.Shipper(gateway.DefaultTenant).Send(t.Context(), ss...))
+	url := serve(t, newAPI(t, c, gateway.Options{Deletions: c.History}))
+	at := func(ms int64) string { return fmt.Sprintf("%d.%03d", ms/1000, ms%1000) }
+	sum := request{path: "/query", params: "query=sum(x)&time=" + at(start+60_000)}
+	require.Contains(t, sum.ask(t, client(t), url).Body, `"13"`)
+	del := request{method: http.MethodPost, path: "/admin/tsdb/delete_series", params: "match[]=x&start=" + at(start+40_000)}
+	require.Equal(t, http.StatusNoContent, del.ask(t, client(t), url).Status)
+	require.Contains(t, sum.ask(t, client(t), url).Body, `"12"`)
 }
 
 // TestDeletionsListed: deletions are listed and cancelled, by tenant.

@@ -131,6 +131,11 @@ func NewHidden(ds []index.Deletion, before Horizons) *Hidden {
 	return h
 }
 
+// Deletes says whether a deletion is about mint to maxt, inclusive, in ms.
+func (h *Hidden) Deletes(mint, maxt int64) bool {
+	return h != nil && slices.ContainsFunc(h.Deletions, func(d index.Deletion) bool { return d.Overlaps(mint, maxt) })
+}
+
 // Within is what is hidden of mint to maxt, both included, in ms; nil if nothing is.
 func (h *Hidden) Within(mint, maxt int64) *Hidden {
 	if h == nil {

@@ -4,7 +4,9 @@ import (
 	"context"
 	"slices"
 	"sync/atomic"
+	"time"
 
+	"github.com/oklog/ulid/v2"
 	"github.com/prometheus/common/model"
 	"github.com/prometheus/prometheus/model/labels"
 	"github.com/prometheus/prometheus/storage"
@@ -66,14 +68,30 @@ func (s *Selection) open(ctx context.Context) {
 		labelsOnly = !hides
 	}
 	fq := fetch.Query{Tenant: tenant, MinT: s.mint, MaxT: s.maxt, Matchers: s.matchers, LabelsOnly: labelsOnly, Newest: s.newest}
-	as, since, warnings, err := ask(ctx, s.q.s.heads, tenant, func(ctx context.Context, c *fetch.Client) ([][]fetch.Series, fetch.Header, error) {
-		return c.Select(ctx, fq)
+	must, since, err := s.ask(ctx, fq)
+	if err == nil {
+		s.snap, err = s.q.snapshot(ctx, must, since)
+	}
+	if err == nil && fq.Newest && s.snap.Hidden.Deletes(s.mint, s.maxt) {
+		// The newest may be deleted, and the one before not. The blocks that are listed will
+		// do, see snapshot.
+		fq.Newest = false
+		_, _, err = s.ask(ctx, fq)
+	}
+	s.err = class(ctx, err)
+}
+
+// ask asks the heads. It gives the blocks that they name, and when these have to be
+// listed at the earliest.
+func (s *Selection) ask(ctx context.Context, q fetch.Query) (must []ulid.ULID, since time.Time, _ error) {
+	as, since, warnings, err := ask(ctx, s.q.s.heads, q.Tenant, func(ctx context.Context, c *fetch.Client) ([][]fetch.Series, fetch.Header, error) {
+		return c.Select(ctx, q)
 	})
 	if err != nil {
-		s.err = class(ctx, err)
-		return
+		return nil, since, err
 	}
-	s.warnings = warnings
+	s.warnings.Merge(warnings)
+	s.heads = nil
 	bytes := int64(0)
 	for _, a := range as {
 		for _, list := range a.value {
@@ -88,11 +106,10 @@ func (s *Selection) open(ctx context.Context) {
 			}
 		}
 	}
-	s.bytes = bytes
 	account.From(ctx).AddHeadBytes(bytes)
-	account.From(ctx).Hold(bytes)
-	snap, err := s.q.snapshot(ctx, blocks(as), since)
-	s.snap, s.err = snap, class(ctx, err)
+	account.From(ctx).Hold(bytes - s.bytes)
+	s.bytes = bytes
+	return blocks(as), since, nil
 }
 
 // seriesBytes is about what a series of a head takes beside its samples; labels are
