@@ -154,7 +154,7 @@ func BenchmarkThrottledRecovery(b *testing.B) {
 				limit.mu.Lock()
 				limit.rate = rate
 				limit.mu.Unlock()
-				r = startAt(b, web, binary, args...)
+				startAt(b, web, binary, args...)
 				await(b, "all received again", 5*time.Minute, 10*time.Millisecond, s.all(received))
 				b.ReportMetric(time.Since(killed).Seconds(), "kill-to-all-queryable-s")
 				await(b, "all durable", 5*time.Minute, 10*time.Millisecond, s.all(durable))

@@ -15,7 +15,7 @@ import (
 // from its slot: after a while it is parked, in a slot that no group falls
 // into, and is tried again there, seldom.
 const (
-	parkedSlots   = 128 // of a level: from this slot on
+	parkedSlots  = 128 // of a level: from this slot on
 	maxHeldPause = 10 * time.Minute
 )
 
