@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"math"
+	"slices"
 
 	"github.com/prometheus/prometheus/model/labels"
 	"github.com/prometheus/prometheus/tsdb/chunkenc"
@@ -133,18 +134,29 @@ func (c *Client) read(ctx context.Context, q Query) ([][]Series, Header, error) 
 	return out, hd, nil
 }
 
+// maxAsked bounds the refs of a request, of which each takes 5 bytes at most: an
+// ingester takes messages of 4 MiB.
+const maxAsked = 512 << 10
+
 // name gives the series of a generation their labels.
 func (c *Client) name(ctx context.Context, start, tenant string, l *list) error {
 	at := scope{start, tenant, l.generation}
-	unknown := c.names.get(at, l)
-	if len(unknown) == 0 {
-		return nil
+	for unknown := range slices.Chunk(c.names.get(at, l), maxAsked) {
+		if err := c.ask(ctx, at, l, unknown); err != nil {
+			return err
+		}
+		c.names.put(at, l, unknown)
 	}
+	return nil
+}
+
+// ask asks for the labels of some series of a list.
+func (c *Client) ask(ctx context.Context, at scope, l *list, unknown []int) error {
 	refs := make([]uint32, len(unknown))
 	for i, k := range unknown {
 		refs[i] = l.refs[k]
 	}
-	stream, err := c.rpc.Series(ctx, &fetchpb.SeriesRequest{Tenant: tenant, Start: []byte(start), Generation: l.generation, Refs: refs})
+	stream, err := c.rpc.Series(ctx, &fetchpb.SeriesRequest{Tenant: at.tenant, Start: []byte(at.start), Generation: at.generation, Refs: refs})
 	if err != nil {
 		return err
 	}
@@ -172,7 +184,6 @@ func (c *Client) name(ctx context.Context, start, tenant string, l *list) error 
 	if got < len(unknown) {
 		return fmt.Errorf("%w: labels of %d series, %d were asked for", errProtocol, got, len(unknown))
 	}
-	c.names.put(at, l, unknown)
 	return nil
 }
 
