@@ -377,18 +377,15 @@ func (w *replayWorker) piece() *piece {
 	return &piece{}
 }
 
-// release gives the memory back of what was appended.
+// release gives the memory back of what was appended: sessions that have ended, or have
+// nothing in the next file, keep none.
 func (w *replayWorker) release(g *gathered) {
 	for i := range g.bins {
 		b := &g.bins[i]
 		w.used -= rowBytes*len(b.rows) + pieceBytes*(len(b.values.pieces)+len(b.st.pieces))
-		for _, p := range []*packed{&b.values, &b.st} {
-			w.free = append(w.free, p.pieces...)
-			*p = packed{pieces: p.pieces[:0]}
-		}
-		b.rows, b.n = b.rows[:0], 0
+		w.free = append(append(w.free, b.values.pieces...), b.st.pieces...)
 	}
-	g.n = 0
+	*g = gathered{}
 }
 
 // sorted replaces out by the samples of a bin, series by series, each in the
