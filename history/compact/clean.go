@@ -48,6 +48,9 @@ type cleaning struct {
 	index.JobSource
 	window int64             // of the last level, that its newest samples lie in
 	with   []index.JobSource // others of the last level, of the same window
+	// thin: what is past its retention goes, though summaries of it stay. All that it
+	// overlaps is in with.
+	thin bool
 }
 
 // copy is another one, for a survey while blocks are being cleaned.
@@ -125,7 +128,7 @@ func (c *Compactor) cleanGroup(v *view, x *cleaning) *group {
 	if s.Level == 0 {
 		return nil
 	}
-	g := &group{makes: s.Level, sources: append([]index.JobSource{s}, x.with...), clean: true}
+	g := &group{makes: s.Level, sources: append([]index.JobSource{s}, x.with...), clean: true, thin: x.thin}
 	for _, s := range g.sources {
 		if v.busy[s.Block] || v.aside[s.Block] {
 			return nil
@@ -677,6 +680,7 @@ func (c *Compactor) past(ctx context.Context, x *cleaner, b index.BlockRef, f *c
 			}
 		}
 		c.clean(x, b, level, f, with)
+		x.todo[b.Block].thin = true
 	}
 	return now.UnixMilli(), nil // look again
 }

@@ -231,7 +231,7 @@ func (c *Compactor) Run(ctx context.Context) error {
 	for {
 		worked, err := c.Round(ctx)
 		if ctx.Err() != nil {
-			return nil //nolint:nilerr // what was interrupted is done by the next, or by another
+			return nil // what was interrupted is done by the next, or by another
 		}
 		if err != nil {
 			c.metrics.failures.Inc()
@@ -334,13 +334,13 @@ func (c *Compactor) Conditions() []health.Condition {
 // horizons are what a tenant has past its retention, for compaction: samples of which
 // summaries are to stay go by whole windows, and only out of blocks of the last level,
 // where all that there is of a time comes together, when they are cleaned.
-func (c *Compactor) horizons(r history.Retention, level index.Level, clean bool, now time.Time) history.Horizons {
+func (c *Compactor) horizons(r history.Retention, level index.Level, thin bool, now time.Time) history.Horizons {
 	h := r.Horizons(now)
 	switch {
 	case !h.Summaries():
 	case !c.rollups(c.top()): // there are none
 		h = history.Before(h.Raw)
-	case !clean || level < c.top() || !c.rollups(level):
+	case !thin || level < c.top() || !c.rollups(level):
 		h = history.Before(h.Long)
 	default:
 		h.Raw = rollup.EndOf(h.Raw, rollup.Long) - rollup.Long + 1
@@ -362,7 +362,7 @@ func (c *Compactor) hidden(ctx context.Context, g *group) (func(tenant string) *
 	}
 	retentions, now := c.o.Retentions(), c.now()
 	return func(tenant string) *history.Hidden {
-		return history.NewHidden(ds[tenant], c.horizons(retentions.Of(tenant), g.makes, g.clean, now))
+		return history.NewHidden(ds[tenant], c.horizons(retentions.Of(tenant), g.makes, g.thin, now))
 	}, nil
 }
 

@@ -102,7 +102,7 @@ func (c *Compactor) run(ctx context.Context, j *index.Job, g *group) (bool, erro
 	if g.clean {
 		if x := c.cleaner.todo[g.sources[0].Block]; x != nil {
 			if again := c.cleanGroup(v, x); again != nil && again.slotKey == g.slotKey {
-				sources = again.sources
+				sources, g = again.sources, again
 			}
 		}
 	} else if i := slices.IndexFunc(c.groups(v), func(h *group) bool {

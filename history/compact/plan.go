@@ -215,7 +215,8 @@ type group struct {
 	window  int64
 	tenant  string // that has blocks of its own; else empty
 	sources []index.JobSource
-	clean   bool // one block, that is written again without what is deleted
+	clean   bool // one block, or several of the last level, written again without what is deleted
+	thin    bool // nor samples of which summaries stay
 }
 
 // Slots of a level: so many groups can be worked on at the same time.
