@@ -2,10 +2,12 @@ package e2e
 
 import (
 	endian "encoding/binary"
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strings"
 	"syscall"
 	"testing"
 	"time"
@@ -115,7 +117,13 @@ func TestClock(t *testing.T) {
 	metricIs(t, 30*time.Second, n.sidecar.url, "epimetheus_sidecar_wal_lag_bytes", more(0))
 	s.ingesters[0].stop(t)
 	s.ingesters[0].restart(t)
-	pause(t.Context(), 12*time.Second)
+	eventually(t, time.Minute, "health of the sidecar", func() error {
+		code, body, err := raw(t.Context(), n.sidecar.url+"/health", "")
+		if err == nil && !strings.Contains(string(body), "see to the clocks") {
+			err = fmt.Errorf("%d %s", code, body)
+		}
+		return err
+	})
 	n.scraping(t)
 	for _, m := range s.ingesters {
 		m.clock.jump(t, 0)
