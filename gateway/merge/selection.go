@@ -6,6 +6,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/cespare/xxhash/v2"
 	"github.com/oklog/ulid/v2"
 	"github.com/prometheus/common/model"
 	"github.com/prometheus/prometheus/model/labels"
@@ -165,9 +166,20 @@ type Shards struct {
 	In []bool // by number of the shard; empty: all series
 }
 
+// shardOf is the same in all gateways, whatever libraries they were built with: what a
+// package has for the hash of labels may change with its version.
 func shardOf(ls labels.Labels, n uint64, buf []byte) (uint64, []byte) {
-	hash, buf := ls.HashWithoutLabels(buf, model.MetricNameLabel, model.MetricTypeLabel, model.MetricUnitLabel)
-	return hash % n, buf
+	buf = buf[:0]
+	ls.Range(func(l labels.Label) {
+		switch l.Name {
+		case model.MetricNameLabel, model.MetricTypeLabel, model.MetricUnitLabel:
+			return
+		}
+		const end = 0xff // is in no text
+		buf = append(append(buf, l.Name...), end)
+		buf = append(append(buf, l.Value...), end)
+	})
+	return xxhash.Sum64(buf) % n, buf
 }
 
 // HeadTimes calls fn with the time of each chunk that a head has for the selector,

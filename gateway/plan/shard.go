@@ -49,9 +49,26 @@ func shardColumns(op parser.ItemType) int {
 	return 1
 }
 
-// maxShardBytes bounds the samples of heads that go with a shard: a gateway takes
-// messages of 4 MiB.
-const maxShardBytes = 2 << 20
+// maxShardBytes bounds the samples of heads that go with a shard, on the average, and
+// maxTaskBytes what goes with one, with labels: a gateway takes messages of 4 MiB.
+const (
+	maxShardBytes = 2 << 20
+	maxTaskBytes  = 3 << 20
+)
+
+// taskBytes is about how long what heads have is in a message.
+func taskBytes(heads [][]merge.HeadSeries) (bytes int) {
+	for _, list := range heads {
+		for i := range list {
+			list[i].Labels.Range(func(l labels.Label) { bytes += len(l.Name) + len(l.Value) + 8 })
+			for _, c := range list[i].Chunks {
+				bytes += len(c.Data) + 24
+			}
+			bytes += 8
+		}
+	}
+	return bytes
+}
 
 // shard of a leaf's series.
 type shard struct {
@@ -162,6 +179,9 @@ func (w *work) runShards(ctx context.Context) (*partial, error) {
 
 // shardElsewhere lets a worker compute a shard. It gives nil if none can.
 func (w *work) shardElsewhere(ctx context.Context, tenant string, i int, heads [][]merge.HeadSeries) (*partial, error) {
+	if taskBytes(heads) > maxTaskBytes {
+		return nil, nil //nolint:nilnil // as documented
+	}
 	t := w.task(tenant, w.l.mint(), w.l.maxt())
 	t.To, t.Shard, t.Shards, t.Heads = w.l.Grid.Len(), i, len(w.sharded), heads
 	b, err := w.q.engine.spread.Workers.Run(ctx, w.sharded[i].key, t)
