@@ -90,6 +90,7 @@ bench: tools ## the benchmarks that docs/benchmarks.md shows (half an hour)
 	go test -run '^$$' -bench WritePath -benchtime 1x -count 3 -timeout 30m ./e2e/bench
 	go test -run '^$$' -bench Start -benchtime 5x ./e2e/bench
 	go test -run '^$$' -bench 'Restart|Resend' -benchtime 1x -timeout 60m ./e2e/bench
+	go test -run '^$$' -bench 'Wide|Servers' -benchtime 1x -timeout 60m ./e2e/bench
 	go test -run TestMemoryPerSeries -count 1 -v ./sidecar
 	go test -run '^$$' -bench . -benchmem -timeout 30m ./ingest/... ./sidecar/... ./history/... ./gateway/...
 	go test -run TestSizes -count 1 -v ./chunkfmt

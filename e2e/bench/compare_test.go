@@ -160,7 +160,9 @@ func (s *system) ask(ctx context.Context, q *asked, start, end time.Time, more u
 type measured struct {
 	cpu, wall  float64 // ms
 	peak, idle float64 // bytes of RSS: at most meanwhile, before
-	answer     answered
+	// Of the first time.
+	coldCPU, coldWall float64
+	answer            answered
 }
 
 // measure runs a query again and again for a while, at least three times.
@@ -174,10 +176,14 @@ func (s *system) measure(b *testing.B, q *asked, start, end time.Time) measured 
 		}
 		return body, took
 	}
-	body, _ := once()
-	m := measured{answer: digest(b, body), idle: s.memory(b, "VmRSS")}
+	before := s.cpu(b)
+	body, took := once()
+	m := measured{
+		answer: digest(b, body), idle: s.memory(b, "VmRSS"), coldCPU: (s.cpu(b) - before).Seconds() * 1000, coldWall: took.Seconds() * 1000,
+	}
 	s.resetPeak(b)
-	before, began := s.cpu(b), time.Now()
+	began := time.Now()
+	before = s.cpu(b)
 	var walls []float64
 	for len(walls) < atLeast || len(walls) < atMost && time.Since(began) < budget {
 		_, took := once()
@@ -190,8 +196,8 @@ func (s *system) measure(b *testing.B, q *asked, start, end time.Time) measured 
 	return m
 }
 
-// touched is how many samples a query reads, as Epimetheus counts them, and how many
-// points come out.
+// touched is how many samples a query needs: as Epimetheus reads them, whole chunks, or as
+// the engine counts them, which are those in windows, where that is less.
 func (s *system) touched(b *testing.B, q *asked, start, end time.Time) float64 {
 	b.Helper()
 	if q.path != "" {
@@ -216,7 +222,7 @@ func (s *system) touched(b *testing.B, q *asked, start, end time.Time) float64 {
 	if err := json.Unmarshal(body, &r); err != nil {
 		b.Fatal(err)
 	}
-	return r.Data.Stats.Cost.Samples
+	return min(r.Data.Stats.Cost.Samples, r.Data.Stats.Samples.TotalQueryableSamples)
 }
 
 // answered tells answers apart, as far as order and the last digits don't matter.
@@ -291,6 +297,10 @@ func compare(b *testing.B, prometheus *system, ours []*system, qs []asked, start
 				b.ReportMetric(theirs.cpu/max(m.cpu, 0.01), "x-less")
 				b.ReportMetric(theirs.wall, "prom-ms")
 				b.ReportMetric(m.wall, "ms")
+				b.ReportMetric(theirs.coldCPU, "prom-first-cpu-ms")
+				b.ReportMetric(m.coldCPU, "first-cpu-ms")
+				b.ReportMetric(theirs.coldWall, "prom-first-ms")
+				b.ReportMetric(m.coldWall, "first-ms")
 				b.ReportMetric(theirs.peak/1e6, "prom-peak-MB")
 				b.ReportMetric((theirs.peak-theirs.idle)/1e6, "prom-more-MB")
 				b.ReportMetric(m.peak/1e6, "peak-MB")

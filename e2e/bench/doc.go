@@ -1,5 +1,5 @@
-// Package bench measures the built binary on the write path, from the WAL of a
-// Prometheus to blocks, in processes of their own as in production. It has no
-// code but benchmarks; docs/benchmarks.md shows what they give and how to run
-// them.
+// Package bench measures the built binary in processes of its own as in production: the
+// write path, from the WAL of a Prometheus to blocks, and queries, beside a Prometheus
+// server with the same samples. It has no code but benchmarks; docs/benchmarks.md shows
+// what they give and how to run them.
 package bench

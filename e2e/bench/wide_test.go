@@ -15,7 +15,7 @@ import (
 )
 
 var (
-	keep  = flag.String("bench.keep", "", "folder where BenchmarkWide and BenchmarkServers keep their data, and find it again, for runs one after the other")
+	keep  = flag.String("bench.keep", "", "folder where BenchmarkWide keeps its data, and finds it again, for runs one after the other")
 	split = flag.Bool("bench.split", true, "BenchmarkWide asks an ingester and a gateway in processes of their own too")
 )
 

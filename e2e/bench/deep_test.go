@@ -1,0 +1,49 @@
+package bench
+
+import (
+	"flag"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"testing"
+	"time"
+
+	"github.com/oklog/ulid/v2"
+
+	"github.com/epimetheus-tsdb/epimetheus/internal/gen"
+	"github.com/epimetheus-tsdb/epimetheus/internal/testenv"
+)
+
+var deepDays = flag.Int("bench.deep-days", 30, "how many days the block of BenchmarkServers spans")
+
+// BenchmarkServers compares queries over blocks: 1,000 series at 15 s for 30 days, as a
+// block of Prometheus in a Prometheus server, and imported, in `all`. Both have just
+// started, so that the first time of a query is a cold one, as far as others before have
+// not read the same; results of parts are not kept. Run it with -benchtime 1x.
+func BenchmarkServers(b *testing.B) {
+	binary := binary(b)
+	start, span := int64(1_700_006_400_000), time.Duration(*deepDays)*day
+	start = start / (7 * day.Milliseconds()) * 7 * day.Milliseconds()
+	c := gen.Config{Series: 1000, Targets: 10, Churn: 0.1, Seed: 1, Interval: 15_000, Start: start, End: start + span.Milliseconds()}
+	dir := b.TempDir()
+	blocks, data, yml := filepath.Join(dir, "prometheus"), filepath.Join(dir, "all"), filepath.Join(dir, "epimetheus.yml")
+	writeTSDBBlock(b, filepath.Join(blocks, ulid.Make().String()), c)
+	if err := os.WriteFile(yml, []byte("gateway:\n  result_cache_bytes: 0\ncompactor:\n  enabled: false\n"), 0o644); err != nil {
+		b.Fatal(err)
+	}
+	cmd := exec.CommandContext(b.Context(), binary, "tool", "import", "--config.file="+yml, "--data.dir="+data, blocks)
+	if out, err := cmd.CombinedOutput(); err != nil {
+		b.Fatalf("import: %v\n%s", err, out)
+	}
+	prom := testenv.Prometheus(b, blocks, "", "--storage.tsdb.retention.time=100y")
+	all := startAt(b, testenv.FreeAddr(b), binary, "all", "--config.file="+yml, "--data.dir="+data, "--grpc.listen-address="+testenv.FreeAddr(b))
+	end := time.UnixMilli(c.End)
+	compare(b, &system{name: "prometheus", url: prom.URL, procs: []*testenv.Process{prom.Process}},
+		[]*system{{name: "all", url: all.url, procs: []*testenv.Process{all.Process}}}, queries(span), time.UnixMilli(c.Start), end,
+		func(_ float64, points int) float64 {
+			if points < 10_000 {
+				return 15
+			}
+			return 4
+		})
+}
