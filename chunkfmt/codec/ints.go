@@ -24,7 +24,7 @@ const (
 )
 
 // sampleLen is how many consecutive values the choice of a form looks at.
-const sampleLen = 2 * blockLen
+const sampleLen = blockLen
 
 // AppendInts appends an encoding of any integers to dst.
 func (e *Encoder) AppendInts(dst []byte, v []int64) []byte {
@@ -116,7 +116,7 @@ func (e *Encoder) blocksCost(v []int64) int {
 	cost := 1
 	for len(v) > 0 {
 		k := min(blockLen, len(v))
-		f := e.chooseFrame(v[:k])
+		f := e.chooseFrame(v[:k], true)
 		cost += f.cost + 2 + bits.Len64(uint64(f.min^f.min>>63))/7
 		v = v[k:]
 	}

@@ -52,8 +52,10 @@ func (f *frame) fits(v int64) bool {
 // the minimum by a number of so many bits.
 func patchCost(bitLen int) int { return 2 + (bitLen+1)/7 }
 
-// chooseFrame finds the frame of least cost for at most blockLen values.
-func (e *Encoder) chooseFrame(v []int64) frame {
+// chooseFrame finds the frame of least cost for at most blockLen values. An estimate
+// doesn't look for frames that leave out values at both ends: that takes
+// longest, and decides little.
+func (e *Encoder) chooseFrame(v []int64, estimate bool) frame {
 	lo, hi := v[0], v[0]
 	for _, x := range v[1:] {
 		lo, hi = min(lo, x), max(hi, x)
@@ -72,7 +74,7 @@ func (e *Encoder) chooseFrame(v []int64) frame {
 	}
 	best.fewer(len(v), w0, &up, lo, 0)
 	best.fewer(len(v), w0, &down, hi, 1)
-	if w0 >= 4 && !e.noise && e.twoSided(v, w0) {
+	if w0 >= 4 && !estimate && !e.noise && e.twoSided(v, w0) {
 		e.window(v, w0, &best)
 	}
 	return best
@@ -145,7 +147,7 @@ func (e *Encoder) window(v []int64, w0 int, best *frame) {
 
 // appendBlock packs at most blockLen values.
 func (e *Encoder) appendBlock(dst []byte, v []int64) []byte {
-	f := e.chooseFrame(v)
+	f := e.chooseFrame(v, false)
 	patches := 0
 	var at [blockLen]byte
 	for i, x := range v {
