@@ -79,6 +79,8 @@ type Client struct {
 	rpc   fetchpb.FetchClient
 	names *Names
 	local Local
+	// atOnce is for how many series labels are asked for in one request.
+	atOnce int
 }
 
 // Local is an ingester in this process.
@@ -91,7 +93,7 @@ type Local interface {
 // NewClient uses a connection that the caller owns, and keeps labels in names. What
 // takes the most time is asked of local, if that isn't nil.
 func NewClient(conn grpc.ClientConnInterface, names *Names, local Local) *Client {
-	return &Client{rpc: fetchpb.NewFetchClient(conn), names: names, local: local}
+	return &Client{rpc: fetchpb.NewFetchClient(conn), names: names, local: local, atOnce: maxAsked}
 }
 
 // errProtocol is wrapped by errors about answers that break the protocol.

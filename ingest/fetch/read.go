@@ -141,7 +141,7 @@ const maxAsked = 512 << 10
 // name gives the series of a generation their labels.
 func (c *Client) name(ctx context.Context, start, tenant string, l *list) error {
 	at := scope{start, tenant, l.generation}
-	for unknown := range slices.Chunk(c.names.get(at, l), maxAsked) {
+	for unknown := range slices.Chunk(c.names.get(at, l), c.atOnce) {
 		if err := c.ask(ctx, at, l, unknown); err != nil {
 			return err
 		}

@@ -71,7 +71,7 @@ func (i *ingester) Series(req *fetchpb.SeriesRequest, ss fetchpb.Fetch_SeriesSer
 	for _, ref := range req.Refs {
 		i.asked++
 		sets.Add(name(ref))
-		if i.asked%2 == 0 && len(req.Refs) < 100 {
+		if i.asked%2 == 0 {
 			if err := ss.Send(sets.Take()); err != nil {
 				return err
 			}
@@ -142,14 +142,24 @@ func TestLabelsCrossOnce(t *testing.T) {
 	}
 }
 
-// TestManyLabels: a request for the labels of very many series isn't too large for an
-// ingester.
+// TestManyLabels: labels of many series are asked for in several requests, and none is
+// too large for an ingester.
 func TestManyLabels(t *testing.T) {
 	i := &ingester{}
 	c := serve(t, i)
-	l := &list{refs: slices.Repeat([]uint32{1 << 31}, 900<<10), series: make([]Series, 900<<10)}
-	if err := c.name(t.Context(), "s", "t", l); err != nil || i.asked != len(l.refs) || l.series[len(l.refs)-1].Labels.IsEmpty() {
+	c.atOnce = 2
+	l := &list{refs: []uint32{4, 2, 0, 3, 1}, series: make([]Series, 5)}
+	if err := c.name(t.Context(), "s", "t", l); err != nil || i.asked != 5 {
 		t.Error(i.asked, err)
+	}
+	for k, s := range l.series {
+		if !labels.Equal(s.Labels, name(l.refs[k])) {
+			t.Errorf("series %d is %s", l.refs[k], s.Labels)
+		}
+	}
+	l = &list{refs: slices.Repeat([]uint32{1 << 31}, 900<<10), series: make([]Series, 900<<10)}
+	if err := serve(t, &ingester{gone: true}).name(t.Context(), "s", "t", l); status.Code(err) != codes.NotFound {
+		t.Error("it isn't the ingester that answers:", err)
 	}
 }
 
