@@ -196,8 +196,8 @@ func (s *system) measure(b *testing.B, q *asked, start, end time.Time) measured 
 	return m
 }
 
-// touched is how many samples a query needs: as Epimetheus reads them, whole chunks, or as
-// the engine counts them, which are those in windows, where that is less.
+// touched is how many samples a query needs, as the engine counts them: those in
+// windows, each once.
 func (s *system) touched(b *testing.B, q *asked, start, end time.Time) float64 {
 	b.Helper()
 	if q.path != "" {
@@ -211,18 +211,15 @@ func (s *system) touched(b *testing.B, q *asked, start, end time.Time) float64 {
 		Data struct {
 			Stats struct {
 				Samples struct {
-					TotalQueryableSamples float64 `json:"totalQueryableSamples"`
+					SamplesRead float64 `json:"samplesRead"`
 				} `json:"samples"`
-				Cost struct {
-					Samples float64 `json:"samples"`
-				} `json:"cost"`
 			} `json:"stats"`
 		} `json:"data"`
 	}
 	if err := json.Unmarshal(body, &r); err != nil {
 		b.Fatal(err)
 	}
-	return min(r.Data.Stats.Cost.Samples, r.Data.Stats.Samples.TotalQueryableSamples)
+	return r.Data.Stats.Samples.SamplesRead
 }
 
 // answered tells answers apart, as far as order and the last digits don't matter.
