@@ -65,9 +65,15 @@ func TestGone(t *testing.T) {
 		golden = block
 		err = os.WriteFile(name, block, 0o644)
 	}
-	if err != nil || !bytes.Equal(golden, block) {
-		t.Fatal(err, "the writer makes another block")
+	if err != nil {
+		t.Fatal(err)
 	}
+	checkGone(t, block, summary, sums)
+	checkGone(t, golden, summary, sums)
+}
+
+func checkGone(t *testing.T, block []byte, summary *Summary, sums map[string]*Summaries) {
+	t.Helper()
 	f, err := ParseFooter(block, int64(len(block)))
 	if err != nil || f.Version != 2 {
 		t.Fatal(err, f)
