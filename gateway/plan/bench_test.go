@@ -70,6 +70,7 @@ func BenchmarkDeep(b *testing.B) {
 		{"rate-by-job-all-1h", `sum by (job) (rate(http_requests_total[1h]))`, span, time.Hour},
 		{"rate-by-job-all-1h15s", `sum by (job) (rate(http_requests_total[1h15s]))`, span, time.Hour},
 		{"rate-by-job-all-5m-5m", rate, span, 5 * time.Minute},
+		{"p99-by-job-1d", `histogram_quantile(0.99, sum by (le, job) (rate(http_request_duration_seconds_bucket[5m])))`, day, time.Minute},
 		{"p99-by-job-all", `histogram_quantile(0.99, sum by (le, job) (rate(http_request_duration_seconds_bucket[1h])))`, span, time.Hour},
 		{"quantile-7d", `quantile(0.95, rate(node_cpu_seconds_total{mode!="idle"}[5m]))`, min(span, 7*day), 5 * time.Minute},
 		{"topk-1d", `topk(10, rate(container_cpu_usage_seconds_total[5m]))`, day, 5 * time.Minute},

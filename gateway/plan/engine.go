@@ -121,7 +121,7 @@ type query struct {
 	leaves []*Leaf
 
 	answer promql.Matrix // of a query that is a leaf and nothing else
-	points int           // in answer, as the engine counts them
+	points int           // in answer, and what that was made of, as the engine counts them
 
 	mu     sync.Mutex
 	cancel context.CancelFunc
@@ -218,6 +218,26 @@ func (q *query) exec(ctx context.Context) *promql.Result {
 	return r
 }
 
+// takeQuantiles puts what histogram_quantile() gives of a leaf's result in the place
+// of that, if it stands over the leaf.
+func (q *query) takeQuantiles(ctx context.Context, l *Leaf, p *partial) error {
+	if q.opts.delayedNameRemoval || l.over == nil || l.slot.Expr != l.copied {
+		return nil
+	}
+	points := 0
+	for i := range p.series {
+		points += len(p.series[i].Floats)
+	}
+	if points > q.opts.maxSamples {
+		return promql.ErrTooManySamples("query execution")
+	}
+	if series, ok := l.quantiles(ctx, p.series); ok {
+		p.series, l.over.Expr = series, l.copied
+		q.points = points
+	}
+	return nil
+}
+
 // takeAsAnswer takes a leaf's result for that of the query, if the leaf is all that the
 // query is: the engine would only copy it, point by point, which takes longer than
 // many a leaf. It reports false if the engine has to look at it.
@@ -243,7 +263,7 @@ func (q *query) takeAsAnswer(l *Leaf, series []partialSeries) (bool, error) {
 	case m.ContainsSameLabelset(): // that is an error of the engine's
 		return false, nil
 	}
-	q.answer, q.points = m, points
+	q.answer, q.points = m, q.points+points
 	return true, nil
 }
 
@@ -354,6 +374,9 @@ func (q *query) compute(ctx context.Context) (annos annotations.Annotations, err
 			return annos, err
 		}
 		p.counts.begin()
+		if err := q.takeQuantiles(ctx, l, p); err != nil {
+			return annos, err
+		}
 		taken, err := q.takeAsAnswer(l, p.series)
 		if err != nil {
 			return annos, err

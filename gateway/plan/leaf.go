@@ -43,7 +43,9 @@ type Leaf struct {
 	params []float64
 	whole  parser.Expr            // what the leaf stood for at first
 	slot   *parser.ParenExpr      // what stands in the leaf's place
-	copied parser.Expr            // in slot: copies result
+	over   *parser.ParenExpr      // what stands for histogram_quantile() of slot; nil: there is none
+	phi    float64                // of that
+	copied parser.Expr            // in slot, or in over: copies result
 	result *parser.VectorSelector // in copied; takes the result's series
 	counts counts                 // of samples, once it has been computed
 }
@@ -185,6 +187,9 @@ func (p *planner) walk(e parser.Expr, at place) parser.Expr {
 		for i := range n.Args {
 			n.Args[i] = p.walk(n.Args[i], at)
 		}
+		if n.Func.Name == "histogram_quantile" {
+			return p.overBuckets(n)
+		}
 	case *parser.StepInvariantExpr:
 		at.once, at.grid.End = true, at.grid.Start
 		n.Expr = p.walk(n.Expr, at)
@@ -229,7 +234,7 @@ func (p *planner) take(l *Leaf) parser.Expr {
 
 // stands says whether a query is the leaf, and nothing else, as it has been taken.
 func (l *Leaf) stands(e parser.Expr) bool {
-	for e != l.slot {
+	for e != l.slot && (l.over == nil || e != l.over || l.over.Expr != l.copied) {
 		p, ok := e.(*parser.ParenExpr)
 		if !ok {
 			return false
