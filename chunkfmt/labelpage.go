@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"slices"
 	"sort"
+	"sync"
 
 	"github.com/prometheus/common/model"
 	"github.com/prometheus/prometheus/model/labels"
@@ -32,6 +33,17 @@ type LabelValues struct {
 	values  []string // ascending
 	sets    [][]uint32
 	setOf   []uint32
+
+	// find sets sets and setOf, once, where they are seldom asked for. May be nil.
+	find func()
+	once sync.Once
+}
+
+// found says that sets and setOf are wanted.
+func (v *LabelValues) found() {
+	if v.find != nil {
+		v.once.Do(v.find)
+	}
 }
 
 // labelInlineBytes is how large a label's values may be to stand in the label page.
@@ -178,6 +190,7 @@ func (v *LabelValues) Metrics(value string) []string {
 	if v.metrics == nil { // the label is the metric name
 		return v.values[i : i+1]
 	}
+	v.found()
 	set := v.sets[v.setOf[i]]
 	out := make([]string, len(set))
 	for j, id := range set {
@@ -199,6 +212,7 @@ func (v *LabelValues) Of(metric string) []string {
 	if !ok {
 		return nil
 	}
+	v.found()
 	has := make([]bool, len(v.sets))
 	for i, set := range v.sets {
 		_, has[i] = slices.BinarySearch(set, uint32(id))
@@ -238,23 +252,26 @@ func (p *SeriesPage) LabelPage() *LabelPage {
 		if l.name == model.MetricNameLabel {
 			continue
 		}
-		v := &LabelValues{metrics: out.metrics, values: l.values, sets: make([][]uint32, len(l.values)), setOf: make([]uint32, len(l.values))}
-		for s := range p.series {
-			id := l.id(s)
-			if id == absent {
-				continue
+		v := &LabelValues{metrics: out.metrics, values: l.values}
+		v.find = func() {
+			v.sets, v.setOf = make([][]uint32, len(l.values)), make([]uint32, len(l.values))
+			for s := range p.series {
+				id := l.id(s)
+				if id == absent {
+					continue
+				}
+				metric := metricID[0]
+				if metrics != nil {
+					metric = metricID[metrics.id(s)]
+				}
+				set := v.sets[id-1]
+				if len(set) == 0 || set[len(set)-1] != metric {
+					v.sets[id-1] = append(set, metric)
+				}
 			}
-			metric := metricID[0]
-			if metrics != nil {
-				metric = metricID[metrics.id(s)]
+			for j := range v.setOf {
+				v.setOf[j] = uint32(j)
 			}
-			set := v.sets[id-1]
-			if len(set) == 0 || set[len(set)-1] != metric {
-				v.sets[id-1] = append(set, metric)
-			}
-		}
-		for j := range v.setOf {
-			v.setOf[j] = uint32(j)
 		}
 		out.names = append(out.names, labelEntry{name: l.name, values: v})
 	}
