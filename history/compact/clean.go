@@ -48,9 +48,9 @@ type cleaning struct {
 	index.JobSource
 	window int64             // of the last level, that its newest samples lie in
 	with   []index.JobSource // others of the last level, of the same window
-	// thin: what is past its retention goes, though summaries of it stay. All that it
-	// overlaps is in with.
-	thin bool
+	// thin are tenants of which what is past its retention goes, though summaries of it
+	// stay. All that overlaps it is in with.
+	thin map[string]bool // not to be changed
 }
 
 // copy is another one, for a survey while blocks are being cleaned.
@@ -447,106 +447,154 @@ func (c *Compactor) surveyBlocks(ctx context.Context, v *view, x *cleaner) error
 			} // else whoever needs it says so
 			continue
 		}
-		if due[b.Block], err = c.past(ctx, x, b, f, rs, now); err != nil {
-			delete(due, b.Block)
-			errs = append(errs, err)
-			continue
-		}
 		if young {
-			level, with, err := c.overlapping(ctx, b, f, nil)
+			o, err := c.overlapping(ctx, v, b, f, nil)
 			if err != nil {
 				errs = append(errs, err)
 				continue
 			}
-			if len(with) > 0 {
-				c.clean(x, b, level, f, with)
-			} else if level > 0 {
+			if len(o.with) > 0 {
+				c.clean(x, b, o.level, f, o.with)
+			} else if o.level > 0 {
 				apart[b.Block] = true
 			}
+		}
+		if due[b.Block], err = c.past(ctx, v, x, b, f, rs, now); err != nil {
+			delete(due, b.Block)
+			errs = append(errs, err)
 		}
 	}
 	x.due, x.retentions, x.apart = due, rs, apart
 	return errors.Join(errs...)
 }
 
-// overlapping gives the level that a block has, 0 if it has no rows, and, if it is the
-// last, the other blocks of that level, and of the same window, that have something of a
-// tenant in the same hours, of those tenants that of picks; nil: of all. Blocks that were
-// cut from each other by their size have other series, and aren't among them.
-func (c *Compactor) overlapping(ctx context.Context, b index.BlockRef, f *chunkfmt.Footer, of func(*chunkfmt.TenantSummary) bool) (level index.Level, with []index.JobSource, err error) {
+// overlaps are what there is beside a block.
+type overlaps struct {
+	level index.Level       // of the block; 0: it has no rows
+	with  []index.JobSource // that it can be written again with
+	// Tenants of which there is something else in the same hours: it can't be read, isn't
+	// of the last level yet, or was cut by other widths.
+	others map[string]bool
+}
+
+// overlapping gives what overlaps a block, if it is of the last level: the other blocks
+// of that level, and of the same window, that have something of a tenant in the same
+// hours, of those tenants that of has; nil: of all. Blocks that were cut from each other
+// by their size have other series, and aren't among them.
+func (c *Compactor) overlapping(ctx context.Context, v *view, b index.BlockRef, f *chunkfmt.Footer, of map[string]bool) (out overlaps, err error) {
 	if len(f.Tenants) > 0 {
 		t := &f.Tenants[0]
 		rows, err := c.o.Index.Blocks(ctx, t.Tenant, t.MinT, t.MaxT, true)
 		if err != nil {
-			return 0, nil, err
+			return out, err
 		}
 		if i := slices.IndexFunc(rows, func(r index.BlockRow) bool { return r.Block == b.Block }); i >= 0 {
-			level = rows[i].Level
+			out.level = rows[i].Level
 		}
 	}
-	if level < c.top() {
-		return level, nil, nil
+	if out.level < c.top() {
+		return out, nil
 	}
 	window := c.lastWindow(f)
-	type pair struct{ own, other chunkfmt.Location } // directories of a tenant
-	others := map[ulid.ULID]index.JobSource{}
+	type pair struct { // directories of a tenant
+		tenant     string
+		own, other chunkfmt.Location
+	}
+	found := map[ulid.ULID]index.JobSource{}
 	pairs := map[ulid.ULID][]pair{}
+	out.others = map[string]bool{}
 	var mu sync.Mutex
 	g, gctx := errgroup.WithContext(ctx)
 	g.SetLimit(c.queries) // each is of one tenant
 	for i := range f.Tenants {
 		t := &f.Tenants[i]
-		if of != nil && !of(t) {
+		if of != nil && !of[t.Tenant] {
 			continue
 		}
 		g.Go(func() error {
-			rows, err := c.o.Index.Blocks(gctx, t.Tenant, t.MinT, t.MaxT, true)
+			own := widenTo(t.Windows, rollup.Long)
+			rows, err := c.o.Index.Blocks(gctx, t.Tenant, own[0].MinT, own[len(own)-1].MaxT, true)
 			if err != nil {
 				return err
-			}
-			var own []chunkfmt.Range
-			for _, w := range t.Windows {
-				own = append(own, widenTo([]chunkfmt.Range{w}, rollup.Long)...)
 			}
 			mu.Lock()
 			defer mu.Unlock()
 			for i := range rows {
 				r := &rows[i]
-				if r.Block != b.Block && r.Level >= c.top() && slices.ContainsFunc(own, func(w chunkfmt.Range) bool { return w.Overlaps(r.MinT, r.MaxT) }) {
-					others[r.Block] = index.JobSource{BlockRef: index.BlockRef{Block: r.Block, Object: r.Object, ObjectSize: r.ObjectSize}, Level: r.Level}
-					pairs[r.Block] = append(pairs[r.Block], pair{t.Directory, r.Directory})
+				switch {
+				case r.Block == b.Block || !slices.ContainsFunc(own, func(w chunkfmt.Range) bool { return w.Overlaps(r.MinT, r.MaxT) }):
+				case r.Level < c.top() || v.aside[r.Block]:
+					out.others[t.Tenant] = true
+				default:
+					found[r.Block] = index.JobSource{BlockRef: index.BlockRef{Block: r.Block, Object: r.Object, ObjectSize: r.ObjectSize}, Level: r.Level}
+					pairs[r.Block] = append(pairs[r.Block], pair{t.Tenant, t.Directory, r.Directory})
 				}
 			}
 			return nil
 		})
 	}
 	if err := g.Wait(); err != nil {
-		return level, nil, err
+		return out, err
 	}
-	for _, id := range slices.SortedFunc(maps.Keys(others), ulid.ULID.Compare) {
-		s := others[id]
+	for _, id := range slices.SortedFunc(maps.Keys(found), ulid.ULID.Compare) {
+		s := found[id]
 		f, err := readFooter(ctx, c.o.Objects, s.BlockRef)
-		if err != nil {
-			if unreadable(err) != "" {
+		if err != nil && unreadable(err) == "" {
+			return out, err
+		}
+		may := err == nil && s.Level == out.level && c.lastWindow(f) == window
+		for _, p := range pairs[id] {
+			if !may {
+				out.others[p.tenant] = true
 				continue
 			}
-			return level, nil, err
-		}
-		if s.Level != level || c.lastWindow(f) != window {
-			continue
-		}
-		for _, p := range pairs[id] {
 			same, err := c.mayShareSeries(ctx, b, p.own, s.BlockRef, p.other)
 			if err != nil && unreadable(err) == "" {
-				return level, nil, err
+				return out, err
+			}
+			if err != nil {
+				out.others[p.tenant] = true
 			}
 			if same {
-				with = append(with, s)
+				out.with = append(out.with, s)
 				break
 			}
 		}
 	}
-	return level, with, nil
+	return out, nil
+}
+
+// closed adds to blocks of the last level what overlaps them, and what overlaps that, of
+// those tenants of which samples are to go and summaries to stay. It leaves of the tenants
+// those of which nothing else overlaps any of all these blocks: samples that go while
+// others of the same time stay can't be merged with them any more.
+func (c *Compactor) closed(ctx context.Context, v *view, blocks []index.JobSource, tenants map[string]bool) (all []index.JobSource, thin map[string]bool, err error) {
+	all, thin = slices.Clone(blocks), maps.Clone(tenants)
+	for i := 0; i < len(all) && len(thin) > 0; i++ {
+		f, err := readFooter(ctx, c.o.Objects, all[i].BlockRef)
+		if err != nil {
+			return nil, nil, err
+		}
+		o, err := c.overlapping(ctx, v, all[i].BlockRef, f, thin)
+		if err != nil {
+			return nil, nil, err
+		}
+		if o.level != all[0].Level {
+			return all, nil, nil // being replaced
+		}
+		for t := range o.others {
+			delete(thin, t)
+		}
+		for _, s := range o.with {
+			if !slices.ContainsFunc(all, func(a index.JobSource) bool { return a.Block == s.Block }) {
+				all = append(all, s)
+			}
+		}
+		if len(all) > c.o.MaxSources { // first these
+			return all[:c.o.MaxSources], nil, nil
+		}
+	}
+	return all, thin, nil
 }
 
 // mayShareSeries says whether the series of a tenant in a block don't all come before, or
@@ -608,11 +656,17 @@ const lapsedShare = 4 // a quarter
 
 // past says when something that a tenant of a block has will be past its retention, the
 // first after now, in ms. If it is worth while already, the block is put on the list.
-func (c *Compactor) past(ctx context.Context, x *cleaner, b index.BlockRef, f *chunkfmt.Footer, rs *history.Retentions, now time.Time) (int64, error) {
-	next, oldest := int64(math.MaxInt64), int64(math.MaxInt64)
+func (c *Compactor) past(ctx context.Context, v *view, x *cleaner, b index.BlockRef, f *chunkfmt.Footer, rs *history.Retentions, now time.Time) (int64, error) {
+	next := int64(math.MaxInt64)
 	level, known := index.Level(0), false
-	lapsed, all := uint64(0), uint64(0)
-	thinned := map[string]bool{} // tenants of which summaries stay
+	all := uint64(0)
+	type lapse struct {
+		tenant  string
+		samples uint64
+		since   int64
+	}
+	var lapsed []lapse
+	thin := map[string]bool{} // tenants of which summaries stay
 	for i := range f.Tenants {
 		t := &f.Tenants[i]
 		all += max(t.Samples, 1)
@@ -644,7 +698,7 @@ func (c *Compactor) past(ctx context.Context, x *cleaner, b index.BlockRef, f *c
 			}
 		case t.Samples > 0 && t.MaxT < h.Raw:
 			since = raw
-			thinned[t.Tenant] = true
+			thin[t.Tenant] = true
 		case t.Samples == 0 && t.MaxT < h.Short:
 			some, err := c.hasShort(ctx, b, t)
 			if err != nil {
@@ -652,11 +706,11 @@ func (c *Compactor) past(ctx context.Context, x *cleaner, b index.BlockRef, f *c
 			}
 			if some {
 				since = after(max(r.Raw, r.Short))
+				thin[t.Tenant] = true
 			}
 		}
 		if since < math.MaxInt64 {
-			lapsed += max(t.Samples, 1)
-			oldest = min(oldest, since)
+			lapsed = append(lapsed, lapse{t.Tenant, max(t.Samples, 1), since})
 			continue
 		}
 		for _, at := range []int64{raw, after(max(r.Raw, r.Short)), long} {
@@ -668,21 +722,38 @@ func (c *Compactor) past(ctx context.Context, x *cleaner, b index.BlockRef, f *c
 			next = min(next, now.UnixMilli()) // another level's rules may hold the next time
 		}
 	}
-	if lapsed == 0 {
+	if len(lapsed) == 0 {
 		return next, nil
 	}
-	if lapsed*lapsedShare >= all || now.Sub(time.UnixMilli(oldest)) >= c.o.CleanAge {
-		var with []index.JobSource
-		if len(thinned) > 0 {
-			var err error
-			if _, with, err = c.overlapping(ctx, b, f, func(t *chunkfmt.TenantSummary) bool { return thinned[t.Tenant] }); err != nil {
-				return 0, err
-			}
+	worthwhile := func() bool {
+		n, oldest := uint64(0), int64(math.MaxInt64)
+		for _, l := range lapsed {
+			n += l.samples
+			oldest = min(oldest, l.since)
 		}
-		c.clean(x, b, level, f, with)
-		x.todo[b.Block].thin = true
+		return n > 0 && (n*lapsedShare >= all || now.Sub(time.UnixMilli(oldest)) >= c.o.CleanAge)
 	}
-	return now.UnixMilli(), nil // look again
+	if !worthwhile() {
+		return now.UnixMilli(), nil // look again
+	}
+	blocks := []index.JobSource{{BlockRef: b, Level: level}}
+	if len(thin) > 0 {
+		if one := x.todo[b.Block]; one != nil {
+			blocks = append(blocks, one.with...)
+		}
+		var may map[string]bool
+		var err error
+		if blocks, may, err = c.closed(ctx, v, blocks, thin); err != nil {
+			return 0, err
+		}
+		lapsed = slices.DeleteFunc(lapsed, func(l lapse) bool { return thin[l.tenant] && !may[l.tenant] })
+		thin = may
+	}
+	if len(blocks) > 1 || worthwhile() {
+		c.clean(x, b, level, f, blocks[1:])
+		x.todo[b.Block].thin = thin
+	}
+	return now.UnixMilli(), nil
 }
 
 // hasShort says whether a tenant that has no samples in a block has short windows.

@@ -350,8 +350,8 @@ func (c *Compactor) horizons(r history.Retention, level index.Level, thin bool, 
 	return h
 }
 
-// hidden is what a group drops at present.
-func (c *Compactor) hidden(ctx context.Context, g *group) (func(tenant string) *history.Hidden, error) {
+// hidden is what a group drops at present; of thin, tenants of which summaries stay, samples too.
+func (c *Compactor) hidden(ctx context.Context, g *group, thin map[string]bool) (func(tenant string) *history.Hidden, error) {
 	rows, err := c.o.Index.AllDeletions(ctx)
 	if err != nil {
 		return nil, err
@@ -362,7 +362,7 @@ func (c *Compactor) hidden(ctx context.Context, g *group) (func(tenant string) *
 	}
 	retentions, now := c.o.Retentions(), c.now()
 	return func(tenant string) *history.Hidden {
-		return history.NewHidden(ds[tenant], c.horizons(retentions.Of(tenant), g.makes, g.thin, now))
+		return history.NewHidden(ds[tenant], c.horizons(retentions.Of(tenant), g.makes, thin[tenant], now))
 	}, nil
 }
 
@@ -398,11 +398,7 @@ func (c *Compactor) top() index.Level { return index.Level(len(c.o.Ranges)) } //
 func (c *Compactor) mergeInto(ctx context.Context, g *group, blocks []index.JobSource, beat func(context.Context) error) (_ []index.CompactedRow, taken int, err error) {
 	each := min(max(readBudget/int64(6*len(blocks)), minRead), maxRead)
 	level := g.makes
-	hidden, err := c.hidden(ctx, g)
-	if err != nil {
-		return nil, 0, err
-	}
-	m := &merger{hidden: hidden, rollups: c.rollups(level)}
+	m := &merger{rollups: c.rollups(level)}
 	for _, b := range blocks {
 		s, err := openSource(ctx, c.o.Objects, b.BlockRef, each)
 		if err != nil {
@@ -416,6 +412,13 @@ func (c *Compactor) mergeInto(ctx context.Context, g *group, blocks []index.JobS
 			errTooWide, maxWindows, time.Duration(c.width(level))*time.Millisecond, maxReplaced)}
 	}
 	m.sources = m.sources[:taken]
+	thin := g.thin
+	if taken < len(g.sources) {
+		thin = nil // what is left out, now or before, may overlap the others
+	}
+	if m.hidden, err = c.hidden(ctx, g, thin); err != nil {
+		return nil, 0, err
+	}
 	o := &outputs{
 		objects: c.o.Objects, dir: c.o.Dir, width: c.width(level), level: level, maxBytes: c.o.MaxBlockBytes, ownBytes: c.o.OwnBlockBytes,
 		now: c.now, entropy: c.entropy, beat: beat,

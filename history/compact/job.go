@@ -114,6 +114,17 @@ func (c *Compactor) run(ctx context.Context, j *index.Job, g *group) (bool, erro
 	if sources, err = c.published(ctx, sources); err != nil || g.clean && len(sources) < all {
 		return false, err
 	}
+	if len(g.thin) > 0 {
+		// Others may have come since it was surveyed.
+		all, thin, err := c.closed(ctx, v, sources, g.thin)
+		if err != nil {
+			return false, err
+		}
+		if len(all) > len(sources) || len(thin) < len(g.thin) {
+			delete(c.cleaner.todo, g.sources[0].Block) // until the next survey
+			return false, nil
+		}
+	}
 	start := c.now()
 	beaten, settled := start, true
 	beat := func(ctx context.Context) error {

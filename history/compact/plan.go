@@ -91,6 +91,7 @@ type view struct {
 	jobs      []index.Job
 	busy      map[ulid.ULID]bool // sources and outputs of jobs
 	aside     map[ulid.ULID]bool
+	asideRows []index.AsideRow
 }
 
 func (v *view) job(k slotKey) index.Job {
@@ -125,10 +126,10 @@ func (c *Compactor) look(ctx context.Context) (*view, error) {
 	if v.jobs, err = c.o.Index.Jobs(ctx); err != nil {
 		return nil, err
 	}
-	aside, err := c.o.Index.Aside(ctx)
-	if err != nil {
+	if v.asideRows, err = c.o.Index.Aside(ctx); err != nil {
 		return nil, err
 	}
+	aside := v.asideRows
 	for _, a := range aside {
 		v.aside[a.Block] = true
 	}
@@ -216,7 +217,9 @@ type group struct {
 	tenant  string // that has blocks of its own; else empty
 	sources []index.JobSource
 	clean   bool // one block, or several of the last level, written again without what is deleted
-	thin    bool // nor samples of which summaries stay
+	// thin are tenants of which samples go though summaries of them stay, if all of
+	// sources are merged.
+	thin map[string]bool
 }
 
 // Slots of a level: so many groups can be worked on at the same time.

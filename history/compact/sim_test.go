@@ -966,8 +966,8 @@ func (s *sim) checkEnd() {
 		if err != nil {
 			s.t.Fatal(err)
 		}
-		if _, with, err := c.overlapping(ctx, b, f, nil); err != nil || len(with) > 0 {
-			s.t.Errorf("block %s overlaps %v, %v", b.Block, with, err)
+		if o, err := c.overlapping(ctx, &view{}, b, f, nil); err != nil || len(o.with) > 0 {
+			s.t.Errorf("block %s overlaps %v, %v", b.Block, o.with, err)
 		}
 	}); err != nil {
 		s.t.Fatal(err)

@@ -7,10 +7,12 @@ import (
 	"fmt"
 	"math"
 	"math/rand/v2"
+	"slices"
 	"testing"
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/oklog/ulid/v2"
 	"github.com/prometheus/prometheus/model/histogram"
 	"github.com/prometheus/prometheus/model/labels"
 	"github.com/prometheus/prometheus/model/value"
@@ -318,3 +320,189 @@ func TestSummariesStay(t *testing.T) {
 }
 
 func (w *world) must(m map[string]*rollup.Windows, _ int) map[string]*rollup.Windows { return m }
+
+// lateWorld has a week of two tenants in blocks that they share, and of b some samples of
+// two of its last days that come late, and were just flushed.
+func lateWorld(t *testing.T) (w *world, all content) {
+	t.Helper()
+	w = newWorld(t, &historytest.MemoryObjects{}, &historytest.MemoryRows{})
+	w.now = time.Date(2026, 5, 28, 0, 0, 0, 0, time.UTC) // a week begins
+	start := w.now.UnixMilli()
+	r := rand.New(rand.NewPCG(6, 4))
+	all = content{}
+	rest := content{}
+	for range 7 {
+		c := content{}
+		for _, tenant := range []string{"a", "b"} {
+			for i := range 4 {
+				s := someSamples(r, i, w.now.UnixMilli()+1, w.now.Add(24*time.Hour).UnixMilli())
+				all.add(tenant, s)
+				now, later := &chunkfmt.Series{Labels: s.Labels}, &chunkfmt.Series{Labels: s.Labels}
+				for k, at := range s.Floats.T {
+					to := now
+					if tenant == "b" && k%3 == 0 && at > start+4*day && at <= start+6*day {
+						to = later
+					}
+					to.Floats.T, to.Floats.V = append(to.Floats.T, at), append(to.Floats.V, s.Floats.V[k])
+				}
+				c.add(tenant, now)
+				if len(later.Floats.T) > 0 {
+					rest.add(tenant, later)
+				}
+			}
+		}
+		w.now = w.now.Add(24 * time.Hour)
+		w.flush(t, c)
+	}
+	w.pass(t, 16*24*time.Hour, 6*time.Hour)
+	if got := w.levels(t, "b"); len(got) != 1 || got[3] == 0 {
+		t.Fatalf("rows by level %v", got)
+	}
+	w.flush(t, rest)
+	return w, all
+}
+
+// wantWindows checks that there are the hours of all samples of a tenant, and none beside.
+func (w *world) wantWindows(t *testing.T, tenant string, all content) {
+	t.Helper()
+	want := map[string]*rollup.Windows{}
+	var sum rollup.Summariser
+	for key, s := range all[tenant] {
+		var short, long rollup.Windows
+		sum.Summarise(&short, s.Samples(), rollup.Short)
+		rollup.Widen(&long, &short, rollup.Long)
+		want[key] = &long
+	}
+	got, beside := w.windowsOf(t, tenant, rollup.Long)
+	if beside != 0 {
+		t.Errorf("%d samples beside windows", beside)
+	}
+	if d := cmp.Diff(want, got, cmp.Comparer(func(a, b float64) bool { return math.Float64bits(a) == math.Float64bits(b) })); d != "" {
+		t.Errorf("windows: %s", d[:min(len(d), 1000)])
+	}
+}
+
+// TestLateBeforeThinned: samples don't go while others of the same time wait to be merged,
+// neither those of a tenant that is wholly past its retention, nor the older ones of one
+// that isn't and shares a block with one that is. What stays tells of all of them.
+func TestLateBeforeThinned(t *testing.T) {
+	const days = 24 * time.Hour
+	for name, b := range map[string]history.Retention{
+		"partly past": {Raw: 18 * days, Long: 10_000 * days}, // its newest samples are 16 days old
+		"wholly past": {Raw: 10 * days, Long: 10_000 * days},
+	} {
+		t.Run(name, func(t *testing.T) {
+			w, all := lateWorld(t)
+			rs := &history.Retentions{Tenants: map[string]history.Retention{"a": {Raw: 10 * days, Long: 10_000 * days}, "b": b}}
+			w.c.o.Retentions = func() *history.Retentions { return rs }
+			n, from := 0, time.Date(2026, 6, 1, 0, 0, 0, 0, time.UTC).UnixMilli()+1
+			for _, s := range all["b"] {
+				i, _ := slices.BinarySearch(s.Floats.T, from)
+				j, _ := slices.BinarySearch(s.Floats.T, from+2*day)
+				n += j - i
+			}
+			w.pass(t, days, 30*time.Minute)
+			if got := w.levels(t, "b"); got[3] == 0 || len(got) != 2 {
+				t.Fatalf("rows by level %v", got)
+			}
+			if got := w.samplesOf(t, "a"); got != 0 {
+				t.Errorf("of the tenant that is past its retention %d samples are left", got)
+			}
+			if got := w.samplesIn(t, "b", from, from+2*day-1); got != n {
+				t.Errorf("of the other %d samples are left of %d, while some wait", got, n)
+			}
+			w.pass(t, 25*days, 6*time.Hour)
+			if got := w.samplesOf(t, "b"); got != 0 {
+				t.Errorf("later, %d samples are left", got)
+			}
+			w.wantWindows(t, "b", all)
+			w.wantWindows(t, "a", all)
+		})
+	}
+}
+
+// TestThinnedWithUnreadable: samples don't go while a block that overlaps them can't be
+// read, neither when a merge finds that out, nor later.
+func TestThinnedWithUnreadable(t *testing.T) {
+	const days = 24 * time.Hour
+	w, all := lateWorld(t)
+	known := map[ulid.ULID]bool{}
+	for _, r := range w.rowsOf(t, "b") {
+		known[r.Block] = r.Level == 3
+	}
+	var late index.BlockRow
+	for range 100 { // until they are of the last level
+		w.pass(t, 6*time.Hour, 6*time.Hour)
+		for _, r := range w.rowsOf(t, "b") {
+			if r.Level == 3 && !known[r.Block] {
+				late = r
+			}
+		}
+		if late.Level == 3 {
+			break
+		}
+	}
+	data := bytes.Clone(bytesAt(t, w.objects.(*historytest.MemoryObjects), index.BlockRef{Object: late.Object, ObjectSize: late.ObjectSize}))
+	data[60] ^= 1 // in its first data page
+	if err := w.objects.Put(t.Context(), late.Object, bytes.NewReader(data), int64(len(data))); err != nil {
+		t.Fatal(err)
+	}
+	rs := &history.Retentions{Default: history.Retention{Raw: 10 * days, Long: 10_000 * days}}
+	w.c.o.Retentions = func() *history.Retentions { return rs }
+	w.pass(t, 5*days, 30*time.Minute)
+	aside, err := w.index.Aside(t.Context())
+	if err != nil || len(aside) != 1 || aside[0].Block != late.Block {
+		t.Fatalf("set aside: %+v, %v", aside, err)
+	}
+	if got := w.samplesOf(t, "a"); got != 0 {
+		t.Errorf("of the other tenant %d samples are left", got)
+	}
+	rows := slices.DeleteFunc(w.rowsOf(t, "b"), func(r index.BlockRow) bool { return r.Block == late.Block || r.MaxT < late.MinT || r.MinT > late.MaxT })
+	if len(rows) == 0 {
+		t.Fatal("nothing overlaps it any more")
+	}
+	n, want := uint64(0), uint64(0)
+	for _, r := range rows {
+		n += r.Samples
+		for _, s := range all["b"] {
+			i, _ := slices.BinarySearch(s.Floats.T, r.MinT)
+			j, _ := slices.BinarySearch(s.Floats.T, r.MaxT+1)
+			want += uint64(j - i) //nolint:gosec // few
+		}
+	}
+	if n < want*6/10 || n > want { // but for those that came late
+		t.Errorf("%d samples are left of %d", n, want)
+	}
+}
+
+func (w *world) rowsOf(t *testing.T, tenant string) []index.BlockRow {
+	t.Helper()
+	rows, err := w.index.AllBlocks(t.Context(), tenant)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return rows
+}
+
+// samplesIn is samplesOf of mint to maxt, both included, in ms.
+func (w *world) samplesIn(t *testing.T, tenant string, mint, maxt int64) (n int) {
+	t.Helper()
+	set, err := w.history.Open(tenant, mint, maxt, history.Blocks(w.rowsOf(t, tenant)), nil).Select(t.Context(), nil, mint, maxt)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var buf history.Buffer
+	for set.Next(t.Context()) {
+		runs, err := set.At().Runs(&buf)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if len(runs) > 0 {
+			n += len(chunkfmt.Merge(runs...).Floats.T)
+		}
+	}
+	if set.Err() != nil {
+		t.Fatal(set.Err())
+	}
+	return n
+}
