@@ -268,6 +268,9 @@ func (c *Compactor) Round(ctx context.Context) (worked bool, err error) {
 	}
 	c.forgetHeld(v)
 	var errs []error
+	if err := c.takeBack(ctx, v); err != nil {
+		errs = append(errs, err)
+	}
 	for _, j := range v.jobs {
 		if err := c.carryOn(ctx, v, j); err != nil {
 			errs = append(errs, fmt.Errorf("job %s of level %d: %w", j.ID, j.Level, err))

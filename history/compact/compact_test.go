@@ -463,3 +463,52 @@ func TestHeldJob(t *testing.T) {
 		t.Errorf("conditions %v", cs)
 	}
 }
+
+// TestTakeBack: what a program of before has set aside because of its version is compacted
+// by one that can read it; what nobody can read stays set aside.
+func TestTakeBack(t *testing.T) {
+	objects := &historytest.MemoryObjects{}
+	w := newWorld(t, objects, &historytest.MemoryRows{})
+	r := rand.New(rand.NewPCG(1, 9))
+	now := w.now.UnixMilli()
+	var ids []ulid.ULID
+	for range 4 {
+		c := content{}
+		c.add("a", someSeries(r, "m", 3, now-hour, now))
+		ids = append(ids, w.flush(t, c))
+	}
+	// The first two for their version, of which one is of one still unknown, and the third
+	// for damage.
+	for i, id := range ids[:3] {
+		size, err := objects.Size(t.Context(), history.ObjectKey(id))
+		if err != nil {
+			t.Fatal(err)
+		}
+		ref := index.BlockRef{Block: id, Object: history.ObjectKey(id), ObjectSize: size}
+		reason := fmt.Errorf("block %s: footer: %w: 2, this program reads 1 to 1", id, chunkfmt.ErrVersion).Error()
+		switch i {
+		case 1:
+			b := bytes.Clone(bytesAt(t, objects, ref))
+			b[len(b)-12] = 9 // the version in its trailer
+			if err := objects.Put(t.Context(), ref.Object, bytes.NewReader(b), size); err != nil {
+				t.Fatal(err)
+			}
+		case 2:
+			reason = "block is corrupt"
+		}
+		if err := w.index.PutAside(t.Context(), index.AsideRow{BlockRef: ref, Reason: reason}); err != nil {
+			t.Fatal(err)
+		}
+		if err := w.c.deleteWork(t.Context(), index.JobSource{BlockRef: ref}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	w.pass(t, 4*time.Hour, 10*time.Minute)
+	aside, err := w.index.Aside(t.Context())
+	if err != nil || len(aside) != 2 || aside[0].Block != ids[1] || aside[1].Block != ids[2] {
+		t.Errorf("set aside: %+v, %v", aside, err)
+	}
+	if got := w.levels(t, "a"); got[0] != 2 || got[1] != 1 {
+		t.Errorf("rows by level %v", got)
+	}
+}

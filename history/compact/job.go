@@ -6,10 +6,12 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/oklog/ulid/v2"
 
+	"github.com/epimetheus-tsdb/epimetheus/chunkfmt"
 	"github.com/epimetheus-tsdb/epimetheus/history"
 	"github.com/epimetheus-tsdb/epimetheus/history/index"
 	"github.com/epimetheus-tsdb/epimetheus/internal/bug"
@@ -250,6 +252,31 @@ func (c *Compactor) strike(ctx context.Context, sources []index.JobSource, bad *
 	c.logger.Error("block can't be read: it is left as it is, and queries go on to name it", "block", s.Block, "object", s.Object,
 		"page", bad.Page, "offset", bad.Offset, "reason", reason, "err", bad.Err)
 	return slices.Delete(slices.Clone(sources), i, i+1), nil
+}
+
+// takeBack gives blocks back to compaction that a program of before set aside because it
+// didn't know their version.
+func (c *Compactor) takeBack(ctx context.Context, v *view) error {
+	var errs []error
+	for _, a := range v.asideRows {
+		if !strings.Contains(a.Reason, chunkfmt.ErrVersion.Error()) {
+			continue
+		}
+		err := Readmit(ctx, c.o.Objects, c.o.Index, index.JobSource{BlockRef: a.BlockRef, Level: a.Level}, c.o.Ranges)
+		if unreadable(err) != "" {
+			continue // by this program too
+		}
+		if err == nil || errors.Is(err, ErrCondemned) {
+			err = c.o.Index.DeleteAside(ctx, a.Block)
+		}
+		if err != nil {
+			errs = append(errs, fmt.Errorf("take back block %s: %w", a.Block, err))
+			continue
+		}
+		delete(v.aside, a.Block)
+		c.logger.Info("block that a program of before has set aside can be read: it is compacted", "block", a.Block, "level", a.Level, "reason", a.Reason)
+	}
+	return errors.Join(errs...)
 }
 
 // advance carries a job on if its time has come.
