@@ -443,6 +443,12 @@ func (e *WindowEntry) Chunks(mint, maxt int64) []Chunk {
 	return e.page.chunks.select1(e.series, mint, maxt)
 }
 
+// WindowsOf gives the chunks of summaries of a width, rollup.Short or rollup.Long, that
+// overlap mint to maxt, both included, ascending.
+func (e *WindowEntry) WindowsOf(width, mint, maxt int64) []Chunk {
+	return e.page.Windows(e.series, width, mint, maxt)
+}
+
 // SelectWindows is Select for windows of a width in ms, rollup.Short or rollup.Long:
 // of the series that have samples in that time.
 func (p *SeriesPage) SelectWindows(ms []*labels.Matcher, mint, maxt, width int64) []WindowEntry {

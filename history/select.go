@@ -123,7 +123,8 @@ func (s *Snapshot) seriesSet(fs []found, mint, maxt int64) *SeriesSet {
 }
 
 // GoneUntil is the last time in ms, of what was selected, at which there are but
-// summaries of windows of a series; math.MinInt64 if there is none.
+// summaries of windows of a series, or of a SelectWindows but such of wider windows;
+// math.MinInt64 if there is none.
 func (ss *SeriesSet) GoneUntil() int64 { return ss.gone }
 
 // GoneUntil is the last time in mint to maxt, both included, in ms, at which there are but

@@ -55,6 +55,9 @@ func (s *Snapshot) SelectWindows(ctx context.Context, ms []*labels.Matcher, mint
 				if covers(hidden, max(from, e.Times.MinT), min(to, e.Times.MaxT)) {
 					continue
 				}
+				if e.Gone != nil && of.Width == rollup.Short {
+					set.gone = max(set.gone, goneUntil(onlyLong(&e, lo, hi, hidden), lo, hi))
+				}
 				s.Stats.Series.Add(1)
 				at, added := sets.add(e.Labels)
 				if added {
@@ -78,6 +81,27 @@ func (s *Snapshot) SelectWindows(ctx context.Context, ms []*labels.Matcher, mint
 		return nil, err
 	}
 	return set, nil
+}
+
+// onlyLong gives the hours that reach into mint to maxt, both included, in ms, of which
+// there are but windows of an hour, without what is hidden. Where a series has nothing for
+// hours it may give these too.
+func onlyLong(e *chunkfmt.WindowEntry, mint, maxt int64, hidden []chunkfmt.Range) []chunkfmt.Range {
+	hours := func(rs []chunkfmt.Range) []chunkfmt.Range {
+		out := make([]chunkfmt.Range, len(rs))
+		for i, r := range rs {
+			out[i] = widen(r, rollup.Long)
+		}
+		return union(out)
+	}
+	asked := widen(chunkfmt.Range{MinT: mint, MaxT: maxt}, rollup.Long)
+	of := func(width int64) (rs []chunkfmt.Range) {
+		for _, c := range e.WindowsOf(width, asked.MinT, asked.MaxT) {
+			rs = append(rs, chunkfmt.Range{MinT: c.MinT, MaxT: c.MaxT})
+		}
+		return hours(rs)
+	}
+	return subtract(subtract(Overlap(hours(e.Gone), of(rollup.Long)), of(rollup.Short)), hours(hidden))
 }
 
 // widen makes a range one of whole windows.

@@ -250,8 +250,12 @@ func (s *seriesSet) readHistory(ctx context.Context, snap *history.Snapshot, ms 
 	lacks := onlySummaries(snap, s.mint, s.maxt, width)
 	old, err := s.from(ctx, snap, ms)
 	if err == nil {
-		if until := old.GoneUntil(); lacks == nil && s.sums == nil && until > math.MinInt64 {
-			lacks = warning(until+1, "samples", hourly) // kept for longer now than they were
+		if until := old.GoneUntil(); lacks == nil && until > math.MinInt64 { // kept for longer now than they were
+			what := "samples"
+			if s.sums != nil {
+				what = finer
+			}
+			lacks = warning(until+1, what, hourly)
 		}
 		if lacks != nil {
 			s.warnings = annotations.New().Merge(s.warnings) // those of the selection are others' too

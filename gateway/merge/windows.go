@@ -127,6 +127,9 @@ func (s *Series) OnlySummaries(mint, maxt int64) error {
 // hourly is when summaries of an hour answer.
 const hourly = "at times, steps, ranges and offsets of whole hours"
 
+// finer is all but summaries of an hour.
+const finer = "samples and summaries of 5 minutes"
+
 // onlySummaries is for who reads samples, or with a width in ms windows, where blocks
 // have but windows, or but wider ones.
 func onlySummaries(snap *history.Snapshot, mint, maxt, width int64) error {
@@ -135,7 +138,7 @@ func onlySummaries(snap *history.Snapshot, mint, maxt, width int64) error {
 	}
 	h := snap.Hidden.Before
 	if width != 0 {
-		return warning(h.Short, "samples and summaries of 5 minutes", hourly)
+		return warning(h.Short, finer, hourly)
 	}
 	when := hourly
 	if h.Short < h.Raw {

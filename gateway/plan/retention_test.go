@@ -204,6 +204,15 @@ func TestOnlySummaries(t *testing.T) {
 			t.Errorf("%s: kept for ever: %v, %v", name, r.Err, r.Warnings)
 		}
 	}
+	// So do those that could be answered from summaries of 5 minutes, of which there are none.
+	const fine = "sum by (job) (sum_over_time(load[10m]))"
+	if r := run(planned, c.Storage, fine, start.Add(time.Hour), start.Add(9*time.Hour), 5*time.Minute); r.Err != nil || !lost(r) {
+		t.Errorf("kept for ever, by 5 minutes: %v, %v", r.Err, r.Warnings)
+	}
+	newer := run(planned, c.Storage, fine, end.Add(-10*time.Hour), end, 5*time.Minute)
+	if diff := differ(run(engine, prom, fine, end.Add(-10*time.Hour), end, 5*time.Minute), newer); diff != "" || lost(newer) {
+		t.Errorf("kept for ever, by 5 minutes: %s, %v", diff, newer.Warnings)
+	}
 	const sum = "sum by (job) (sum_over_time(load[2h]))"
 	got := run(planned, c.Storage, sum, start, end, time.Hour)
 	if diff := differ(run(engine, prom, sum, start, end, time.Hour), got); diff != "" {
