@@ -29,7 +29,8 @@ func addAll(app *kingpin.Application, commands map[string]command) {
 		if err := p.addIngester(st, rf, "all", live, func(m ring.Member, ing *ingest.Ingester) (membership, error) {
 			local[m.Address] = ing
 			a := &alone{m, live}
-			return a, a.SetState(ring.Joining)
+			a.SetState(ring.Joining)
+			return a, nil
 		}); err != nil {
 			return err
 		}
@@ -53,11 +54,10 @@ type alone struct {
 }
 
 // SetState implements membership.
-func (a *alone) SetState(s ring.State) error {
+func (a *alone) SetState(s ring.State) {
 	m := a.member
 	m.State = s
 	a.live.Set(ring.NewSnapshot([]ring.Member{m}))
-	return nil
 }
 
 // Settle implements membership.

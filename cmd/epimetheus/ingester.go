@@ -84,7 +84,7 @@ const leaveNotice = 2 * time.Second
 
 // membership is an ingester's place on the ring.
 type membership interface {
-	SetState(s ring.State) error
+	SetState(s ring.State)
 	// Settle waits until it is known to all, or ctx ends.
 	Settle(ctx context.Context)
 }
@@ -122,21 +122,15 @@ func (p *process) addIngester(st *stores, rf *grpcFlags, id string, live *ring.L
 			return nil
 		}
 		place.Settle(ctx)
-		if err := place.SetState(ring.Active); err != nil {
-			return err
-		}
+		place.SetState(ring.Active)
 		if err := ing.Run(ctx); err != nil {
 			return err // what is not flushed is missed: to the others it vanishes
 		}
-		if err := place.SetState(ring.Left); err != nil {
-			p.logger.Warn("end of the last flush not announced: queries will warn for a while", "err", err)
-		}
+		place.SetState(ring.Left)
 		return nil
 	}, func() {
 		ing.Drain()
-		if err := place.SetState(ring.Leaving); err != nil {
-			p.logger.Warn("leaving not announced", "err", err)
-		}
+		place.SetState(ring.Leaving)
 		time.Sleep(leaveNotice)
 	})
 	server := newGRPCServer()

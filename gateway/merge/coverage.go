@@ -16,7 +16,10 @@ import (
 const (
 	// heardWithin is how old what a source said may be, while an ingester is
 	// missing: it speaks every 3 s, and whenever something changed.
-	heardWithin = 15 * time.Second
+	heardWithin = 6 * time.Second
+	// spokeWithin is how old it may be to tell of members that have restarted; long before,
+	// the ring has told.
+	spokeWithin = 15 * time.Second
 	// rememberFor is how long it is remembered which sources a member has heard.
 	rememberFor = time.Hour
 	// maxRemembered bounds the tenants of which that is.
@@ -149,8 +152,8 @@ func (c *coverage) holds(x *fetch.Coverage) bool {
 // copies with them, and whether any went. It is for when no member is missing.
 func (c *coverage) restarted() (lacking, some bool) {
 	for _, x := range c.newest {
-		if x.Age > heardWithin {
-			continue // long before, the ring has told
+		if x.Age > spokeWithin {
+			continue
 		}
 		if members, _ := c.gone(&x); members > 0 {
 			some = true

@@ -204,15 +204,15 @@ func (g *Gossip) Settle(ctx context.Context) {
 	}
 }
 
-// SetState says to all what state this member is in.
-func (g *Gossip) SetState(s ring.State) error {
+// SetState says to all what state this member is in. On a machine that is very busy they
+// may hear of it a little later.
+func (g *Gossip) SetState(s ring.State) {
 	g.mu.Lock()
 	g.state = s
 	g.mu.Unlock()
-	if err := g.list.UpdateNode(updateWithin); err != nil {
-		return fmt.Errorf("spread state %s: %w", s, err)
+	if err := g.list.UpdateNode(updateWithin); err != nil { // it is still on its way
+		g.logger.Warn("the state of this member has not been passed on yet, others hear of it later", "state", s, "err", err)
 	}
-	return nil
 }
 
 // tellResending spreads whether a source is sending again, where that changed.

@@ -97,28 +97,20 @@ func TestMembersComeAndGo(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, n := range []*node{a, b, c} {
-		if err := n.SetState(ring.Active); err != nil {
-			t.Fatal(err)
-		}
+		n.SetState(ring.Active)
 	}
 	for _, n := range []*node{a, b, c} {
 		await(t, n, "a=active b=active c=active")
 	}
 	// One leaves as it should.
-	if err := b.SetState(ring.Leaving); err != nil {
-		t.Fatal(err)
-	}
+	b.SetState(ring.Leaving)
 	await(t, a, "a=active b=leaving c=active")
-	if err := b.SetState(ring.Left); err != nil {
-		t.Fatal(err)
-	}
+	b.SetState(ring.Left)
 	b.stop()
 	await(t, a, "a=active c=active")
 	// One goes before it has flushed all.
 	d := start(t, "d", a.addr)
-	if err := d.SetState(ring.Leaving); err != nil {
-		t.Fatal(err)
-	}
+	d.SetState(ring.Leaving)
 	await(t, a, "a=active c=active d=leaving")
 	d.stop()
 	await(t, a, "a=active c=active d=lost")
@@ -161,9 +153,7 @@ func TestLost(t *testing.T) {
 			wg.Go(func() { _ = n.Run(ctx) })
 			t.Cleanup(func() { cancel(); wg.Wait() })
 		}
-		if err := n.SetState(ring.Active); err != nil {
-			t.Fatal(err)
-		}
+		n.SetState(ring.Active)
 		return n
 	}
 	vanish := func(n *node) {
