@@ -33,6 +33,7 @@ type Encoder struct {
 	ints, diff, residuals                []int64
 	exceptions                           []int
 	noise                                bool // see AppendNoise
+	exact                                bool // estimates look for frames as thoroughly as the encoding does
 }
 
 // Decoder decodes columns. It keeps scratch memory between calls; the zero

@@ -228,6 +228,8 @@ func (e *Encoder) fillFront() {
 
 // chooseBase returns the base on which e.ints are likely to be smallest, or -1.
 func (e *Encoder) chooseBase(bases [][]int64) int {
+	e.exact = true // gaps of one column are outliers of the difference, at both ends
+	defer func() { e.exact = false }()
 	s := sample(e.ints)
 	best, least := -1, e.estimate(s)
 	least -= max(least*2/5, len(s)/8) + 2 // decoding two columns has to pay

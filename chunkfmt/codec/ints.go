@@ -116,7 +116,7 @@ func (e *Encoder) blocksCost(v []int64) int {
 	cost := 1
 	for len(v) > 0 {
 		k := min(blockLen, len(v))
-		f := e.chooseFrame(v[:k], true)
+		f := e.chooseFrame(v[:k], !e.exact)
 		cost += f.cost + 2 + bits.Len64(uint64(f.min^f.min>>63))/7
 		v = v[k:]
 	}

@@ -52,9 +52,9 @@ func (f *frame) fits(v int64) bool {
 // the minimum by a number of so many bits.
 func patchCost(bitLen int) int { return 2 + (bitLen+1)/7 }
 
-// chooseFrame finds the frame of least cost for at most blockLen values. An estimate
-// doesn't look for frames that leave out values at both ends: that takes
-// longest, and decides little.
+// chooseFrame finds the frame of least cost for at most blockLen values. Of frames that leave
+// out values at both ends, which take longest to find, an estimate looks at one alone:
+// without the least and the greatest.
 func (e *Encoder) chooseFrame(v []int64, estimate bool) frame {
 	lo, hi := v[0], v[0]
 	for _, x := range v[1:] {
@@ -74,10 +74,36 @@ func (e *Encoder) chooseFrame(v []int64, estimate bool) frame {
 	}
 	best.fewer(len(v), w0, &up, lo, 0)
 	best.fewer(len(v), w0, &down, hi, 1)
+	if estimate && w0 >= 4 && !e.noise {
+		best.inner(v, lo, hi)
+	}
 	if w0 >= 4 && !estimate && !e.noise && e.twoSided(v, w0) {
 		e.window(v, w0, &best)
 	}
 	return best
+}
+
+// inner tries to leave out the least and the greatest value.
+func (f *frame) inner(v []int64, lo, hi int64) {
+	least, greatest := hi, lo
+	lows, highs := 0, 0
+	for _, x := range v {
+		switch x {
+		case lo:
+			lows++
+		case hi:
+			highs++
+		default:
+			least, greatest = min(least, x), max(greatest, x)
+		}
+	}
+	if lows != 1 || highs != 1 || least > greatest {
+		return
+	}
+	w := bits.Len64(uint64(greatest - least))
+	if c := packedLen(len(v), roundWidth(w)) + 1 + patchCost(bits.Len64(uint64(hi-least))) + patchCost(bits.Len64(uint64(least-lo))); c < f.cost {
+		*f = frame{min: least, width: roundWidth(w), patches: 2, cost: c}
+	}
 }
 
 // fewer tries smaller widths with patches for the values of more bits.

@@ -46,7 +46,7 @@ import (
 
 var (
 	agreeSeed = flag.Int64("agree.seed", 1, "first seed of TestAgreement")
-	agreeN    = flag.Int("agree.n", 1500, "queries of TestAgreement")
+	agreeN    = flag.Int("agree.n", 900, "queries of TestAgreement")
 )
 
 // dataset is some hours of series of all sorts: counters with resets, gauges,

@@ -32,7 +32,7 @@ import (
 
 var (
 	simSeed = flag.Uint64("sim.seed", 0, "the seed to run; 0: some")
-	simN    = flag.Int("sim.n", 6, "how many seeds to run")
+	simN    = flag.Int("sim.n", 3, "how many seeds to run")
 )
 
 // TestSimulation runs flushes, compactors and readers over stores in memory, in
