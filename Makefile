@@ -34,7 +34,7 @@ demo: build $(TOOLS_STAMP_SERVERS) ## run Epimetheus beside a real Prometheus (D
 # simulations' (golang/go#78156): those run without it. What they simulate has
 # tests with it. The end-to-end tests mostly wait for processes of the built binary, which
 # has no race detector: four at a time. Of the planner, what runs on several goroutines has it: Prometheus's whole suite
-takes minutes with it.
+# takes minutes with it.
 .PHONY: test
 test: tools-test ## every test, unit to end to end, with the race detector but for the simulations and the built binary's
 	go test -race -timeout 20m $$(go list ./... | grep -v -e /e2e$$ -e /e2e/sim$$ -e /e2e/cost$$ -e /gateway/plan$$)
