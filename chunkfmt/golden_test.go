@@ -54,6 +54,20 @@ func goldenSeries() []tenantSeries {
 // with -update. Blocks are kept as they were written first.
 const written = "testdata/written"
 
+// kept reads a block that was written once; with -update it is block, if there is none.
+func kept(t *testing.T, name string, block []byte) []byte {
+	t.Helper()
+	b, err := os.ReadFile(name)
+	if os.IsNotExist(err) && *update {
+		b = block
+		err = os.WriteFile(name, block, 0o644)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	return b
+}
+
 // TestGolden reads blocks of each version of the format, and checks that the
 // writer makes the same of the same series as last time.
 func TestGolden(t *testing.T) {
@@ -67,14 +81,7 @@ func TestGolden(t *testing.T) {
 		"testdata/block-v1-zstd": {PageSeries: 40, PageBytes: 20000, ChunkSamples: 300},
 	} {
 		block, _ := writeBlock(t, in, o)
-		golden, err := os.ReadFile(name)
-		if os.IsNotExist(err) && *update {
-			golden = block
-			err = os.WriteFile(name, block, 0o644)
-		}
-		if err != nil {
-			t.Fatal(err)
-		}
+		golden := kept(t, name, block)
 		if o.Uncompressed {
 			sums = append(sums, fmt.Sprintf("%s %x\n", name, sha256.Sum256(block)))
 		}

@@ -74,10 +74,11 @@ func (e *Encoder) chooseFrame(v []int64, estimate bool) frame {
 	}
 	best.fewer(len(v), w0, &up, lo, 0)
 	best.fewer(len(v), w0, &down, hi, 1)
-	if estimate && w0 >= 4 && !e.noise {
+	switch {
+	case w0 < 4 || e.noise:
+	case estimate:
 		best.inner(v, lo, hi)
-	}
-	if w0 >= 4 && !estimate && !e.noise && e.twoSided(v, w0) {
+	case e.twoSided(v, w0):
 		e.window(v, w0, &best)
 	}
 	return best

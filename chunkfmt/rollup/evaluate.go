@@ -20,11 +20,13 @@ type Evaluator struct {
 
 	out *Result
 	w   *Windows // of the series
-	// aligned: each range is one window, none is missing between the first and the
-	// last, and all are of use: the i-th range is window i*stride-before. What is by step
-	// below isn't set then.
-	aligned        bool
+	// contiguous: there are windows, and none is missing between the first and the last. The
+	// newest that may be in the i-th range is then window i*stride-before.
+	contiguous     bool
 	before, stride int
+	// aligned: besides each range is one window, and all are of use. What is by step
+	// below isn't set then.
+	aligned bool
 
 	// By step: which windows are in the range, and how many floats of the one before
 	// those are, or edgeRaw.
@@ -79,12 +81,16 @@ func (e *Evaluator) Eval(w *Windows, out *Result) {
 	if e.q.Function != "" { // that sees staleness markers
 		e.densify()
 	}
-	if e.align(w); e.aligned {
+	e.place()
+	useless := e.anyUseless(w)
+	if e.aligned = e.contiguous && !useless && e.f.rates && e.q.Range == e.width; e.aligned {
 		e.rateOfWindows()
 		return
 	}
 	e.find()
-	e.forbid(w)
+	if useless {
+		e.forbid(w)
+	}
 	for i, n := range e.edge {
 		if n == edgeRaw {
 			out.Raw = append(out.Raw, int32(i)) //nolint:gosec // a slice has fewer
@@ -115,26 +121,23 @@ func (e *Evaluator) densify() {
 	e.w = &e.dense
 }
 
-// align sets aligned: what is asked for most, and most of what there is, is so.
-func (e *Evaluator) align(w *Windows) {
-	e.aligned = false
+// place sets contiguous, before and stride.
+func (e *Evaluator) place() {
 	end := e.w.End
-	if !e.f.rates || e.q.Range != e.width || len(end) == 0 || !e.contiguous() {
-		return
+	k := len(end)
+	e.contiguous = k > 0 && end[k-1]-end[0] == int64(k-1)*e.width
+	if e.contiguous {
+		e.before, e.stride = int((end[0]-e.q.Start)/e.width), int(e.q.Step/e.width)
 	}
+}
+
+// anyUseless says whether there are windows that are of no use.
+func (e *Evaluator) anyUseless(w *Windows) bool {
 	any := Flags(0)
 	for _, f := range w.Flags {
 		any |= f
 	}
-	e.aligned = any&e.useless == 0
-	e.before, e.stride = int((end[0]-e.q.Start)/e.width), int(e.q.Step/e.width)
-}
-
-// contiguous: no window is missing, of one at least.
-func (e *Evaluator) contiguous() bool {
-	end := e.w.End
-	k := len(end)
-	return k > 0 && end[k-1]-end[0] == int64(k-1)*e.width
+	return any&e.useless != 0
 }
 
 // steps are the first step, if aligned, whose range is one of the windows, and the step behind
@@ -157,11 +160,9 @@ func (e *Evaluator) find() {
 	n, end := e.q.Steps, e.w.End
 	e.lo, e.hi, e.edge = resize(e.lo, n), resize(e.hi, n), resize(e.edge, n)
 	clear(e.edge)
-	if k := len(end); e.contiguous() {
-		// The i-th step's newest is window i·step - before.
-		before, step := (end[0]-e.q.Start)/e.width, e.q.Step/e.width
-		line(e.hi, 1-before, step, int64(k))
-		line(e.lo, 1-before-e.whole/e.width, step, int64(k))
+	if e.contiguous {
+		line(e.hi, 1-e.before, e.stride, len(end))
+		line(e.lo, 1-e.before-int(e.whole/e.width), e.stride, len(end))
 	} else {
 		e.search()
 	}
@@ -185,7 +186,7 @@ func (e *Evaluator) find() {
 
 // line sets s[i] to at + i·step, but no less than 0 and no more than most. step isn't
 // negative.
-func line(s []int32, at, step, most int64) {
+func line(s []int32, at, step, most int) {
 	i := 0
 	for ; i < len(s) && at < 0; i++ {
 		s[i] = 0
@@ -232,13 +233,6 @@ func (e *Evaluator) sticksInto(window int, after int64) uint8 {
 
 // forbid steps in whose ranges there are windows that are of no use.
 func (e *Evaluator) forbid(w *Windows) {
-	any := Flags(0)
-	for _, f := range w.Flags {
-		any |= f
-	}
-	if any&e.useless == 0 {
-		return
-	}
 	k, t := 0, e.q.Start
 	worst := int64(math.MinInt64)
 	for i := range e.edge {

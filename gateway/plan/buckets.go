@@ -1,6 +1,7 @@
 package plan
 
 import (
+	"cmp"
 	"context"
 	"math"
 	"slices"
@@ -95,15 +96,7 @@ func named(ls labels.Labels) bool {
 // quantile at each time that one of the buckets has. It reports false where there is a
 // warning.
 func (h *histogramOf) quantile(phi float64) ([]promql.FPoint, bool) {
-	slices.SortStableFunc(h.buckets, func(a, b bucket) int {
-		switch {
-		case a.upper < b.upper:
-			return -1
-		case a.upper > b.upper:
-			return 1
-		}
-		return 0
-	})
+	slices.SortStableFunc(h.buckets, func(a, b bucket) int { return cmp.Compare(a.upper, b.upper) })
 	longest := 0
 	for i := range h.buckets {
 		longest = max(longest, len(h.buckets[i].floats))

@@ -279,7 +279,7 @@ func (r *result) add(s *slot) error {
 				return ErrGiveUp
 			}
 			r.unnamed[hash] = struct{}{}
-		case ls.Has(model.MetricTypeLabel) || ls.Has(model.MetricUnitLabel):
+		case named(ls):
 			return ErrGiveUp // rare
 		}
 		if r.fold.held > int64(r.opts.maxSamples) {

@@ -44,29 +44,9 @@ func (w *world) traces(t *testing.T, tenant string) []Trace {
 }
 
 // samplesOf counts what blocks have of a tenant, whatever hides it.
-func (w *world) samplesOf(t *testing.T, tenant string, ms ...*labels.Matcher) (n int) {
+func (w *world) samplesOf(t *testing.T, tenant string, ms ...*labels.Matcher) int {
 	t.Helper()
-	rows, err := w.index.AllBlocks(t.Context(), tenant)
-	if err != nil {
-		t.Fatal(err)
-	}
-	set, err := w.history.Open(tenant, math.MinInt64, math.MaxInt64, history.Blocks(rows), nil).Select(t.Context(), ms, math.MinInt64, math.MaxInt64)
-	if err != nil {
-		t.Fatal(err)
-	}
-	for set.Next(t.Context()) {
-		runs, err := set.At().Runs(&history.Buffer{})
-		if err != nil {
-			t.Fatal(err)
-		}
-		if len(runs) > 0 {
-			n += len(chunkfmt.Merge(runs...).Floats.T)
-		}
-	}
-	if set.Err() != nil {
-		t.Fatal(set.Err())
-	}
-	return n
+	return w.samplesIn(t, tenant, math.MinInt64, math.MaxInt64, ms...)
 }
 
 func (w *world) deletions(t *testing.T, tenant string) []index.Deletion {

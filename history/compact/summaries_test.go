@@ -485,9 +485,9 @@ func (w *world) rowsOf(t *testing.T, tenant string) []index.BlockRow {
 }
 
 // samplesIn is samplesOf of mint to maxt, both included, in ms.
-func (w *world) samplesIn(t *testing.T, tenant string, mint, maxt int64) (n int) {
+func (w *world) samplesIn(t *testing.T, tenant string, mint, maxt int64, ms ...*labels.Matcher) (n int) {
 	t.Helper()
-	set, err := w.history.Open(tenant, mint, maxt, history.Blocks(w.rowsOf(t, tenant)), nil).Select(t.Context(), nil, mint, maxt)
+	set, err := w.history.Open(tenant, mint, maxt, history.Blocks(w.rowsOf(t, tenant)), nil).Select(t.Context(), ms, mint, maxt)
 	if err != nil {
 		t.Fatal(err)
 	}
