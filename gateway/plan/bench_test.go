@@ -208,41 +208,11 @@ func loadDeep(b *testing.B, c gen.Config, h *history.History) *tsdb.DB {
 	b.Helper()
 	dir := b.TempDir()
 	const day = 24 * 3600 * 1000
-	var all []*chunkfmt.Series
-	var iters []*gen.Iter
-	for _, s := range c.AllSeries() {
-		lb := labels.NewScratchBuilder(len(s.Labels))
-		for _, l := range s.Labels {
-			lb.Add(l.Name, l.Value)
-		}
-		lb.Sort()
-		all = append(all, &chunkfmt.Series{Labels: lb.Labels()})
-		iters = append(iters, s.Iter(c))
-	}
-	type next struct {
-		t int64
-		v float64
-	}
-	held := make([]*next, len(all))
+	all, feeds := feedsOf(c, "")
 	order := byLabels(all)
 	for from := c.Start; from < c.End; from += day {
 		for i, s := range all {
-			s.Floats.T, s.Floats.V = s.Floats.T[:0], s.Floats.V[:0]
-			for {
-				n := held[i]
-				if n == nil {
-					t, v, ok := iters[i].Next()
-					if !ok {
-						break
-					}
-					n = &next{t, v}
-				}
-				if held[i] = n; n.t >= from+day {
-					break
-				}
-				held[i] = nil
-				s.Floats.T, s.Floats.V = append(s.Floats.T, n.t), append(s.Floats.V, n.v)
-			}
+			feeds[i].fill(s, from+day-1)
 		}
 		var buf bytes.Buffer
 		w := chunkfmt.NewWriter(&buf, chunkfmt.WriterOptions{Window: history.Window, ChunkSamples: *benchChunk, Rollups: !*benchRaw})
@@ -280,6 +250,47 @@ func loadDeep(b *testing.B, c gen.Config, h *history.History) *tsdb.DB {
 	db.DisableCompactions()
 	b.Cleanup(func() { _ = db.Close() })
 	return db
+}
+
+// feed gives the samples of a series stretch by stretch.
+type feed struct {
+	it   *gen.Iter
+	t    int64 // of a sample that was too late for the stretch before
+	v    float64
+	held bool
+}
+
+// feedsOf gives the series of a metric, without samples, and their feeds; with no metric, of
+// all.
+func feedsOf(c gen.Config, metric string) (all []*chunkfmt.Series, feeds []feed) {
+	for _, g := range c.AllSeries() {
+		lb := labels.NewScratchBuilder(len(g.Labels))
+		for _, l := range g.Labels {
+			lb.Add(l.Name, l.Value)
+		}
+		lb.Sort()
+		if s := (&chunkfmt.Series{Labels: lb.Labels()}); metric == "" || s.Labels.Get("__name__") == metric {
+			all, feeds = append(all, s), append(feeds, feed{it: g.Iter(c)})
+		}
+	}
+	return all, feeds
+}
+
+// fill puts the next samples up to a time, inclusive, in ms, in the place of those that
+// s has.
+func (f *feed) fill(s *chunkfmt.Series, until int64) {
+	s.Floats.T, s.Floats.V = s.Floats.T[:0], s.Floats.V[:0]
+	for {
+		if !f.held {
+			if f.t, f.v, f.held = f.it.Next(); !f.held {
+				return
+			}
+		}
+		if f.t > until {
+			return
+		}
+		s.Floats.T, s.Floats.V, f.held = append(s.Floats.T, f.t), append(s.Floats.V, f.v), false
+	}
 }
 
 // byLabels gives the indexes of series in the order in which blocks have them.

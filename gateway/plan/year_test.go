@@ -137,45 +137,15 @@ func BenchmarkYear(b *testing.B) {
 	const day = 24 * time.Hour
 	c := gen.Config{Series: 1000, Targets: 10, Churn: 0.1, Seed: 1, Interval: 15_000, Start: 2800 * history.Window}
 	c.End = c.Start + int64(*yearWeeks)*history.Window
-	var all []*chunkfmt.Series
-	var iters []*gen.Iter
-	for _, s := range c.AllSeries() {
-		lb := labels.NewScratchBuilder(len(s.Labels))
-		counts := false
-		for _, l := range s.Labels {
-			lb.Add(l.Name, l.Value)
-			counts = counts || l.Name == "__name__" && l.Value == "http_requests_total"
-		}
-		if counts {
-			lb.Sort()
-			all = append(all, &chunkfmt.Series{Labels: lb.Labels()})
-			iters = append(iters, s.Iter(c))
-		}
-	}
+	all, feeds := feedsOf(c, "http_requests_total")
 	order := byLabels(all)
-	y := newYear(b, c.Start, func(w *chunkfmt.Writer, start, end int64) {
+	y := newYear(b, c.Start, func(w *chunkfmt.Writer, _, end int64) {
 		for _, i := range order {
 			s := all[i]
-			n := len(s.Floats.T) // what the week before had one sample too many of
-			s.Floats.T, s.Floats.V = append(s.Floats.T[:0], s.Floats.T[max(0, n-1):]...), append(s.Floats.V[:0], s.Floats.V[max(0, n-1):]...)
-			if len(s.Floats.T) == 1 && s.Floats.T[0] <= start {
-				s.Floats.T, s.Floats.V = s.Floats.T[:0], s.Floats.V[:0]
-			}
-			for len(s.Floats.T) == 0 || s.Floats.T[len(s.Floats.T)-1] <= end {
-				t, v, ok := iters[i].Next()
-				if !ok {
-					break
-				}
-				s.Floats.T, s.Floats.V = append(s.Floats.T, t), append(s.Floats.V, v)
-			}
-			whole := *s
-			if n := len(s.Floats.T); n > 0 && s.Floats.T[n-1] > end {
-				whole.Floats.T, whole.Floats.V = s.Floats.T[:n-1], s.Floats.V[:n-1]
-			}
-			if len(whole.Floats.T) == 0 {
+			if feeds[i].fill(s, end); len(s.Floats.T) == 0 {
 				continue
 			}
-			if err := w.Add(gateway.DefaultTenant, &whole); err != nil {
+			if err := w.Add(gateway.DefaultTenant, s); err != nil {
 				b.Fatal(err)
 			}
 		}
