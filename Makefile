@@ -36,7 +36,7 @@ demo: build $(TOOLS_STAMP_SERVERS) ## run Epimetheus beside a real Prometheus (D
 # has no race detector: four at a time. Of the planner, what runs on several goroutines has it: Prometheus's whole suite
 # takes minutes with it.
 .PHONY: test
-test: tools-test ## every test, unit to end to end, with the race detector but for the simulations and the built binary's
+test: tools-test ## every test, unit to end to end; with the race detector, but for the simulations, most of the planner's and the built binary's
 	go test -race -timeout 20m $$(go list ./... | grep -v -e /e2e$$ -e /e2e/sim$$ -e /e2e/cost$$ -e /gateway/plan$$)
 	go test -race -timeout 10m ./gateway/plan -run 'TestAgreement|TestLateSamples|TestTasks' -agree.n 100
 	go test -timeout 10m ./gateway/plan ./e2e/sim ./e2e/cost
