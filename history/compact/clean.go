@@ -483,13 +483,8 @@ type overlaps struct {
 // by their size have other series, and aren't among them.
 func (c *Compactor) overlapping(ctx context.Context, v *view, b index.BlockRef, f *chunkfmt.Footer, of map[string]bool) (out overlaps, err error) {
 	if len(f.Tenants) > 0 {
-		t := &f.Tenants[0]
-		rows, err := c.o.Index.Blocks(ctx, t.Tenant, t.MinT, t.MaxT, true)
-		if err != nil {
+		if out.level, _, err = c.levelOf(ctx, b, &f.Tenants[0]); err != nil {
 			return out, err
-		}
-		if i := slices.IndexFunc(rows, func(r index.BlockRow) bool { return r.Block == b.Block }); i >= 0 {
-			out.level = rows[i].Level
 		}
 	}
 	if out.level < c.top() {
@@ -617,13 +612,9 @@ func (c *Compactor) mayShareSeries(ctx context.Context, a index.BlockRef, aDir c
 // ends are the first and the last series of a tenant in a block.
 func (c *Compactor) ends(ctx context.Context, b index.BlockRef, dir chunkfmt.Location) (first, last labels.Labels, err error) {
 	s := &source{block: b, objects: c.o.Objects}
-	at, err := s.get(ctx, &s.front, "directory", dir, dir.Offset, dir.End())
+	d, err := s.directory(ctx, dir, dir.Offset, dir.End())
 	if err != nil {
 		return first, last, err
-	}
-	d, err := chunkfmt.ParseDirectory(at)
-	if err != nil {
-		return first, last, s.error("directory", dir, err)
 	}
 	pages := d.Pages(nil, math.MinInt64, math.MaxInt64)
 	if len(pages) == 0 {
@@ -677,16 +668,13 @@ func (c *Compactor) past(ctx context.Context, v *view, x *cleaner, b index.Block
 		after := func(d time.Duration) int64 { return t.MaxT + d.Milliseconds() }
 		raw, long := after(r.Raw), after(max(r.Raw, r.Short, r.Long))
 		if !known && raw < now.UnixMilli() {
-			// What level the block is of, its rows tell.
-			rows, err := c.o.Index.Blocks(ctx, t.Tenant, t.MinT, t.MaxT, true)
-			if err != nil {
+			var err error
+			if level, known, err = c.levelOf(ctx, b, t); err != nil {
 				return 0, err
 			}
-			i := slices.IndexFunc(rows, func(r index.BlockRow) bool { return r.Block == b.Block })
-			if i < 0 {
+			if !known {
 				return now.UnixMilli(), nil // being replaced
 			}
-			level, known = rows[i].Level, true
 		}
 		h := c.horizons(r, level, true, now)
 		since := int64(math.MaxInt64)
@@ -756,16 +744,26 @@ func (c *Compactor) past(ctx context.Context, v *view, x *cleaner, b index.Block
 	return now.UnixMilli(), nil
 }
 
+// levelOf is what level a block is of, as the row of a tenant in it says; false: there is
+// none.
+func (c *Compactor) levelOf(ctx context.Context, b index.BlockRef, t *chunkfmt.TenantSummary) (index.Level, bool, error) {
+	rows, err := c.o.Index.Blocks(ctx, t.Tenant, t.MinT, t.MaxT, true)
+	if err != nil {
+		return 0, false, err
+	}
+	i := slices.IndexFunc(rows, func(r index.BlockRow) bool { return r.Block == b.Block })
+	if i < 0 {
+		return 0, false, nil
+	}
+	return rows[i].Level, true, nil
+}
+
 // hasShort says whether a tenant that has no samples in a block has short windows.
 func (c *Compactor) hasShort(ctx context.Context, b index.BlockRef, t *chunkfmt.TenantSummary) (bool, error) {
-	at := t.Directory
-	p, err := c.o.Objects.GetRange(ctx, b.Object, at.Offset, at.Size)
+	s := &source{block: b, objects: c.o.Objects}
+	d, err := s.directory(ctx, t.Directory, t.Directory.Offset, t.Directory.End())
 	if err != nil {
-		return false, &BlockError{b.Block, b.Object, "directory", at.Offset, err}
-	}
-	d, err := chunkfmt.ParseDirectory(p)
-	if err != nil {
-		if errors.Is(err, chunkfmt.ErrCorrupt) {
+		if unreadable(err) == "corrupt" {
 			return false, nil // whoever needs it says so
 		}
 		return false, err

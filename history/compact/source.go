@@ -189,17 +189,27 @@ func (s *source) enter(ctx context.Context) error {
 	} else if t.Directory.End() <= s.readBytes {
 		from = 0
 	}
-	b, err := s.get(ctx, &s.front, "directory", t.Directory, from, s.block.ObjectSize)
+	d, err := s.directory(ctx, t.Directory, from, s.block.ObjectSize)
 	if err != nil {
 		return err
-	}
-	d, err := chunkfmt.ParseDirectory(b)
-	if err != nil {
-		return s.error("directory", t.Directory, err)
 	}
 	s.refs = d.Pages(nil, s.mint, s.maxt)
 	s.series, s.metric, s.entry = nil, "", chunkfmt.Entry{}
 	return nil
+}
+
+// directory reads the one at l; from and end are as of get.
+func (s *source) directory(ctx context.Context, l chunkfmt.Location, from, end int64) (*chunkfmt.Directory, error) {
+	const page = "directory"
+	b, err := s.get(ctx, &s.front, page, l, from, end)
+	if err != nil {
+		return nil, err
+	}
+	d, err := chunkfmt.ParseDirectory(b)
+	if err != nil {
+		return nil, s.error(page, l, err)
+	}
+	return d, nil
 }
 
 func (s *source) error(page string, at chunkfmt.Location, err error) error {
