@@ -66,9 +66,7 @@ func (h *Head) Lists(ctx context.Context, q fetch.Query) ([][]fetch.Series, fetc
 			if err != nil {
 				return nil, hd, err
 			}
-			t.mu.RLock()
-			series := t.series
-			t.mu.RUnlock()
+			series := t.all()
 			of := func(ref uint32) labels.Labels { return series[ref].labels }
 			out = append(out, c.Append(make([]fetch.Series, 0, len(c.Refs)), of))
 		}
@@ -105,12 +103,15 @@ func (h *Head) Series(tenant string, generation uint64, refs []uint32, fn func(l
 		if g.id != generation {
 			continue
 		}
-		t := g.tenant(tenant)
+		var series []*memSeries
+		if t := g.tenant(tenant); t != nil {
+			series = t.all()
+		}
 		for _, ref := range refs {
-			if t == nil || !t.has(ref) {
+			if int(ref) >= len(series) {
 				return fmt.Errorf("%w: %d", ErrUnknownRef, ref)
 			}
-			if err := fn(t.labels(ref)); err != nil {
+			if err := fn(series[ref].labels); err != nil {
 				return err
 			}
 		}
@@ -119,16 +120,11 @@ func (h *Head) Series(tenant string, generation uint64, refs []uint32, fn func(l
 	return fmt.Errorf("%w: %d", ErrGone, generation)
 }
 
-func (t *tenantHead) has(ref uint32) bool {
+// all gives the series there are, by ref. More may come, those stay.
+func (t *tenantHead) all() []*memSeries {
 	t.mu.RLock()
 	defer t.mu.RUnlock()
-	return int(ref) < len(t.series)
-}
-
-func (t *tenantHead) labels(ref uint32) labels.Labels {
-	t.mu.RLock()
-	defer t.mu.RUnlock()
-	return t.series[ref].labels
+	return t.series
 }
 
 // read gives what the tenant has for a query, as columns of about so many bytes of
