@@ -5,6 +5,7 @@ import (
 	"errors"
 	"math"
 	"runtime"
+	"runtime/debug"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -112,6 +113,9 @@ func (i *Ingester) Replay(ctx context.Context) error {
 	}
 	i.fetch.starting.Store(false)
 	i.receive.starting.Store(false)
+	// Reading took more memory than the head keeps, and in normal work it may be long
+	// until the runtime gives that back.
+	debug.FreeOSMemory()
 	return nil
 }
 

@@ -38,8 +38,8 @@ func BenchmarkServers(b *testing.B) {
 	prom := testenv.Prometheus(b, blocks, "", "--storage.tsdb.retention.time=100y")
 	all := startAt(b, testenv.FreeAddr(b), binary, "all", "--config.file="+yml, "--data.dir="+data, "--grpc.listen-address="+testenv.FreeAddr(b))
 	end := time.UnixMilli(c.End)
-	compare(b, &system{name: "prometheus", url: prom.URL, procs: []*testenv.Process{prom.Process}},
-		[]*system{{name: "all", url: all.url, procs: []*testenv.Process{all.Process}}}, queries(span), time.UnixMilli(c.Start), end,
+	compare(b, &system{name: "prometheus", url: prom.URL, procs: []*role{{Process: prom.Process, url: prom.URL}}},
+		[]*system{{name: "all", url: all.url, procs: []*role{all}}}, queries(span), time.UnixMilli(c.Start), end,
 		func(_ float64, points int) float64 {
 			if points < 10_000 {
 				return 15

@@ -37,7 +37,7 @@ func BenchmarkWide(b *testing.B) {
 		b.Fatal(err)
 	}
 	all := start(b, binary, "all", "--config.file="+yml, "--data.dir="+filepath.Join(dir, "all"), "--grpc.listen-address="+testenv.FreeAddr(b))
-	ours := []*system{{name: "all", url: all.url, procs: []*testenv.Process{all.Process}}}
+	ours := []*system{{name: "all", url: all.url, procs: []*role{all}}}
 	ship(b, binary, yml, dir, "sidecar", data, all, all, total)
 	if *split {
 		yml := stores(b, binary, config)
@@ -47,9 +47,9 @@ func BenchmarkWide(b *testing.B) {
 		gateway := start(b, binary, "gateway", "--config.file="+yml, "--data.dir="+b.TempDir(),
 			"--gossip.listen-address="+testenv.FreeAddr(b), "--gossip.member-id=gateway", "--gossip.join="+gossip)
 		ship(b, binary, yml, dir, "sidecar2", data, gateway, ingester, total)
-		ours = append(ours, &system{name: "split", url: gateway.url, procs: []*testenv.Process{ingester.Process, gateway.Process}})
+		ours = append(ours, &system{name: "split", url: gateway.url, procs: []*role{ingester, gateway}})
 	}
-	compare(b, &system{name: "prometheus", url: prom.URL, procs: []*testenv.Process{prom.Process}}, ours,
+	compare(b, &system{name: "prometheus", url: prom.URL, procs: []*role{{Process: prom.Process, url: prom.URL}}}, ours,
 		queries(time.Hour), end.Add(-time.Hour), end, func(float64, int) float64 { return 4 })
 	all.save(b, "/debug/pprof/heap", "all.heap")
 }
