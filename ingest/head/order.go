@@ -8,6 +8,10 @@ import (
 	"github.com/prometheus/prometheus/model/labels"
 )
 
+// fewRefs are sorted by their labels at once: the order of all is copied for each new
+// series, and a query for a few has not to wait for that.
+const fewRefs = 64
+
 // order is that of a tenant's series by labels, as far as it was asked for. Comparing
 // labels is most of what a query that finds many series would cost otherwise.
 type order struct {
@@ -49,8 +53,10 @@ func (o *order) of(series []*memSeries) (refs, ranks []uint32) {
 // sort gives refs, or those of all series, in the order of labels. The given ones
 // stay as they are.
 func (o *order) sort(refs []uint32, all bool, series []*memSeries) []uint32 {
-	if !all && len(refs) < 2 {
-		return refs
+	if !all && len(refs) <= fewRefs {
+		out := slices.Clone(refs)
+		slices.SortFunc(out, func(a, b uint32) int { return labels.Compare(series[a].labels, series[b].labels) })
+		return out
 	}
 	byLabels, ranks := o.of(series)
 	switch {
