@@ -244,37 +244,6 @@ func (g *group) average(s int, x float64) {
 	g.mean[s], g.c[s] = kahansum.Inc(x/n, q*g.mean[s], q*g.c[s])
 }
 
-// quantiles sets v from all: promql's quantile, at each step.
-func (g *group) quantiles(phi float64) {
-	at := make([]int, len(g.all)) // by column: how many of its points are done
-	values := make([]float64, 0, len(g.all))
-	for s, n := range g.n {
-		if n == 0 {
-			continue
-		}
-		values = values[:0]
-		for i := range g.all {
-			c := &g.all[i]
-			if c.step == nil {
-				if k := s - c.first; k >= 0 && k < len(c.v) {
-					values = append(values, c.v[k])
-				}
-			} else if k := at[i]; k < len(c.step) && int(c.step[k]) == s {
-				values = append(values, c.v[k])
-				at[i]++
-			}
-		}
-		slices.Sort(values) // NaN first, as there
-		rank := phi * float64(len(values)-1)
-		lower := math.Floor(rank)
-		weight := rank - lower
-		if g.v[s] = values[int(lower)]; weight != 0 {
-			g.v[s] = g.v[s]*(1-weight) + values[int(lower)+1]*weight
-		}
-	}
-	g.all = nil
-}
-
 // finish gives the results, in the engine's order; or those of a shard, if they can be
 // put together with others.
 func (f *fold) finish(dropName bool) ([]partialSeries, error) {
