@@ -74,15 +74,18 @@ func TestLimits(t *testing.T) {
 		{gateway.Limits{Limits: account.Limits{Bytes: 10_000}}, `requests_total`, "limit gateway.limits.answer_bytes is 10000"},
 		{gateway.Limits{Limits: account.Limits{Bytes: 10_000}}, `sum(requests_total)`, ""},
 	} {
-		api := newAPI(t, c, gateway.Options{Limits: q.limits})
-		a := call(t, api, "query_range", "query", q.expr, "start", "0", "end", "3600", "step", "60")
-		if q.want == "" {
-			require.Equal(t, http.StatusOK, a.code, "%+v: %s", q, a.Error)
-			continue
+		// A sidecar can report a feature with which there is no plan.
+		for _, features := range [][]string{nil, {"query-cost"}} {
+			api := newAPI(t, c, gateway.Options{Limits: q.limits, Engine: gateway.EngineOptions{Features: features}})
+			a := call(t, api, "query_range", "query", q.expr, "start", "0", "end", "3600", "step", "60")
+			if q.want == "" {
+				require.Equal(t, http.StatusOK, a.code, "%+v: %s", q, a.Error)
+				continue
+			}
+			require.Equal(t, http.StatusUnprocessableEntity, a.code, "%v: %+v", features, q)
+			require.Equal(t, "execution", a.ErrorType)
+			require.Contains(t, a.Error, q.want)
 		}
-		require.Equal(t, http.StatusUnprocessableEntity, a.code, q)
-		require.Equal(t, "execution", a.ErrorType)
-		require.Contains(t, a.Error, q.want)
 	}
 }
 

@@ -80,7 +80,7 @@ type variant struct {
 	options  EngineOptions
 	reported bool // by a sidecar; else of the configuration
 	parser   parser.Parser
-	engine   promql.QueryEngine
+	engine   *plan.Engine
 	handler  http.Handler // paths are those below /api/v1
 	// withCost is handler for stats=all. With a renderer of its own the API wouldn't
 	// warn of other values.
@@ -90,7 +90,7 @@ type variant struct {
 }
 
 // newEngine makes the engine of a variant: the planner around Prometheus's.
-func newEngine(o *Options, e *EngineOptions, parse parser.Parser, registry features.Collector, logger *slog.Logger, reg prometheus.Registerer) promql.QueryEngine {
+func newEngine(o *Options, e *EngineOptions, parse parser.Parser, registry features.Collector, logger *slog.Logger, reg prometheus.Registerer) *plan.Engine {
 	eo := promql.EngineOpts{
 		Logger: logger, Reg: reg, MaxSamples: o.MaxSamples, Timeout: o.QueryTimeout, LookbackDelta: e.LookbackDelta,
 		NoStepSubqueryIntervalFn: func(int64) int64 { return time.Minute.Milliseconds() },
@@ -102,11 +102,7 @@ func newEngine(o *Options, e *EngineOptions, parse parser.Parser, registry featu
 		EnableQueryCost:          e.has("query-cost"),
 		Parser:                   parse, FeatureRegistry: registry,
 	}
-	engine := promql.NewEngine(eo)
-	if eo.EnableQueryCost {
-		return engine // its limits count what it reads itself
-	}
-	return plan.New(engine, eo, o.Spread)
+	return plan.New(promql.NewEngine(eo), eo, o.Spread)
 }
 
 // newVariant makes a variant. Its metrics have its options as the label engine;

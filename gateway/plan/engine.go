@@ -100,7 +100,8 @@ func (e *Engine) plan(inner promql.Query, one *snapshot, opts promql.QueryOpts) 
 	q.grid = g
 	one.mint, one.maxt = promql.FindMinMaxTime(stmt)
 	p := &planner{lookback: stmt.LookbackDelta.Milliseconds(), noStep: e.opts.NoStepSubqueryIntervalFn}
-	if g.bounded() {
+	// The limits of the feature query-cost count what the engine reads itself.
+	if g.bounded() && !e.opts.EnableQueryCost {
 		stmt.Expr = p.walk(stmt.Expr, place{grid: g})
 	}
 	q.leaves = p.leaves
