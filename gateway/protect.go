@@ -87,7 +87,28 @@ func (g *gates) enter(ctx context.Context, tenant string, limit int) (leave func
 	}
 }
 
-// limitsOf are those of a tenant; of several together, the strictest of each kind.
+// enter waits until another query of each tenant may run, as gates.enter does. Tenants
+// come in order, so that no two queries wait for each other.
+func (a *API) enter(ctx context.Context, tenants []string) (leave func(), err error) {
+	var leaves []func()
+	leave = func() {
+		for _, l := range leaves {
+			l()
+		}
+	}
+	for _, t := range tenants {
+		l, err := a.gates.enter(ctx, t, a.limitsOf([]string{t}).Queries)
+		if err != nil {
+			leave()
+			return nil, err
+		}
+		leaves = append(leaves, l)
+	}
+	return leave, nil
+}
+
+// limitsOf are those of a tenant; of several together, the strictest of each kind, but
+// for Queries, which is of each.
 func (a *API) limitsOf(tenants []string) Limits {
 	of := func(tenant string) Limits {
 		if l, ok := a.opts.TenantLimits[tenant]; ok {
@@ -98,7 +119,6 @@ func (a *API) limitsOf(tenants []string) Limits {
 	l := of(tenants[0])
 	for _, t := range tenants[1:] {
 		o := of(t)
-		l.Queries = strictest(l.Queries, o.Queries)
 		l.Series = strictest(l.Series, o.Series)
 		l.Samples = strictest(l.Samples, o.Samples)
 		l.Range = strictest(l.Range, o.Range)
@@ -120,7 +140,8 @@ func strictest[N int | int64 | time.Duration](a, b N) N {
 func reads(path string) bool {
 	switch path {
 	case "/api/v1/query", "/api/v1/query_range", "/api/v1/query_exemplars", "/api/v1/read", "/federate",
-		"/api/v1/query_explain", "/api/v1/query_range_explain": // which read heads
+		"/api/v1/query_explain", "/api/v1/query_range_explain", // which read heads
+		"/api/v1/query_cost", "/api/v1/query_range_cost": // likewise
 		return true
 	}
 	return false
@@ -141,7 +162,7 @@ func (a *API) protect(w http.ResponseWriter, r *http.Request, h http.Handler) {
 	}
 	begin := time.Now()
 	ctx, cancel := context.WithTimeout(ctx, a.opts.QueryTimeout)
-	leave, err := a.gates.enter(ctx, name, limits.Queries)
+	leave, err := a.enter(ctx, tenants)
 	cancel()
 	if err != nil {
 		var many tooManyError

@@ -218,6 +218,39 @@ func TestConcurrency(t *testing.T) {
 	require.Equal(t, http.StatusOK, call(t, api, "query", "query", "1").code)
 }
 
+// A query of several tenants is one of each: naming others beside it doesn't give a tenant
+// more queries.
+func TestConcurrencyOfSeveralTenants(t *testing.T) {
+	release := make(chan struct{})
+	api := newAPI(t, fifty(t), gateway.Options{
+		Tenancy: gateway.Header, TenantFederation: true, TenantLimits: map[string]gateway.Limits{"a": {Queries: 1}},
+		Ready: func() error {
+			<-release
+			return nil
+		},
+	})
+	codes := make(chan int, 12)
+	for i := range 12 {
+		go func() {
+			r := httptest.NewRequest(http.MethodGet, "/api/v1/query?query=up", nil)
+			r.Header.Set(gateway.TenantHeader, fmt.Sprintf("a|b%d", i))
+			w := httptest.NewRecorder()
+			api.ServeHTTP(w, r)
+			codes <- w.Code
+		}()
+	}
+	select {
+	case code := <-codes:
+		require.Equal(t, http.StatusTooManyRequests, code)
+	case <-time.After(5 * time.Second):
+		t.Error("none of twelve was refused")
+	}
+	close(release)
+	for range 11 {
+		require.Equal(t, http.StatusOK, <-codes)
+	}
+}
+
 // Slow queries are logged with what they read, others aren't.
 func TestSlowQuery(t *testing.T) {
 	c := fifty(t)
