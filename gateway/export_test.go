@@ -1,5 +1,10 @@
 package gateway
 
+// Encode is for tests.
+//
+//nolint:gochecknoglobals // a function
+var Encode = encode
+
 // Engines is how many engines with different options there are.
 func (a *API) Engines() int {
 	a.mu.Lock()

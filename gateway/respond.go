@@ -84,8 +84,8 @@ func encode(w io.Writer, r *v1.Response) error {
 				raw(",")
 			}
 			one(i)
-			if s.Buffered() >= pieceBytes {
-				_ = s.Flush() // s.Error stays
+			if s.Buffered() >= pieceBytes && s.Flush() != nil {
+				return // the client has gone, and the rest would stay in memory
 			}
 		}
 		raw("]")

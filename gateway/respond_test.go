@@ -7,10 +7,13 @@ import (
 	"fmt"
 	"net/http"
 	"net/http/httptest"
+	"runtime"
+	"slices"
 	"strings"
 	"testing"
 
 	"github.com/prometheus/prometheus/model/labels"
+	v1 "github.com/prometheus/prometheus/web/api/v1"
 
 	"github.com/epimetheus-tsdb/epimetheus/gateway"
 	"github.com/epimetheus-tsdb/epimetheus/gateway/gatewaytest"
@@ -91,6 +94,20 @@ func TestClientLeavesAnswer(t *testing.T) {
 				t.Fatalf("%s: %d bytes after a client has gone, no JSON", encoding, len(got))
 			}
 		}
+	}
+}
+
+// TestRestOfAnswerIsLeft: what a client that has gone doesn't read takes no memory.
+func TestRestOfAnswerIsLeft(t *testing.T) {
+	answer := &v1.Response{Status: "success", Data: slices.Repeat([]string{strings.Repeat("x", 1000)}, 50_000)} // 50 MB
+	var before, after runtime.MemStats
+	runtime.ReadMemStats(&before)
+	if gateway.Encode(&leaving{ResponseRecorder: *httptest.NewRecorder()}, answer) == nil {
+		t.Error("no error of a client that has gone")
+	}
+	runtime.ReadMemStats(&after)
+	if took := after.TotalAlloc - before.TotalAlloc; took > 5<<20 {
+		t.Errorf("%d bytes of memory for an answer that nobody reads", took)
 	}
 }
 
