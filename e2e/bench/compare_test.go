@@ -15,6 +15,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"golang.org/x/sync/errgroup"
 )
 
 // asked is a query of a comparison. A range query has a step, and goes over span up
@@ -22,7 +24,44 @@ import (
 type asked struct {
 	name, expr string
 	span, step time.Duration
-	path       string // another endpoint than query and query_range
+	path       string   // another endpoint than query and query_range
+	panels     []string // a dashboard: queries in place of expr
+}
+
+// panels are those of a dashboard.
+var panels = []string{
+	`up`,
+	`count(up == 0) or vector(0)`,
+	`sum(rate(http_requests_total[5m]))`,
+	`sum by (job) (rate(http_requests_total[5m]))`,
+	`sum by (code) (rate(http_requests_total[5m]))`,
+	`sum(rate(http_requests_total{code=~"5.."}[5m])) / sum(rate(http_requests_total[5m]))`,
+	`histogram_quantile(0.5, sum by (le) (rate(http_request_duration_seconds_bucket[5m])))`,
+	`histogram_quantile(0.99, sum by (le) (rate(http_request_duration_seconds_bucket[5m])))`,
+	`histogram_quantile(0.99, sum by (le, job) (rate(http_request_duration_seconds_bucket[5m])))`,
+	`sum by (instance) (rate(node_cpu_seconds_total{mode!="idle"}[5m]))`,
+	`avg by (mode) (rate(node_cpu_seconds_total[5m]))`,
+	`node_load1`,
+	`1 - node_memory_MemAvailable_bytes / node_memory_MemTotal_bytes`,
+	`min(node_memory_MemAvailable_bytes)`,
+	`sum by (device) (rate(node_network_receive_bytes_total[5m]))`,
+	`topk(5, sum by (pod) (rate(container_cpu_usage_seconds_total[5m])))`,
+	`topk(10, container_memory_working_set_bytes)`,
+	`sum by (namespace) (container_memory_working_set_bytes)`,
+	`max_over_time(process_resident_memory_bytes[10m])`,
+	`changes(process_start_time_seconds[1h])`,
+}
+
+// parts are the queries of a dashboard, or the query.
+func (q *asked) parts() []*asked {
+	if q.panels == nil {
+		return []*asked{q}
+	}
+	var qs []*asked
+	for _, expr := range q.panels {
+		qs = append(qs, &asked{name: q.name, expr: expr, span: q.span, step: q.step})
+	}
+	return qs
 }
 
 const day = 24 * time.Hour
@@ -50,6 +89,7 @@ func queries(span time.Duration) []asked {
 		{name: "inst-topk-memory", expr: `topk(10, container_memory_working_set_bytes)`},
 		{name: "label-values", path: "label/instance/values"},
 		{name: "series-1name", path: "series", expr: `http_requests_total{code="200"}`},
+		{name: "dashboard-1h", panels: panels, span: hour, step: 15 * time.Second},
 	}
 	if span < 7*day {
 		return qs
@@ -181,17 +221,29 @@ type measured struct {
 func (s *system) measure(b *testing.B, q *asked, start, end time.Time) measured {
 	b.Helper()
 	const atLeast, atMost, budget = 3, 200, 1500 * time.Millisecond
-	once := func() ([]byte, time.Duration) {
-		body, took, err := s.ask(b.Context(), q, start, end, nil)
-		if err != nil {
+	once := func() ([][]byte, time.Duration) {
+		began := time.Now()
+		parts := q.parts()
+		bodies := make([][]byte, len(parts))
+		var g errgroup.Group
+		g.SetLimit(6) // as browsers do
+		for i, part := range parts {
+			g.Go(func() (err error) {
+				bodies[i], _, err = s.ask(b.Context(), part, start, end, nil)
+				return err
+			})
+		}
+		if err := g.Wait(); err != nil {
 			b.Fatalf("%s of %s: %v", q.name, s.name, err)
 		}
-		return body, took
+		return bodies, time.Since(began)
 	}
 	before := s.cpu(b)
-	body, took := once()
-	m := measured{
-		answer: digest(b, body), coldCPU: (s.cpu(b) - before).Seconds() * 1000, coldWall: took.Seconds() * 1000,
+	bodies, took := once()
+	m := measured{coldCPU: (s.cpu(b) - before).Seconds() * 1000, coldWall: took.Seconds() * 1000}
+	for _, body := range bodies {
+		a := digest(b, body)
+		m.answer.series, m.answer.points, m.answer.sum = m.answer.series+a.series, m.answer.points+a.points, m.answer.sum+a.sum
 	}
 	s.resetPeak(b)
 	began := time.Now()
@@ -214,6 +266,13 @@ func (s *system) touched(b *testing.B, q *asked, start, end time.Time) float64 {
 	b.Helper()
 	if q.path != "" {
 		return 0
+	}
+	if q.panels != nil {
+		sum := 0.0
+		for _, part := range q.parts() {
+			sum += s.touched(b, part, start, end)
+		}
+		return sum
 	}
 	body, _, err := s.ask(b.Context(), q, start, end, url.Values{"stats": {"all"}})
 	if err != nil {
