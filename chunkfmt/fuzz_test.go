@@ -122,8 +122,8 @@ func FuzzWindowPage(f *testing.F) {
 			return
 		}
 		cols := rollup.Columns(columns) & rollup.AllColumns
-		var dec WindowDecoder
-		var all, one rollup.Windows
+		var dec, other WindowDecoder
+		var all, one, even rollup.Windows
 		for i := range min(p.Len(), 20) {
 			n := all.Len()
 			one.Clear()
@@ -131,6 +131,15 @@ func FuzzWindowPage(f *testing.F) {
 			wantCorrupt(t, err)
 			if err2 := dec.Decode(p, i, cols, &all); (err == nil) != (err2 == nil) {
 				t.Fatal(err, err2)
+			}
+			even.Clear()
+			if err2 := other.DecodeEven(p, i, cols, &even); (err == nil) != (err2 == nil) {
+				t.Fatal(err, err2)
+			}
+			if even.Expand(cols); err == nil {
+				if d := sameWindows(&one, &even); d != "" {
+					t.Fatal(d)
+				}
 			}
 			if err != nil {
 				if all.Len() != n {

@@ -129,6 +129,8 @@ type WindowDecoder struct {
 	codec codec.Decoder
 	known map[shapeKey]knownShape
 	times rollup.Windows
+	evens []rollup.Even // of known shapes
+	one   [1]rollup.Even
 
 	first, last, ints, least, most []int64
 	dropped                        []float64
@@ -143,7 +145,12 @@ type shapeKey struct {
 type knownShape struct {
 	at    int
 	empty bool // there are windows without floats
+	// The stretches that they are, in evens; none if they would be too many.
+	from, to int
 }
+
+// windowsPerStretch is how many windows a stretch has on average, at least, that pays.
+const windowsPerStretch = 8
 
 // rememberedWindows bounds the windows whose times a decoder remembers, of about 40
 // bytes each: a year of blocks of a week with windows of an hour, of ten targets.
@@ -160,7 +167,8 @@ func (d *WindowDecoder) Decode(p *WindowPage, i int, cols rollup.Columns, dst *r
 	out := *dst
 	empty, err := d.appendTimes(p, k.shape, cols, &out)
 	if err == nil {
-		err = d.values(p.body[k.from:k.end], cols, &out, p.shapes[k.shape].n, empty)
+		n := p.shapes[k.shape].n
+		err = d.values(p.body[k.from:k.end], cols, &out, len(out.End)-n, n, empty)
 	}
 	if err != nil {
 		return fmt.Errorf("windows page: chunk %d: %w", i, err)
@@ -169,14 +177,60 @@ func (d *WindowDecoder) Decode(p *WindowPage, i int, cols rollup.Columns, dst *r
 	return nil
 }
 
+// besideEven are the columns that can be decoded without those of times.
+const besideEven = rollup.First | rollup.Prev | rollup.Last | rollup.Reset
+
+// DecodeEven is Decode, but leaves times as Even where that pays and dst has no other windows.
+func (d *WindowDecoder) DecodeEven(p *WindowPage, i int, cols rollup.Columns, dst *rollup.Windows) error {
+	if i >= 0 && i < len(p.chunks) && len(dst.End) == 0 && cols&^besideEven == 0 {
+		k := &p.chunks[i]
+		es, err := d.stretches(p, k.shape)
+		if len(es) > 0 {
+			out := *dst
+			err = d.values(p.body[k.from:k.end], cols, &out, 0, p.shapes[k.shape].n, false)
+			if err == nil {
+				for _, e := range es {
+					out.AppendEven(e)
+				}
+				*dst = out
+			}
+		}
+		switch {
+		case err != nil:
+			return fmt.Errorf("windows page: chunk %d: %w", i, err)
+		case len(es) > 0:
+			return nil
+		}
+	}
+	dst.Expand(cols)
+	return d.Decode(p, i, cols, dst)
+}
+
+// stretches are those of a shape, good until the next call; none if it is better taken by columns.
+func (d *WindowDecoder) stretches(p *WindowPage, shape uint32) ([]rollup.Even, error) {
+	if e, ok := stretch(p.shapes[shape].b, p.shapes[shape].n, p.width); ok {
+		d.one[0] = e
+		return d.one[:], nil
+	}
+	k, ok := d.known[shapeKey{p.id, shape}]
+	if !ok {
+		var err error
+		if k, err = d.shape(p, shape); err != nil {
+			return nil, err
+		}
+	}
+	return d.evens[k.from:k.to], nil
+}
+
 // appendTimes appends the columns of times of a shape, and says whether there are windows
 // without floats.
 func (d *WindowDecoder) appendTimes(p *WindowPage, shape uint32, cols rollup.Columns, out *rollup.Windows) (empty bool, err error) {
 	n := p.shapes[shape].n
 	k, ok := d.known[shapeKey{p.id, shape}]
 	if !ok {
-		if done, err := d.alike(p.shapes[shape].b, n, p.width, cols, out); done || err != nil {
-			return false, err
+		if e, ok := stretch(p.shapes[shape].b, n, p.width); ok {
+			out.AppendTimes(&e, cols)
+			return false, nil
 		}
 		if k, err = d.shape(p, shape); err != nil {
 			return false, err
@@ -206,13 +260,16 @@ func (d *WindowDecoder) shape(p *WindowPage, shape uint32) (knownShape, error) {
 	if d.known == nil || at+n > rememberedWindows {
 		d.known = map[shapeKey]knownShape{}
 		d.times.Clear()
+		d.evens = d.evens[:0]
 		at = 0
 	}
 	if err := d.decodeShape(p.shapes[shape].b, n, p.width); err != nil {
 		d.known = nil // what was appended is in the way
 		return knownShape{}, err
 	}
-	k := knownShape{at: at, empty: slices.Contains(d.times.Count[at:], 0)}
+	k := knownShape{at: at, empty: slices.Contains(d.times.Count[at:], 0), from: len(d.evens)}
+	d.evens = d.times.AppendStretches(d.evens, at, n/windowsPerStretch, p.width)
+	k.to = len(d.evens)
 	d.known[key] = k
 	return k, nil
 }
@@ -288,60 +345,30 @@ func scaleEnds(ends []int64, width int64) error {
 	return nil
 }
 
-// alike is appendTimes for windows that differ in nothing but where they lie, as those of
-// a target do that was never missed: they are made faster than found. It reports false
+// stretch is what n windows are that differ in nothing but where they lie, as those of
+// a target do that was never missed: that is made faster than found. It reports false
 // if they are others.
-func (d *WindowDecoder) alike(b []byte, n int, width int64, cols rollup.Columns, out *rollup.Windows) (done bool, err error) {
-	at := len(out.End)
-	ends := slices.Grow(out.End, n+8) // the codec would take just as much as it needs
-	if ends, b, err = d.codec.Times(ends, b, n); err != nil {
-		return false, err
+func stretch(b []byte, n int, width int64) (rollup.Even, bool) {
+	at, step, b, ok := codec.Grid(b)
+	if !ok || step != 1 && n > 1 {
+		return rollup.Even{}, false
 	}
 	var c [5]int64
 	for i := range c {
-		var ok bool
 		if c[i], b, ok = codec.Const(b); !ok {
-			return false, nil
+			return rollup.Even{}, false
 		}
 	}
 	count, flags, first, last, prev := c[0], c[1], c[2], c[3], c[4]
-	if count <= 0 || count > width || flags < 0 || flags > math.MaxUint8 || !rollup.Flags(flags).Valid() ||
+	limit := math.MaxInt64 / width
+	if at <= -limit || at >= limit-int64(n) || count <= 0 || count > width || flags < 0 || flags > math.MaxUint8 || !rollup.Flags(flags).Valid() ||
 		first < 0 || last < 0 || prev < 0 || first >= width || last >= width || prev > width-1-last-first || len(b) > 0 {
-		return false, nil
+		return rollup.Even{}, false
 	}
-	out.End, ends = ends, ends[at:]
-	if err := scaleEnds(ends, width); err != nil {
-		return false, err
-	}
-	out.Count, out.Flags = extend(out.Count, n), extend(out.Flags, n)
-	fill(out.Count[at:], uint32(count))
-	fill(out.Flags[at:], rollup.Flags(flags))
-	if cols&rollup.First != 0 {
-		out.FirstT = extend(out.FirstT, n)
-		before(out.FirstT[at:], ends, width-1-first)
-	}
-	if cols&rollup.Prev != 0 {
-		out.PrevT = extend(out.PrevT, n)
-		before(out.PrevT[at:], ends, last+prev)
-	}
-	if cols&rollup.Last != 0 {
-		out.LastT = extend(out.LastT, n)
-		before(out.LastT[at:], ends, last)
-	}
-	return true, nil
-}
-
-func fill[E any](s []E, v E) {
-	for i := range s {
-		s[i] = v
-	}
-}
-
-// before sets times to as much before the ends of their windows.
-func before(times, ends []int64, by int64) {
-	for i, end := range ends[:len(times)] {
-		times[i] = end - by
-	}
+	return rollup.Even{
+		N: n, End: at * width, Width: width, Count: uint32(count), Flags: rollup.Flags(flags),
+		First: width - 1 - first, Prev: last + prev, Last: last,
+	}, true
 }
 
 // Parts of a chunk, each with its size before them but for the last: what isn't
@@ -370,9 +397,9 @@ func needs(cols rollup.Columns, head byte) (parts [windowParts]bool) {
 	return parts
 }
 
-// values appends the columns of values to w, whose last n windows have their
-// times.
-func (d *WindowDecoder) values(b []byte, cols rollup.Columns, w *rollup.Windows, n int, empty bool) error {
+// values appends the columns of values of n windows to w, which has their times from index
+// at on, if not only besideEven are wanted.
+func (d *WindowDecoder) values(b []byte, cols rollup.Columns, w *rollup.Windows, at, n int, empty bool) error {
 	c := cursor{b: b}
 	head := c.byte()
 	var part [windowParts][]byte
@@ -387,7 +414,7 @@ func (d *WindowDecoder) values(b []byte, cols rollup.Columns, w *rollup.Windows,
 		return c.err
 	}
 	part[windowParts-1] = c.b
-	v := windowValues{WindowDecoder: d, w: w, at: len(w.End) - n, n: n, head: head, empty: empty}
+	v := windowValues{WindowDecoder: d, w: w, at: at, n: n, head: head, empty: empty}
 	need := needs(cols, head)
 	read := [windowParts]func(b []byte, cols rollup.Columns) ([]byte, error){
 		v.endsPart, v.resetPart, v.prevPart, v.extremaPart, v.sumPart, v.countsPart, v.momentPart,

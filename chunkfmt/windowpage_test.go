@@ -117,6 +117,7 @@ func oddWindows(r *rand.Rand, width int64) *rollup.Windows {
 func TestWindowPage(t *testing.T) {
 	r := rand.New(rand.NewPCG(1, 20))
 	var sum rollup.Summariser
+	evens := 0
 	for n := range 300 {
 		var in []*rollup.Windows
 		p := windowBuilder{width: rollup.Long}
@@ -146,17 +147,20 @@ func TestWindowPage(t *testing.T) {
 			t.Fatal(page.Width())
 		}
 		var dec WindowDecoder
-		for cols := range []rollup.Columns{0, 0, 0} {
+		for cols := range []rollup.Columns{0, 0, 0, 0} {
 			which := rollup.AllColumns
 			if cols > 0 {
 				which = rollup.Columns(r.IntN(int(rollup.AllColumns) + 1))
+			}
+			if cols > 1 {
+				which &= besideEven
 			}
 			if p.width == rollup.Short {
 				which &^= rollup.M2
 			}
 			chunk := 0
 			for _, w := range in {
-				got := &rollup.Windows{}
+				got, even := &rollup.Windows{}, &rollup.Windows{}
 				for got.Len() < w.Len() {
 					if page.Windows(chunk) == 0 {
 						t.Fatalf("chunk %d has none", chunk)
@@ -164,7 +168,26 @@ func TestWindowPage(t *testing.T) {
 					if err := dec.Decode(page, chunk, which, got); err != nil {
 						t.Fatal(err)
 					}
+					if err := dec.DecodeEven(page, chunk, which, even); err != nil || even.Len() != got.Len() || even.EndAt(even.Len()-1) != got.EndAt(got.Len()-1) {
+						t.Fatal(err, even.Len(), got.Len())
+					}
 					chunk++
+				}
+				if len(even.Even) > 0 {
+					evens++
+				}
+				from := r.IntN(got.Len())
+				part, evenPart := &rollup.Windows{}, &rollup.Windows{}
+				for range 2 {
+					part.Append(got, from, got.Len(), which)
+					evenPart.Append(even, from, got.Len(), which)
+				}
+				evenPart.Expand(which)
+				if d := sameWindows(part, evenPart); d != "" {
+					t.Fatalf("round %d, columns %b, parts of stretches: %s", n, which, d)
+				}
+				if even.Expand(which); sameWindows(got, even) != "" {
+					t.Fatalf("round %d, columns %b, of stretches: %s", n, which, sameWindows(got, even))
 				}
 				if d := sameWindows(project(w, which), got); d != "" {
 					t.Fatalf("round %d, columns %b: %s", n, which, d)
@@ -177,6 +200,9 @@ func TestWindowPage(t *testing.T) {
 		if err := dec.Decode(page, page.Len(), 0, &rollup.Windows{}); err == nil {
 			t.Fatal("a chunk behind the last")
 		}
+	}
+	if evens < 50 {
+		t.Errorf("times were left as stretches %d times", evens)
 	}
 }
 

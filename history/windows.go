@@ -324,8 +324,8 @@ type windowBuffer struct {
 // Windows decodes the windows that SelectWindows has found, ascending, with the
 // columns that were asked for. They stand for all samples in covered, which are
 // whole windows, ascending and apart; Runs gives those of the rest. What is returned
-// lies in buf, and is good until Windows is called again with it; it isn't to be
-// changed.
+// may have Even, lies in buf, and is good until Windows is called again with it; it isn't to be
+// changed, but for an Expand.
 func (s *Series) Windows(buf *Buffer) (w *rollup.Windows, covered []chunkfmt.Range, err error) {
 	b := &buf.windows
 	b.out.Clear()
@@ -363,21 +363,22 @@ func (h *heldPage) decodeWindows(b *windowBuffer, c *chunkfmt.Chunk, of *Summari
 		into = &b.scratch
 	}
 	n := into.Len()
-	if err := b.dec.Decode(h.windows, c.Index, of.Columns, into); err != nil {
+	if err := b.dec.DecodeEven(h.windows, c.Index, of.Columns, into); err != nil {
 		return fail(err)
 	}
-	end := into.End[n:]
-	switch k := len(end); {
-	case k != c.Samples || k == 0:
+	k := into.Len() - n
+	if k != c.Samples || k == 0 {
 		return fail(fmt.Errorf("%w: it has %d windows, its series page says %d", chunkfmt.ErrCorrupt, k, c.Samples))
-	case end[0]-of.Width+1 != c.MinT || end[k-1] != c.MaxT:
-		return fail(fmt.Errorf("%w: its windows span %d to %d, its series page says %d to %d", chunkfmt.ErrCorrupt, end[0]-of.Width+1, end[k-1], c.MinT, c.MaxT))
-	case whole && n > 0 && into.End[n-1] >= end[0]:
+	}
+	switch first, last := into.EndAt(n), into.EndAt(n+k-1); {
+	case first-of.Width+1 != c.MinT || last != c.MaxT:
+		return fail(fmt.Errorf("%w: its windows span %d to %d, its series page says %d to %d", chunkfmt.ErrCorrupt, first-of.Width+1, last, c.MinT, c.MaxT))
+	case whole && n > 0 && into.EndAt(n-1) >= first:
 		return fail(fmt.Errorf("%w: it starts before the chunk before it ends", chunkfmt.ErrCorrupt))
 	}
 	if !whole {
-		from := sort.Search(len(end), func(i int) bool { return end[i] >= in.MinT })
-		to := sort.Search(len(end), func(i int) bool { return end[i] > in.MaxT })
+		from := sort.Search(k, func(i int) bool { return into.EndAt(i) >= in.MinT })
+		to := sort.Search(k, func(i int) bool { return into.EndAt(i) > in.MaxT })
 		b.out.Append(into, from, max(from, to), of.Columns)
 	}
 	return nil
@@ -455,6 +456,7 @@ func (s *Snapshot) hasGone(ctx context.Context, ms []*labels.Matcher, in chunkfm
 		if err != nil {
 			return false, err
 		}
+		w.Expand(0)
 		for _, p := range set.At().parts {
 			for _, end := range w.End {
 				if in.Overlaps(end-width+1, end) && covers(p.entry.Gone, end, end) {

@@ -166,6 +166,7 @@ func compareWindows(t *testing.T, snap *Snapshot, of Summaries, voids []chunkfmt
 		if err != nil {
 			t.Fatal(err)
 		}
+		w.Expand(of.Columns)
 		runs, err := s.Runs(&buf)
 		if err != nil {
 			t.Fatal(err)

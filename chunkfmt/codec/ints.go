@@ -266,6 +266,20 @@ func Const(b []byte) (v int64, rest []byte, ok bool) {
 	return v, b[1+k:], true
 }
 
+// Grid reports whether what Times would decode from b are a step apart, all of them, and
+// which is the first.
+func Grid(b []byte) (first, step int64, rest []byte, ok bool) {
+	first, k := binary.Varint(b)
+	if k <= 0 {
+		return 0, 0, b, false
+	}
+	u, k2 := binary.Uvarint(b[k:])
+	if k += max(k2, 0); k2 <= 0 || k >= len(b) || b[k] != 0 {
+		return 0, 0, b, false
+	}
+	return first, int64(u), b[k+1:], true
+}
+
 func grow[T any](dst []T, n int) (all, added []T, err error) {
 	if n < 0 || n > MaxLen {
 		return dst, nil, ErrCorrupt

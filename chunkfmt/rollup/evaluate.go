@@ -18,6 +18,8 @@ type Evaluator struct {
 	rest    int64 // and what sticks out at its old end
 	useless Flags // of windows
 
+	tally tally // of Samples
+
 	out *Result
 	w   *Windows // of the series
 	// contiguous: there are windows, and none is missing between the first and the last. The
@@ -57,7 +59,7 @@ func NewEvaluator(q Query, width int64) (*Evaluator, bool) {
 	if !ok {
 		return nil, false
 	}
-	e := &Evaluator{q: q, f: functions[q.Function], width: width, columns: columns}
+	e := &Evaluator{q: q, f: functions[q.Function], width: width, columns: columns, tally: newTally(q.Steps)}
 	e.whole = q.Range - q.Range%width
 	if !e.f.tail {
 		e.rest = q.Range % width
@@ -72,12 +74,25 @@ func NewEvaluator(q Query, width int64) (*Evaluator, bool) {
 // Columns that windows need to have.
 func (e *Evaluator) Columns() Columns { return e.columns }
 
-// Eval puts the points of a series into out, which is emptied before. Windows aren't changed; they are those
+// Eval puts the points of a series into out, which is emptied before. Windows aren't changed, but for an Expand; they are those
 // that lie, or have a part, in the ranges, and there may be others.
 func (e *Evaluator) Eval(w *Windows, out *Result) {
 	e.w, e.out = w, out
 	n := min(e.q.Steps, w.Len()) // more or less
 	out.Step, out.Value, out.Raw = slices.Grow(out.Step[:0], n), slices.Grow(out.Value[:0], n), out.Raw[:0]
+	if len(w.Even) > 0 {
+		if e.evenly() {
+			return
+		}
+		w.Expand(e.columns)
+	}
+	e.columnwise()
+	e.note()
+}
+
+// columnwise is Eval with all columns at hand.
+func (e *Evaluator) columnwise() {
+	w, out := e.w, e.out
 	if e.q.Function != "" { // that sees staleness markers
 		e.densify()
 	}
@@ -248,12 +263,53 @@ func (e *Evaluator) forbid(w *Windows) {
 	}
 }
 
-// Samples adds, for the series that was evaluated last, how many floats are in each
+// Samples adds, for the series evaluated since it was called last, how many floats are in each
 // step's range, and of those how many weren't in the range of the step before, not
 // even for the first step. Of ranges that are no whole windows, of functions that look at
 // the newest floats alone, the ones looked at are counted. Steps that need the
 // samples are left out.
 func (e *Evaluator) Samples(window, read []int64) {
+	e.tally.into(window, read)
+}
+
+// tally is what Samples gives.
+type tally struct {
+	window, read []int64 // by step
+	// What steps have more than the one before, besides.
+	windowMore, readMore []int64
+}
+
+func newTally(steps int) tally {
+	all := make([]int64, 4*steps+2)
+	return tally{all[:steps], all[steps : 2*steps], all[2*steps : 3*steps+1], all[3*steps+1:]}
+}
+
+// add counts for each of the steps from up to, without, to.
+func (t *tally) add(from, to int, window, read int64) {
+	t.windowMore[from] += window
+	t.windowMore[to] -= window
+	t.readMore[from] += read
+	t.readMore[to] -= read
+}
+
+// into adds all to others, and begins anew.
+func (t *tally) into(window, read []int64) {
+	w, r := int64(0), int64(0)
+	for i := range t.window {
+		w += t.windowMore[i]
+		r += t.readMore[i]
+		window[i] += w + t.window[i]
+		read[i] += r + t.read[i]
+	}
+	clear(t.window)
+	clear(t.read)
+	clear(t.windowMore)
+	clear(t.readMore)
+}
+
+// note puts into tally what is to be counted of the series.
+func (e *Evaluator) note() {
+	window, read := e.tally.window, e.tally.read
 	if e.f.tail && (e.q.Function == "" || e.q.Range != e.whole) {
 		n := int64(1)
 		if e.columns&Prev != 0 {

@@ -34,6 +34,11 @@ func (x *Extrapolation) Result(end, n, firstT, lastT int64, firstV, increase flo
 	if start != x.start || rest != x.end || between != x.between || n != x.n {
 		x.place(n, start, rest, between)
 	}
+	return x.nearZero(firstV, increase)
+}
+
+// nearZero is Result where the times are those of place.
+func (x *Extrapolation) nearZero(firstV, increase float64) float64 {
 	// With x.toStart no longer than from firstV down to zero at this rate, zero changes nothing. A
 	// product tells that as well as the quotient, if it isn't close.
 	if least := x.toStart * increase; x.counter && increase > 0 && firstV >= 0 && !(least > 1e-290 && firstV*x.sampled > least*(1+1e-9)) {

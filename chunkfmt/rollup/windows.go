@@ -49,6 +49,10 @@ type Windows struct {
 	// rounded to 40 bits; 0 only if all are equal,
 	// NaN if there is a NaN or an infinity. Stored for Long alone.
 	M2 []float64
+
+	// Even, if there are any, stand for the columns of times, which are empty until Expand: End, Count, Flags, FirstT,
+	// PrevT and LastT.
+	Even []Even
 }
 
 // Flags of a window.
@@ -95,7 +99,12 @@ const (
 )
 
 // Len is the number of windows.
-func (w *Windows) Len() int { return len(w.End) }
+func (w *Windows) Len() int {
+	if n := len(w.Even); n > 0 {
+		return w.Even[n-1].At + w.Even[n-1].N
+	}
+	return len(w.End)
+}
 
 // Columns that are there.
 func (w *Windows) Columns() Columns {
@@ -130,23 +139,29 @@ func (w *Windows) Clear() {
 		LastT: w.LastT[:0], LastV: w.LastV[:0],
 		Sum: w.Sum[:0], Min: w.Min[:0], Max: w.Max[:0],
 		Resets: w.Resets[:0], Reset: w.Reset[:0], Changes: w.Changes[:0], M2: w.M2[:0],
+		Even: w.Even[:0],
 	}
 }
 
 // Append puts the windows from i up to, without, j of from behind those of w: their
-// columns cols, which from has; End, Count and Flags in any case.
+// columns cols, which from has; End, Count and Flags in any case. Of both, it makes columns of Even if
+// they don't both have them.
 func (w *Windows) Append(from *Windows, i, j int, cols Columns) {
-	w.End = append(w.End, from.End[i:j]...)
-	w.Count = append(w.Count, from.Count[i:j]...)
-	w.Flags = append(w.Flags, from.Flags[i:j]...)
+	if len(from.Even) > 0 && len(w.End) == 0 {
+		w.appendEven(from, i, j)
+	} else {
+		w.Expand(cols)
+		from.Expand(cols)
+		w.appendTimes(from, i, j, cols)
+	}
 	if cols&First != 0 {
-		w.FirstT, w.FirstV = append(w.FirstT, from.FirstT[i:j]...), append(w.FirstV, from.FirstV[i:j]...)
+		w.FirstV = append(w.FirstV, from.FirstV[i:j]...)
 	}
 	if cols&Prev != 0 {
-		w.PrevT, w.PrevV = append(w.PrevT, from.PrevT[i:j]...), append(w.PrevV, from.PrevV[i:j]...)
+		w.PrevV = append(w.PrevV, from.PrevV[i:j]...)
 	}
 	if cols&Last != 0 {
-		w.LastT, w.LastV = append(w.LastT, from.LastT[i:j]...), append(w.LastV, from.LastV[i:j]...)
+		w.LastV = append(w.LastV, from.LastV[i:j]...)
 	}
 	if cols&Sum != 0 {
 		w.Sum = append(w.Sum, from.Sum[i:j]...)
@@ -171,8 +186,24 @@ func (w *Windows) Append(from *Windows, i, j int, cols Columns) {
 	}
 }
 
+// appendTimes is Append of the columns of times.
+func (w *Windows) appendTimes(from *Windows, i, j int, cols Columns) {
+	w.End = append(w.End, from.End[i:j]...)
+	w.Count = append(w.Count, from.Count[i:j]...)
+	w.Flags = append(w.Flags, from.Flags[i:j]...)
+	if cols&First != 0 {
+		w.FirstT = append(w.FirstT, from.FirstT[i:j]...)
+	}
+	if cols&Prev != 0 {
+		w.PrevT = append(w.PrevT, from.PrevT[i:j]...)
+	}
+	if cols&Last != 0 {
+		w.LastT = append(w.LastT, from.LastT[i:j]...)
+	}
+}
+
 // Slice gives the windows from i up to, without, j, all columns of them. They share the
-// memory of w.
+// memory of w, which has no Even.
 func (w *Windows) Slice(i, j int) Windows {
 	return Windows{
 		End: w.End[i:j], Count: w.Count[i:j], Flags: w.Flags[i:j],

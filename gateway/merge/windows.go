@@ -52,8 +52,8 @@ func (s *seriesSet) from(ctx context.Context, snap *history.Snapshot, ms []*labe
 
 // Windows gives summaries of the series in the time that was selected. What blocks
 // have none of, and what several blocks or heads have, is read and summarised here.
-// They may lie in the memory of buf: they are good until it is used again, and aren't
-// to be changed. nil: blocks have no summaries at all of it, and Columns is to be
+// They may have Even, and lie in the memory of buf: they are good until it is used again, and aren't
+// to be changed, but for an Expand. nil: blocks have no summaries at all of it, and Columns is to be
 // read; unless always.
 func (s *Series) Windows(buf *Buffer, always bool) (*rollup.Windows, error) {
 	stored := &rollup.Windows{}
@@ -94,6 +94,7 @@ func (s *Series) Windows(buf *Buffer, always bool) (*rollup.Windows, error) {
 	if stored.Len() == 0 {
 		return &buf.fresh, nil
 	}
+	stored.Expand(s.summaries.Columns)
 	together(&buf.windows, stored, &buf.fresh, s.summaries.Columns)
 	return &buf.windows, nil
 }

@@ -96,7 +96,7 @@ func runOver(ctx context.Context, l *Leaf, o options, set storage.SeriesSet, sum
 	r := newResult(l, o)
 	acc := account.From(ctx)
 	steps := l.Grid.Len()
-	base := 2 * 8 * int64(steps) * int64(atOnce+1) // counts
+	base := 6 * 8 * int64(steps) * int64(atOnce+1) // counts
 	held := int64(0)
 	hold := func(bytes int64) {
 		acc.Hold(bytes - held)
@@ -169,6 +169,7 @@ func runOver(ctx context.Context, l *Leaf, o options, set storage.SeriesSet, sum
 	}
 	r.annos.Merge(set.Warnings())
 	for i := range ws {
+		ws[i].win.counted(&ws[i].k.counts)
 		total.merge(&ws[i].k.counts)
 	}
 	series, err := r.finish()

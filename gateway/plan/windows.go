@@ -69,6 +69,13 @@ func newWindows(l *Leaf, o options, sums *merge.Summaries) *windows {
 	return &windows{leaf: l, opts: o, all: o.summarise, eva: eva}
 }
 
+// counted adds the samples that were counted so far.
+func (x *windows) counted(c *counts) {
+	if x != nil {
+		x.eva.Samples(c.window, c.read)
+	}
+}
+
 // eval computes the points that summaries tell, and notes the steps of which they
 // don't. It reports false if the series has no summaries.
 func (x *windows) eval(w *worker, s *slot) (done bool, err error) {
@@ -84,7 +91,6 @@ func (x *windows) eval(w *worker, s *slot) (done bool, err error) {
 	res.Step, res.Value, res.Raw = s.out.step, s.out.v, s.raw
 	x.eva.Eval(win, res)
 	s.out.step, s.out.v, s.raw = res.Step, res.Value, res.Raw
-	x.eva.Samples(w.k.counts.window, w.k.counts.read)
 	return true, nil
 }
 

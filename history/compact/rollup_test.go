@@ -68,6 +68,7 @@ func TestRollups(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
+			got.Expand(got.Columns())
 			var short, want rollup.Windows
 			for _, c := range covered {
 				sum.Summarise(&short, series(n, max(from-rollup.Short/2, c.MinT-1), min(to, c.MaxT)).Samples(), rollup.Short)

@@ -164,6 +164,7 @@ func (w *world) windowsOf(t *testing.T, tenant string, width int64) (map[string]
 			t.Fatal(err)
 		}
 		one := &rollup.Windows{}
+		got.Expand(of.Columns)
 		one.Append(got, 0, got.Len(), of.Columns)
 		runs, err := s.Runs(&buf)
 		if err != nil {
