@@ -402,6 +402,16 @@ func (p *SeriesPage) DataPages() []Location { return p.chunks.pages }
 // Len is the number of series in the page.
 func (p *SeriesPage) Len() int { return p.series }
 
+// Matching is how many of its series match all of ms, whatever their times.
+func (p *SeriesPage) Matching(ms []*labels.Matcher) (n int) {
+	for _, ok := range p.match(ms) {
+		if ok {
+			n++
+		}
+	}
+	return n
+}
+
 // Select returns the series that match all of ms and have a chunk or exemplar
 // in mint to maxt, both included, in order of metric name, then labels. Each
 // matcher is evaluated once for each distinct value in the page.

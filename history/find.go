@@ -168,6 +168,47 @@ func (s *Snapshot) estimate(ctx context.Context, ms []*labels.Matcher, mint, max
 	})
 }
 
+// sharePages is how many series pages Share looks at.
+const sharePages = 16
+
+// Share is about which share of what Estimate and EstimateWindows count is of series that
+// match all of ms, 0 to 1: as of the series in some of the pages that they count.
+func (s *Snapshot) Share(ctx context.Context, ms []*labels.Matcher, mint, maxt int64) (share float64, err error) {
+	err = s.attempt(ctx, mint, maxt, func(bs []*Block) error {
+		dirs, err := s.directories(ctx, bs)
+		if err != nil {
+			return err
+		}
+		var all, some []want
+		for i, b := range bs {
+			lo, hi := b.clip(max(mint, s.MinT), min(maxt, s.MaxT))
+			for _, r := range dirs[i].Pages(ms, lo, hi) {
+				w, err := b.want(seriesPage, r.Location)
+				if err != nil {
+					return err
+				}
+				w.bytes = r.Bytes
+				all = append(all, w)
+			}
+		}
+		n := min(len(all), sharePages)
+		for i := range n {
+			some = append(some, all[i*len(all)/n])
+		}
+		pages, err := s.h.fetch(ctx, s.Stats, fetching{tenant: s.Tenant}, some)
+		if err != nil {
+			return err
+		}
+		matching, series := 0, 0
+		for _, p := range pages {
+			matching, series = matching+p.series.Matching(ms), series+p.series.Len()
+		}
+		share = float64(matching) / float64(max(series, 1))
+		return nil
+	})
+	return share, err
+}
+
 // clip cuts a range to what is to be read from the block at all.
 func (b *Block) clip(mint, maxt int64) (lo, hi int64) {
 	return max(mint, b.Ranges[0].MinT), min(maxt, b.Ranges[len(b.Ranges)-1].MaxT)

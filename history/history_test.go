@@ -431,6 +431,31 @@ func TestLabelsOfOneMetric(t *testing.T) {
 	}
 }
 
+// The share of the series that match is that of all of them where there are few pages,
+// and near it where only some are looked at.
+func TestShare(t *testing.T) {
+	for _, c := range []struct {
+		series, off int
+	}{{10, 0}, {4000, 20}} {
+		h := localStores(t).open(t, nil)
+		var all []*chunkfmt.Series
+		for i := range c.series {
+			all = append(all, floats(0, 1000, 2, constant(1), "__name__", "m", "i", fmt.Sprint(i), "job", fmt.Sprint(i%5)))
+		}
+		publishWith(t, h, tenantSeries{"a": all}, chunkfmt.WriterOptions{PageSeries: 100})
+		s := snapshot(t, h, "a", 0, 10_000)
+		for _, q := range []struct {
+			matcher *labels.Matcher
+			percent int
+		}{{eq("job", "3"), 20}, {re("job", "[0-3]"), 80}, {eq("__name__", "m"), 100}, {eq("__name__", "n"), 0}} {
+			got, err := s.Share(t.Context(), []*labels.Matcher{q.matcher}, 0, 10_000)
+			if d := 100*got - float64(q.percent); err != nil || math.Abs(d) > float64(c.off)/100*float64(q.percent)+1e-9 {
+				t.Errorf("%d series, %s: %v, %v; want about %d %%", c.series, q.matcher, got, err, q.percent)
+			}
+		}
+	}
+}
+
 // TestHiddenWindow holds that a row stands for its window only: what another
 // block has taken over is not read twice.
 func TestHiddenWindow(t *testing.T) {

@@ -396,8 +396,8 @@ func TestAgreement(t *testing.T) {
 	}
 }
 
-// A worker keeps a result as of the part that a task names, so it has to be of that
-// part; and it takes no memory for steps without end.
+// A worker keeps results by part, of which a task names the first, so it has to be
+// that; and it takes no memory for steps without end.
 func TestTasksThatDoNotFit(t *testing.T) {
 	c := gatewaytest.New(t, gatewaytest.Options{})
 	r, err := plan.NewResults(1<<20, nil, prometheus.NewRegistry())
@@ -417,7 +417,8 @@ func TestTasksThatDoNotFit(t *testing.T) {
 	}{
 		{"whole part", func(*plan.Task) {}, nil},
 		{"begins before", func(t *plan.Task) { t.From-- }, plan.ErrUnlike},
-		{"ends later", func(t *plan.Task) { t.To++ }, plan.ErrUnlike},
+		{"two parts and a piece", func(t *plan.Task) { t.To = 151 }, nil},
+		{"ends after the query", func(t *plan.Task) { t.To = 152 }, plan.ErrUnlike},
 		{"another part", func(t *plan.Task) { t.Number++ }, plan.ErrUnlike},
 		{"no span", func(t *plan.Task) { t.Span = 0 }, plan.ErrUnlike},
 		{"billions of steps", func(t *plan.Task) { t.Start, t.End, t.Step, t.To, t.Span, t.Number = 0, 1e10, 1, 3e9, 1e11, 0 }, plan.ErrUnlike},

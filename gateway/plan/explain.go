@@ -115,7 +115,6 @@ func (q *query) explain(ctx context.Context, e *Explanation) *promql.Result {
 			Window: model.Duration(time.Duration(l.width) * time.Millisecond), Windows: est.windows,
 			Span: model.Duration(time.Duration(w.span) * time.Millisecond), Parts: len(w.parts),
 		}
-		sp := &q.engine.spread
 		for i := range w.sharded {
 			if w.sharded[i].here {
 				one.Here++
@@ -123,25 +122,26 @@ func (q *query) explain(ctx context.Context, e *Explanation) *promql.Result {
 				one.Others++
 			}
 		}
-		if len(w.sharded) > 0 {
+		switch {
+		case len(w.sharded) > 0:
 			one.Shards, one.Parts = len(w.sharded), 0
-		} else if len(w.parts) > 1 {
-			w.keptParts(ctx, sp.TenantOf(ctx))
-		}
-		for i := range one.Parts {
-			switch {
-			case len(w.parts) == 1:
-				one.Here++
-			case w.fresh[i]:
-				one.Fresh++
-				one.Here++
-			case w.out[i] != nil:
-				one.Kept++
-			case sp.Workers == nil || sp.Workers.Here(w.keys[i]):
-				one.Here++
-			default:
-				one.Others++
+		case len(w.parts) > 1:
+			tenant := q.engine.spread.TenantOf(ctx)
+			w.keptParts(ctx, tenant)
+			for i, p := range w.out {
+				if w.fresh[i] {
+					one.Fresh++
+				} else if p != nil {
+					one.Kept++
+				}
 			}
+			mine, elsewhere := w.assign(tenant)
+			one.Here = len(mine)
+			for _, t := range elsewhere {
+				one.Others += t.to - t.from
+			}
+		default:
+			one.Here++
 		}
 		e.Leaves = append(e.Leaves, one)
 		e.Samples += one.Samples

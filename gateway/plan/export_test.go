@@ -1,9 +1,10 @@
 package plan
 
-// Tight makes the parts of leaves as small as tests want them.
+// Tight makes the parts of leaves, and tasks for other gateways, as small as tests want
+// them.
 func Tight(s Spread) Spread {
 	minute := hour / 60
-	s.parting = parting{samples: 1, spans: []int64{minute, 5 * minute, 20 * minute, hour, 4 * hour, 24 * hour}, steps: 1}
+	s.parting = parting{samples: 1, far: 30, spans: []int64{minute, 5 * minute, 20 * minute, hour, 4 * hour, 24 * hour}, steps: 1}
 	return s
 }
 

@@ -17,6 +17,7 @@ import (
 // parting says how large parts of leaves are.
 type parting struct {
 	samples int64   // that a part reads, about: enough for what goes with a part to be little beside it
+	far     int64   // that a task for another gateway reads, about: a request costs some milliseconds, of both and of the caches of processors
 	spans   []int64 // times that parts may have, ms; few, so that the same parts come back when a query of another time comes
 	// A part has so many times the range of windows, which reach into the part
 	// before, and so many steps, at least.
@@ -25,7 +26,7 @@ type parting struct {
 
 //nolint:gochecknoglobals // a constant
 var usual = parting{
-	samples: 1 << 20, spans: []int64{3 * hour / 2, 6 * hour, 24 * hour, 4 * 24 * hour, 16 * 24 * hour, 64 * 24 * hour},
+	samples: 1 << 20, far: 1 << 23, spans: []int64{3 * hour / 2, 6 * hour, 24 * hour, 4 * 24 * hour, 16 * 24 * hour, 64 * 24 * hour},
 	ranges: 8, steps: 4,
 }
 
@@ -57,13 +58,18 @@ func (l *Leaf) cut(samples int64, o options) (span int64, parts []part) {
 	if span == 0 {
 		return 0, whole
 	}
-	for i := 0; i < n; {
+	return span, l.partsOf(span, 0, n)
+}
+
+// partsOf gives the parts of a span of the steps from, up to, without, to.
+func (l *Leaf) partsOf(span int64, from, to int) (parts []part) {
+	for i := from; i < to; {
 		k := floorDiv(l.Grid.At(i), span)
-		next := min(n, int(floorDiv((k+1)*span-1-l.Grid.Start, l.Grid.Step))+1)
+		next := min(to, int(floorDiv((k+1)*span-1-l.Grid.Start, l.Grid.Step))+1)
 		parts = append(parts, part{from: i, to: next, number: k})
 		i = next
 	}
-	return span, parts
+	return parts
 }
 
 func floorDiv(a, b int64) int64 {

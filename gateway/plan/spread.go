@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"runtime"
+	"slices"
 	"sync"
 	"time"
 
@@ -87,9 +88,9 @@ var ErrUnlike = errors.New("worker differs in version or options")
 
 // Version of tasks and of what they give. Gateways of different versions compute
 // their parts themselves.
-const Version = 5
+const Version = 6
 
-// Task is a part of a leaf for another gateway. It has the whole query: a leaf's
+// Task is some parts of a leaf, one after the other, for another gateway. It has the whole query: a leaf's
 // own text would change the meaning of start() and end(), and the places in
 // annotations.
 type Task struct {
@@ -106,10 +107,10 @@ type Task struct {
 	Leaf  int  // which, counted from 0
 	Split bool // the leaf without its aggregation
 
-	Span, Number int64 // of the part; span in ms
+	Span, Number int64 // of the first part; span in ms
 	From, To     int   // steps, To excluded
 
-	// With Shards it is not a part, but of all steps of the leaf the Shard-th shard of the
+	// With Shards it is not of parts, but of all steps of the leaf the Shard-th shard of the
 	// series, counted from 0.
 	Shard, Shards int
 	Heads         [][]merge.HeadSeries // what heads have of the shard
@@ -145,13 +146,19 @@ type estimate struct {
 	windows, samples int64
 }
 
-// estimate of the selection's blocks.
-func (l *Leaf) estimate(ctx context.Context, sel *merge.Selection) (e estimate, err error) {
+// estimate of the selection's blocks: by directories, and where it matters by some of the
+// lists of series.
+func (l *Leaf) estimate(ctx context.Context, sel *merge.Selection, o options) (e estimate, err error) {
 	snap, ms := sel.Snapshot(), sel.Matchers()
 	if l.width > 0 {
 		e.windows, e.samples, err = snap.EstimateWindows(ctx, ms, l.mint(), l.maxt(), l.width)
 	} else {
 		e.samples, err = snap.Estimate(ctx, ms, l.mint(), l.maxt())
+	}
+	if err == nil && e.cost() >= 2*o.parting.samples {
+		var share float64
+		share, err = snap.Share(ctx, ms, l.mint(), l.maxt())
+		e.windows, e.samples = int64(share*float64(e.windows)), int64(share*float64(e.samples))
 	}
 	if err != nil {
 		err = promql.ErrStorage{Err: err}
@@ -177,11 +184,12 @@ func (q *query) part(ctx context.Context, i int, sel *merge.Selection) (_ *work,
 	if l.Grid.Len() < 2 && explanationOf(ctx) == nil && (sp.Workers == nil || sp.Workers.Size() < 2 || !l.shardable()) {
 		return w, e, nil
 	}
-	e, err := l.estimate(ctx, sel)
+	e, err := l.estimate(ctx, sel, q.opts)
 	if err != nil {
 		return nil, e, err
 	}
 	w.span, w.parts = l.cut(e.cost(), q.opts)
+	w.cost = float64(e.cost()) / float64(l.Grid.Len())
 	// What heads have may change: those parts are neither kept nor computed elsewhere.
 	w.fresh = make([]bool, len(w.parts))
 	w.out = make([]*partial, len(w.parts))
@@ -213,8 +221,9 @@ type work struct {
 	sel   *merge.Selection
 	span  int64
 	parts []part
-	fresh []bool // heads have samples for it
-	keys  []Key  // of the others
+	cost  float64 // of a step
+	fresh []bool  // heads have samples for it
+	keys  []Key   // of the others
 
 	sharded []shard // in place of parts; nil: none
 
@@ -230,30 +239,26 @@ func (w *work) here(ctx context.Context, from, to int) (*partial, error) {
 	}, runtime.GOMAXPROCS(0))
 }
 
-// partsAtOnce bounds the parts of a leaf that are asked for at the same time.
-const partsAtOnce = 64
+// tasksAtOnce bounds the tasks of a leaf that are at other gateways at the same time.
+const tasksAtOnce = 64
 
 func (w *work) run(ctx context.Context) (*partial, error) {
 	sp := &w.q.engine.spread
 	tenant := sp.TenantOf(ctx)
-	var mine []int // to be computed here, which is one more at the same time
 	g, gctx := errgroup.WithContext(ctx)
-	g.SetLimit(partsAtOnce + 1)
+	g.SetLimit(tasksAtOnce + 1)
 	w.recall(ctx, tenant)
-	for i := range w.parts {
-		switch {
-		case w.fresh[i]:
-			mine = append(mine, i)
-		case w.out[i] != nil:
-			account.From(ctx).Hold(w.out[i].bytes())
-		case sp.Workers == nil || sp.Workers.Here(w.keys[i]):
-			mine = append(mine, i)
-		default:
-			g.Go(func() (err error) {
-				defer recovered(w.q.opts.logger, &err)
-				return w.elsewhere(gctx, tenant, i)
-			})
+	for _, p := range w.out {
+		if p != nil {
+			account.From(ctx).Hold(p.bytes())
 		}
+	}
+	mine, tasks := w.assign(tenant)
+	for _, t := range tasks {
+		g.Go(func() (err error) {
+			defer recovered(w.q.opts.logger, &err)
+			return w.elsewhere(gctx, tenant, t)
+		})
 	}
 	// Here meanwhile. An error ends what is elsewhere.
 	g.Go(func() (err error) {
@@ -273,6 +278,57 @@ func (w *work) run(ctx context.Context) (*partial, error) {
 		return nil, err
 	}
 	return join(w.out), nil
+}
+
+// neighbours are parts, one after the other, that one gateway computes: the key says
+// which.
+type neighbours struct {
+	from, to int // parts, to excluded
+	key      Key
+}
+
+// assign says which of the parts that aren't kept are to be computed here, and which at
+// other gateways: those where there is so much to do that it pays.
+func (w *work) assign(tenant string) (mine []int, elsewhere []neighbours) {
+	sp, far := &w.q.engine.spread, float64(w.q.opts.parting.far)
+	var due []int
+	steps := 0
+	for i, p := range w.parts {
+		switch {
+		case w.fresh[i]:
+			mine = append(mine, i)
+		case w.out[i] == nil:
+			due = append(due, i)
+			steps += p.to - p.from
+		}
+	}
+	if sp.Workers == nil || float64(steps)*w.cost < 2*far {
+		mine = append(mine, due...)
+		slices.Sort(mine)
+		return mine, nil
+	}
+	// The same parts go together whatever the time of the query, for caches to be warm.
+	together := int64(1)
+	for float64(together)*float64(w.span)/float64(w.l.Grid.Step)*w.cost < far {
+		together *= 2
+	}
+	group := func(i int) int64 { return floorDiv(w.parts[i].number, together) }
+	for len(due) > 0 {
+		n := 1
+		for n < len(due) && due[n] == due[0]+n && group(due[n]) == group(due[0]) {
+			n++
+		}
+		t := neighbours{from: due[0], to: due[0] + n}
+		t.key = w.l.key(tenant, w.span*together, group(due[0]), w.q.opts, w.sel.Snapshot().Blocks, w.sel.Snapshot().Hidden)
+		if sp.Workers.Here(t.key) {
+			mine = append(mine, due[:n]...)
+		} else {
+			elsewhere = append(elsewhere, t)
+		}
+		due = due[n:]
+	}
+	slices.Sort(mine)
+	return mine, elsewhere
 }
 
 // kept gives the result of a part from memory, nil if it isn't there.
@@ -347,28 +403,29 @@ func (w *work) task(tenant string, mint, maxt int64) *Task {
 	return t
 }
 
-// elsewhere lets a worker compute a part. It leaves it out if none can.
-func (w *work) elsewhere(ctx context.Context, tenant string, i int) error {
-	p := w.parts[i]
+// elsewhere lets a worker compute some parts. It leaves them out if none can.
+func (w *work) elsewhere(ctx context.Context, tenant string, n neighbours) error {
+	first, last := w.parts[n.from], w.parts[n.to-1]
 	q := w.q
-	mint, maxt := w.l.reads(w.span, p.number)
+	mint, _ := w.l.reads(w.span, first.number)
+	_, maxt := w.l.reads(w.span, last.number)
 	t := w.task(tenant, mint, maxt)
-	t.Span, t.Number, t.From, t.To = w.span, p.number, p.from, p.to
-	b, err := q.engine.spread.Workers.Run(ctx, w.keys[i], t)
+	t.Span, t.Number, t.From, t.To = w.span, first.number, first.from, last.to
+	b, err := q.engine.spread.Workers.Run(ctx, n.key, t)
 	switch {
 	case errors.Is(err, ErrHere), errors.Is(err, ErrUnlike):
 		return nil
 	case err != nil:
 		return err
 	}
-	out, err := unmarshal(b, w.l.only(p.from, p.to).Grid)
+	out, err := unmarshal(b, w.l.only(first.from, last.to).Grid)
 	if err != nil {
 		q.opts.logger.Warn("result of a worker can't be read, computed again", "err", err)
 		return nil
 	}
-	q.engine.spread.Results.count("worker", 1)
+	q.engine.spread.Results.count("worker", n.to-n.from)
 	acc := account.From(ctx)
-	acc.AddParts(0, 0, 1)
+	acc.AddParts(0, 0, n.to-n.from)
 	read := int64(0)
 	for _, n := range out.counts.read {
 		read += n
@@ -379,7 +436,10 @@ func (w *work) elsewhere(ctx context.Context, tenant string, i int) error {
 	}
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	w.out[i] = out
+	w.out[n.from] = out
+	for i := n.from + 1; i < n.to; i++ {
+		w.out[i] = &partial{} // it is in the first
+	}
 	return nil
 }
 
@@ -525,35 +585,63 @@ func (e *Engine) Work(ctx context.Context, h *history.History, t *Task) ([]byte,
 	if t.Shards > 0 {
 		return e.workShard(ctx, h, q, l, t)
 	}
-	// What is kept is kept as of the part that the task names.
-	if t.Span <= 0 || floorDiv(l.Grid.At(t.From), t.Span) != t.Number || floorDiv(l.Grid.At(t.To-1), t.Span) != t.Number {
+	// What is kept is kept by parts, of which the task names the first.
+	if t.Span <= 0 || floorDiv(l.Grid.At(t.From), t.Span) != t.Number {
 		return nil, ErrUnlike
 	}
 	q.opts.maxSamples = min(q.opts.maxSamples, t.MaxSamples)
-	only := l.only(t.From, t.To)
-	var key Key
-	if r := e.spread.Results; r != nil {
-		key = l.key(t.Tenant, t.Span, t.Number, q.opts, t.Blocks, t.Hidden)
-		if p, ok := r.get(key, only.Grid); ok {
-			return p.marshal(only.Grid)
-		}
-	}
 	ctx, cancel := context.WithTimeout(ctx, e.opts.Timeout)
 	defer cancel()
-	snap := h.Open(t.Tenant, only.mint(), only.maxt(), t.Blocks, t.Hidden)
-	p, err := run(ctx, only, q.opts, func(sums *merge.Summaries) storage.SeriesSet {
-		return merge.Historical(ctx, snap, only.mint(), only.maxt(), sums, merge.Shards{}, nil, l.Selector.LabelMatchers)
-	}, 1)
+	p, err := e.workParts(ctx, h, q, l, t)
 	if err != nil {
 		return nil, err
 	}
-	if r := e.spread.Results; r != nil && len(p.annos) == 0 {
-		if err := r.put(t.Tenant, key, only.Grid, p); err != nil {
-			return nil, err
+	p.annos = tell(p.annos, t.Query)
+	return p.marshal(l.only(t.From, t.To).Grid)
+}
+
+// workParts gives the parts of a task: those that are kept, and the others computed in
+// one go.
+func (e *Engine) workParts(ctx context.Context, h *history.History, q *query, l *Leaf, t *Task) (*partial, error) {
+	compute := func(from, to int) (*partial, error) {
+		only := l.only(from, to)
+		snap := h.Open(t.Tenant, only.mint(), only.maxt(), t.Blocks, t.Hidden)
+		return run(ctx, only, q.opts, func(sums *merge.Summaries) storage.SeriesSet {
+			return merge.Historical(ctx, snap, only.mint(), only.maxt(), sums, merge.Shards{}, nil, l.Selector.LabelMatchers)
+		}, 1)
+	}
+	r := e.spread.Results
+	if r == nil {
+		return compute(t.From, t.To)
+	}
+	parts := l.partsOf(t.Span, t.From, t.To)
+	out, keys := make([]*partial, len(parts)), make([]Key, len(parts))
+	first, last := len(parts), -1 // of those that aren't kept
+	for i, p := range parts {
+		keys[i] = l.key(t.Tenant, t.Span, p.number, q.opts, t.Blocks, t.Hidden)
+		var ok bool
+		if out[i], ok = r.get(keys[i], l.only(p.from, p.to).Grid); !ok {
+			first, last = min(first, i), i
 		}
 	}
-	p.annos = tell(p.annos, t.Query)
-	return p.marshal(only.Grid)
+	if last < 0 {
+		return join(out), nil
+	}
+	from, to := parts[first].from, parts[last].to
+	all, err := compute(from, to)
+	if err != nil {
+		return nil, err
+	}
+	if len(all.annos) == 0 { // which part they are of isn't known
+		g := l.only(from, to).Grid
+		for i := first; i <= last; i++ {
+			p := parts[i]
+			if err := r.put(t.Tenant, keys[i], l.only(p.from, p.to).Grid, all.slice(g, p.from-from, p.to-from)); err != nil {
+				return nil, err
+			}
+		}
+	}
+	return join(slices.Concat(out[:first], []*partial{all}, out[last+1:])), nil
 }
 
 // workShard computes the task of a shard, of which nothing is kept: it is of one query.
