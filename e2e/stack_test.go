@@ -59,6 +59,7 @@ type shape struct {
 	replicas int
 	places   []place
 	more     string // text of the configuration
+	tls      string // more of it, for sidecars too
 }
 
 // place is where an ingester runs.
@@ -159,7 +160,7 @@ objects:
 index:
   type: dynamodb
   dynamodb: {table: rows, endpoint: %q, region: %q}
-`, s3.Bucket, sh.s3, s3.Region, sh.db, db.Region) + sh.more
+`, s3.Bucket, sh.s3, s3.Region, sh.db, db.Region) + sh.more + sh.tls
 	s.config = writeFile(t, s.dir, "epimetheus.yml", s.text)
 
 	// Without its table an ingester says what to do.
@@ -356,8 +357,12 @@ func (n *tenant) startSidecarOn(t *testing.T, s *stack, dir string) {
 	for _, g := range s.gateways {
 		args = append(args, "--gateway.url="+g.url)
 	}
+	text := s.shape.tls
 	if s.shape.replicas > 1 {
-		args = append(args, "--config.file="+writeFile(t, s.dir, "sidecar-"+n.name+".yml", fmt.Sprintf("sidecar: {replication_factor: %d}\n", s.shape.replicas)))
+		text += fmt.Sprintf("sidecar: {replication_factor: %d}\n", s.shape.replicas)
+	}
+	if text != "" {
+		args = append(args, "--config.file="+writeFile(t, s.dir, "sidecar-"+n.name+".yml", text))
 	}
 	n.sidecar = s.start(t, testenv.FreeAddr(t), args...)
 }

@@ -16,10 +16,13 @@ import (
 
 // TestStoresDie: the object store and the index are killed while samples flow, at
 // the time of a flush or in it, and come back. Nothing is missing, and every
-// process stops as it should. The object store speaks TLS.
+// process stops as it should. The object store, and the processes with each other, speak TLS.
 func TestStoresDie(t *testing.T) {
 	t.Parallel()
-	s := startRoles(t, testenv.S3TLS(t))
+	cert, key := testenv.SelfSigned(t, t.TempDir())
+	s := startShape(t, testenv.S3TLS(t), testenv.DynamoDBOn(t, t.TempDir()), shape{
+		tls: fmt.Sprintf("grpc_tls: {cert_file: %q, key_file: %q, ca_file: %q}\n", cert, key, cert),
+	})
 	began := time.Now().Add(-time.Second)
 	n := startTenant(t, s, "team-a", "")
 	pause(t.Context(), 12*time.Second)

@@ -30,6 +30,7 @@ type Config struct {
 	Index     IndexConfig     `yaml:"index,omitempty"`
 	Memcached MemcachedConfig `yaml:"memcached,omitempty"`
 	Ring      RingConfig      `yaml:"ring,omitempty"`
+	GRPCTLS   TLSConfig       `yaml:"grpc_tls,omitempty"`
 	Ingester  IngesterConfig  `yaml:"ingester,omitempty"`
 	Gateway   GatewayConfig   `yaml:"gateway,omitempty"`
 	Compactor CompactorConfig `yaml:"compactor,omitempty"`
@@ -374,6 +375,7 @@ func (c *Config) validate() error {
 			bad("memcached.addresses[%d]: %v", i, err)
 		}
 	}
+	c.GRPCTLS.validate(bad)
 	i := &c.Ingester
 	if d := time.Duration(i.FlushInterval); d < time.Second || d > 24*time.Hour {
 		bad("ingester.flush_interval: %s is not between 1s and 24h", i.FlushInterval)

@@ -13,7 +13,6 @@ import (
 
 	"github.com/alecthomas/kingpin/v2"
 	"google.golang.org/grpc"
-	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/keepalive"
 
 	"github.com/epimetheus-tsdb/epimetheus/gateway"
@@ -62,13 +61,13 @@ func addGateway(app *kingpin.Application, commands map[string]command) {
 				out = append(out, worker.Peer{ID: id, Address: address})
 			}
 			return out
-		}, p.logger, p.reg, dialOptions()...)
+		}, p.logger, p.reg, p.dialOptions()...)
 		st.closers = append(st.closers, pool.Close)
 		api, err := p.addGateway(st, live, nil, pool, *admin)
 		if err != nil {
 			return err
 		}
-		server := newGRPCServer()
+		server := p.newGRPCServer()
 		worker.NewServer(func(ctx context.Context, t *plan.Task) ([]byte, error) { return api.Work(ctx, st.history, t) }, p.logger, p.reg).Register(server)
 		p.addGRPC(server, l)
 		p.status = append(p.status, section{"Gateways", func(*http.Request) [][]string {
@@ -84,10 +83,10 @@ func addGateway(app *kingpin.Application, commands map[string]command) {
 	}
 }
 
-// dialOptions are for connections to ingesters.
-func dialOptions() []grpc.DialOption {
+// dialOptions are for connections to ingesters and gateways.
+func (p *process) dialOptions() []grpc.DialOption {
 	return []grpc.DialOption{
-		grpc.WithTransportCredentials(insecure.NewCredentials()),
+		grpc.WithTransportCredentials(p.asClient),
 		grpc.WithKeepaliveParams(keepalive.ClientParameters{Time: 10 * time.Second, Timeout: 5 * time.Second, PermitWithoutStream: true}),
 	}
 }
@@ -100,7 +99,7 @@ func addAdminFlag(cmd *kingpin.CmdClause) *bool {
 // addGateway adds the API. local are ingesters of this process, by address; workers is
 // nil where there are no other gateways; admin turns on the admin API.
 func (p *process) addGateway(st *stores, live *ring.Live, local map[string]fetch.Local, workers plan.Workers, admin bool) (*gateway.API, error) {
-	heads := merge.NewHeads(live, p.logger, p.reg, dialOptions()...)
+	heads := merge.NewHeads(live, p.logger, p.reg, p.dialOptions()...)
 	for address, l := range local {
 		heads.AddLocal(address, l)
 	}

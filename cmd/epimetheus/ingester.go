@@ -133,7 +133,7 @@ func (p *process) addIngester(st *stores, rf *grpcFlags, id string, live *ring.L
 		place.SetState(ring.Leaving)
 		time.Sleep(leaveNotice)
 	})
-	server := newGRPCServer()
+	server := p.newGRPCServer()
 	ing.Register(server)
 	p.addGRPC(server, l)
 	if place, err = join(ring.Member{ID: id, Address: address, Zone: p.config.Ring.Zone, Process: ing.Process(), Memory: ing.Memory()}, ing); err != nil {
@@ -152,8 +152,9 @@ func (p *process) addIngester(st *stores, rf *grpcFlags, id string, live *ring.L
 	return nil
 }
 
-func newGRPCServer() *grpc.Server {
+func (p *process) newGRPCServer() *grpc.Server {
 	return grpc.NewServer(
+		grpc.Creds(p.asServer),
 		grpc.MaxRecvMsgSize(4<<20),
 		grpc.KeepaliveParams(keepalive.ServerParameters{Time: 20 * time.Second, Timeout: 10 * time.Second}),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 5 * time.Second, PermitWithoutStream: true}),

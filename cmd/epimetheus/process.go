@@ -26,6 +26,7 @@ import (
 	"github.com/prometheus/common/version"
 	"github.com/prometheus/exporter-toolkit/web"
 	"github.com/prometheus/exporter-toolkit/web/kingpinflag"
+	"google.golang.org/grpc/credentials"
 
 	"github.com/epimetheus-tsdb/epimetheus/internal/health"
 )
@@ -59,6 +60,9 @@ type process struct {
 	started time.Time
 
 	settings settings
+
+	// Of gRPC between processes.
+	asServer, asClient credentials.TransportCredentials
 }
 
 // check is a part of readiness.
@@ -92,6 +96,9 @@ func newProcess(role string, g *global, f *webFlags) (*process, error) {
 	p := &process{
 		role: role, config: c, flags: f, logger: promslog.New(&g.log), reg: prometheus.NewRegistry(),
 		mux: http.NewServeMux(), started: time.Now(),
+	}
+	if p.asServer, p.asClient, err = c.GRPCTLS.credentials(); err != nil {
+		return nil, err
 	}
 	p.reg.MustRegister(
 		versioncollector.NewCollector("epimetheus"),

@@ -59,7 +59,7 @@ func addSidecar(app *kingpin.Application, commands map[string]command) {
 			RelabelConfigs: c.RelabelConfigs, Shards: c.Shards, Replicas: c.ReplicationFactor, KeepBytes: int64(c.KeepWALBytes),
 			ReplicaLabel: c.HA.ReplicaLabel, Lease: time.Duration(c.HA.Lease),
 			BackfillAge: c.Backfill.age(), BackfillSamplesPerSecond: int64(c.Backfill.SamplesPerSecond),
-			DialOptions: dialOptions(), Version: "epimetheus " + version.Version,
+			DialOptions: p.dialOptions(), Version: "epimetheus " + version.Version,
 		}, p.logger, p.reg)
 		if err != nil {
 			return err

@@ -68,7 +68,7 @@ func startS3(t testing.TB, tls bool) *S3Server {
 	}
 	args := []string{"-q", "--keep-alive", "--port", addr, "--access", s.AccessKey, "--secret", s.SecretKey, "--region", s.Region}
 	if tls {
-		cert, key := selfSigned(t, dir)
+		cert, key := SelfSigned(t, dir)
 		s.Endpoint, s.CAFile = "https://"+addr, cert
 		args = append(args, "--cert", cert, "--key", key)
 	}
@@ -161,8 +161,9 @@ func Prometheus(t testing.TB, dir, config string, args ...string) *PrometheusSer
 	return s
 }
 
-// selfSigned writes a certificate for 127.0.0.1 and its key into dir.
-func selfSigned(t testing.TB, dir string) (certFile, keyFile string) {
+// SelfSigned writes a certificate for 127.0.0.1, good for servers and clients, and its
+// key into dir, which has to be there.
+func SelfSigned(t testing.TB, dir string) (certFile, keyFile string) {
 	t.Helper()
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
@@ -173,7 +174,7 @@ func selfSigned(t testing.TB, dir string) (certFile, keyFile string) {
 		SerialNumber: big.NewInt(now.UnixNano()), Subject: pkix.Name{CommonName: "epimetheus test"},
 		NotBefore: now.Add(-time.Hour), NotAfter: now.Add(24 * time.Hour),
 		IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)}, IsCA: true, BasicConstraintsValid: true,
-		KeyUsage: x509.KeyUsageDigitalSignature | x509.KeyUsageCertSign, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth},
+		KeyUsage: x509.KeyUsageDigitalSignature | x509.KeyUsageCertSign, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth},
 	}
 	der, err := x509.CreateCertificate(rand.Reader, tmpl, tmpl, &key.PublicKey, key)
 	if err != nil {
