@@ -18,6 +18,7 @@ import (
 	v1 "github.com/prometheus/prometheus/web/api/v1"
 
 	"github.com/epimetheus-tsdb/epimetheus/gateway/account"
+	"github.com/epimetheus-tsdb/epimetheus/gateway/merge"
 	"github.com/epimetheus-tsdb/epimetheus/gateway/plan"
 	"github.com/epimetheus-tsdb/epimetheus/history"
 	"github.com/epimetheus-tsdb/epimetheus/history/index"
@@ -181,7 +182,7 @@ func (a *API) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 	rw := &responseWriter{ResponseWriter: w, answers: &a.answers, encodings: &a.encodings, encoding: encodingOf(r)}
 	defer rw.close()
-	r = r.WithContext(withTenants(r.Context(), names))
+	r = r.WithContext(merge.WithWarn(withTenants(r.Context(), names), rw.warn))
 	r.Header = r.Header.Clone()
 	r.Header.Del("Accept-Encoding") // it is ours to compress
 	a.protect(rw, r, a.handler)
@@ -205,7 +206,15 @@ func (a *API) serveV1(w http.ResponseWriter, r *http.Request) {
 			return
 		}
 	case "/metadata":
-		r = r.WithContext(context.WithValue(r.Context(), metadataKey{}, metadataRequest{metric: r.FormValue("metric")}))
+		if a.opts.Ready() != nil {
+			break // the handler says so
+		}
+		with, err := a.withMetadata(r, r.FormValue("metric"))
+		if err != nil {
+			a.wrap(func(w http.ResponseWriter, _ *http.Request) { a.fail(w, err) })(w, r)
+			return
+		}
+		r = with
 	case "/search/metric_names":
 		r = r.WithContext(context.WithValue(r.Context(), metadataKey{}, metadataRequest{}))
 		// Prometheus keeps metadata from one such request to the next, which may be

@@ -592,10 +592,30 @@ func TestStorageFails(t *testing.T) {
 		t.Fatal(err)
 	}
 	api := newAPI(t, c, gateway.Options{})
-	for _, path := range []string{"/query?query=up", "/query_range?query=up&start=1&end=2&step=1", "/series?match[]=up"} {
+	for _, path := range []string{
+		"/query?query=up", "/query_range?query=up&start=1&end=2&step=1", "/series?match[]=up",
+		"/query_exemplars?query=up", "/metadata", "/status/tsdb", "/status/active_series",
+	} {
 		w := httptest.NewRecorder()
 		api.ServeHTTP(w, httptest.NewRequestWithContext(t.Context(), http.MethodGet, "/api/v1"+path, nil))
 		if body := w.Body.String(); w.Code != http.StatusInternalServerError || !strings.Contains(body, `"errorType":"internal"`) {
+			t.Errorf("%s: %d %s", path, w.Code, body)
+		}
+	}
+}
+
+// TestNoAnswerFromIngester: whatever may be incomplete says so.
+func TestNoAnswerFromIngester(t *testing.T) {
+	c := gatewaytest.New(t, gatewaytest.Options{})
+	c.ServeFetch("away", fetchpb.UnimplementedFetchServer{})
+	api := newAPI(t, c, gateway.Options{})
+	for _, path := range []string{
+		"/query?query=up", "/query_range?query=up&start=1&end=2&step=1", "/series?match[]=up", "/labels", "/label/job/values",
+		"/query_exemplars?query=up", "/metadata", "/status/tsdb", "/status/active_series",
+	} {
+		w := httptest.NewRecorder()
+		api.ServeHTTP(w, httptest.NewRequestWithContext(t.Context(), http.MethodGet, "/api/v1"+path, nil))
+		if body := w.Body.String(); w.Code != http.StatusOK || !strings.Contains(body, `"warnings":["ingester away did not answer`) {
 			t.Errorf("%s: %d %s", path, w.Code, body)
 		}
 	}

@@ -3,6 +3,7 @@ package gateway
 import (
 	"context"
 	"maps"
+	"net/http"
 	"slices"
 	"strings"
 
@@ -11,6 +12,9 @@ import (
 	"github.com/prometheus/prometheus/model/labels"
 	"github.com/prometheus/prometheus/scrape"
 	v1 "github.com/prometheus/prometheus/web/api/v1"
+
+	"github.com/epimetheus-tsdb/epimetheus/gateway/merge"
+	"github.com/epimetheus-tsdb/epimetheus/ingest/fetch"
 )
 
 // The endpoint for metadata asks the targets. It gets targets made of what the
@@ -18,7 +22,21 @@ import (
 
 type metadataKey struct{}
 
-type metadataRequest struct{ metric string }
+type metadataRequest struct {
+	metric string
+	all    []fetch.MetricMetadata
+	read   bool // all is there
+}
+
+// withMetadata is the request with what is known of a metric.
+func (a *API) withMetadata(r *http.Request, metric string) (*http.Request, error) {
+	all, warnings, err := a.storage.metadata(r.Context(), metric)
+	if err != nil {
+		return nil, err
+	}
+	merge.Warn(r.Context(), warnings)
+	return r.WithContext(context.WithValue(r.Context(), metadataKey{}, metadataRequest{all: all, read: true})), nil
+}
 
 type metadataTargets struct {
 	noScraping
@@ -35,10 +53,13 @@ func (a *API) targets(ctx context.Context) v1.TargetRetriever {
 	if !ok {
 		return noScraping{}
 	}
-	all, _, err := a.storage.metadata(ctx, req.metric)
-	if err != nil {
-		a.logger.Warn("metadata not read", "tenant", TenantOf(ctx), "err", err)
-		return noScraping{}
+	all := req.all
+	if !req.read {
+		var err error
+		if all, _, err = a.storage.metadata(ctx, req.metric); err != nil {
+			a.logger.Warn("metadata not read", "tenant", TenantOf(ctx), "err", err)
+			return noScraping{}
+		}
 	}
 	// A target says one thing of a metric: the n-th target says the n-th.
 	var stores []metadataStore

@@ -99,7 +99,11 @@ func TestMetadataLikePrometheus(t *testing.T) {
 			"/metadata?limit=0", "/metadata?limit=100", "/metadata?limit_per_metric=1", "/metadata?metric=size&limit=1&limit_per_metric=1",
 			"/search/metric_names?include_metadata=true&search[]=e&match[]={__name__!~%22up|scrape.*%22}",
 		} {
-			if d := gocmp.Diff(ask(p.URL, path), ask(base, path)); d != "" {
+			got := ask(base, path)
+			if flush { // there is no ingester, which it says
+				got.Body = strings.ReplaceAll(got.Body, `,"warnings":["this gateway knows no ingester: fresh samples may be missing"]`, "")
+			}
+			if d := gocmp.Diff(ask(p.URL, path), got); d != "" {
 				t.Errorf("in blocks %t, %s: Prometheus -, gateway +\n%s", flush, path, d)
 			}
 		}

@@ -197,10 +197,15 @@ type responseWriter struct {
 	encodings *encodings
 	encoding  string // that the client takes
 
+	warnings annotations.Annotations // beside those that the handler knows of
+
 	started bool
 	encoder encoder // nil: as it is
 	put     func()
 }
+
+// warn adds warnings to an answer that isn't begun.
+func (w *responseWriter) warn(ws annotations.Annotations) { w.warnings.Merge(ws) }
 
 // Unwrap is for http.ResponseController.
 func (w *responseWriter) Unwrap() http.ResponseWriter { return w.ResponseWriter }
@@ -231,6 +236,8 @@ func (w *responseWriter) Write(p []byte) (int, error) {
 		out = w.encoder
 	}
 	if r := w.answers.take(p); r != nil {
+		texts, _ := w.warnings.AsStrings("", 10, 10)
+		r.Warnings = append(r.Warnings, texts...)
 		if err := encode(out, r); err != nil {
 			return 0, err
 		}

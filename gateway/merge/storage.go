@@ -53,6 +53,21 @@ func (s *Storage) ExemplarQuerier(ctx context.Context) (storage.ExemplarQuerier,
 	return &exemplarQuerier{ctx, s}, nil
 }
 
+type warnKey struct{}
+
+// WithWarn gives a context with which warn is told of warnings for which interfaces of
+// Prometheus have no place, such as those of exemplars.
+func WithWarn(ctx context.Context, warn func(annotations.Annotations)) context.Context {
+	return context.WithValue(ctx, warnKey{}, warn)
+}
+
+// Warn tells whoever asked for it with WithWarn.
+func Warn(ctx context.Context, ws annotations.Annotations) {
+	if warn, ok := ctx.Value(warnKey{}).(func(annotations.Annotations)); ok {
+		warn(ws)
+	}
+}
+
 // exemplarQuerier keeps the context since the interface hands it over there.
 type exemplarQuerier struct {
 	ctx context.Context //nolint:containedctx // storage.ExemplarQuerier has no other place for it
@@ -61,10 +76,11 @@ type exemplarQuerier struct {
 
 func (q *exemplarQuerier) Select(mint, maxt int64, sets ...[]*labels.Matcher) ([]exemplar.QueryResult, error) {
 	tenant := q.s.tenantOf(q.ctx)
-	as, since, _, err := q.s.heads.exemplars(q.ctx, tenant, mint, maxt, sets)
+	as, since, warnings, err := q.s.heads.exemplars(q.ctx, tenant, mint, maxt, sets)
 	if err != nil {
 		return nil, class(q.ctx, err)
 	}
+	Warn(q.ctx, warnings)
 	snap, err := q.s.snapshot(q.ctx, tenant, mint, maxt, blocks(as), since)
 	if err != nil {
 		return nil, class(q.ctx, err)
@@ -122,16 +138,16 @@ const recentMetadata = 2 * time.Hour
 func (s *Storage) Metadata(ctx context.Context, tenant, metric string) ([]fetch.MetricMetadata, annotations.Annotations, error) {
 	out, must, since, warnings, err := s.heads.metadata(ctx, tenant, metric)
 	if err != nil {
-		return nil, nil, err
+		return nil, nil, class(ctx, err)
 	}
 	mint := time.Now().Add(-recentMetadata).UnixMilli()
 	snap, err := s.snapshot(ctx, tenant, mint, math.MaxInt64, must, since)
 	if err != nil {
-		return nil, nil, err
+		return nil, nil, class(ctx, err)
 	}
 	old, err := snap.Metadata(ctx, metric, mint, math.MaxInt64)
 	if err != nil {
-		return nil, nil, err
+		return nil, nil, class(ctx, err)
 	}
 	for _, m := range old {
 		out = append(out, fetch.MetricMetadata(m))
