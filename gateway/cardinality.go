@@ -12,9 +12,12 @@ import (
 
 	"github.com/prometheus/common/model"
 	"github.com/prometheus/prometheus/model/labels"
+	"github.com/prometheus/prometheus/promql"
 	"github.com/prometheus/prometheus/storage"
 	"github.com/prometheus/prometheus/util/annotations"
 	v1 "github.com/prometheus/prometheus/web/api/v1"
+
+	"github.com/epimetheus-tsdb/epimetheus/gateway/account"
 )
 
 // headSpan is how far back series count as those of a Prometheus's head, where a
@@ -120,11 +123,18 @@ func (a *API) eachSeries(r *http.Request, fn func(labels.Labels)) (_ annotations
 
 // fail answers with an error.
 func (*API) fail(w http.ResponseWriter, err error) {
-	if p, ok := errors.AsType[problem](err); ok {
+	p, isProblem := errors.AsType[problem](err)
+	_, cancelled := errors.AsType[promql.ErrQueryCanceled](err)
+	switch {
+	case isProblem:
 		respondError(w, http.StatusBadRequest, "bad_data", p.error)
-		return
+	case errors.Is(err, account.ErrLimit):
+		respondError(w, http.StatusUnprocessableEntity, "execution", err)
+	case cancelled:
+		respondError(w, statusClientGone, "canceled", err)
+	default:
+		respondError(w, http.StatusInternalServerError, "internal", err)
 	}
-	respondError(w, http.StatusInternalServerError, "internal", err)
 }
 
 // tsdbStatus is status/tsdb, over heads and history. The number of chunks and the

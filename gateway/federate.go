@@ -19,6 +19,8 @@ import (
 	"github.com/prometheus/prometheus/promql"
 	"github.com/prometheus/prometheus/storage"
 	"github.com/prometheus/prometheus/tsdb/chunkenc"
+
+	"github.com/epimetheus-tsdb/epimetheus/gateway/account"
 )
 
 // federate is Prometheus's /federate: the last sample of each series that is
@@ -39,7 +41,11 @@ func (a *API) federate(w http.ResponseWriter, r *http.Request) {
 	now := time.Now()
 	samples, err := a.lastSamples(r.Context(), sets, now.Add(-v.options.LookbackDelta), now)
 	if err != nil {
-		http.Error(w, err.Error(), http.StatusInternalServerError)
+		code := http.StatusInternalServerError
+		if errors.Is(err, account.ErrLimit) {
+			code = http.StatusUnprocessableEntity
+		}
+		http.Error(w, err.Error(), code)
 		return
 	}
 	binary := format.FormatType() != expfmt.TypeTextPlain

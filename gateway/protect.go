@@ -29,6 +29,9 @@ type Prices struct {
 	MillionIndexReads float64
 }
 
+// statusClientGone is Prometheus's code for a client that has gone.
+const statusClientGone = 499
+
 // queuePerQuery is how many queries of a tenant wait for each that may run.
 const queuePerQuery = 10
 
@@ -155,6 +158,9 @@ func (a *API) protect(w http.ResponseWriter, r *http.Request, h http.Handler) {
 	name := strings.Join(tenants, "|")
 	ctx, acc, done := a.opts.Memory.Open(r.Context(), limits.Limits)
 	defer done()
+	if r.URL.Path == "/api/v1/read" {
+		w = &readWriter{w, acc}
+	}
 	r = r.WithContext(ctx)
 	if !reads(r.URL.Path) {
 		h.ServeHTTP(w, r)
@@ -173,7 +179,7 @@ func (a *API) protect(w http.ResponseWriter, r *http.Request, h http.Handler) {
 		case errors.Is(err, context.DeadlineExceeded):
 			respondError(w, http.StatusServiceUnavailable, "timeout", errors.New("query timed out while it waited for others of the tenant (gateway.limits.queries)"))
 		default:
-			respondError(w, 499, "canceled", err) // Prometheus's code for a client that has gone
+			respondError(w, statusClientGone, "canceled", err)
 		}
 		return
 	}
@@ -196,6 +202,29 @@ func (a *API) protect(w http.ResponseWriter, r *http.Request, h http.Handler) {
 		"took", took, "series", c.Series, "samples", c.Samples, "windows", c.Windows, "object_gets", c.ObjectGets, "object_bytes", c.ObjectBytes,
 		"index_queries", c.IndexQueries, "pages", c.Pages, "pages_cached", c.PagesCached, "pages_memcached", c.PagesMemcached,
 		"parts_kept", c.PartsKept, "parts_memcached", c.PartsMemcached, "parts_here", c.PartsHere, "parts_elsewhere", c.PartsElsewhere)
+}
+
+// readWriter makes it the client's fault if a remote read goes beyond a limit:
+// Prometheus's handler knows no such errors.
+type readWriter struct {
+	http.ResponseWriter
+	account *account.Account
+}
+
+// Unwrap is for http.ResponseController.
+func (w *readWriter) Unwrap() http.ResponseWriter { return w.ResponseWriter }
+
+// WriteHeader implements http.ResponseWriter.
+func (w *readWriter) WriteHeader(code int) {
+	if code == http.StatusInternalServerError && w.account.Ended() {
+		code = http.StatusUnprocessableEntity
+	}
+	w.ResponseWriter.WriteHeader(code)
+}
+
+// Flush implements http.Flusher.
+func (w *readWriter) Flush() {
+	_ = http.NewResponseController(w.ResponseWriter).Flush() // it can't: nothing is lost
 }
 
 // queryStats are Prometheus's, and what the query has cost.

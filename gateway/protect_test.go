@@ -13,8 +13,10 @@ import (
 	"testing"
 	"time"
 
+	"github.com/klauspost/compress/s2"
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/prometheus/model/labels"
+	"github.com/prometheus/prometheus/prompb"
 	"github.com/stretchr/testify/require"
 
 	"github.com/epimetheus-tsdb/epimetheus/gateway"
@@ -86,6 +88,47 @@ func TestLimits(t *testing.T) {
 			require.Equal(t, "execution", a.ErrorType)
 			require.Contains(t, a.Error, q.want)
 		}
+	}
+}
+
+// Limits hold for whatever reads series, not for queries alone.
+func TestLimitsOfOtherEndpoints(t *testing.T) {
+	c := fifty(t)
+	read := func(types ...prompb.ReadRequest_ResponseType) []byte {
+		b, err := (&prompb.ReadRequest{AcceptedResponseTypes: types, Queries: []*prompb.Query{{
+			EndTimestampMs: 3_600_000, Matchers: []*prompb.LabelMatcher{{Name: "__name__", Value: "requests_total"}},
+		}}}).Marshal()
+		require.NoError(t, err)
+		return s2.EncodeSnappy(nil, b)
+	}
+	series := account.Limits{Series: 49}
+	for _, q := range []struct {
+		limits account.Limits
+		path   string
+		body   []byte
+		want   string // part of the error
+	}{
+		{series, "/api/v1/read", read(), "query_series is 49"},
+		{account.Limits{Range: time.Minute}, "/api/v1/read", read(), "query_range is 1m0s"},
+		{account.Limits{Range: time.Minute}, "/api/v1/read", read(prompb.ReadRequest_STREAMED_XOR_CHUNKS), "query_range is 1m0s"},
+		{account.Limits{Range: time.Hour}, "/api/v1/read", read(), ""},
+		{series, "/api/v1/series?match[]=requests_total", nil, "query_series is 49"},
+		{series, "/api/v1/status/tsdb?start=0&end=3600", nil, "query_series is 49"},
+		{series, "/api/v1/status/active_series?start=0&end=3600", nil, "query_series is 49"},
+	} {
+		api := newAPI(t, c, gateway.Options{Limits: gateway.Limits{Limits: q.limits}})
+		method := http.MethodGet
+		if q.body != nil {
+			method = http.MethodPost
+		}
+		w := httptest.NewRecorder()
+		api.ServeHTTP(w, httptest.NewRequest(method, q.path, bytes.NewReader(q.body)))
+		if q.want == "" {
+			require.Equal(t, http.StatusOK, w.Code, "%s: %s", q.path, w.Body)
+			continue
+		}
+		require.Equal(t, http.StatusUnprocessableEntity, w.Code, "%s: %s", q.path, w.Body)
+		require.Contains(t, w.Body.String(), "limit gateway.limits."+q.want)
 	}
 }
 

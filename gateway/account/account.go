@@ -11,6 +11,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -36,7 +37,8 @@ type limitError struct{ text string }
 func (e *limitError) Error() string { return e.text }
 func (*limitError) Unwrap() error   { return ErrLimit }
 
-func beyond(what, limit string, value any) error {
+func (a *Account) beyond(what, limit string, value any) error {
+	a.ended.Store(true)
 	return &limitError{fmt.Sprintf("the query %s (limit gateway.limits.%s is %v): ask for fewer series or less time, or raise the limit", what, limit, value)}
 }
 
@@ -49,6 +51,7 @@ type Account struct {
 	series, samples, held, headBytes atomic.Int64
 	kept, here, elsewhere, near      atomic.Int64 // parts
 	over                             atomic.Bool  // ended for memory
+	ended                            atomic.Bool  // for any limit
 
 	mu    sync.Mutex
 	stats []*history.Stats
@@ -62,6 +65,9 @@ func From(ctx context.Context) *Account {
 	return a
 }
 
+// Ended says whether the query went beyond a limit, so that it fails.
+func (a *Account) Ended() bool { return a != nil && a.ended.Load() }
+
 // AddSeries notes series and their samples that are about to be read. It gives an
 // error that wraps ErrLimit if they are too many.
 func (a *Account) AddSeries(series, samples int64) error {
@@ -69,21 +75,38 @@ func (a *Account) AddSeries(series, samples int64) error {
 		return nil
 	}
 	if n, limit := a.series.Add(series), a.limits.Series; limit > 0 && n > limit {
-		return beyond(fmt.Sprintf("reads %d series and more", n), "query_series", limit)
+		return a.beyond(fmt.Sprintf("reads %d series and more", n), "query_series", limit)
 	}
 	if n, limit := a.samples.Add(samples), a.limits.Samples; limit > 0 && n > limit {
-		return beyond(fmt.Sprintf("reads %d samples and more", n), "query_samples", limit)
+		return a.beyond(fmt.Sprintf("reads %d samples and more", n), "query_samples", limit)
 	}
 	return nil
 }
 
-// CheckRange gives an error that wraps ErrLimit if a query needs samples of more
-// time than it may.
-func (a *Account) CheckRange(d time.Duration) error {
-	if a == nil || a.limits.Range == 0 || d <= a.limits.Range {
+// CheckRange gives an error that wraps ErrLimit if a query needs samples of more time,
+// mint to maxt in ms, than it may.
+func (a *Account) CheckRange(mint, maxt int64) error {
+	if a == nil || a.limits.Range == 0 {
 		return nil
 	}
-	return beyond(fmt.Sprintf("reads samples of %s", d), "query_range", a.limits.Range)
+	d := between(mint, maxt)
+	if d <= a.limits.Range {
+		return nil
+	}
+	return a.beyond(fmt.Sprintf("reads samples of %s", d), "query_range", a.limits.Range)
+}
+
+// between is the time from mint to maxt, in ms, or the longest Duration if that is
+// too short.
+func between(mint, maxt int64) time.Duration {
+	const most = math.MaxInt64 / int64(time.Millisecond)
+	switch d := maxt - mint; {
+	case mint > maxt:
+		return 0
+	case 0 <= d && d <= most:
+		return time.Duration(d) * time.Millisecond
+	}
+	return math.MaxInt64
 }
 
 // CheckAnswer gives an error that wraps ErrLimit if an answer has too many bytes.
@@ -91,7 +114,7 @@ func (a *Account) CheckAnswer(bytes int64) error {
 	if a == nil || a.limits.Bytes == 0 || bytes <= a.limits.Bytes {
 		return nil
 	}
-	return beyond(fmt.Sprintf("has an answer of about %d bytes", bytes), "answer_bytes", a.limits.Bytes)
+	return a.beyond(fmt.Sprintf("has an answer of about %d bytes", bytes), "answer_bytes", a.limits.Bytes)
 }
 
 // Hold notes bytes that the query holds from now on, or no longer holds if negative.
@@ -253,6 +276,7 @@ func (m *Memory) add(bytes int64) {
 	m.ended.Inc()
 	held := heaviest.held.Load()
 	heaviest.over.Store(true)
+	heaviest.ended.Store(true)
 	heaviest.cancel(&limitError{fmt.Sprintf(
 		"the query held %d bytes of memory, the most of all, when queries together held more than gateway.query_memory_bytes (%d): ask for fewer series or less time",
 		held, m.max)})

@@ -59,6 +59,12 @@ func (s *Selection) open(ctx context.Context) {
 	}
 	tenant := s.q.s.tenantOf(ctx)
 	labelsOnly := s.labelsOnly()
+	if !labelsOnly {
+		// Of a PromQL query that is known already, of remote read it isn't.
+		if s.err = account.From(ctx).CheckRange(s.mint, s.maxt); s.err != nil {
+			return
+		}
+	}
 	if labelsOnly {
 		// Which series have anything left, only their chunks tell.
 		hides, err := s.q.s.history.Hides(ctx, tenant, s.mint, s.maxt)

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"log/slog"
-	"math"
 	"sort"
 	"sync"
 	"time"
@@ -134,7 +133,7 @@ func (q *query) Plan() string { return describe(q.stmt.Expr, q.leaves) }
 // Exec implements promql.Query.
 func (q *query) Exec(ctx context.Context) *promql.Result {
 	acc := account.From(ctx)
-	if err := acc.CheckRange(between(q.one.mint, q.one.maxt)); err != nil {
+	if err := acc.CheckRange(q.one.mint, q.one.maxt); err != nil {
 		return &promql.Result{Err: err}
 	}
 	if e := explanationOf(ctx); e != nil {
@@ -150,19 +149,6 @@ func (q *query) Exec(ctx context.Context) *promql.Result {
 		}
 	}
 	return r
-}
-
-// between is the time from mint to maxt, in ms, or the longest Duration if that is
-// too short.
-func between(mint, maxt int64) time.Duration {
-	const most = math.MaxInt64 / int64(time.Millisecond)
-	switch d := maxt - mint; {
-	case mint > maxt:
-		return 0
-	case 0 <= d && d <= most:
-		return time.Duration(d) * time.Millisecond
-	}
-	return math.MaxInt64
 }
 
 // answerBytes is about how long an answer is as JSON.
