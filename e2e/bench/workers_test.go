@@ -54,11 +54,8 @@ func BenchmarkWorkers(b *testing.B) {
 	await(b, "gateways know each other", time.Minute, 100*time.Millisecond, func() bool {
 		return !slices.ContainsFunc(spread, func(r *role) bool { return r.metric(b, "epimetheus_gateway_workers") != 1+workers })
 	})
-	one := &system{name: "alone", url: alone.url, procs: []*testenv.Process{alone.Process}}
-	many := &system{name: "workers", url: spread[0].url}
-	for _, r := range spread {
-		many.procs = append(many.procs, r.Process)
-	}
+	one := &system{name: "alone", url: alone.url, procs: []*role{alone}}
+	many := &system{name: "workers", url: spread[0].url, procs: spread}
 	end := time.UnixMilli(c.End)
 	// What a process does when nothing is asked, gossip and metrics, is none of a query's.
 	idle := map[*system]float64{}
