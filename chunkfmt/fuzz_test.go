@@ -133,7 +133,7 @@ func FuzzWindowPage(f *testing.F) {
 				t.Fatal(err, err2)
 			}
 			even.Clear()
-			if err2 := other.DecodeEven(p, i, cols, &even); (err == nil) != (err2 == nil) {
+			if err2 := other.DecodeEven(p, i, cols, 0, &even); (err == nil) != (err2 == nil) {
 				t.Fatal(err, err2)
 			}
 			if even.Expand(cols); err == nil {

@@ -180,15 +180,19 @@ func (d *WindowDecoder) Decode(p *WindowPage, i int, cols rollup.Columns, dst *r
 // besideEven are the columns that can be decoded without those of times.
 const besideEven = rollup.First | rollup.Prev | rollup.Last | rollup.Reset
 
-// DecodeEven is Decode, but leaves times as Even where that pays and dst has no other windows.
-func (d *WindowDecoder) DecodeEven(p *WindowPage, i int, cols rollup.Columns, dst *rollup.Windows) error {
+// DecodeEven is Decode, but leaves times as Even where that pays and dst has no other windows. If rest isn't 0,
+// PrevV may then be anything for windows whose last float but one is so many ms before their end, or more.
+func (d *WindowDecoder) DecodeEven(p *WindowPage, i int, cols rollup.Columns, rest int64, dst *rollup.Windows) error {
 	if i >= 0 && i < len(p.chunks) && len(dst.End) == 0 && cols&^besideEven == 0 {
 		k := &p.chunks[i]
 		es, err := d.stretches(p, k.shape)
 		if len(es) > 0 {
-			out := *dst
-			err = d.values(p.body[k.from:k.end], cols, &out, 0, p.shapes[k.shape].n, false)
-			if err == nil {
+			out, n, need := *dst, p.shapes[k.shape].n, cols
+			if rest > 0 && cols&rollup.Prev != 0 && !slices.ContainsFunc(es, func(e rollup.Even) bool { return e.Prev < rest }) {
+				need &^= rollup.Prev
+				out.PrevV = extend(out.PrevV, n)
+			}
+			if err = d.values(p.body[k.from:k.end], need, &out, 0, n, false); err == nil {
 				for _, e := range es {
 					out.AppendEven(e)
 				}
@@ -415,15 +419,11 @@ func (d *WindowDecoder) values(b []byte, cols rollup.Columns, w *rollup.Windows,
 	}
 	part[windowParts-1] = c.b
 	v := windowValues{WindowDecoder: d, w: w, at: at, n: n, head: head, empty: empty}
-	need := needs(cols, head)
-	read := [windowParts]func(b []byte, cols rollup.Columns) ([]byte, error){
-		v.endsPart, v.resetPart, v.prevPart, v.extremaPart, v.sumPart, v.countsPart, v.momentPart,
-	}
-	for i, is := range need {
+	for i, is := range needs(cols, head) {
 		if !is {
 			continue
 		}
-		rest, err := read[i](part[i], cols)
+		rest, err := v.part(i, part[i], cols)
 		if err != nil {
 			return err
 		}
@@ -441,6 +441,25 @@ type windowValues struct {
 	at, n int
 	head  byte
 	empty bool // there are windows without floats
+}
+
+func (v *windowValues) part(i int, b []byte, cols rollup.Columns) (rest []byte, err error) {
+	switch i {
+	case partEnds:
+		return v.endsPart(b, cols)
+	case partReset:
+		return v.resetPart(b)
+	case partPrev:
+		return v.prevPart(b)
+	case partExtrema:
+		return v.extremaPart(b, cols)
+	case partSum:
+		return v.sumPart(b)
+	case partCounts:
+		return v.countsPart(b, cols)
+	default:
+		return v.momentPart(b)
+	}
 }
 
 // floats appends integers of the chunk's scale as floats, 0 where there are no
@@ -501,8 +520,15 @@ func (v *windowValues) endsPart(b []byte, cols rollup.Columns) (rest []byte, err
 	if v.last, b, err = v.codec.Ints(v.last[:0], b, v.n); err != nil {
 		return nil, err
 	}
-	at := start
 	first, last := v.first[:v.n], v.last[:v.n]
+	if v.head == 0 && !v.empty && cols&(rollup.First|rollup.Last) == rollup.First|rollup.Last {
+		// What most counters are.
+		k, l := len(w.FirstV), len(w.LastV)
+		w.FirstV, w.LastV = extend(w.FirstV, v.n), extend(w.LastV, v.n)
+		sumEnds(start, first, last, w.FirstV[k:], w.LastV[l:])
+		return b, nil
+	}
+	at := start
 	for i := range first {
 		at += first[i]
 		first[i] = at
@@ -520,7 +546,20 @@ func (v *windowValues) endsPart(b []byte, cols rollup.Columns) (rest []byte, err
 	return b, err
 }
 
-func (v *windowValues) prevPart(b []byte, _ rollup.Columns) (rest []byte, err error) {
+// sumEnds makes of first and last what they are, from what they are from each other, and floats of them.
+func sumEnds(at int64, first, last []int64, firstV, lastV []float64) {
+	last, firstV, lastV = last[:len(first)], firstV[:len(first)], lastV[:len(first)]
+	for i, d := range first {
+		l := last[i]
+		first[i] = at + d
+		firstV[i] = float64(at + d)
+		at += d + l
+		last[i] = at
+		lastV[i] = float64(at)
+	}
+}
+
+func (v *windowValues) prevPart(b []byte) (rest []byte, err error) {
 	if v.head == apart {
 		return v.column(&v.w.PrevV, b, true)
 	}
@@ -566,7 +605,7 @@ func (v *windowValues) extremaPart(b []byte, cols rollup.Columns) (rest []byte, 
 	return b, err
 }
 
-func (v *windowValues) sumPart(b []byte, _ rollup.Columns) (rest []byte, err error) {
+func (v *windowValues) sumPart(b []byte) (rest []byte, err error) {
 	if v.head == apart {
 		return v.column(&v.w.Sum, b, true)
 	}
@@ -602,7 +641,7 @@ func (v *windowValues) form(dst *[]float64, b []byte) (ints []int64, rest []byte
 	return nil, nil, corrupt("column of form %d", b[0])
 }
 
-func (v *windowValues) resetPart(b []byte, _ rollup.Columns) (rest []byte, err error) {
+func (v *windowValues) resetPart(b []byte) (rest []byte, err error) {
 	if v.head == apart {
 		return v.column(&v.w.Reset, b, true)
 	}
@@ -648,6 +687,6 @@ func (v *windowValues) countsPart(b []byte, cols rollup.Columns) (rest []byte, e
 	return b, nil
 }
 
-func (v *windowValues) momentPart(b []byte, _ rollup.Columns) (rest []byte, err error) {
+func (v *windowValues) momentPart(b []byte) (rest []byte, err error) {
 	return v.column(&v.w.M2, b, true)
 }

@@ -168,13 +168,27 @@ func TestWindowPage(t *testing.T) {
 					if err := dec.Decode(page, chunk, which, got); err != nil {
 						t.Fatal(err)
 					}
-					if err := dec.DecodeEven(page, chunk, which, even); err != nil || even.Len() != got.Len() || even.EndAt(even.Len()-1) != got.EndAt(got.Len()-1) {
+					if err := dec.DecodeEven(page, chunk, which, 0, even); err != nil || even.Len() != got.Len() || even.EndAt(even.Len()-1) != got.EndAt(got.Len()-1) {
 						t.Fatal(err, even.Len(), got.Len())
 					}
 					chunk++
 				}
 				if len(even.Even) > 0 {
 					evens++
+				}
+				rest := &rollup.Windows{}
+				reach := r.Int64N(p.width/2) + 1
+				for k := chunk - 1; k >= 0 && rest.Len() == 0; k-- { // the last chunk
+					if err := dec.DecodeEven(page, k, which, reach, rest); err != nil {
+						t.Fatal(err)
+					}
+				}
+				if rest.Expand(which); which&rollup.Prev != 0 {
+					for k, i := 0, got.Len()-rest.Len(); i < got.Len(); k, i = k+1, i+1 {
+						if got.End[i]-got.PrevT[i] < reach && math.Float64bits(got.PrevV[i]) != math.Float64bits(rest.PrevV[k]) {
+							t.Fatalf("round %d: last but one %v, want %v", n, rest.PrevV[k], got.PrevV[i])
+						}
+					}
 				}
 				from := r.IntN(got.Len())
 				part, evenPart := &rollup.Windows{}, &rollup.Windows{}

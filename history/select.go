@@ -52,6 +52,7 @@ type Series struct {
 
 	// Of SelectWindows: what is read, and from which parts, ascending and disjoint.
 	summaries Summaries
+	found     int // parts that there will be
 	pieces    []piece
 	samples   []chunkfmt.Range // as hidden, of samples: hidden is of windows, and of samples that windows are made of
 }

@@ -18,6 +18,9 @@ import (
 type Summaries struct {
 	Width   int64 // of windows, in ms: rollup.Short or rollup.Long
 	Columns rollup.Columns
+	// Rest, if not 0, says that PrevV isn't looked at for windows whose last float but one
+	// is so many ms before their end, or more.
+	Rest int64
 	// Elsewhere gives ranges of time in which others than blocks may have samples of
 	// a series: in a window that one of them touches, samples are read. nil: there are
 	// none.
@@ -45,9 +48,14 @@ func (s *Snapshot) SelectWindows(ctx context.Context, ms []*labels.Matcher, mint
 	err := s.attempt(ctx, mint, maxt, func(bs []*Block) error {
 		set = &SeriesSet{s: s, gone: math.MinInt64}
 		var sets labelSets
+		var found []foundWindows
 		lo, hi := max(mint, s.MinT), min(maxt, s.MaxT)
 		err := s.seriesPages(ctx, bs, ms, mint, maxt, 0, func(i int, p *chunkfmt.SeriesPage, from, to int64) {
-			for _, e := range p.SelectWindows(ms, from, to, of.Width) {
+			f := foundWindows{block: bs[i], entries: p.SelectWindows(ms, from, to, of.Width)}
+			f.series = make([]*Series, len(f.entries))
+			found = append(found, f)
+			for k := range f.entries {
+				e := &f.entries[k]
 				if len(bs[i].Ranges) > 1 && !bs[i].holds(&chunkfmt.Entry{Chunks: e.Chunks(from, to), Gone: e.Gone}, from, to) {
 					continue
 				}
@@ -56,7 +64,7 @@ func (s *Snapshot) SelectWindows(ctx context.Context, ms []*labels.Matcher, mint
 					continue
 				}
 				if e.Gone != nil && of.Width == rollup.Short {
-					set.gone = max(set.gone, goneUntil(onlyLong(&e, lo, hi, hidden), lo, hi))
+					set.gone = max(set.gone, goneUntil(onlyLong(e, lo, hi, hidden), lo, hi))
 				}
 				s.Stats.Series.Add(1)
 				at, added := sets.add(e.Labels)
@@ -65,11 +73,16 @@ func (s *Snapshot) SelectWindows(ctx context.Context, ms []*labels.Matcher, mint
 						Labels: e.Labels, mint: lo, maxt: hi, hidden: hidden, s: s, summaries: of, samples: s.Hidden.Of(e.Labels),
 					})
 				}
-				set.series[at].parts = append(set.series[at].parts, part{block: bs[i], entry: e})
+				f.series[k] = set.series[at]
+				f.series[k].found++
 			}
 		})
 		if err != nil {
 			return err
+		}
+		for i := range found {
+			found[i].addParts()
+			found[i] = foundWindows{}
 		}
 		for _, series := range set.series {
 			series.cover(lo > mint)
@@ -81,6 +94,27 @@ func (s *Snapshot) SelectWindows(ctx context.Context, ms []*labels.Matcher, mint
 		return nil, err
 	}
 	return set, nil
+}
+
+// foundWindows is what one series page says.
+type foundWindows struct {
+	block   *Block
+	entries []chunkfmt.WindowEntry
+	series  []*Series // of each entry; nil: nothing of it is to be read
+}
+
+// addParts gives the series their parts, of which they know how many there will be: they
+// are large.
+func (f *foundWindows) addParts() {
+	for i, s := range f.series {
+		if s == nil {
+			continue
+		}
+		if s.parts == nil {
+			s.parts = make([]part, 0, s.found)
+		}
+		s.parts = append(s.parts, part{block: f.block, entry: f.entries[i]})
+	}
 }
 
 // onlyLong gives the hours that reach into mint to maxt, both included, in ms, of which
@@ -149,16 +183,20 @@ func (s *Series) cover(cut bool) {
 		times[i] = widen(clip(s.parts[i].entry.Times), width)
 	}
 	alone := apart(times)
+	covered := make([]chunkfmt.Range, 0, len(s.parts)) // of parts, which mostly have one
+	s.pieces = make([]piece, 0, len(s.parts))
 	for i := range s.parts {
 		p := &s.parts[i]
 		if n := len(p.entry.Windows); n > 0 {
 			may := chunkfmt.Range{MinT: max(p.entry.Windows[0].MinT, within.MinT), MaxT: min(p.entry.Windows[n-1].MaxT, within.MaxT)}
+			from := len(covered)
 			for _, r := range p.block.Ranges {
 				r = widen(r, width)
 				if r = (chunkfmt.Range{MinT: max(r.MinT, may.MinT), MaxT: min(r.MaxT, may.MaxT)}); r.MinT <= r.MaxT {
-					p.covered = append(p.covered, r)
+					covered = append(covered, r)
 				}
 			}
+			p.covered = covered[from:len(covered):len(covered)]
 		}
 	}
 	kept := s.kept(width)
@@ -363,7 +401,7 @@ func (h *heldPage) decodeWindows(b *windowBuffer, c *chunkfmt.Chunk, of *Summari
 		into = &b.scratch
 	}
 	n := into.Len()
-	if err := b.dec.DecodeEven(h.windows, c.Index, of.Columns, into); err != nil {
+	if err := b.dec.DecodeEven(h.windows, c.Index, of.Columns, of.Rest, into); err != nil {
 		return fail(err)
 	}
 	k := into.Len() - n

@@ -60,10 +60,7 @@ func NewEvaluator(q Query, width int64) (*Evaluator, bool) {
 		return nil, false
 	}
 	e := &Evaluator{q: q, f: functions[q.Function], width: width, columns: columns, tally: newTally(q.Steps)}
-	e.whole = q.Range - q.Range%width
-	if !e.f.tail {
-		e.rest = q.Range % width
-	}
+	e.whole, e.rest = q.Range-q.Range%width, q.Rest(width)
 	e.useless = NativeHistograms | e.f.needs
 	if e.f.starts && q.StartTimestamps {
 		e.useless |= StartTimestamps

@@ -61,6 +61,11 @@ func TestEven(t *testing.T) {
 		stretches, windows = stretches+len(even.Even), windows+even.Len()
 		w = *stretched(&w, e.Columns(), width)
 		w.Expand(e.Columns())
+		for i := range even.PrevV {
+			if e.rest > 0 && w.End[i]-w.PrevT[i] >= e.rest {
+				even.PrevV[i] = r.Float64() // nobody looks at it
+			}
+		}
 		var want, got Result
 		wantCount, wantRead := make([]int64, q.Steps), make([]int64, q.Steps)
 		count, read := make([]int64, q.Steps), make([]int64, q.Steps)
@@ -81,7 +86,7 @@ func TestEven(t *testing.T) {
 		}
 	}
 	t.Logf("%d queries of stretches; %d stretches of %d windows; windows by what the range after them has of them: %v", evenly, stretches, windows, points)
-	if evenly < *evenQueries/5 || stretches > windows*3/4 || len(points) < 4 || points[2] < 100 {
+	if evenly < *evenQueries/5 || stretches > windows*3/4 || len(points) < 4 || 100*points[2] < *evenQueries {
 		t.Error("not much of a test")
 	}
 }

@@ -73,6 +73,15 @@ func (q *Query) Columns(width int64) (Columns, bool) {
 	return f.columns, true
 }
 
+// Rest is how far ranges stick out of whole windows of a width, at their old ends, in ms: of the last float but one
+// of a window the query looks at none that is as far from the window's end. 0: it looks at all, if at any.
+func (q *Query) Rest(width int64) int64 {
+	if functions[q.Function].tail {
+		return 0
+	}
+	return q.Range % width
+}
+
 // most that a range may stick out of whole windows: a few scrapes. More than two
 // samples can't be told from the window that they are in.
 const (

@@ -21,6 +21,7 @@ import (
 type Summaries struct {
 	Width   int64 // of the windows, ms
 	Columns rollup.Columns
+	Rest    int64 // as in history.Summaries
 }
 
 // inHeads gives the times of what heads have of a series: summaries of blocks don't
@@ -43,7 +44,7 @@ func (s *seriesSet) from(ctx context.Context, snap *history.Snapshot, ms []*labe
 	if s.sums == nil {
 		return snap.Select(ctx, ms, s.mint, s.maxt)
 	}
-	of := history.Summaries{Width: s.sums.Width, Columns: s.sums.Columns}
+	of := history.Summaries{Width: s.sums.Width, Columns: s.sums.Columns, Rest: s.sums.Rest}
 	if len(s.heads) > 0 {
 		of.Elsewhere = s.inHeads // now: what is given is taken off
 	}

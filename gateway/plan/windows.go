@@ -24,11 +24,12 @@ func (l *Leaf) summaries(o options) *merge.Summaries {
 	if l.width == 0 {
 		return nil
 	}
-	columns, ok := l.query(o).Columns(l.width)
+	q := l.query(o)
+	columns, ok := q.Columns(l.width)
 	if !ok {
 		return nil
 	}
-	return &merge.Summaries{Width: l.width, Columns: columns}
+	return &merge.Summaries{Width: l.width, Columns: columns, Rest: q.Rest(l.width)}
 }
 
 // errNeedsSamples: summaries tell too little for them to be worth while.
