@@ -202,9 +202,11 @@ func (a *API) serveV1(w http.ResponseWriter, r *http.Request) {
 	switch r.URL.Path {
 	case "/query", "/query_range":
 		if r.FormValue("stats") == "all" {
-			v.withCost.ServeHTTP(w, r)
+			v.withCost().ServeHTTP(w, r)
 			return
 		}
+	case "/openapi.yaml":
+		v = a.variant // it has the description
 	case "/metadata":
 		if a.opts.Ready() != nil {
 			break // the handler says so

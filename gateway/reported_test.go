@@ -61,6 +61,8 @@ func TestReportedEngine(t *testing.T) {
 		query(api, "a", "up", http.StatusOK, `"result":[]`)
 		query(api, "a", "mad_over_time(up[5m])", http.StatusOK, `"0"`)
 		do(api, http.MethodGet, "a", "/status/flags", "", http.StatusOK, `"enable-feature":"search-api,promql-experimental-functions","query.lookback-delta":"30s"`)
+		do(api, http.MethodGet, "a", "/openapi.yaml", "", http.StatusOK, "/query_range:")
+		do(api, http.MethodGet, "a", "/query?time=1700000060&stats=all&query=mad_over_time(up[5m])", "", http.StatusOK, `"0"`)
 		query(api, "b", "up", http.StatusOK, `"__name__":"up"`)
 		query(api, "b", "mad_over_time(up[5m])", http.StatusBadRequest, "is not enabled")
 		query(api, "configured", "up", http.StatusOK, `"__name__":"up"`)

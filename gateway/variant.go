@@ -8,6 +8,7 @@ import (
 	"net/http"
 	"slices"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/grafana/regexp"
@@ -83,8 +84,8 @@ type variant struct {
 	engine   *plan.Engine
 	handler  http.Handler // paths are those below /api/v1
 	// withCost is handler for stats=all. With a renderer of its own the API wouldn't
-	// warn of other values.
-	withCost http.Handler
+	// warn of other values. It is made when it is first asked for.
+	withCost func() http.Handler
 	// fresh makes the handler anew, with nothing kept from other requests.
 	fresh func() http.Handler
 }
@@ -124,7 +125,10 @@ func (a *API) newVariant(e EngineOptions, reg prometheus.Registerer, gatherer pr
 	flags := maps.Clone(o.Flags)
 	flags["query.lookback-delta"] = model.Duration(e.LookbackDelta).String()
 	flags["enable-feature"] = strings.Join(e.Features, ",")
-	build := func(reg prometheus.Registerer, stats v1.StatsRenderer) http.Handler {
+	// Most of what an API costs to make is its description in OpenAPI, which all have in
+	// common: one has it.
+	none := []string{"/none"}
+	build := func(reg prometheus.Registerer, stats v1.StatsRenderer, described []string) http.Handler {
 		api := v1.NewAPI(
 			engine, a.storage, nil, a.storage,
 			func(context.Context) v1.ScrapePoolsRetriever { return noScraping{} },
@@ -150,7 +154,7 @@ func (a *API) newVariant(e EngineOptions, reg prometheus.Registerer, gatherer pr
 			gatherer, reg, stats,
 			false, nil, false, false, false,
 			e.LookbackDelta, e.has("type-and-unit-labels"), false, nil, registry,
-			v1.OpenAPIOptions{ExternalURL: "http://" + o.ListenAddress, Version: PrometheusVersion, MaxSearchLimit: maxSearchLimit},
+			v1.OpenAPIOptions{IncludePaths: described, ExternalURL: "http://" + o.ListenAddress, Version: PrometheusVersion, MaxSearchLimit: maxSearchLimit},
 			parse, e.has("query-cost"), o.QueryTimeout,
 		)
 		api.ClearCodecs()
@@ -159,9 +163,14 @@ func (a *API) newVariant(e EngineOptions, reg prometheus.Registerer, gatherer pr
 		api.Register(r)
 		return r
 	}
+	described := none
+	if a.variant == nil {
+		described = nil // all
+	}
 	return &variant{
-		options: e, parser: parse, engine: engine, handler: build(reg, nil),
-		withCost: build(nil, a.renderStats), fresh: func() http.Handler { return build(nil, nil) },
+		options: e, parser: parse, engine: engine, handler: build(reg, nil, described),
+		withCost: sync.OnceValue(func() http.Handler { return build(nil, a.renderStats, none) }),
+		fresh:    func() http.Handler { return build(nil, nil, none) },
 	}
 }
 

@@ -62,6 +62,7 @@ func (w *world) deletions(t *testing.T, tenant string) []index.Deletion {
 // soon where somebody asks for it; a tenant that is deleted, from blocks that it
 // shares with others, which keep what is theirs.
 func TestClean(t *testing.T) {
+	t.Parallel() // it mostly waits for servers
 	onStores(t, func(t *testing.T, objects object.Store, rows index.Store) {
 		w := newWorld(t, objects, rows)
 		at := w.now

@@ -96,6 +96,7 @@ func onStores(t *testing.T, test func(t *testing.T, objects object.Store, rows i
 // TestLevels follows two tenants through all levels of default widths: what was
 // flushed in half hours by two replicas ends as a block of a week.
 func TestLevels(t *testing.T) {
+	t.Parallel() // it mostly waits for servers
 	onStores(t, func(t *testing.T, objects object.Store, rows index.Store) {
 		w := newWorld(t, objects, rows)
 		r := rand.New(rand.NewPCG(1, 2))

@@ -75,6 +75,7 @@ func TestIntakeLevels(t *testing.T) {
 // TestIntakeIsCompacted puts two weeks into history from elsewhere, and sees that
 // compaction makes weeks of them.
 func TestIntakeIsCompacted(t *testing.T) {
+	t.Parallel() // it mostly waits for servers
 	onStores(t, func(t *testing.T, objects object.Store, rows index.Store) {
 		w := newWorld(t, objects, rows)
 		r := rand.New(rand.NewPCG(1, 2))
