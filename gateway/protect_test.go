@@ -15,14 +15,18 @@ import (
 
 	"github.com/klauspost/compress/s2"
 	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/testutil"
 	"github.com/prometheus/prometheus/model/labels"
 	"github.com/prometheus/prometheus/prompb"
 	"github.com/stretchr/testify/require"
+	"google.golang.org/grpc"
 
 	"github.com/epimetheus-tsdb/epimetheus/gateway"
 	"github.com/epimetheus-tsdb/epimetheus/gateway/account"
 	"github.com/epimetheus-tsdb/epimetheus/gateway/gatewaytest"
 	"github.com/epimetheus-tsdb/epimetheus/gateway/plan"
+	"github.com/epimetheus-tsdb/epimetheus/ingest/fetch/fetchpb"
+	"github.com/epimetheus-tsdb/epimetheus/ingest/ring"
 )
 
 // fifty are series of an hour, the older half in a block.
@@ -185,6 +189,61 @@ func TestQueryMemory(t *testing.T) {
 			require.InDelta(t, 1, m.GetMetric()[0].GetCounter().GetValue(), 0)
 		case "epimetheus_gateway_query_memory_bytes":
 			require.Zero(t, m.GetMetric()[0].GetGauge().GetValue()) // all has been given back
+		}
+	}
+}
+
+// endless is an ingester whose answers have no end.
+type endless struct {
+	fetchpb.UnimplementedFetchServer
+}
+
+func (endless) Read(_ *fetchpb.ReadRequest, s grpc.ServerStreamingServer[fetchpb.ReadResponse]) error {
+	err := s.Send(&fetchpb.ReadResponse{Header: &fetchpb.Header{}})
+	for ref := uint32(1); err == nil; ref++ {
+		const size = 1 << 20
+		err = s.Send(&fetchpb.ReadResponse{
+			Refs: []uint32{ref}, Chunks: []uint32{1}, Encodings: []byte{1}, Mint: []int64{0}, Span: []uint64{1}, Sizes: []uint32{size}, Data: make([]byte, size),
+		})
+	}
+	return err
+}
+
+// What an ingester sends counts while it comes.
+func TestMemoryOfHeads(t *testing.T) {
+	c := gatewaytest.New(t, gatewaytest.Options{})
+	c.ServeFetch("endless", endless{})
+	api := newAPI(t, c, gateway.Options{Memory: account.NewMemory(20<<20, prometheus.NewRegistry())})
+	for _, expr := range []string{"up", "sum(rate(up[5m]))"} {
+		a := call(t, api, "query", "query", expr)
+		require.Equal(t, http.StatusUnprocessableEntity, a.code, a)
+		require.Contains(t, a.Error, "gateway.query_memory_bytes (20971520)")
+	}
+}
+
+// What is found in blocks counts before a sample of it is read, and is given back.
+func TestMemoryOfLabels(t *testing.T) {
+	c := fifty(t)
+	for _, m := range []string{"ingester-0", "ingester-1", "ingester-2"} { // blocks alone
+		c.SetState(m, ring.Left)
+	}
+	for _, path := range []string{
+		"series?match[]=requests_total", "labels?match[]={i=~\".%2b\"}", "label/i/values?match[]={i=~\".%2b\"}", "status/active_series?start=0&end=3600",
+		"query?query=requests_total&time=600", "query_exemplars?query=requests_total",
+	} {
+		for max, want := range map[int64]int{2000: http.StatusUnprocessableEntity, 0: http.StatusOK} {
+			reg := prometheus.NewRegistry()
+			api := newAPI(t, c, gateway.Options{Memory: account.NewMemory(max, reg)})
+			w := httptest.NewRecorder()
+			api.ServeHTTP(w, httptest.NewRequest(http.MethodGet, "/api/v1/"+path, nil))
+			require.Equal(t, want, w.Code, "%s: %s", path, w.Body)
+			if max > 0 {
+				require.Contains(t, w.Body.String(), "gateway.query_memory_bytes (2000)")
+			}
+			held, err := testutil.GatherAndCount(reg, "epimetheus_gateway_query_memory_bytes")
+			require.NoError(t, err)
+			require.Equal(t, 1, held)
+			require.NoError(t, testutil.GatherAndCompare(reg, strings.NewReader("# HELP epimetheus_gateway_query_memory_bytes Memory that running queries hold: samples of heads, pages and results, about.\n# TYPE epimetheus_gateway_query_memory_bytes gauge\nepimetheus_gateway_query_memory_bytes 0\n"), "epimetheus_gateway_query_memory_bytes"))
 		}
 	}
 }

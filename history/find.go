@@ -71,7 +71,37 @@ func (s *Snapshot) labelPages(ctx context.Context, bs []*Block, dirs []*chunkfmt
 type found struct {
 	block   *Block
 	entries []chunkfmt.Entry
+	bytes   int64 // of memory that these take, about
 }
+
+const (
+	// pageFactor is how many bytes a series page takes, about, for each that it has.
+	pageFactor = 4
+	// entryBytes is about what a series of a block takes beside labels and chunks.
+	entryBytes = 256
+	chunkBytes = 64
+)
+
+// bytesOf is about how much memory a series of a block takes.
+func bytesOf(ls labels.Labels, chunks int) int64 {
+	return entryBytes + int64(ls.ByteSize()) + chunkBytes*int64(chunks) //nolint:gosec // bytes in memory
+}
+
+// tally keeps account of memory that one read takes.
+type tally struct {
+	s     *Snapshot
+	bytes int64
+}
+
+func (t *tally) add(bytes int64) {
+	if t.s.Hold != nil {
+		t.s.Hold(bytes)
+	}
+	t.bytes += bytes
+}
+
+// release gives all of it back.
+func (t *tally) release() { t.add(-t.bytes) }
 
 // find returns the series that match all of ms and have samples or exemplars in
 // mint to maxt, or summaries of windows whose samples are gone, for each block, but for
@@ -81,13 +111,18 @@ func (s *Snapshot) find(ctx context.Context, bs []*Block, ms []*labels.Matcher, 
 	for i, b := range bs {
 		out[i].block = b
 	}
+	held := tally{s: s}
+	defer held.release()
 	err := s.seriesPages(ctx, bs, ms, mint, maxt, seriesRuns, func(i int, p *chunkfmt.SeriesPage, lo, hi int64) {
+		before := out[i].bytes
 		for _, e := range p.Select(ms, lo, hi) {
 			if bs[i].holds(&e, lo, hi) && shows(&e, lo, hi, hidden(e.Labels)) {
 				out[i].entries = append(out[i].entries, e)
+				out[i].bytes += bytesOf(e.Labels, len(e.Chunks)+len(e.Exemplars))
 				s.Stats.Series.Add(1)
 			}
 		}
+		held.add(out[i].bytes - before)
 	})
 	if err != nil {
 		return nil, err
@@ -114,6 +149,7 @@ func (s *Snapshot) seriesPages(ctx context.Context, bs []*Block, ms []*labels.Ma
 	}
 	var wants []want
 	var of []int
+	size := int64(0)
 	for i, b := range bs {
 		for _, r := range refs[i] {
 			w, err := b.want(seriesPage, r.Location)
@@ -122,18 +158,22 @@ func (s *Snapshot) seriesPages(ctx context.Context, bs []*Block, ms []*labels.Ma
 			}
 			w.bytes = r.Bytes
 			wants, of = append(wants, w), append(of, i)
+			size += w.at.Size
 		}
 	}
+	held := tally{s: s}
+	defer held.release()
+	held.add(pageFactor * size)
 	pages, err := s.h.fetch(ctx, s.Stats, fetching{tenant: s.Tenant, runs: seriesRuns}, wants)
 	if err != nil {
 		return err
 	}
 	for j, i := range of {
-		if err := ctx.Err(); err != nil {
-			return context.Cause(ctx)
-		}
 		lo, hi := bs[i].clip(mint, maxt)
 		read(i, pages[j].series, lo, hi)
+		if ctx.Err() != nil { // perhaps for what has been read
+			return context.Cause(ctx)
+		}
 	}
 	return nil
 }

@@ -29,6 +29,7 @@ type SeriesSet struct {
 	pages  map[pageKey]*heldPage // of the last batch
 	bytes  int64                 // of pages that were taken so far
 	held   int64                 // of pages
+	index  int64                 // of what blocks say of the series
 	gone   int64                 // as GoneUntil
 	err    error
 }
@@ -106,6 +107,7 @@ func (s *Snapshot) seriesSet(fs []found, mint, maxt int64) *SeriesSet {
 	out := &SeriesSet{s: s, gone: math.MinInt64}
 	var sets labelSets
 	for _, f := range fs {
+		out.index += f.bytes
 		for i := range f.entries {
 			e := &f.entries[i]
 			out.gone = max(out.gone, goneUntil(e.Gone, mint, maxt))
@@ -154,7 +156,7 @@ func (ss *SeriesSet) Len() int { return len(ss.series) }
 // Next goes to the next series. It returns false at the end and after an error.
 func (ss *SeriesSet) Next(ctx context.Context) bool {
 	if ss.err != nil || ss.next == len(ss.series) {
-		ss.pages, ss.held = nil, 0
+		ss.pages, ss.held, ss.index = nil, 0, 0
 		return false
 	}
 	if ss.next == ss.loaded {
@@ -244,6 +246,10 @@ func (ss *SeriesSet) Bytes() int64 { return ss.bytes }
 // Held is the size of the pages that the set itself holds, about 32 MiB at most:
 // what a caller holds that keeps no series.
 func (ss *SeriesSet) Held() int64 { return ss.held }
+
+// IndexBytes is about what the set holds beside pages, to its end: labels of its series
+// and places of their chunks.
+func (ss *SeriesSet) IndexBytes() int64 { return ss.index }
 
 // Samples is about how many samples Runs will give, and Windows windows, known
 // without decoding.
@@ -520,6 +526,7 @@ func (s *Snapshot) Exemplars(ctx context.Context, sets [][]*labels.Matcher, mint
 		var places []place
 		var wants []want
 		seen := map[pageKey]map[int]bool{} // by page: chunks; matcher sets may overlap
+		sizes := map[pageKey]int64{}
 		for _, ms := range sets {
 			fs, err := s.find(ctx, bs, ms, mint, maxt, 0, s.Hidden.Of)
 			if err != nil {
@@ -534,7 +541,7 @@ func (s *Snapshot) Exemplars(ctx context.Context, sets [][]*labels.Matcher, mint
 							return err
 						}
 						if seen[w.key()] == nil {
-							seen[w.key()] = map[int]bool{}
+							seen[w.key()], sizes[w.key()] = map[int]bool{}, w.at.Size
 						}
 						if seen[w.key()][c.Index] {
 							continue
@@ -545,6 +552,11 @@ func (s *Snapshot) Exemplars(ctx context.Context, sets [][]*labels.Matcher, mint
 					}
 				}
 			}
+		}
+		held := tally{s: s}
+		defer held.release()
+		for page := range seen {
+			held.add(sizes[page])
 		}
 		pages, err := s.h.fetch(ctx, s.Stats, fetching{tenant: s.Tenant}, wants)
 		if err != nil {

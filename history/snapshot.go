@@ -48,6 +48,10 @@ type Snapshot struct {
 	// Hidden is what of this time isn't read, though blocks have it.
 	Hidden *Hidden
 	Stats  *Stats
+	// Hold is told of bytes of memory that are taken, or given back if negative, for what
+	// is found in blocks: series pages, and series until a SeriesSet has them. To end
+	// the read it ends its context. nil: nobody wants to know.
+	Hold func(bytes int64)
 
 	h *History
 }

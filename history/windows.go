@@ -50,7 +50,11 @@ func (s *Snapshot) SelectWindows(ctx context.Context, ms []*labels.Matcher, mint
 		var sets labelSets
 		var found []foundWindows
 		lo, hi := max(mint, s.MinT), min(maxt, s.MaxT)
+		held := tally{s: s}
+		defer held.release()
 		err := s.seriesPages(ctx, bs, ms, mint, maxt, 0, func(i int, p *chunkfmt.SeriesPage, from, to int64) {
+			before := set.index
+			defer func() { held.add(set.index - before) }()
 			f := foundWindows{block: bs[i], entries: p.SelectWindows(ms, from, to, of.Width)}
 			f.series = make([]*Series, len(f.entries))
 			found = append(found, f)
@@ -67,6 +71,7 @@ func (s *Snapshot) SelectWindows(ctx context.Context, ms []*labels.Matcher, mint
 					set.gone = max(set.gone, goneUntil(onlyLong(e, lo, hi, hidden), lo, hi))
 				}
 				s.Stats.Series.Add(1)
+				set.index += bytesOf(e.Labels, len(e.Windows))
 				at, added := sets.add(e.Labels)
 				if added {
 					set.series = append(set.series, &Series{

@@ -199,7 +199,7 @@ type seriesSet struct {
 	given   int64      // series so far
 	streams bool       // series aren't kept by the caller
 	sums    *Summaries // that are wanted; nil: none
-	held    int64      // bytes of pages, as the account was told
+	held    int64      // bytes of history, as the account was told
 
 	at *Series
 
@@ -223,12 +223,13 @@ func (s *seriesSet) next() *Series {
 	return at
 }
 
-// hold tells the account what pages are held.
+// hold tells the account what is held of history.
 func (s *seriesSet) hold() {
 	bytes := s.old.Bytes()
 	if s.streams {
 		bytes = s.old.Held()
 	}
+	bytes += s.old.IndexBytes()
 	s.account.Hold(bytes - s.held)
 	s.held = bytes
 }

@@ -91,6 +91,13 @@ func (s *Selection) open(ctx context.Context) {
 // ask asks the heads. It gives the blocks that they name, and when these have to be
 // listed at the earliest.
 func (s *Selection) ask(ctx context.Context, q fetch.Query) (must []ulid.ULID, since time.Time, _ error) {
+	acc := account.From(ctx)
+	var coming atomic.Int64                     // bytes
+	defer func() { acc.Hold(-coming.Load()) }() // after an error
+	q.Took = func(bytes int64) {
+		coming.Add(bytes)
+		acc.Hold(bytes)
+	}
 	as, since, warnings, err := ask(ctx, s.q.s.heads, q.Tenant, func(ctx context.Context, c *fetch.Client) ([][]fetch.Series, fetch.Header, error) {
 		return c.Select(ctx, q)
 	})
@@ -113,8 +120,8 @@ func (s *Selection) ask(ctx context.Context, q fetch.Query) (must []ulid.ULID, s
 			}
 		}
 	}
-	account.From(ctx).AddHeadBytes(bytes)
-	account.From(ctx).Hold(bytes - s.bytes)
+	acc.AddHeadBytes(bytes)
+	acc.Hold(bytes - s.bytes - coming.Swap(0))
 	s.bytes = bytes
 	return blocks(as), since, nil
 }

@@ -14,6 +14,7 @@ import (
 	"github.com/prometheus/prometheus/util/annotations"
 
 	"github.com/epimetheus-tsdb/epimetheus/chunkfmt"
+	"github.com/epimetheus-tsdb/epimetheus/gateway/account"
 	"github.com/epimetheus-tsdb/epimetheus/history"
 	"github.com/epimetheus-tsdb/epimetheus/ingest/fetch"
 	"github.com/epimetheus-tsdb/epimetheus/ingest/fetch/fetchpb"
@@ -127,7 +128,11 @@ func blocks[T any](as []answer[T]) []ulid.ULID {
 // member that has left has flushed before: rows kept from before it left, which
 // is before since, don't know.
 func (s *Storage) snapshot(ctx context.Context, tenant string, mint, maxt int64, must []ulid.ULID, since time.Time) (*history.Snapshot, error) {
-	return s.history.Snapshot(ctx, tenant, mint, maxt, must, since)
+	snap, err := s.history.Snapshot(ctx, tenant, mint, maxt, must, since)
+	if err == nil {
+		snap.Hold = account.From(ctx).Hold
+	}
+	return snap, err
 }
 
 // recentMetadata is how far back metadata is looked for in blocks.

@@ -16,6 +16,7 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/proto"
 
 	"github.com/epimetheus-tsdb/epimetheus/chunkfmt"
 	"github.com/epimetheus-tsdb/epimetheus/ingest/fetch/fetchpb"
@@ -68,6 +69,9 @@ type Query struct {
 	Matchers   []*labels.Matcher
 	Limit      int  // of series or values; 0: none
 	LabelsOnly bool // no samples are wanted
+	// Took is told, while Select goes on, of bytes of memory that the answer takes, about;
+	// nil: nobody wants to know.
+	Took func(bytes int64)
 	// Newest: of each series only the newest of its samples in the time range is
 	// wanted. There may be more of them.
 	Newest bool
@@ -144,6 +148,9 @@ func (c *Client) whole(ctx context.Context, q Query) ([]Series, Header, error) {
 			if hd, err = toHeader(m.Header); err != nil {
 				return nil, hd, err
 			}
+		}
+		if q.Took != nil {
+			q.Took(int64(proto.Size(m)))
 		}
 		for _, s := range m.Series {
 			ls, err := ToLabels(s.Labels)

@@ -80,6 +80,9 @@ func columns(p *fetchpb.ReadResponse, mint int64) (*Columns, error) {
 	return c, nil
 }
 
+// columnBytes is about what a series takes beside its chunks, or a chunk beside its data.
+const columnBytes = 48
+
 // list is what a generation has.
 type list struct {
 	generation uint64
@@ -113,6 +116,9 @@ func (c *Client) read(ctx context.Context, q Query) ([][]Series, Header, error) 
 				return nil, hd, err
 			}
 			continue
+		}
+		if q.Took != nil {
+			q.Took(int64(len(m.Data)) + columnBytes*int64(len(m.Refs)+len(m.Sizes)))
 		}
 		cols, err := columns(m, q.MinT)
 		if err != nil {
