@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/oklog/ulid/v2"
+	"github.com/prometheus/prometheus/model/labels"
 
 	"github.com/epimetheus-tsdb/epimetheus/chunkfmt"
 	"github.com/epimetheus-tsdb/epimetheus/history/index"
@@ -53,8 +54,19 @@ type Snapshot struct {
 	// the read it ends its context. nil: nobody wants to know.
 	Hold func(bytes int64)
 
-	h *History
+	h    *History
+	keep func(labels.Labels) bool // as in Only; nil: all
 }
+
+// Only is the snapshot for one Select or SelectWindows of those series that keep picks. Of the
+// others no samples are read.
+func (s *Snapshot) Only(keep func(labels.Labels) bool) *Snapshot {
+	only := *s
+	only.keep = keep
+	return &only
+}
+
+func (s *Snapshot) keeps(ls labels.Labels) bool { return s.keep == nil || s.keep(ls) }
 
 // rowSetKey: queries of about the same time share a set of rows.
 type rowSetKey struct {

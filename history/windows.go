@@ -70,6 +70,9 @@ func (s *Snapshot) SelectWindows(ctx context.Context, ms []*labels.Matcher, mint
 				if e.Gone != nil && of.Width == rollup.Short {
 					set.gone = max(set.gone, goneUntil(onlyLong(e, lo, hi, hidden), lo, hi))
 				}
+				if !s.keeps(e.Labels) {
+					continue
+				}
 				s.Stats.Series.Add(1)
 				set.index += bytesOf(e.Labels, len(e.Windows))
 				at, added := sets.add(e.Labels)

@@ -249,7 +249,15 @@ func (s *seriesSet) readHistory(ctx context.Context, snap *history.Snapshot, ms 
 		width = s.sums.Width
 	}
 	lacks := onlySummaries(snap, s.mint, s.maxt, width)
-	old, err := s.from(ctx, snap, ms)
+	wanted := snap
+	if len(s.in) > 0 {
+		var hash []byte
+		wanted = snap.Only(func(ls labels.Labels) (ok bool) {
+			ok, hash = s.wants(ls, hash)
+			return ok
+		})
+	}
+	old, err := s.from(ctx, wanted, ms)
 	if err == nil {
 		if until := old.GoneUntil(); lacks == nil && until > math.MinInt64 { // kept for longer now than they were
 			what := "samples"
@@ -312,11 +320,8 @@ func (s *seriesSet) Next() bool {
 		if s.shards > 0 && labels.StableHash(ls)%s.shards != s.shard {
 			continue
 		}
-		if n := uint64(len(s.in)); n > 0 {
-			var k uint64
-			if k, s.hash = shardOf(ls, n, s.hash); !s.in[k] {
-				continue
-			}
+		if ok, s.hash = s.wants(ls, s.hash); !ok {
+			continue
 		}
 		if s.left > 0 {
 			s.left--
@@ -329,6 +334,17 @@ func (s *seriesSet) Next() bool {
 		return true
 	}
 	return false
+}
+
+// wants says whether a series is in one of the shards that are wanted. buf is scratch
+// memory.
+func (s *seriesSet) wants(ls labels.Labels, buf []byte) (bool, []byte) {
+	n := uint64(len(s.in))
+	if n == 0 {
+		return true, buf
+	}
+	k, buf := shardOf(ls, n, buf)
+	return s.in[k], buf
 }
 
 // count tells the account of the next series.

@@ -26,7 +26,11 @@ var castagnoli = crc32.MakeTable(crc32.Castagnoli)
 
 // marshal writes a result on a grid.
 func (p *partial) marshal(g Grid) ([]byte, error) {
-	b := []byte{partialVersion}
+	size := 128 + 4*len(p.counts.window)
+	for i := range p.series {
+		size += 256 + 9*len(p.series[i].Floats)
+	}
+	b := append(make([]byte, 0, size), partialVersion)
 	b = binary.AppendUvarint(b, uint64(len(p.counts.window)))
 	for i := range p.counts.window {
 		b = binary.AppendVarint(b, p.counts.window[i])
