@@ -150,7 +150,7 @@ type knownShape struct {
 }
 
 // windowsPerStretch is how many windows a stretch has on average, at least, that pays.
-const windowsPerStretch = 8
+const windowsPerStretch = 3
 
 // rememberedWindows bounds the windows whose times a decoder remembers, of about 40
 // bytes each: a year of blocks of a week with windows of an hour, of ten targets.
