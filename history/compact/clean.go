@@ -39,8 +39,10 @@ type cleaner struct {
 	due        map[ulid.ULID]int64
 	retentions *history.Retentions // that due was found by
 
-	// Blocks that no other of the last level overlaps, as long as they are young.
+	// Blocks that no other of the last level overlaps. What comes later and does is
+	// found when it is young itself.
 	apart map[ulid.ULID]bool
+	aged  ulid.ULID // the last block that was asked after though it isn't young any more
 }
 
 // cleaning is a block that is to be written again.
@@ -398,6 +400,11 @@ const (
 	overlapUntil = 10
 )
 
+// Blocks that are older are asked after too, in turn, in case nobody looked when they
+// were young: the blocks of so many tenants in each survey, and until one is found that
+// others overlap, so that at most one group of them is written again each time.
+const agedTenants = 1000
+
 // surveyBlocks puts the blocks on the list of which enough is past the retention, and
 // those of the last level that overlap.
 func (c *Compactor) surveyBlocks(ctx context.Context, v *view, x *cleaner) error {
@@ -412,6 +419,7 @@ func (c *Compactor) surveyBlocks(ctx context.Context, v *view, x *cleaner) error
 	}
 	now := c.now()
 	due, apart := map[ulid.ULID]int64{}, map[ulid.ULID]bool{}
+	budget, from := agedTenants, x.aged
 	var found []index.BlockRef
 	err := eachBlock(ctx, c.o.Objects, func(b index.BlockRef, _ time.Time) {
 		if !flushed[b.Block] && !v.busy[b.Block] && !v.aside[b.Block] {
@@ -425,14 +433,15 @@ func (c *Compactor) surveyBlocks(ctx context.Context, v *view, x *cleaner) error
 	for _, b := range found {
 		age := now.Sub(ulid.Time(b.Block.Time()))
 		young := age >= overlapFrom*c.o.CleanAge && age < overlapUntil*c.o.CleanAge && !x.apart[b.Block]
+		aged := age >= overlapUntil*c.o.CleanAge && !x.apart[b.Block] && budget > 0 && b.Block.Compare(from) > 0
 		at, known := old[b.Block]
-		if x.apart[b.Block] && age < overlapUntil*c.o.CleanAge {
+		if x.apart[b.Block] {
 			apart[b.Block] = true
 		}
 		if rs.None() {
 			at, known = math.MaxInt64, true
 		}
-		if known && at > now.UnixMilli() && !young {
+		if known && at > now.UnixMilli() && !young && !aged {
 			due[b.Block] = at
 			continue
 		}
@@ -447,7 +456,11 @@ func (c *Compactor) surveyBlocks(ctx context.Context, v *view, x *cleaner) error
 			} // else whoever needs it says so
 			continue
 		}
-		if young {
+		if aged {
+			budget -= len(f.Tenants)
+			x.aged = b.Block
+		}
+		if young || aged {
 			o, err := c.overlapping(ctx, v, b, f, nil)
 			if err != nil {
 				errs = append(errs, err)
@@ -455,6 +468,9 @@ func (c *Compactor) surveyBlocks(ctx context.Context, v *view, x *cleaner) error
 			}
 			if len(o.with) > 0 {
 				c.clean(x, b, o.level, f, o.with)
+				if aged {
+					budget = 0
+				}
 			} else if o.level > 0 {
 				apart[b.Block] = true
 			}
@@ -463,6 +479,9 @@ func (c *Compactor) surveyBlocks(ctx context.Context, v *view, x *cleaner) error
 			delete(due, b.Block)
 			errs = append(errs, err)
 		}
+	}
+	if budget > 0 {
+		x.aged = ulid.ULID{} // that was the last: begin anew
 	}
 	x.due, x.retentions, x.apart = due, rs, apart
 	return errors.Join(errs...)

@@ -5,6 +5,7 @@ import (
 	"context"
 	"fmt"
 	"math"
+	"math/rand/v2"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -390,5 +391,49 @@ func TestSurveyBeside(t *testing.T) {
 	w.c.surveyor.wg.Wait()
 	if got := w.levels(t, "a"); got[3] != 0 {
 		t.Errorf("rows by level %v", got)
+	}
+}
+
+// TestAgedOverlap: what overlapped when nobody looked is merged all the same, one group
+// in each survey, whatever its age; what nothing overlaps isn't asked after again.
+func TestAgedOverlap(t *testing.T) {
+	w := newWorld(t, &historytest.MemoryObjects{}, &historytest.MemoryRows{})
+	r := rand.New(rand.NewPCG(1, 5))
+	want := content{}
+	put := func(from int64) {
+		s := someSeries(r, "m", 1, from, from+hour)
+		want.add("a", s)
+		c := content{}
+		c.add("a", s)
+		w.flush(t, c)
+	}
+	week := 7 * day
+	first := w.now.UnixMilli() - w.now.UnixMilli()%week + day
+	weeks := []int64{first, first - 2*week, first - 4*week, first - 6*week}
+	w.c.o.CleanAge = 1000 * 24 * time.Hour // nobody looks
+	for range 2 {
+		for _, at := range weeks[1:] {
+			put(at)
+		}
+		w.pass(t, 16*24*time.Hour, 6*time.Hour)
+	}
+	put(weeks[0])
+	w.pass(t, 16*24*time.Hour, 6*time.Hour)
+	if got := w.levels(t, "a"); len(got) != 1 || got[3] != 7 {
+		t.Fatalf("before: rows by level %v", got)
+	}
+	w.c.o.CleanAge = 24 * time.Hour
+	w.c.cleaner = cleaner{}
+	for left := 6; left >= 4; left-- {
+		w.pass(t, 5*time.Hour, time.Hour) // merged
+		w.pass(t, time.Hour, 10*time.Minute)
+		if got := w.levels(t, "a"); len(got) != 1 || got[3] != left {
+			t.Errorf("rows by level %v, want %d of the last", got, left)
+		}
+	}
+	w.check(t, want)
+	w.pass(t, 3*24*time.Hour, time.Hour)
+	if got := w.levels(t, "a"); len(got) != 1 || got[3] != 4 || len(w.c.cleaner.apart) != 4 {
+		t.Errorf("in the end: rows by level %v, %d known to be apart, want 4", got, len(w.c.cleaner.apart))
 	}
 }
