@@ -16,6 +16,7 @@ import (
 	"go.uber.org/goleak"
 
 	"github.com/epimetheus-tsdb/epimetheus/chunkfmt"
+	"github.com/epimetheus-tsdb/epimetheus/chunkfmt/rollup"
 	"github.com/epimetheus-tsdb/epimetheus/history"
 	"github.com/epimetheus-tsdb/epimetheus/history/compact"
 	"github.com/epimetheus-tsdb/epimetheus/history/historytest"
@@ -212,6 +213,121 @@ func TestLost(t *testing.T) {
 		if d := cmp.Diff(want[tenant], all(t, objects, x, tenant)); d != "" {
 			t.Fatalf("tenant %s, compacted (-want +got):\n%.2000s", tenant, d)
 		}
+	}
+}
+
+// windows is what an index finds of a tenant: by series, the ends of hours and how many
+// samples their windows tell of, without those that are read from samples.
+func windows(t *testing.T, objects object.Store, x *index.Index, tenant string) map[string]map[int64]uint64 {
+	t.Helper()
+	h, err := history.New(history.Options{Objects: objects, Index: x})
+	if err != nil {
+		t.Fatal(err)
+	}
+	s, err := h.Snapshot(t.Context(), tenant, 0, now.UnixMilli(), nil, time.Time{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	set, err := s.SelectWindows(t.Context(), nil, 0, now.UnixMilli(), history.Summaries{Width: rollup.Long})
+	if err != nil {
+		t.Fatal(err)
+	}
+	out := map[string]map[int64]uint64{}
+	for set.Next(t.Context()) {
+		w, _, err := set.At().Windows(&history.Buffer{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		of := map[int64]uint64{}
+		for i, end := range w.End {
+			of[end] += uint64(w.Count[i])
+		}
+		out[set.At().Labels.String()] = of
+	}
+	if set.Err() != nil {
+		t.Fatal(set.Err())
+	}
+	return out
+}
+
+// TestSummariesAlone loses the index of blocks of which, of one tenant, only summaries
+// are left, and makes it again: with those blocks alone, and where the blocks with
+// the samples that they replaced are still there. The summaries are seen as before, once,
+// and stay when it is compacted.
+func TestSummariesAlone(t *testing.T) {
+	objects, old := historytest.Files(t, prometheus.NewRegistry()), index.New(&historytest.MemoryRows{})
+	h, err := history.New(history.Options{Objects: objects, Index: old})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for at := now.UnixMilli() - 9*24*hour + 2*hour; at <= now.UnixMilli(); at += 2 * hour {
+		flush(t, h, at)
+	}
+	rounds(t, compactor(t, objects, old, 365*24*time.Hour))
+	samples := all(t, objects, old, "b")
+	replaced := map[string][]byte{}
+	if err := objects.List(t.Context(), "", func(i object.Info) error {
+		b, err := objects.GetRange(t.Context(), i.Key, 0, i.Size)
+		replaced[i.Key] = b
+		return err
+	}); err != nil {
+		t.Fatal(err)
+	}
+	thinning := func(x *index.Index) *compact.Compactor {
+		c, err := compact.New(compact.Options{
+			Objects: objects, Index: x, Dir: t.TempDir(), Grace: time.Nanosecond, OrphanAge: 365 * 24 * time.Hour,
+			CleanAge: time.Nanosecond,
+			Retentions: func() *history.Retentions {
+				return &history.Retentions{Tenants: map[string]history.Retention{"a": {Raw: time.Hour, Short: 10_000 * 24 * time.Hour, Long: 20_000 * 24 * time.Hour}}}
+			},
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return c
+	}
+	rounds(t, thinning(old))
+	want := windows(t, objects, old, "a")
+	if n := len(all(t, objects, old, "a")["{__name__=\"m\", i=\"0\"}"]); n != 0 || len(want) != 3 || len(want["{__name__=\"m\", i=\"1\"}"]) != 108 {
+		t.Fatalf("%d samples are left, windows of %d series", n, len(want))
+	}
+	check := func(x *index.Index, when string) {
+		t.Helper()
+		if d := cmp.Diff(want, windows(t, objects, x, "a")); d != "" {
+			t.Errorf("%s: windows (-want +got):\n%.2000s", when, d)
+		}
+		if d := cmp.Diff(samples, all(t, objects, x, "b")); d != "" {
+			t.Errorf("%s: samples of the other tenant (-want +got):\n%.2000s", when, d)
+		}
+	}
+	x := index.New(&historytest.MemoryRows{})
+	if r := run(t, Options{Objects: objects, Index: x, Write: true}); r[Unreadable] != 0 || r[Adopt] == 0 {
+		t.Fatal(r)
+	}
+	check(x, "blocks alone")
+	if d := cmp.Diff(levels(t, old, "a"), levels(t, x, "a")); d != "" {
+		t.Errorf("levels (-want +got):\n%s", d)
+	}
+	if r := run(t, Options{Objects: objects, Index: x, Write: true, NotEmpty: true}); r[Keep] == 0 || r[Repair]+r[Adopt] != 0 {
+		t.Errorf("again: %v", r)
+	}
+	for key, b := range replaced {
+		if err := objects.Put(t.Context(), key, bytes.NewReader(b), int64(len(b))); err != nil {
+			t.Fatal(err)
+		}
+	}
+	x = index.New(&historytest.MemoryRows{})
+	if r := run(t, Options{Objects: objects, Index: x, Write: true}); r[Unreadable] != 0 {
+		t.Fatal(r)
+	}
+	check(x, "with what they replaced")
+	c := thinning(x)
+	for range 3 { // surveys
+		rounds(t, c)
+	}
+	check(x, "compacted")
+	if n := len(all(t, objects, x, "a")["{__name__=\"m\", i=\"0\"}"]); n != 0 {
+		t.Errorf("%d samples are left", n)
 	}
 }
 
