@@ -621,6 +621,38 @@ func TestLeft(t *testing.T) {
 	})
 }
 
+// TestLeavesDuringQuery: what a member flushed and left with while a query goes on is
+// found by those selectors of the query that read later.
+func TestLeavesDuringQuery(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := gatewaytest.New(t, gatewaytest.Options{Ingesters: 2, VisibilityDelay: time.Hour})
+		var ss []gatewaytest.Sample
+		for i := range 20 {
+			ss = append(ss, floats(ls("__name__", "m", "i", fmt.Sprint(i)), 1)...)
+		}
+		setup(t, c, nil, ss)
+		q, err := c.Storage.Querier(0, 10)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer q.Close()
+		for _, when := range []string{"before", "after"} {
+			r, err := collect(q.Select(t.Context(), true, nil, equal("__name__", "m")))
+			if err != nil || len(r.Warnings) > 0 {
+				t.Fatal(err, r.Warnings)
+			}
+			if len(r.Series) != 20 {
+				t.Errorf("%d series of 20 %s a member has left", len(r.Series), when)
+			}
+			time.Sleep(time.Second)
+			if err := c.Ingesters[1].Flush(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+			c.SetState("ingester-1", ring.Left)
+		}
+	})
+}
+
 // TestCancel: a cancelled query ends the requests to ingesters, and Close waits
 // for all that the query has started.
 func TestCancel(t *testing.T) {

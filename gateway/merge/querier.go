@@ -30,6 +30,7 @@ type Querier struct {
 
 	mu      sync.Mutex
 	snap    *history.Snapshot
+	listed  time.Time // before snap was
 	cancels []context.CancelFunc
 	selects sync.WaitGroup
 	closed  bool
@@ -38,15 +39,18 @@ type Querier struct {
 // snapshot is taken once, after the first heads have answered. Heads that are
 // asked later in the query need no newer one: a generation that they don't show
 // any more was published a visibility delay before, which is longer than a query.
+// But a member that has left meanwhile, or has restarted, shows nothing of what it has
+// just published: what is listed before since won't do then.
 func (q *Querier) snapshot(ctx context.Context, must []ulid.ULID, since time.Time) (*history.Snapshot, error) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	if q.snap == nil {
+	if q.snap == nil || since.After(q.listed) {
+		now := time.Now()
 		snap, err := q.s.snapshot(ctx, q.s.tenantOf(ctx), q.mint, q.maxt, must, since)
 		if err != nil {
 			return nil, err
 		}
-		q.snap = snap
+		q.snap, q.listed = snap, now
 		account.From(ctx).AddHistory(snap.Stats)
 	}
 	return q.snap, nil
