@@ -1,8 +1,6 @@
 package gateway
 
 // Encode is for tests.
-//
-//nolint:gochecknoglobals // a function
 var Encode = encode
 
 // Engines is how many engines with different options there are.
