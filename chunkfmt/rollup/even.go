@@ -241,10 +241,10 @@ func (e *Evaluator) rates(x *Extrapolation, s, before *Even, edge uint8, from, t
 		reset = w.Reset[at:to]
 	}
 	firstV, lastV := w.FirstV[at:to], w.LastV[at:to]
-	switch {
-	case edge == 0:
+	switch edge {
+	case 0:
 		x.results(values, firstV, lastV, reset)
-	case edge == 1:
+	case 1:
 		x.resultsFrom1(values, w.LastV[at-1:to-1], firstV, lastV, reset)
 	default:
 		x.resultsFrom2(values, w.PrevV[at-1:to-1], w.LastV[at-1:to-1], firstV, lastV, reset)

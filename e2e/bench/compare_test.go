@@ -163,9 +163,8 @@ func (s *system) resetPeak(tb testing.TB) {
 	}
 }
 
-// ask runs a query over data that ends at end, and gives the answer and how long it
-// took.
-func (s *system) ask(ctx context.Context, q *asked, start, end time.Time, more url.Values) ([]byte, time.Duration, error) {
+// ask runs a query over data that ends at end, and gives the answer.
+func (s *system) ask(ctx context.Context, q *asked, start, end time.Time, more url.Values) ([]byte, error) {
 	form, path := url.Values{}, q.path
 	unix := func(t time.Time) string { return strconv.FormatInt(t.Unix(), 10) }
 	switch {
@@ -192,20 +191,19 @@ func (s *system) ask(ctx context.Context, q *asked, start, end time.Time, more u
 	}
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, s.url+"/api/v1/"+path+"?"+form.Encode(), nil)
 	if err != nil {
-		return nil, 0, err
+		return nil, err
 	}
 	req.Header.Set("Accept-Encoding", "identity")
-	began := time.Now()
 	resp, err := http.DefaultClient.Do(req)
 	if err != nil {
-		return nil, 0, err
+		return nil, err
 	}
 	defer resp.Body.Close()
 	b, err := io.ReadAll(resp.Body)
 	if err == nil && resp.StatusCode != http.StatusOK {
 		err = fmt.Errorf("%s: %.300s", resp.Status, b)
 	}
-	return b, time.Since(began), err
+	return b, err
 }
 
 // measured is what a query took, medians and means of several runs.
@@ -229,7 +227,7 @@ func (s *system) measure(b *testing.B, q *asked, start, end time.Time) measured 
 		g.SetLimit(6) // as browsers do
 		for i, part := range parts {
 			g.Go(func() (err error) {
-				bodies[i], _, err = s.ask(b.Context(), part, start, end, nil)
+				bodies[i], err = s.ask(b.Context(), part, start, end, nil)
 				return err
 			})
 		}
@@ -274,7 +272,7 @@ func (s *system) touched(b *testing.B, q *asked, start, end time.Time) float64 {
 		}
 		return sum
 	}
-	body, _, err := s.ask(b.Context(), q, start, end, url.Values{"stats": {"all"}})
+	body, err := s.ask(b.Context(), q, start, end, url.Values{"stats": {"all"}})
 	if err != nil {
 		b.Fatal(err)
 	}

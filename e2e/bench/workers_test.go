@@ -68,7 +68,7 @@ func BenchmarkWorkers(b *testing.B) {
 		b.Run("q="+q.name, func(b *testing.B) {
 			const rounds, budget = 8, 500 * time.Millisecond
 			ask := func(s *system) answered {
-				body, _, err := s.ask(b.Context(), &q, time.UnixMilli(c.Start), end, nil)
+				body, err := s.ask(b.Context(), &q, time.UnixMilli(c.Start), end, nil)
 				if err != nil {
 					b.Fatalf("%s of %s: %v", q.name, s.name, err)
 				}
@@ -105,7 +105,7 @@ func BenchmarkWorkers(b *testing.B) {
 					var wg sync.WaitGroup
 					wg.Go(func() {
 						for ctx.Err() == nil {
-							_, _, _ = of.ask(ctx, &q, time.UnixMilli(c.Start), end, nil) // as above
+							_, _ = of.ask(ctx, &q, time.UnixMilli(c.Start), end, nil) // as above
 						}
 					})
 					of.save(b, "/debug/pprof/profile?seconds=3", q.name+"."+name+".pprof")
