@@ -214,7 +214,7 @@ func TestDeletionsListed(t *testing.T) {
 // after it, and is again when the deletion has been cancelled.
 func TestDeletionOfKeptResults(t *testing.T) {
 	c := gatewaytest.New(t, gatewaytest.Options{})
-	days(t, c)
+	days(t, c, 50)
 	results, err := plan.NewResults(64<<20, nil, prometheus.NewRegistry())
 	require.NoError(t, err)
 	one := newAPI(t, c, gateway.Options{Spread: plan.Spread{Results: results}, Deletions: c.History})
