@@ -105,8 +105,13 @@ func TestGatewaysShareWork(t *testing.T) {
 	for _, m := range ms {
 		if m.GetName() == "epimetheus_gateway_worker_parts_total" {
 			for _, x := range m.GetMetric() {
-				require.Equal(t, "ok", x.GetLabel()[0].GetValue())
-				ok += x.GetCounter().GetValue()
+				switch outcome := x.GetLabel()[0].GetValue(); outcome {
+				case "ok":
+					ok += x.GetCounter().GetValue()
+				case "canceled": // it took long, and was computed at the caller meanwhile
+				default:
+					t.Errorf("%v parts %s", x.GetCounter().GetValue(), outcome)
+				}
 			}
 		}
 	}

@@ -32,7 +32,7 @@ func NewServer(run func(context.Context, *plan.Task) ([]byte, error), logger *sl
 		run: run, turns: newTurns(runtime.GOMAXPROCS(0), maxWaiting), logger: logger,
 		parts: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "epimetheus_gateway_worker_parts_total",
-			Help: "Parts of other gateways' queries, by outcome: ok, declined, refused (too many were waiting), failed.",
+			Help: "Parts of other gateways' queries, by outcome: ok, declined, refused (too many were waiting), canceled (the query has ended, or another gateway was faster), failed.",
 		}, []string{"outcome"}),
 	}
 	reg.MustRegister(s.parts, prometheus.NewGaugeFunc(prometheus.GaugeOpts{
@@ -65,7 +65,7 @@ func (s *Server) Run(ctx context.Context, r *workpb.RunRequest) (*workpb.RunResp
 	case errors.Is(err, errBusy):
 		return fail("refused", codes.ResourceExhausted, err)
 	case err != nil:
-		return fail("failed", codes.Canceled, err)
+		return fail("canceled", codes.Canceled, err)
 	}
 	defer done()
 	b, err := s.safely(ctx, t)
@@ -75,7 +75,7 @@ func (s *Server) Run(ctx context.Context, r *workpb.RunRequest) (*workpb.RunResp
 	case errors.Is(err, plan.ErrUnlike):
 		return fail("declined", codes.Unimplemented, err)
 	case ctx.Err() != nil:
-		return fail("failed", codes.Canceled, context.Cause(ctx))
+		return fail("canceled", codes.Canceled, context.Cause(ctx))
 	case err != nil:
 		s.logger.Warn("part of a query failed", "tenant", t.Tenant, "query", t.Query, "err", err)
 		return fail("failed", codes.Internal, err)
