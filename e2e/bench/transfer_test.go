@@ -3,6 +3,7 @@ package bench
 import (
 	"encoding/json"
 	"flag"
+	"math"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -62,12 +63,72 @@ func BenchmarkTransfer(b *testing.B) {
 		}
 	})
 	for _, width := range []string{"2h", "24h"} {
+		var out string
 		b.Run("export/range="+width, func(b *testing.B) {
 			for b.Loop() {
-				run(b, "export", "--data.dir="+data, "--block-range="+width, filepath.Join(b.TempDir(), "out"))
+				out = filepath.Join(b.TempDir(), "out")
+				run(b, "export", "--data.dir="+data, "--block-range="+width, out)
+			}
+			if n := sameSamples(b, blocks, out, c.Start, c.End-1); n != samples {
+				b.Errorf("%d samples of %d are the same", n, samples)
 			}
 		})
 	}
+}
+
+// sameSamples compares all samples in two folders of blocks, bit for bit, and gives their
+// number.
+func sameSamples(b *testing.B, want, got string, mint, maxt int64) (n uint64) {
+	b.Helper()
+	all := func(dir string) storage.SeriesSet {
+		db, err := tsdb.OpenDBReadOnly(dir, b.TempDir(), nil)
+		if err != nil {
+			b.Fatal(err)
+		}
+		b.Cleanup(func() {
+			if err := db.Close(); err != nil {
+				b.Error(err)
+			}
+		})
+		q, err := db.Querier(mint, maxt)
+		if err != nil {
+			b.Fatal(err)
+		}
+		b.Cleanup(func() {
+			if err := q.Close(); err != nil {
+				b.Error(err)
+			}
+		})
+		return q.Select(b.Context(), true, nil, labels.MustNewMatcher(labels.MatchNotEqual, labels.MetricName, ""))
+	}
+	x, y := all(want), all(got)
+	var xs, ys chunkenc.Iterator
+	for x.Next() {
+		if !y.Next() || !labels.Equal(x.At().Labels(), y.At().Labels()) {
+			b.Fatalf("series %s is missing, or another is there: %v", x.At().Labels(), y.Err())
+		}
+		xs, ys = x.At().Iterator(xs), y.At().Iterator(ys)
+		for kind := xs.Next(); kind != chunkenc.ValNone; kind = xs.Next() {
+			t, v := xs.At()
+			if k := ys.Next(); k != kind {
+				b.Fatalf("series %s at %d: %v in place of %v", x.At().Labels(), t, k, kind)
+			}
+			if u, w := ys.At(); u != t || math.Float64bits(w) != math.Float64bits(v) {
+				b.Fatalf("series %s: %v at %d in place of %v at %d", x.At().Labels(), w, u, v, t)
+			}
+			n++
+		}
+		if k := ys.Next(); k != chunkenc.ValNone {
+			b.Fatalf("series %s has samples more", x.At().Labels())
+		}
+		if xs.Err() != nil || ys.Err() != nil {
+			b.Fatal(xs.Err(), ys.Err())
+		}
+	}
+	if y.Next() || x.Err() != nil || y.Err() != nil {
+		b.Fatalf("a series more than there should be, or %v, %v", x.Err(), y.Err())
+	}
+	return n
 }
 
 // writeTSDBBlock makes a block of Prometheus and returns its number of samples.
