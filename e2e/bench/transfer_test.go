@@ -12,6 +12,7 @@ import (
 	"testing"
 
 	"github.com/oklog/ulid/v2"
+	"github.com/prometheus/common/model"
 	"github.com/prometheus/prometheus/model/labels"
 	"github.com/prometheus/prometheus/storage"
 	"github.com/prometheus/prometheus/tsdb"
@@ -99,7 +100,7 @@ func sameSamples(b *testing.B, want, got string, mint, maxt int64) (n uint64) {
 				b.Error(err)
 			}
 		})
-		return q.Select(b.Context(), true, nil, labels.MustNewMatcher(labels.MatchNotEqual, labels.MetricName, ""))
+		return q.Select(b.Context(), true, nil, labels.MustNewMatcher(labels.MatchNotEqual, model.MetricNameLabel, ""))
 	}
 	x, y := all(want), all(got)
 	var xs, ys chunkenc.Iterator
