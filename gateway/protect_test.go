@@ -276,22 +276,28 @@ func TestConcurrencyOfExplain(t *testing.T) {
 			<-release
 			return nil
 		}})
-		codes := make(chan int, 12)
-		for range 12 {
-			go func() {
-				codes <- call(t, api, path, "query", "requests_total", "start", "0", "end", "3600", "step", "15").code
-			}()
-		}
-		select {
-		case code := <-codes:
-			require.Equal(t, http.StatusTooManyRequests, code)
-		case <-time.After(5 * time.Second):
-			t.Error("none of twelve was refused")
-		}
-		close(release)
-		for range 11 {
-			require.Equal(t, http.StatusOK, <-codes)
-		}
+		refusesOneOfTwelve(t, release, func(int) int {
+			return call(t, api, path, "query", "requests_total", "start", "0", "end", "3600", "step", "15").code
+		})
+	}
+}
+
+// refusesOneOfTwelve asks twelve times while only one may run and ten may wait, and lets them go on with release.
+func refusesOneOfTwelve(t *testing.T, release chan struct{}, ask func(i int) (code int)) {
+	t.Helper()
+	codes := make(chan int, 12)
+	for i := range 12 {
+		go func() { codes <- ask(i) }()
+	}
+	select {
+	case code := <-codes:
+		require.Equal(t, http.StatusTooManyRequests, code)
+	case <-time.After(5 * time.Second):
+		t.Error("none of twelve was refused")
+	}
+	close(release)
+	for range 11 {
+		require.Equal(t, http.StatusOK, <-codes)
 	}
 }
 
@@ -331,26 +337,13 @@ func TestConcurrencyOfSeveralTenants(t *testing.T) {
 			return nil
 		},
 	})
-	codes := make(chan int, 12)
-	for i := range 12 {
-		go func() {
-			r := httptest.NewRequest(http.MethodGet, "/api/v1/query?query=up", nil)
-			r.Header.Set(gateway.TenantHeader, fmt.Sprintf("a|b%d", i))
-			w := httptest.NewRecorder()
-			api.ServeHTTP(w, r)
-			codes <- w.Code
-		}()
-	}
-	select {
-	case code := <-codes:
-		require.Equal(t, http.StatusTooManyRequests, code)
-	case <-time.After(5 * time.Second):
-		t.Error("none of twelve was refused")
-	}
-	close(release)
-	for range 11 {
-		require.Equal(t, http.StatusOK, <-codes)
-	}
+	refusesOneOfTwelve(t, release, func(i int) int {
+		r := httptest.NewRequest(http.MethodGet, "/api/v1/query?query=up", nil)
+		r.Header.Set(gateway.TenantHeader, fmt.Sprintf("a|b%d", i))
+		w := httptest.NewRecorder()
+		api.ServeHTTP(w, r)
+		return w.Code
+	})
 }
 
 // Slow queries are logged with what they read, others aren't.

@@ -22,28 +22,48 @@ var deepDays = flag.Int("bench.deep-days", 30, "how many days the block of Bench
 // not read the same; results of parts are not kept. Run it with -benchtime 1x.
 func BenchmarkServers(b *testing.B) {
 	binary := binary(b)
-	start, span := int64(1_700_006_400_000), time.Duration(*deepDays)*day
-	start = start / (7 * day.Milliseconds()) * 7 * day.Milliseconds()
-	c := gen.Config{Series: 1000, Targets: 10, Churn: 0.1, Seed: 1, Interval: 15_000, Start: start, End: start + span.Milliseconds()}
+	c, blocks := deep(b)
 	dir := b.TempDir()
-	blocks, data, yml := filepath.Join(dir, "prometheus"), filepath.Join(dir, "all"), filepath.Join(dir, "epimetheus.yml")
-	writeTSDBBlock(b, filepath.Join(blocks, ulid.Make().String()), c)
+	data, yml := filepath.Join(dir, "all"), filepath.Join(dir, "epimetheus.yml")
 	if err := os.WriteFile(yml, []byte("gateway:\n  result_cache_bytes: 0\ncompactor:\n  enabled: false\n"), 0o644); err != nil {
 		b.Fatal(err)
 	}
-	cmd := exec.CommandContext(b.Context(), binary, "tool", "import", "--config.file="+yml, "--data.dir="+data, blocks)
-	if out, err := cmd.CombinedOutput(); err != nil {
-		b.Fatalf("import: %v\n%s", err, out)
-	}
+	importBlocks(b, binary, yml, data, blocks)
 	prom := testenv.Prometheus(b, blocks, "", "--storage.tsdb.retention.time=100y")
 	all := startAt(b, testenv.FreeAddr(b), binary, "all", "--config.file="+yml, "--data.dir="+data, "--grpc.listen-address="+testenv.FreeAddr(b))
 	end := time.UnixMilli(c.End)
 	compare(b, &system{name: "prometheus", url: prom.URL, procs: []*role{{Process: prom.Process, url: prom.URL}}},
-		[]*system{{name: "all", url: all.url, procs: []*role{all}}}, queries(span), time.UnixMilli(c.Start), end,
+		[]*system{{name: "all", url: all.url, procs: []*role{all}}}, queries(length(c)), time.UnixMilli(c.Start), end,
 		func(_ float64, points int) float64 {
 			if points < 10_000 {
 				return 15
 			}
 			return 4
 		})
+}
+
+// deep writes as many days of the data set deep as were asked for, as one block of
+// Prometheus in a folder.
+func deep(b *testing.B) (c gen.Config, blocks string) {
+	b.Helper()
+	const week = 7 * 24 * 3_600_000 // ms
+	start := int64(1_700_006_400_000) / week * week
+	c = gen.Config{
+		Series: 1000, Targets: 10, Churn: 0.1, Seed: 1, Interval: 15_000, Start: start, End: start + (time.Duration(*deepDays) * day).Milliseconds(),
+	}
+	blocks = b.TempDir()
+	writeTSDBBlock(b, filepath.Join(blocks, ulid.Make().String()), c)
+	return c, blocks
+}
+
+// length of the data.
+func length(c gen.Config) time.Duration { return time.Duration(c.End-c.Start) * time.Millisecond }
+
+// importBlocks takes blocks of Prometheus into history.
+func importBlocks(b *testing.B, binary, yml, data, blocks string) {
+	b.Helper()
+	cmd := exec.CommandContext(b.Context(), binary, "tool", "import", "--config.file="+yml, "--data.dir="+data, blocks)
+	if out, err := cmd.CombinedOutput(); err != nil {
+		b.Fatalf("import: %v\n%s", err, out)
+	}
 }

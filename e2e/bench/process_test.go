@@ -69,12 +69,7 @@ func startAt(tb testing.TB, web, binary string, args ...string) *role {
 // cpu is the user and system time of the process so far.
 func (r *role) cpu(tb testing.TB) time.Duration {
 	tb.Helper()
-	return cpuOf(tb, r.Process)
-}
-
-func cpuOf(tb testing.TB, p *testenv.Process) time.Duration {
-	tb.Helper()
-	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", p.PID()))
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", r.PID()))
 	if err != nil {
 		tb.Fatal(err)
 	}
@@ -105,12 +100,7 @@ func children(tb testing.TB) time.Duration {
 // memory is a field of /proc/PID/status in bytes: VmRSS or VmHWM.
 func (r *role) memory(tb testing.TB, field string) float64 {
 	tb.Helper()
-	return memoryOf(tb, r.Process, field)
-}
-
-func memoryOf(tb testing.TB, p *testenv.Process, field string) float64 {
-	tb.Helper()
-	f, err := os.Open(fmt.Sprintf("/proc/%d/status", p.PID()))
+	f, err := os.Open(fmt.Sprintf("/proc/%d/status", r.PID()))
 	if err != nil {
 		tb.Fatal(err)
 	}
@@ -124,7 +114,7 @@ func memoryOf(tb testing.TB, p *testenv.Process, field string) float64 {
 			return kb * 1024
 		}
 	}
-	tb.Fatalf("no %s in the status of process %d", field, p.PID())
+	tb.Fatalf("no %s in the status of process %d", field, r.PID())
 	return 0
 }
 

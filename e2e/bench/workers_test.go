@@ -3,16 +3,12 @@ package bench
 import (
 	"context"
 	"fmt"
-	"os/exec"
 	"path/filepath"
 	"slices"
 	"sync"
 	"testing"
 	"time"
 
-	"github.com/oklog/ulid/v2"
-
-	"github.com/epimetheus-tsdb/epimetheus/internal/gen"
 	"github.com/epimetheus-tsdb/epimetheus/internal/testenv"
 )
 
@@ -24,16 +20,9 @@ import (
 func BenchmarkWorkers(b *testing.B) {
 	const workers = 4
 	binary := binary(b)
-	from, span := int64(1_700_006_400_000), time.Duration(*deepDays)*day
-	from = from / (7 * day.Milliseconds()) * 7 * day.Milliseconds()
-	c := gen.Config{Series: 1000, Targets: 10, Churn: 0.1, Seed: 1, Interval: 15_000, Start: from, End: from + span.Milliseconds()}
-	blocks := b.TempDir()
-	writeTSDBBlock(b, filepath.Join(blocks, ulid.Make().String()), c)
-	yml := storesBehind(b, binary, "gateway:\n  result_cache_bytes: 0\n", func(dynamodb string) string { return dynamodb })
-	cmd := exec.CommandContext(b.Context(), binary, "tool", "import", "--config.file="+yml, "--data.dir="+b.TempDir(), blocks)
-	if out, err := cmd.CombinedOutput(); err != nil {
-		b.Fatalf("import: %v\n%s", err, out)
-	}
+	c, blocks := deep(b)
+	yml := stores(b, binary, "gateway:\n  result_cache_bytes: 0\n")
+	importBlocks(b, binary, yml, b.TempDir(), blocks)
 	var roles [1 + workers + 1]*role
 	first := testenv.FreeAddr(b)
 	for i := range roles {
@@ -64,7 +53,7 @@ func BenchmarkWorkers(b *testing.B) {
 		time.Sleep(5 * time.Second)
 		idle[s] = (s.cpu(b) - before).Seconds() / time.Since(began).Seconds()
 	}
-	for _, q := range heavy(span) {
+	for _, q := range heavy(length(c)) {
 		b.Run("q="+q.name, func(b *testing.B) {
 			const rounds, budget = 8, 500 * time.Millisecond
 			ask := func(s *system) answered {

@@ -199,11 +199,11 @@ type seriesSet struct {
 	more          bool // old has a present series
 
 	account *account.Account
-	of      *Selection // which counts the series; nil: each counts
-	given   int64      // series so far
-	streams bool       // series aren't kept by the caller
-	sums    *Summaries // that are wanted; nil: none
-	held    int64      // bytes of history, as the account was told
+	of      *Selection         // which counts the series; nil: each counts
+	given   int64              // series so far
+	streams bool               // series aren't kept by the caller
+	sums    *history.Summaries // that are wanted; nil: none
+	held    int64              // bytes of history, as the account was told
 
 	at *Series
 
@@ -394,9 +394,9 @@ type Series struct {
 
 	hiddenSamples []chunkfmt.Range
 
-	heads     [][]fetch.Chunk // of each ingester that has it
-	old       *history.Series // nil: none
-	summaries *Summaries      // that are wanted; nil: none
+	heads     [][]fetch.Chunk    // of each ingester that has it
+	old       *history.Series    // nil: none
+	summaries *history.Summaries // that are wanted; nil: none
 }
 
 // shows says whether a chunk may have samples that are to be read.

@@ -222,12 +222,12 @@ func (s *Selection) AddSeries(series, samples int64) error {
 // Set gives the series that have samples in mint to maxt, inclusive, in ms, or
 // summaries of those, if any are wanted. The caller keeps none of them. It begins to
 // read at once.
-func (s *Selection) Set(mint, maxt int64, sums *Summaries) storage.SeriesSet {
+func (s *Selection) Set(mint, maxt int64, sums *history.Summaries) storage.SeriesSet {
 	return s.ShardSet(mint, maxt, sums, Shards{})
 }
 
 // ShardSet is Set of some shards of the series.
-func (s *Selection) ShardSet(mint, maxt int64, sums *Summaries, shards Shards) storage.SeriesSet {
+func (s *Selection) ShardSet(mint, maxt int64, sums *history.Summaries, shards Shards) storage.SeriesSet {
 	set := &seriesSet{ctx: s.ctx, ready: make(chan struct{}), account: account.From(s.ctx), of: s, streams: true, sums: sums, in: shards.In}
 	s.q.mu.Lock()
 	defer s.q.mu.Unlock()
@@ -274,7 +274,7 @@ func (s *Selection) read(ctx context.Context, set *seriesSet, mint, maxt int64) 
 // Historical gives series of a snapshot of history, and of what heads have for it, in
 // some shards, with samples in mint to maxt, inclusive, in ms, or summaries of those, if
 // any are wanted. It begins to read before it returns.
-func Historical(ctx context.Context, snap *history.Snapshot, mint, maxt int64, sums *Summaries, shards Shards, heads [][]HeadSeries, ms []*labels.Matcher) storage.SeriesSet {
+func Historical(ctx context.Context, snap *history.Snapshot, mint, maxt int64, sums *history.Summaries, shards Shards, heads [][]HeadSeries, ms []*labels.Matcher) storage.SeriesSet {
 	set := &seriesSet{
 		ctx: ctx, ready: make(chan struct{}), mint: mint, maxt: maxt, left: -1, account: account.From(ctx), streams: true, sums: sums,
 		in: shards.In, heads: slices.Clone(heads), snap: snap,

@@ -16,14 +16,6 @@ import (
 	"github.com/epimetheus-tsdb/epimetheus/ingest/fetch"
 )
 
-// Summaries says what summaries of windows are wanted, for the time that there are
-// some, instead of samples.
-type Summaries struct {
-	Width   int64 // of the windows, ms
-	Columns rollup.Columns
-	Rest    int64 // as in history.Summaries
-}
-
 // inHeads gives the times of what heads have of a series: summaries of blocks don't
 // know of it.
 func (s *seriesSet) inHeads(ls labels.Labels) (times []chunkfmt.Range) {
@@ -44,7 +36,7 @@ func (s *seriesSet) from(ctx context.Context, snap *history.Snapshot, ms []*labe
 	if s.sums == nil {
 		return snap.Select(ctx, ms, s.mint, s.maxt)
 	}
-	of := history.Summaries{Width: s.sums.Width, Columns: s.sums.Columns, Rest: s.sums.Rest}
+	of := *s.sums
 	if len(s.heads) > 0 {
 		of.Elsewhere = s.inHeads // now: what is given is taken off
 	}

@@ -21,6 +21,7 @@ import (
 
 	"github.com/epimetheus-tsdb/epimetheus/gateway/account"
 	"github.com/epimetheus-tsdb/epimetheus/gateway/merge"
+	"github.com/epimetheus-tsdb/epimetheus/history"
 )
 
 // ErrGiveUp is what a kernel, or a worker, gives for a leaf whose data are such that
@@ -82,7 +83,7 @@ func (w *worker) eval(s *slot) error {
 }
 
 // run computes a leaf over the series of a set, several at a time.
-func run(ctx context.Context, l *Leaf, o options, open func(*merge.Summaries) storage.SeriesSet, atOnce int) (*partial, error) {
+func run(ctx context.Context, l *Leaf, o options, open func(*history.Summaries) storage.SeriesSet, atOnce int) (*partial, error) {
 	if sums := l.summaries(o); sums != nil {
 		p, err := runOver(ctx, l, o, open(sums), sums, atOnce)
 		if !errors.Is(err, errNeedsSamples) {
@@ -92,7 +93,7 @@ func run(ctx context.Context, l *Leaf, o options, open func(*merge.Summaries) st
 	return runOver(ctx, l, o, open(nil), nil, atOnce)
 }
 
-func runOver(ctx context.Context, l *Leaf, o options, set storage.SeriesSet, sums *merge.Summaries, atOnce int) (*partial, error) {
+func runOver(ctx context.Context, l *Leaf, o options, set storage.SeriesSet, sums *history.Summaries, atOnce int) (*partial, error) {
 	r := newResult(l, o)
 	acc := account.From(ctx)
 	steps := l.Grid.Len()

@@ -12,7 +12,7 @@ import (
 	"github.com/prometheus/prometheus/storage"
 	"github.com/stretchr/testify/require"
 
-	"github.com/epimetheus-tsdb/epimetheus/gateway/merge"
+	"github.com/epimetheus-tsdb/epimetheus/history"
 )
 
 // A bug in a kernel ends the query, in whichever goroutine it is.
@@ -27,7 +27,7 @@ func TestPanicEndsQuery(t *testing.T) {
 // Series of a storage that has no columns are the engine's.
 func TestForeignSeries(t *testing.T) {
 	s := storage.NewListSeries(labels.FromStrings("a", "b"), nil)
-	open := func(*merge.Summaries) storage.SeriesSet { return storage.TestSeriesSet(s) }
+	open := func(*history.Summaries) storage.SeriesSet { return storage.TestSeriesSet(s) }
 	_, err := run(t.Context(), &Leaf{Grid: Grid{Step: 1}, Selector: &parser.VectorSelector{}}, options{}, open, 1)
 	require.ErrorIs(t, err, ErrGiveUp)
 }

@@ -19,6 +19,7 @@ import (
 
 	"github.com/epimetheus-tsdb/epimetheus/gateway/account"
 	"github.com/epimetheus-tsdb/epimetheus/gateway/merge"
+	"github.com/epimetheus-tsdb/epimetheus/history"
 )
 
 // shardable: it can be computed for some of the series, and for the others, and be put
@@ -148,7 +149,7 @@ func (w *work) runShards(ctx context.Context) (*partial, error) {
 		}
 		l := *w.l
 		l.shard = true
-		p, err := run(ctx, &l, w.q.opts, func(sums *merge.Summaries) storage.SeriesSet {
+		p, err := run(ctx, &l, w.q.opts, func(sums *history.Summaries) storage.SeriesSet {
 			return w.sel.ShardSet(l.mint(), l.maxt(), sums, merge.Shards{In: in})
 		}, runtime.GOMAXPROCS(0))
 		if err != nil {

@@ -234,7 +234,7 @@ type work struct {
 // here computes the steps from, up to, without, to.
 func (w *work) here(ctx context.Context, from, to int) (*partial, error) {
 	only := w.l.only(from, to)
-	return run(ctx, only, w.q.opts, func(sums *merge.Summaries) storage.SeriesSet {
+	return run(ctx, only, w.q.opts, func(sums *history.Summaries) storage.SeriesSet {
 		return w.sel.Set(only.mint(), only.maxt(), sums)
 	}, runtime.GOMAXPROCS(0))
 }
@@ -607,7 +607,7 @@ func (e *Engine) workParts(ctx context.Context, h *history.History, q *query, l 
 		only := l.only(from, to)
 		snap := h.Open(t.Tenant, only.mint(), only.maxt(), t.Blocks, t.Hidden)
 		snap.Hold = account.From(ctx).Hold
-		return run(ctx, only, q.opts, func(sums *merge.Summaries) storage.SeriesSet {
+		return run(ctx, only, q.opts, func(sums *history.Summaries) storage.SeriesSet {
 			return merge.Historical(ctx, snap, only.mint(), only.maxt(), sums, merge.Shards{}, nil, l.Selector.LabelMatchers)
 		}, 1)
 	}
@@ -659,7 +659,7 @@ func (e *Engine) workShard(ctx context.Context, h *history.History, q *query, l 
 	in[t.Shard] = true
 	snap := h.Open(t.Tenant, l.mint(), l.maxt(), t.Blocks, t.Hidden)
 	snap.Hold = account.From(ctx).Hold
-	p, err := run(ctx, &only, q.opts, func(sums *merge.Summaries) storage.SeriesSet {
+	p, err := run(ctx, &only, q.opts, func(sums *history.Summaries) storage.SeriesSet {
 		return merge.Historical(ctx, snap, l.mint(), l.maxt(), sums, merge.Shards{In: in}, t.Heads, l.Selector.LabelMatchers)
 	}, 1)
 	if err != nil {

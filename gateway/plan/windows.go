@@ -8,7 +8,7 @@ import (
 	"github.com/prometheus/prometheus/promql"
 
 	"github.com/epimetheus-tsdb/epimetheus/chunkfmt/rollup"
-	"github.com/epimetheus-tsdb/epimetheus/gateway/merge"
+	"github.com/epimetheus-tsdb/epimetheus/history"
 )
 
 // query is what a leaf asks of summaries.
@@ -20,7 +20,7 @@ func (l *Leaf) query(o options) *rollup.Query {
 }
 
 // summaries that answer the leaf, where there are some; nil: none would.
-func (l *Leaf) summaries(o options) *merge.Summaries {
+func (l *Leaf) summaries(o options) *history.Summaries {
 	if l.width == 0 {
 		return nil
 	}
@@ -29,7 +29,7 @@ func (l *Leaf) summaries(o options) *merge.Summaries {
 	if !ok {
 		return nil
 	}
-	return &merge.Summaries{Width: l.width, Columns: columns, Rest: q.Rest(l.width)}
+	return &history.Summaries{Width: l.width, Columns: columns, Rest: q.Rest(l.width)}
 }
 
 // errNeedsSamples: summaries tell too little for them to be worth while.
@@ -59,7 +59,7 @@ type windows struct {
 	one  points
 }
 
-func newWindows(l *Leaf, o options, sums *merge.Summaries) *windows {
+func newWindows(l *Leaf, o options, sums *history.Summaries) *windows {
 	if sums == nil {
 		return nil
 	}
