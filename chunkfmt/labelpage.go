@@ -228,31 +228,32 @@ func (v *LabelValues) Of(metric string) []string {
 // LabelPage tells of the labels of this page alone: all of a tenant's, if the
 // tenant has one series page and so no label page.
 func (p *SeriesPage) LabelPage() *LabelPage {
-	out := &LabelPage{}
-	var metricID []uint32 // per id of __name__
+	out := &LabelPage{metrics: []string{""}, names: make([]labelEntry, 0, len(p.names))}
 	metrics := p.metricColumn()
-	if metrics == nil {
-		out.metrics, metricID = []string{""}, []uint32{0}
-	} else {
-		nameless := false
-		for s := range p.series {
-			nameless = nameless || metrics.id(s) == absent
-		}
-		metricID = make([]uint32, len(metrics.values)+1)
-		if nameless {
-			out.metrics = append(out.metrics, "")
-		}
-		for i, v := range metrics.values {
-			metricID[i+1] = uint32(len(out.metrics))
-			out.metrics = append(out.metrics, v)
+	nameless := metrics == nil || metrics.lacking(p.series)
+	switch {
+	case metrics != nil && nameless:
+		out.metrics = append(out.metrics, metrics.values...)
+	case metrics != nil:
+		out.metrics = metrics.values
+	}
+	metricOf := func(series int) uint32 { // index into out.metrics
+		switch {
+		case metrics == nil:
+			return 0
+		case nameless:
+			return metrics.id(series) // absent is the first
+		default:
+			return metrics.id(series) - 1
 		}
 	}
+	values := make([]LabelValues, len(p.names))
 	for i := range p.names {
-		l := &p.names[i]
+		l, v := &p.names[i], &values[i]
 		if l.name == model.MetricNameLabel {
 			continue
 		}
-		v := &LabelValues{metrics: out.metrics, values: l.values}
+		v.metrics, v.values = out.metrics, l.values
 		v.find = func() {
 			v.sets, v.setOf = make([][]uint32, len(l.values)), make([]uint32, len(l.values))
 			for s := range p.series {
@@ -260,11 +261,7 @@ func (p *SeriesPage) LabelPage() *LabelPage {
 				if id == absent {
 					continue
 				}
-				metric := metricID[0]
-				if metrics != nil {
-					metric = metricID[metrics.id(s)]
-				}
-				set := v.sets[id-1]
+				metric, set := metricOf(s), v.sets[id-1]
 				if len(set) == 0 || set[len(set)-1] != metric {
 					v.sets[id-1] = append(set, metric)
 				}

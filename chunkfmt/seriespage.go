@@ -99,6 +99,24 @@ type span struct {
 	samples int
 }
 
+// lacking says whether any of so many series doesn't have the label.
+func (l *labelColumn) lacking(series int) bool {
+	if l.width == 2 {
+		for at := 0; at < 2*series; at += 2 {
+			if l.ids[at]|l.ids[at+1] == absent {
+				return true
+			}
+		}
+		return false
+	}
+	for s := range series {
+		if l.id(s) == absent {
+			return true
+		}
+	}
+	return false
+}
+
 func (l *labelColumn) id(series int) uint32 {
 	switch l.width {
 	case 1:

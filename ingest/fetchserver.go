@@ -139,6 +139,16 @@ func (i *Ingester) Fetch(ctx context.Context, q fetch.Query) ([][]fetch.Series, 
 	return found, f.header(q.Tenant, hd), err
 }
 
+// FetchLabels implements fetch.Local.
+func (i *Ingester) FetchLabels(ctx context.Context, q fetch.Query, name string) ([]string, *fetchpb.Header, error) {
+	f := i.fetch
+	if err := f.begin("local"); err != nil {
+		return nil, nil, err
+	}
+	values, hd, err := f.head.Labels(ctx, q, name)
+	return values, f.header(q.Tenant, hd), err
+}
+
 func (f *fetcher) Series(req *fetchpb.SeriesRequest, ss fetchpb.Fetch_SeriesServer) error {
 	if err := f.begin("series"); err != nil {
 		return err

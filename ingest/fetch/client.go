@@ -92,6 +92,8 @@ type Local interface {
 	// Fetch is Select of a Client, without the wire. The series share memory with
 	// the head.
 	Fetch(ctx context.Context, q Query) ([][]Series, *fetchpb.Header, error)
+	// FetchLabels is Labels of a Client, without the wire.
+	FetchLabels(ctx context.Context, q Query, name string) ([]string, *fetchpb.Header, error)
 }
 
 // NewClient uses a connection that the caller owns, and keeps labels in names. What
@@ -174,6 +176,14 @@ func (c *Client) whole(ctx context.Context, q Query) ([]Series, Header, error) {
 // Labels gives label names (name empty) or the values of the label name,
 // sorted.
 func (c *Client) Labels(ctx context.Context, q Query, name string) ([]string, Header, error) {
+	if c.local != nil {
+		out, p, err := c.local.FetchLabels(ctx, q, name)
+		if err != nil {
+			return nil, Header{}, err
+		}
+		hd, err := toHeader(p)
+		return out, hd, err
+	}
 	resp, err := c.rpc.Labels(ctx, &fetchpb.LabelsRequest{
 		Tenant: q.Tenant, Mint: q.MinT, Maxt: q.MaxT, Name: name, Matchers: FromMatchers(q.Matchers), Limit: uint32(q.Limit),
 	})
