@@ -40,7 +40,8 @@ type Store interface {
 	Put(ctx context.Context, key string, r io.ReaderAt, size int64) error
 
 	// GetRange returns the n bytes from offset off on, in a slice that is the
-	// caller's. If the object ends before, the error wraps io.ErrUnexpectedEOF.
+	// caller's. If the object ends before, and only then, the error wraps
+	// io.ErrUnexpectedEOF.
 	GetRange(ctx context.Context, key string, off, n int64) ([]byte, error)
 
 	// Size returns the length of an object in bytes.

@@ -322,6 +322,8 @@ func (s *S3) GetRange(ctx context.Context, key string, off, n int64) ([]byte, er
 	}
 }
 
+var errBroken = errors.New("the connection broke off")
+
 // getRange says also whether another attempt may succeed.
 func (s *S3) getRange(ctx context.Context, key *string, off, n int64) (b []byte, again bool, err error) {
 	ctx, cancel := s.deadline(ctx, n)
@@ -343,6 +345,9 @@ func (s *S3) getRange(ctx context.Context, key *string, off, n int64) (b []byte,
 	}
 	b = make([]byte, n)
 	if _, err := io.ReadFull(out.Body, b); err != nil {
+		if errors.Is(err, io.ErrUnexpectedEOF) {
+			err = errBroken // the other error is about the object
+		}
 		return nil, true, fmt.Errorf("body: %w", err)
 	}
 	return b, false, nil
