@@ -34,6 +34,8 @@ type cleaner struct {
 	asked  bool                // there are deletions to be cleaned soon
 	looked time.Time           // after those, last
 	full   time.Time           // when all was looked at, last
+	// When flushes were looked for of which nobody knows, last.
+	lookedBack time.Time
 
 	// When a tenant in a block will be past its retention, in ms, by block.
 	due        map[ulid.ULID]int64
@@ -240,6 +242,13 @@ func (c *Compactor) survey(ctx context.Context, v *view, x *cleaner) error {
 	if full {
 		if err := c.surveyBlocks(ctx, v, x); err != nil {
 			errs = append(errs, err)
+		}
+		if now.Sub(x.lookedBack) >= lookBackEvery {
+			if err := c.lookBack(ctx); err != nil {
+				errs = append(errs, err)
+			} else {
+				x.lookedBack = now
+			}
 		}
 	}
 	if len(errs) == 0 {

@@ -296,6 +296,9 @@ func (c *Compactor) Round(ctx context.Context) (worked bool, err error) {
 			break
 		}
 	}
+	if err := c.freeSlots(ctx, v); err != nil {
+		errs = append(errs, err)
+	}
 	c.metrics.cleaning.Set(float64(len(c.cleaner.todo)))
 	if now := c.now(); now.Sub(c.swept) >= c.o.OrphanAge/4 {
 		if err := c.sweep(ctx); err != nil {

@@ -7,7 +7,10 @@ import (
 	"math"
 	"math/rand/v2"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/oklog/ulid/v2"
@@ -512,4 +515,145 @@ func TestTakeBack(t *testing.T) {
 	if got := w.levels(t, "a"); got[0] != 2 || got[1] != 1 {
 		t.Errorf("rows by level %v", got)
 	}
+}
+
+// TestParkedTwice: a job that two compactors have parked, in two slots, is there once in
+// the end, and goes on.
+func TestParkedTwice(t *testing.T) {
+	w := newWorld(t, &historytest.MemoryObjects{}, &historytest.MemoryRows{})
+	id := ulid.MustNew(ulid.Timestamp(w.now), ulid.DefaultEntropy())
+	source := index.BlockRef{Block: ulid.MustNew(1, ulid.DefaultEntropy()), Object: "blocks/a", ObjectSize: 1}
+	for _, slot := range []uint8{parkedSlots, parkedSlots + 1} {
+		j := index.Job{Level: 1, Slot: slot, State: index.JobRemoved, ID: id, Sources: []index.JobSource{{BlockRef: source}}}
+		if err := w.index.SwapJob(t.Context(), index.Job{Level: 1, Slot: slot}, j); err != nil {
+			t.Fatal(err)
+		}
+	}
+	unfinished := func() (n int) {
+		js, err := w.index.Jobs(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, j := range js {
+			if j.State != index.JobIdle {
+				n++
+			}
+		}
+		return n
+	}
+	if _, err := w.c.Round(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if n := unfinished(); n != 1 {
+		t.Fatalf("the job is there %d times", n)
+	}
+	w.pass(t, time.Hour, time.Minute)
+	if n := unfinished(); n != 0 {
+		t.Errorf("the job is there %d times in the end", n)
+	}
+	if state, err := w.index.GuardState(t.Context(), source.Block); err != nil || state != index.Condemned {
+		t.Errorf("the source is %s, %v", state, err)
+	}
+}
+
+// TestAbandonedMerge: who merged is gone, and so is what there was to merge. Its slot is
+// freed.
+func TestAbandonedMerge(t *testing.T) {
+	w := newWorld(t, &historytest.MemoryObjects{}, &historytest.MemoryRows{})
+	j := index.Job{Level: 2, Slot: 3, State: index.JobMerging, Owner: "another", ID: ulid.MustNew(ulid.Timestamp(w.now), ulid.DefaultEntropy())}
+	if err := w.index.SwapJob(t.Context(), index.Job{Level: 2, Slot: 3}, j); err != nil {
+		t.Fatal(err)
+	}
+	state := func() index.JobState {
+		js, err := w.index.Jobs(t.Context())
+		if err != nil || len(js) != 1 {
+			t.Fatalf("%d jobs, %v", len(js), err)
+		}
+		return js[0].State
+	}
+	w.pass(t, 4*time.Minute, time.Minute)
+	if s := state(); s != index.JobMerging {
+		t.Errorf("within its lease it is %s", s)
+	}
+	w.pass(t, 4*time.Minute, time.Minute)
+	if s := state(); s != index.JobIdle {
+		t.Errorf("after its lease it is %s", s)
+	}
+}
+
+// TestFirstDay: flushes are found and compacted though a clock was wrong, or they came
+// much later than they were made.
+func TestFirstDay(t *testing.T) {
+	r := rand.New(rand.NewPCG(1, 11))
+	flush := func(w *world, at time.Time) {
+		t.Helper()
+		c := content{}
+		c.add("a", someSeries(r, "m", 1, at.UnixMilli()-hour, at.UnixMilli()))
+		data, sum := encode(t, c)
+		if err := w.history.Publish(t.Context(), ulid.MustNew(ulid.Timestamp(at), ulid.DefaultEntropy()), data, sum); err != nil {
+			t.Fatal(err)
+		}
+	}
+	t.Run("clock ahead", func(t *testing.T) {
+		objects, rows := &historytest.MemoryObjects{}, &historytest.MemoryRows{}
+		ahead, w := newWorld(t, objects, rows), newWorld(t, objects, rows)
+		ahead.now = w.now.Add(300 * 24 * time.Hour)
+		ahead.pass(t, time.Minute, time.Minute)
+		for range 8 {
+			w.now = w.now.Add(6 * time.Hour)
+			flush(w, w.now)
+		}
+		w.now = w.now.Add(2 * 24 * time.Hour)
+		w.pass(t, 12*time.Hour, time.Hour)
+		if got := w.levels(t, "a"); got[0] != 0 {
+			t.Errorf("rows by level %v", got)
+		}
+	})
+	t.Run("late", func(t *testing.T) {
+		w := newWorld(t, &historytest.MemoryObjects{}, &historytest.MemoryRows{})
+		made := w.now
+		w.pass(t, 10*24*time.Hour, 6*time.Hour)
+		flush(w, made)
+		w.pass(t, 24*time.Hour, time.Hour)
+		if got := w.levels(t, "a"); got[0] != 0 {
+			t.Errorf("rows by level %v", got)
+		}
+	})
+}
+
+// TestSlowPut: an object store takes longer to take a block than the lease lasts. The job
+// stays its owner's all the same, and is done once.
+func TestSlowPut(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		objects, rows := &historytest.MemoryObjects{}, &historytest.MemoryRows{}
+		var puts atomic.Int32
+		slow := &historytest.FaultyObjects{Store: objects, Decide: func(op, _ string) historytest.Fault {
+			if op == "Put" {
+				puts.Add(1)
+				time.Sleep(20 * time.Minute)
+			}
+			return historytest.None
+		}}
+		w, other := newWorld(t, objects, rows), newWorld(t, objects, rows)
+		w.now = time.Now()
+		c := content{}
+		c.add("a", someSeries(rand.New(rand.NewPCG(1, 5)), "m", 1, w.now.UnixMilli()-hour, w.now.UnixMilli()))
+		w.flush(t, c)
+		time.Sleep(3 * time.Hour)
+		ctx, cancel := context.WithTimeout(t.Context(), 3*time.Hour)
+		defer cancel()
+		var wg sync.WaitGroup
+		for _, x := range []*world{w, other} {
+			x.c.now, x.c.o.Objects = time.Now, slow
+			wg.Go(func() {
+				if err := x.c.Run(ctx); err != nil {
+					t.Error(err)
+				}
+			})
+		}
+		wg.Wait()
+		if got := w.levels(t, "a"); got[0] != 0 || got[1] != 1 || puts.Load() != 1 {
+			t.Errorf("%d blocks were put; rows by level %v", puts.Load(), got)
+		}
+	})
 }

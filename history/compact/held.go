@@ -36,8 +36,9 @@ type heldJob struct {
 func (c *Compactor) carryOn(ctx context.Context, v *view, j index.Job) error {
 	if twin, ok := v.twin(j); ok {
 		// It is on its way into another slot. What is done to one of two would be
-		// done to the other too, perhaps when its outputs are long replaced.
-		if j.Slot < parkedSlots {
+		// done to the other too, perhaps when its outputs are long replaced. Of two that
+		// are parked everybody frees the same.
+		if j.Slot < parkedSlots || twin.Slot >= parkedSlots && j.Slot > twin.Slot {
 			twin = j
 		}
 		return c.step(ctx, twin, index.Job{Level: twin.Level, Slot: twin.Slot, ID: twin.ID})

@@ -27,7 +27,7 @@ func (c *Compactor) tryGroup(ctx context.Context, v *view, g *group) (bool, erro
 	switch old.State {
 	case index.JobIdle:
 	case index.JobMerging:
-		if old.Owner != c.owner && c.now().Sub(c.seen[g.slotKey].since) < c.o.Lease {
+		if !c.expired(old) {
 			return false, nil
 		}
 	default:
@@ -61,6 +61,25 @@ func (c *Compactor) tryGroup(ctx context.Context, v *view, g *group) (bool, erro
 		err = errors.Join(err, c.step(context.WithoutCancel(ctx), j, idle))
 	}
 	return worked, err
+}
+
+// freeSlots frees slots of merges that nobody is at any more. Those that are wanted
+// again have been taken over before.
+func (c *Compactor) freeSlots(ctx context.Context, v *view) error {
+	for _, j := range v.jobs {
+		if j.State == index.JobMerging && c.expired(j) {
+			if err := c.step(ctx, j, index.Job{Level: j.Level, Slot: j.Slot, ID: j.ID}); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// expired says of a merge whether its slot may be taken: whoever was at it has been silent
+// for longer than its lease, or was this compactor.
+func (c *Compactor) expired(j index.Job) bool {
+	return j.Owner == c.owner || c.now().Sub(c.seen[slotKey{j.Level, j.Slot}].since) >= c.o.Lease
 }
 
 // published leaves of sources those that their writers have published. A work

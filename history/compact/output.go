@@ -204,7 +204,7 @@ func (o *outputs) close(ctx context.Context, open map[int64]*output, out *output
 	if err != nil {
 		return fmt.Errorf("write block %s: %w", out.row.Block, err)
 	}
-	if err := o.objects.Put(ctx, out.row.Object, out.file, summary.Size); err != nil {
+	if err := o.put(ctx, out, summary.Size); err != nil {
 		return fmt.Errorf("put block %s: %w", out.row.Block, err)
 	}
 	if err := history.WriteAhead(ctx, o.memcached, out.row.Object, out.file, summary, o.now()); err != nil {
@@ -214,6 +214,30 @@ func (o *outputs) close(ctx context.Context, open map[int64]*output, out *output
 	o.bytes += summary.Size
 	o.done = append(o.done, out.row)
 	return nil
+}
+
+// beatEvery is how often beat is called while a block is put, which may take longer
+// than a lease.
+const beatEvery = 10 * time.Second
+
+func (o *outputs) put(ctx context.Context, out *output, sizeBytes int64) error {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	done := make(chan error, 1)
+	go func() { done <- o.objects.Put(ctx, out.row.Object, out.file, sizeBytes) }() // put waits for it
+	tick := time.NewTicker(beatEvery)
+	defer tick.Stop()
+	for {
+		select {
+		case err := <-done:
+			return err
+		case <-tick.C:
+			if err := o.beat(ctx); err != nil {
+				cancel(err)
+				return errors.Join(err, <-done)
+			}
+		}
+	}
 }
 
 // discard removes the file.

@@ -110,6 +110,9 @@ const (
 	lateDays = 3
 	// firstScan is how far back work rows are looked for where nobody ever has.
 	firstScan = 400
+	// lookBackDays is how far surveys look for such that came later than that.
+	lookBackDays  = 32
+	lookBackEvery = 24 * time.Hour
 )
 
 // look lists work rows, then jobs: a block whose job has ended in between is no
@@ -180,31 +183,64 @@ func (c *Compactor) lookForFlushes(ctx context.Context, v *view) error {
 		return err
 	}
 	today := c.now().UnixMilli() / day
-	first := noted
-	if first == 0 {
-		first = max(1, today-firstScan)
+	first := min(noted, today-lateDays) // it is later if a clock was wrong
+	if noted == 0 {
+		first = today - firstScan
 	}
+	first = max(1, first)
 	empty := true // so far
-	for d := min(first, today); d <= today+1; d++ {
-		for shard := range index.WorkShards {
-			rows, err := c.o.Index.Work(ctx, d, shard)
-			if err != nil {
-				if _, ok := errors.AsType[*index.RowError](err); !ok {
-					return err
-				}
-				// It stays there until somebody looks after it; the other shards go on.
-				c.metrics.failures.Inc()
-				c.logger.Error("a work row can't be read, its shard is left alone", "day", d, "shard", shard, "err", err)
-				empty = false
-			}
-			v.flushes = append(v.flushes, rows...)
+	for d := first; d <= today+1; d++ {
+		rows, some, err := c.workOf(ctx, d)
+		if err != nil {
+			return err
 		}
-		if empty = empty && len(v.flushes) == 0; empty && d < today-lateDays {
+		v.flushes = append(v.flushes, rows...)
+		if empty = empty && !some; empty && d < today-lateDays {
 			first = d + 1
 		}
 	}
-	if first != noted && first <= today {
+	if first != noted {
 		return c.o.Index.SetFirstDay(ctx, noted, first)
+	}
+	return nil
+}
+
+// workOf lists the work rows of the flushes of a day, and says whether there are some, such
+// that can't be read included.
+func (c *Compactor) workOf(ctx context.Context, day int64) (rows []index.WorkRow, some bool, err error) {
+	for shard := range index.WorkShards {
+		of, err := c.o.Index.Work(ctx, day, shard)
+		if err != nil {
+			if _, ok := errors.AsType[*index.RowError](err); !ok {
+				return nil, false, err
+			}
+			// It stays there until somebody looks after it; the other shards go on.
+			c.metrics.failures.Inc()
+			c.logger.Error("a work row can't be read, its shard is left alone", "day", day, "shard", shard, "err", err)
+			some = true
+		}
+		rows = append(rows, of...)
+	}
+	return rows, some || len(rows) > 0, nil
+}
+
+// lookBack looks for flushes of days that nobody looks at any more: what was flushed may
+// have been put long after it was made, and a compactor's clock may have been wrong. From
+// then on compaction looks at these days again.
+func (c *Compactor) lookBack(ctx context.Context) error {
+	noted, err := c.o.Index.FirstDay(ctx)
+	if err != nil {
+		return err
+	}
+	today := c.now().UnixMilli() / day
+	for d := max(1, today-lookBackDays); d < min(noted, today-lateDays); d++ {
+		_, some, err := c.workOf(ctx, d)
+		if err != nil {
+			return err
+		}
+		if some {
+			return c.o.Index.SetFirstDay(ctx, noted, d)
+		}
 	}
 	return nil
 }
