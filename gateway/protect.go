@@ -11,9 +11,11 @@ import (
 	"sync"
 	"time"
 
+	"github.com/prometheus/prometheus/util/annotations"
 	"github.com/prometheus/prometheus/util/stats"
 
 	"github.com/epimetheus-tsdb/epimetheus/gateway/account"
+	"github.com/epimetheus-tsdb/epimetheus/gateway/merge"
 	"github.com/epimetheus-tsdb/epimetheus/gateway/plan"
 )
 
@@ -251,7 +253,9 @@ func (a *API) renderStats(ctx context.Context, s *stats.Statistics, _ string) st
 // query, at the path as, and are checked as there.
 func (a *API) explain(as string) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
-		ctx, e := plan.WithExplanation(r.Context())
+		var warnings annotations.Annotations
+		ctx := merge.WithWarn(r.Context(), func(ws annotations.Annotations) { warnings.Merge(ws) })
+		ctx, e := plan.WithExplanation(ctx)
 		r = r.Clone(ctx)
 		r.URL.Path = as
 		check := &heldAnswer{header: http.Header{}, code: http.StatusOK}
@@ -263,7 +267,7 @@ func (a *API) explain(as string) http.HandlerFunc {
 			return
 		}
 		a.answers.take(check.body) // nobody wants it
-		respond(w, e, nil)
+		respond(w, e, warnings)
 	}
 }
 

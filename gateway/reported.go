@@ -3,6 +3,7 @@ package gateway
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"log/slog"
 	"net/http"
@@ -11,14 +12,19 @@ import (
 	"time"
 
 	"github.com/prometheus/common/model"
+	"github.com/prometheus/prometheus/util/annotations"
 
+	"github.com/epimetheus-tsdb/epimetheus/gateway/merge"
 	"github.com/epimetheus-tsdb/epimetheus/history/index"
 )
 
 const (
 	// reportAge is how long what a tenant's Prometheus was said to have is taken for
 	// true: how long another gateway takes to notice a change.
-	reportAge      = 30 * time.Second
+	reportAge = 30 * time.Second
+	// reportRetry is how soon what could never be read is read again: until then queries
+	// may mean something else than at the tenant's Prometheus.
+	reportRetry    = time.Second
 	reportTimeout  = 2 * time.Second
 	maxReports     = 100_000  // tenants that reports are kept of
 	maxVariants    = 32       // engines with different options
@@ -38,15 +44,21 @@ type reports struct {
 	index  *index.Index // nil: there are none
 	logger *slog.Logger
 
-	mu  sync.Mutex
-	all map[string]*report
+	mu      sync.Mutex
+	all     map[string]*report
+	failing bool // the last row that was asked for couldn't be read
 }
 
 type report struct {
-	mu   sync.Mutex // held while the row is read
-	read time.Time
-	row  index.EngineRow // LookbackDelta is 0 if there is none
+	mu    sync.Mutex      // held while the row is read
+	known bool            // it has been read, or written
+	next  time.Time       // when it is to be read again
+	row   index.EngineRow // LookbackDelta is 0 if there is none
 }
+
+// errNotReported is what answers warn of where a tenant's engine options were never
+// read.
+var errNotReported = errors.New("engine options of the tenant's Prometheus (lookback delta, feature flags) can't be read from the index, this answer is by those that the gateway is configured with: it may differ from that Prometheus's")
 
 func (s *reports) of(tenant string) *report {
 	s.mu.Lock()
@@ -63,27 +75,43 @@ func (s *reports) of(tenant string) *report {
 }
 
 // get returns what is known of a tenant. Where the row can't be read what was
-// known before holds on.
-func (s *reports) get(ctx context.Context, tenant string) (row index.EngineRow, found bool) {
+// known before holds on; if nothing was, it gives errNotReported.
+func (s *reports) get(ctx context.Context, tenant string) (row index.EngineRow, found bool, err error) {
 	if s.index == nil {
-		return row, false
+		return row, false, nil
 	}
 	r := s.of(tenant)
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if time.Since(r.read) > reportAge {
+	if time.Now().After(r.next) {
 		// Others wait for this read: it doesn't end with the request.
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), reportTimeout)
 		defer cancel()
 		row, _, err := s.index.Engine(ctx, tenant)
-		if err != nil {
-			s.logger.Warn("engine options that the tenant's sidecar reported can't be read, those known before hold on", "tenant", tenant, "err", err)
-		} else {
-			r.row = row
+		s.note(tenant, err)
+		age := reportAge
+		switch {
+		case err == nil:
+			r.row, r.known = row, true
+		case !r.known:
+			age = reportRetry
 		}
-		r.read = time.Now()
+		r.next = time.Now().Add(age)
 	}
-	return r.row, r.row.LookbackDelta > 0
+	if !r.known {
+		return row, false, errNotReported
+	}
+	return r.row, r.row.LookbackDelta > 0, nil
+}
+
+// note logs when rows can't be read any more, once for all tenants.
+func (s *reports) note(tenant string, err error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if err != nil && !s.failing {
+		s.logger.Warn("engine options that sidecars reported can't be read, those known before hold on; answers warn where there are none", "tenant", tenant, "err", err)
+	}
+	s.failing = err != nil
 }
 
 // put stores what a sidecar reports.
@@ -98,7 +126,7 @@ func (s *reports) put(ctx context.Context, row index.EngineRow) error {
 		s.logger.Info("engine options of the tenant's Prometheus reported", "tenant", row.Tenant,
 			"lookback_delta", time.Duration(row.LookbackDelta)*time.Millisecond, "enable_features", row.Features)
 	}
-	r.row, r.read = row, time.Now()
+	r.row, r.known, r.next = row, true, time.Now().Add(reportAge)
 	return nil
 }
 
@@ -116,7 +144,8 @@ func (o EngineOptions) with(row index.EngineRow) EngineOptions {
 
 // variantOf gives the API as tenants have it: with the options of the
 // configuration, or those of the tenant's Prometheus. Where several have different
-// ones, it is that of tenants with no options of their own.
+// ones, it is that of tenants with no options of their own. Whoever asked for it with
+// merge.WithWarn is told if options can't be known.
 func (a *API) variantOf(ctx context.Context, tenants []string) *variant {
 	v := a.variantOfOne(ctx, tenants[0])
 	for _, t := range tenants[1:] {
@@ -131,7 +160,10 @@ func (a *API) variantOfOne(ctx context.Context, tenant string) *variant {
 	if v := a.tenants[tenant]; v != nil {
 		return v
 	}
-	row, found := a.reports.get(ctx, tenant)
+	row, found, err := a.reports.get(ctx, tenant)
+	if err != nil {
+		merge.Warn(ctx, annotations.New().Add(err))
+	}
 	if !found {
 		return a.variant
 	}

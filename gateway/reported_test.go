@@ -1,19 +1,24 @@
 package gateway_test
 
 import (
+	"log/slog"
 	"net/http"
 	"net/http/httptest"
 	"net/url"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/prometheus/model/labels"
+	"github.com/prometheus/prometheus/storage"
 
 	"github.com/epimetheus-tsdb/epimetheus/gateway"
 	"github.com/epimetheus-tsdb/epimetheus/gateway/gatewaytest"
 	"github.com/epimetheus-tsdb/epimetheus/history/historytest"
 	"github.com/epimetheus-tsdb/epimetheus/history/index"
+	"github.com/epimetheus-tsdb/epimetheus/ingest/ring"
 )
 
 // TestReportedEngine: queries mean what the flags of the tenant's Prometheus, as its
@@ -77,10 +82,55 @@ func TestReportedEngine(t *testing.T) {
 	fault = historytest.Before
 	report("b", `{"lookback_delta":"30s"}`, http.StatusServiceUnavailable, "unavailable")
 	query(api, "b", "up", http.StatusOK, `"__name__":"up"`)
-	query(newAPI(t, c, options), "a", "up", http.StatusOK, `"__name__":"up"`) // it never knew
+	query(api, "a", "up", http.StatusOK, `"result":[]`) // it knows
 	fault = historytest.None
 	options.Index = nil
 	do(newAPI(t, c, options), http.MethodPost, "a", "/engine", `{"lookback_delta":"1m"}`, http.StatusNotImplemented, "takes no reports")
+}
+
+// nothing is a storage without samples.
+type nothing struct{ gateway.Storage }
+
+func (nothing) Querier(int64, int64) (storage.Querier, error) { return storage.NoopQuerier(), nil }
+
+// TestUnknownEngine: where it can't be known what a tenant's Prometheus has, answers
+// warn, and mean what they should as soon as it can be read.
+func TestUnknownEngine(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) { // for the time until it is read again
+		var fault historytest.Fault
+		x := index.New(&historytest.FaultyRows{Store: &historytest.MemoryRows{}, Decide: func(string, string) historytest.Fault { return fault }})
+		if err := x.PutEngine(t.Context(), index.EngineRow{Tenant: gateway.DefaultTenant, LookbackDelta: 30_000}); err != nil {
+			t.Fatal(err)
+		}
+		reg := prometheus.NewRegistry()
+		api, err := gateway.New(gateway.Options{Index: x}, nothing{}, &ring.Live{}, slog.New(slog.DiscardHandler), reg, reg)
+		if err != nil {
+			t.Fatal(err)
+		}
+		check := func(warns bool, lookback string) {
+			t.Helper()
+			for path, want := range map[string]string{
+				"query?query=1": "", "query?query=1&stats=all": "", "query_explain?query=1": "", "status/flags": `"query.lookback-delta":"` + lookback + `"`,
+			} {
+				w := httptest.NewRecorder()
+				api.ServeHTTP(w, httptest.NewRequestWithContext(t.Context(), http.MethodGet, "/api/v1/"+path, http.NoBody))
+				got := w.Body.String()
+				if w.Code != http.StatusOK || !strings.Contains(got, want) || strings.Contains(got, "engine options of the tenant's Prometheus") != warns {
+					t.Errorf("%s: %d %s, want warning %t, %s", path, w.Code, got, warns, want)
+				}
+			}
+		}
+		fault = historytest.Before
+		check(true, "5m")
+		time.Sleep(1100 * time.Millisecond)
+		check(true, "5m")
+		fault = historytest.None
+		time.Sleep(1100 * time.Millisecond)
+		check(false, "30s")
+		fault = historytest.Before
+		time.Sleep(time.Hour)
+		check(false, "30s") // known before
+	})
 }
 
 // TestManyReportedEngines: what tenants report takes no memory without a bound.
