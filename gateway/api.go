@@ -114,6 +114,8 @@ type API struct {
 	rivals     rivals
 	handler    http.Handler
 
+	bodyTimeout time.Duration // bodyTimeout, but in tests
+
 	answers   streaming
 	encodings encodings
 }
@@ -124,6 +126,7 @@ func New(o Options, s Storage, live *ring.Live, logger *slog.Logger, reg prometh
 	a := &API{
 		opts: o, storage: tenants{s}, live: live, logger: logger.With("component", "api"), birth: time.Now().UTC(),
 		tenants: map[string]*variant{}, variants: map[string]*variant{}, gatherer: gatherer, gates: gates{all: map[string]*gate{}}, answers: streaming{waiting: map[string]*v1.Response{}},
+		bodyTimeout: bodyTimeout,
 	}
 	if err := o.Engine.Validate(); err != nil {
 		return nil, err

@@ -1,5 +1,7 @@
 package gateway
 
+import "time"
+
 // Encode is for tests.
 var Encode = encode
 
@@ -9,3 +11,6 @@ func (a *API) Engines() int {
 	defer a.mu.Unlock()
 	return len(a.variants)
 }
+
+// SetBodyTimeout changes how long a body may take. It is for before the first request.
+func (a *API) SetBodyTimeout(d time.Duration) { a.bodyTimeout = d }

@@ -160,10 +160,14 @@ func (a *API) protect(w http.ResponseWriter, r *http.Request, h http.Handler) {
 	name := strings.Join(tenants, "|")
 	ctx, acc, done := a.opts.Memory.Open(r.Context(), limits.Limits)
 	defer done()
+	r, err := withBody(w, r.WithContext(ctx), a.bodyTimeout)
+	if err != nil {
+		failBody(w, err)
+		return
+	}
 	if r.URL.Path == "/api/v1/read" {
 		w = &readWriter{w, acc}
 	}
-	r = r.WithContext(ctx)
 	if !reads(r.URL.Path) {
 		h.ServeHTTP(w, r)
 		return
