@@ -58,8 +58,10 @@ const (
 // keeps b.
 func ParseDirectory(b []byte) (*Directory, error) {
 	d, typ := &Directory{}, pageDirectory
-	if len(b) > 0 && pageType(b[0])&^pageZstd == pageGoneDirectory {
-		d.Gone, typ = true, pageGoneDirectory
+	if len(b) > 0 {
+		if t := pageType(b[0]) &^ pageZstd; t == pageGoneDirectory || t == pageGroupsDirectory {
+			d.Gone, typ = true, t
+		}
 	}
 	body, rest, err := openPage(b, typ)
 	if err != nil {
@@ -214,7 +216,7 @@ func (d *Directory) append(dst []byte, offset int64, compress bool) []byte {
 	}
 	typ := pageDirectory
 	if d.Gone {
-		typ = pageGoneDirectory
+		typ = pageGroupsDirectory
 	}
 	return appendPage(dst, typ, body, compress)
 }
@@ -265,7 +267,7 @@ type Summary struct {
 const (
 	// Version is the newest format version that this package knows. It writes it where
 	// samples are gone, and else firstVersion: what earlier programs can read, they may.
-	Version = 2
+	Version = 3
 
 	firstVersion = 1
 

@@ -20,11 +20,14 @@ import (
 func bodies(tb testing.TB) map[pageType][][]byte {
 	tb.Helper()
 	out := map[pageType][][]byte{}
-	gone, err := os.ReadFile("testdata/block-v2")
-	if err != nil {
-		tb.Fatal(err)
+	var blocks [][]byte
+	for _, name := range []string{"testdata/block-v2", "testdata/block-v3"} {
+		gone, err := os.ReadFile(name)
+		if err != nil {
+			tb.Fatal(err)
+		}
+		blocks = append(blocks, gone)
 	}
-	blocks := [][]byte{gone}
 	for seed := range uint64(4) {
 		r := rand.New(rand.NewPCG(seed, 7))
 		block, _ := writeBlock(tb, randomBlock(r, 2, 12), WriterOptions{Uncompressed: true, PageSeries: 6 + int(seed)*10, PageBytes: 3000, Rollups: seed%2 == 0})
@@ -97,6 +100,20 @@ func FuzzDataPage(f *testing.F) {
 }
 
 func FuzzWindowPage(f *testing.F) {
+	for _, b := range bodies(f)[pageWindows] {
+		f.Add(b, uint16(rollup.AllColumns))
+	}
+	f.Fuzz(func(t *testing.T, body []byte, columns uint16) {
+		p, err := ParseWindowPage(appendPage(nil, pageWindows, body, false))
+		wantCorrupt(t, err)
+		if err == nil {
+			fuzzWindows(t, p, columns)
+		}
+	})
+}
+
+// FuzzWindowGroups is FuzzWindowPage for pages of groups of columns.
+func FuzzWindowGroups(f *testing.F) {
 	r := rand.New(rand.NewPCG(1, 21))
 	var sum rollup.Summariser
 	for n := range 6 {
@@ -109,56 +126,76 @@ func FuzzWindowPage(f *testing.F) {
 			}
 			p.add(w, 0, min(w.Len(), 20+40*k))
 		}
-		body, err := onlyPage(p.appendTo(nil), pageWindows)
-		if err != nil {
-			f.Fatal(err)
+		var body [windowGroups][]byte
+		for g := groupEnds; g <= p.lastGroup(); g++ {
+			var err error
+			if body[g], err = onlyPage(p.appendTo(nil, g), pageWindows); err != nil {
+				f.Fatal(err)
+			}
 		}
-		f.Add(body, uint16(rollup.AllColumns))
+		f.Add(body[groupEnds], body[groupPrev], body[groupValues], body[groupMoment], uint16(rollup.AllColumns))
 	}
-	f.Fuzz(func(t *testing.T, body []byte, columns uint16) {
-		p, err := ParseWindowPage(appendPage(nil, pageWindows, body, false))
+	f.Fuzz(func(t *testing.T, ends, prev, values, moment []byte, columns uint16) {
+		p, err := ParseWindowPage(appendPage(nil, pageWindows, ends, false))
 		wantCorrupt(t, err)
 		if err != nil {
 			return
 		}
-		cols := rollup.Columns(columns) & rollup.AllColumns
-		var dec, other WindowDecoder
-		var all, one, even rollup.Windows
-		for i := range min(p.Len(), 20) {
-			n := all.Len()
-			one.Clear()
-			err := dec.Decode(p, i, cols, &one)
+		for _, body := range [][]byte{prev, values, moment} {
+			o, err := ParseWindowPage(appendPage(nil, pageWindows, body, false))
 			wantCorrupt(t, err)
-			if err2 := dec.Decode(p, i, cols, &all); (err == nil) != (err2 == nil) {
-				t.Fatal(err, err2)
-			}
-			even.Clear()
-			if err2 := other.DecodeEven(p, i, cols, 0, &even); (err == nil) != (err2 == nil) {
-				t.Fatal(err, err2)
-			}
-			if even.Expand(cols); err == nil {
-				if d := sameWindows(&one, &even); d != "" {
-					t.Fatal(d)
-				}
-			}
-			if err != nil {
-				if all.Len() != n {
-					t.Fatal("windows of a bad chunk")
-				}
-				continue
-			}
-			if one.Len() != p.Windows(i) || all.Len() != n+one.Len() {
-				t.Fatalf("%d windows", one.Len())
-			}
-			for k, end := range one.End {
-				in := func(x int64) bool { return x > end-p.Width() && x <= end }
-				if end%p.Width() != 0 || k > 0 && one.End[k-1] >= end || !one.Flags[k].Valid() ||
-					cols&rollup.First != 0 && !in(one.FirstT[k]) || cols&rollup.Prev != 0 && !in(one.PrevT[k]) || cols&rollup.Last != 0 && !in(one.LastT[k]) {
-					t.Fatalf("window %d: %+v", k, one)
+			if err == nil {
+				all, err := p.With(o)
+				wantCorrupt(t, err)
+				if err == nil {
+					p = all
 				}
 			}
 		}
+		fuzzWindows(t, p, columns)
 	})
+}
+
+// fuzzWindows decodes the chunks of a page.
+func fuzzWindows(t *testing.T, p *WindowPage, columns uint16) {
+	t.Helper()
+	cols := rollup.Columns(columns) & rollup.AllColumns
+	var dec, other WindowDecoder
+	var all, one, even rollup.Windows
+	for i := range min(p.Len(), 20) {
+		n := all.Len()
+		one.Clear()
+		err := dec.Decode(p, i, cols, &one)
+		wantCorrupt(t, err)
+		if err2 := dec.Decode(p, i, cols, &all); (err == nil) != (err2 == nil) {
+			t.Fatal(err, err2)
+		}
+		even.Clear()
+		if err2 := other.DecodeEven(p, i, cols, 0, &even); (err == nil) != (err2 == nil) {
+			t.Fatal(err, err2)
+		}
+		if even.Expand(cols); err == nil {
+			if d := sameWindows(&one, &even); d != "" {
+				t.Fatal(d)
+			}
+		}
+		if err != nil {
+			if all.Len() != n {
+				t.Fatal("windows of a bad chunk")
+			}
+			continue
+		}
+		if one.Len() != p.Windows(i) || all.Len() != n+one.Len() {
+			t.Fatalf("%d windows", one.Len())
+		}
+		for k, end := range one.End {
+			in := func(x int64) bool { return x > end-p.Width() && x <= end }
+			if end%p.Width() != 0 || k > 0 && one.End[k-1] >= end || !one.Flags[k].Valid() ||
+				cols&rollup.First != 0 && !in(one.FirstT[k]) || cols&rollup.Prev != 0 && !in(one.PrevT[k]) || cols&rollup.Last != 0 && !in(one.LastT[k]) {
+				t.Fatalf("window %d: %+v", k, one)
+			}
+		}
+	}
 }
 
 func FuzzSeriesPage(f *testing.F) {

@@ -55,17 +55,19 @@ func goneBlock(t *testing.T) (block []byte, summary *Summary, sums map[string]*S
 }
 
 // TestGone reads windows of which the samples are gone, and finds their series. The
-// block is the one that is kept as of version 2.
+// blocks are those that are kept as of versions 2 and 3.
 func TestGone(t *testing.T) {
 	block, summary, sums := goneBlock(t)
-	checkGone(t, block, summary, sums)
-	checkGone(t, kept(t, "testdata/block-v2", block), summary, sums)
+	checkGone(t, 3, block, summary, sums)
+	for _, version := range []int{2, 3} {
+		checkGone(t, version, kept(t, fmt.Sprintf("testdata/block-v%d", version), block), summary, sums)
+	}
 }
 
-func checkGone(t *testing.T, block []byte, summary *Summary, sums map[string]*Summaries) {
+func checkGone(t *testing.T, version int, block []byte, summary *Summary, sums map[string]*Summaries) {
 	t.Helper()
 	f, err := ParseFooter(block, int64(len(block)))
-	if err != nil || f.Version != 2 {
+	if err != nil || f.Version != version {
 		t.Fatal(err, f)
 	}
 	for i, tenant := range f.Tenants {
@@ -76,9 +78,11 @@ func checkGone(t *testing.T, block []byte, summary *Summary, sums map[string]*Su
 		if err != nil || d.Gone != (tenant.Tenant == "some") || tenant.Gone != d.Gone {
 			t.Fatal(err, d)
 		}
-		// What programs do that know version 1 alone.
-		if _, _, err := openPage(at(block, tenant.Directory), pageDirectory); (err == nil) == d.Gone {
-			t.Errorf("%s: a directory of version 1: %v", tenant.Tenant, err)
+		// What programs do that know earlier versions alone.
+		for i, typ := range []pageType{pageDirectory, pageGoneDirectory}[:version-1] {
+			if _, _, err := openPage(at(block, tenant.Directory), typ); (err == nil) != (i == 0 && !d.Gone) {
+				t.Errorf("%s: a directory of version %d: %v", tenant.Tenant, i+1, err)
+			}
 		}
 		found := 0
 		for _, ref := range d.Pages(nil, math.MinInt64, math.MaxInt64) {

@@ -57,6 +57,9 @@ const (
 	// pageGoneDirectory is a directory with Gone: programs that don't know of it fail
 	// rather than miss what is in windows alone.
 	pageGoneDirectory pageType = 9
+	// pageGroupsDirectory is such with windows in groups, which programs that don't know of
+	// them would miss too.
+	pageGroupsDirectory pageType = 10
 
 	pageZstd pageType = 0x80 // the body is its length and a zstd frame
 )

@@ -1,6 +1,7 @@
 package chunkfmt
 
 import (
+	"cmp"
 	"encoding/binary"
 	"fmt"
 	"math"
@@ -53,6 +54,9 @@ const (
 	partShort     = 5
 	partLong      = 6
 	partGone      = 7
+	// Windows in groups of columns. What knows parts 5 and 6 alone reads samples instead.
+	partShortGroups = 8
+	partLongGroups  = 9
 )
 
 // absent is the id of a label that a series does not have.
@@ -87,6 +91,9 @@ type chunkPart struct {
 	chunks []chunkRef
 	of     []uint32 // of each series: its first chunk in chunks; one more at the end
 	spans  []span
+	// Of windows in groups: how many, and of those behind the first the pages, for each of pages.
+	groups int
+	beside [windowGroups][]Location
 }
 
 type chunkRef struct {
@@ -166,6 +173,16 @@ func ParseSeriesPage(b []byte) (*SeriesPage, error) {
 			p.short = c.chunkPart(p.series)
 		case partLong:
 			p.long = c.chunkPart(p.series)
+		case partShortGroups, partLongGroups:
+			windows := &p.short
+			if part == partLongGroups {
+				windows = &p.long
+			}
+			if windows.of != nil {
+				c.fail("there are windows in another part too")
+				return
+			}
+			*windows = c.groupPart(p.series)
 		case partMetadata:
 			p.metadata(c)
 		case partFamilies:
@@ -281,16 +298,42 @@ func (p *SeriesPage) goneIn(i int, mint, maxt int64) (r Range, some bool) {
 	return r, some
 }
 
-func (c *cursor) chunkPart(series int) (p chunkPart) {
+func (c *cursor) chunkPart(series int) chunkPart { return c.chunksIn(1, series) }
+
+// groupPart is chunkPart for windows in groups.
+func (c *cursor) groupPart(series int) (p chunkPart) {
+	groups := int(c.byte())
+	if groups < 1 || groups >= int(windowGroups) {
+		c.fail("%d groups of columns", groups)
+		return p
+	}
+	p = c.chunksIn(groups, series)
+	p.groups = groups
+	if n := len(p.pages); n > 0 {
+		offset := p.pages[n-1].End()
+		for g := groupPrev; int(g) <= groups; g++ {
+			for i := range p.beside[g] {
+				p.beside[g][i].Offset = offset
+				offset = p.beside[g][i].End()
+			}
+		}
+	}
+	return p
+}
+
+func (c *cursor) chunksIn(groups, series int) (p chunkPart) {
 	offset := c.offset()
-	p.pages = make([]Location, c.count(2))
+	p.pages = make([]Location, c.count(1+groups))
 	p.first = make([]uint32, 1, len(p.pages)+1)
 	total := uint64(0)
+	size := func() int64 { return int64(c.bounded("page size", MaxPage+pageHead+pageTail)) }
 	for i := range p.pages {
-		size := c.bounded("page size", MaxPage+pageHead+pageTail)
-		p.pages[i] = Location{Offset: offset, Size: int64(size)}
-		offset += int64(size)
+		p.pages[i] = Location{Offset: offset, Size: size()}
+		offset = p.pages[i].End()
 		total += c.uvarint()
+		for g := groupPrev; int(g) <= groups; g++ {
+			p.beside[g] = append(p.beside[g], Location{Size: size()})
+		}
 		if total > uint64(len(c.b)) {
 			c.fail("%d chunks, %d bytes left", total, len(c.b))
 			return p
@@ -477,13 +520,15 @@ func (e *WindowEntry) WindowsOf(width, mint, maxt int64) []Chunk {
 	return e.page.Windows(e.series, width, mint, maxt)
 }
 
+// Beside is SeriesPage.Beside.
+func (e *WindowEntry) Beside(width int64, page Location, cols rollup.Columns) []Location {
+	return e.page.Beside(width, page, cols)
+}
+
 // SelectWindows is Select for windows of a width in ms, rollup.Short or rollup.Long:
 // of the series that have samples in that time.
 func (p *SeriesPage) SelectWindows(ms []*labels.Matcher, mint, maxt, width int64) []WindowEntry {
-	windows := &p.short
-	if width == rollup.Long {
-		windows = &p.long
-	}
+	windows := p.windows(width)
 	keep := p.match(ms)
 	n := 0
 	for _, ok := range keep {
@@ -546,19 +591,45 @@ func (p *SeriesPage) Entry(i int, mint, maxt int64, builder *labels.ScratchBuild
 // Windows gives the chunks of summaries of a width, rollup.Short or rollup.Long, of
 // the i-th series that overlap mint to maxt, both included, ascending.
 func (p *SeriesPage) Windows(i int, width, mint, maxt int64) []Chunk {
-	if width == rollup.Long {
-		return p.long.select1(i, mint, maxt)
-	}
-	return p.short.select1(i, mint, maxt)
+	return p.windows(width).select1(i, mint, maxt)
 }
 
-// WindowPages are the locations of the pages with windows of a width. They lie one
-// behind the other in the object.
+// WindowPages are the locations of the pages with windows of a width, of all groups. They
+// lie one behind the other in the object.
 func (p *SeriesPage) WindowPages(width int64) []Location {
-	if width == rollup.Long {
-		return p.long.pages
+	of := p.windows(width)
+	out := slices.Clone(of.pages)
+	for _, pages := range of.beside {
+		out = append(out, pages...)
 	}
-	return p.short.pages
+	return out
+}
+
+// Beside are the locations of the pages that have columns of the windows in a page of a
+// width beside the page that chunks name, for WindowPage.With.
+func (p *SeriesPage) Beside(width int64, page Location, cols rollup.Columns) []Location {
+	of := p.windows(width)
+	if of.groups == 0 {
+		return nil
+	}
+	i, ok := slices.BinarySearchFunc(of.pages, page.Offset, func(l Location, offset int64) int { return cmp.Compare(l.Offset, offset) })
+	if !ok {
+		return nil
+	}
+	var out []Location
+	for g := groupPrev; int(g) <= of.groups; g++ {
+		if g.wanted(cols) {
+			out = append(out, of.beside[g][i])
+		}
+	}
+	return out
+}
+
+func (p *SeriesPage) windows(width int64) *chunkPart {
+	if width == rollup.Long {
+		return &p.long
+	}
+	return &p.short
 }
 
 func (p *SeriesPage) labels(i int, b *labels.ScratchBuilder) labels.Labels {
@@ -720,6 +791,7 @@ type chunkBuilder struct {
 	offset    int64
 	sizes     []int64
 	counts    []int
+	beside    [][]int64 // sizes of the pages of further groups, of each page
 	inPage    int
 	spanIDs   map[span]uint32
 	spans     []byte
@@ -832,6 +904,15 @@ func (b *chunkBuilder) endPage(offset, size int64) {
 	b.inPage = 0
 }
 
+// endBeside notes the size of the page of the next group that belongs to the last page.
+func (b *chunkBuilder) endBeside(size int64) {
+	for len(b.beside) < len(b.sizes) {
+		b.beside = append(b.beside, nil)
+	}
+	n := len(b.beside) - 1
+	b.beside[n] = append(b.beside[n], size)
+}
+
 func (b *chunkBuilder) data() Location {
 	l := Location{Offset: b.offset}
 	for _, n := range b.sizes {
@@ -840,12 +921,24 @@ func (b *chunkBuilder) data() Location {
 	return l
 }
 
-func (b *chunkBuilder) bytes() []byte {
-	dst := binary.AppendUvarint(nil, uint64(b.offset))
+func (b *chunkBuilder) bytes() []byte { return b.append(nil) }
+
+// groupBytes is bytes for windows in groups.
+func (b *chunkBuilder) groupBytes() []byte {
+	return b.append([]byte{byte(1 + len(b.beside[0]))})
+}
+
+func (b *chunkBuilder) append(dst []byte) []byte {
+	dst = binary.AppendUvarint(dst, uint64(b.offset))
 	dst = binary.AppendUvarint(dst, uint64(len(b.sizes)))
 	for i := range b.sizes {
 		dst = binary.AppendUvarint(dst, uint64(b.sizes[i]))
 		dst = binary.AppendUvarint(dst, uint64(b.counts[i]))
+		if b.beside != nil {
+			for _, n := range b.beside[i] {
+				dst = binary.AppendUvarint(dst, uint64(n))
+			}
+		}
 	}
 	dst = binary.AppendUvarint(dst, uint64(len(b.spanIDs)))
 	dst = append(dst, b.spans...)
@@ -884,12 +977,6 @@ func (b *seriesBuilder) appendTo(dst []byte, compress bool) []byte {
 			body = appendPart(body, partFamilies, b.families)
 		}
 	}
-	if b.short.total > 0 {
-		body = appendPart(body, partShort, b.short.bytes())
-	}
-	if b.long.total > 0 {
-		body = appendPart(body, partLong, b.long.bytes())
-	}
 	if len(b.gone) > 0 {
 		part := append(binary.AppendUvarint(nil, uint64(len(b.gone))), b.lists...)
 		for i := range b.series {
@@ -900,6 +987,12 @@ func (b *seriesBuilder) appendTo(dst []byte, compress bool) []byte {
 			part = binary.AppendUvarint(part, uint64(id))
 		}
 		body = appendPart(body, partGone, part)
+	}
+	if b.short.total > 0 {
+		body = appendPart(body, partShortGroups, b.short.groupBytes())
+	}
+	if b.long.total > 0 {
+		body = appendPart(body, partLongGroups, b.long.groupBytes())
 	}
 	return appendPage(dst, pageSeries, body, compress)
 }

@@ -17,7 +17,7 @@ type PageInfo struct {
 
 // pageNames are those of page types.
 func (t pageType) String() string {
-	names := [...]string{"", "data", "exemplar", "series", "label", "label values", "directory", "footer", "window", "directory"}
+	names := [...]string{"", "data", "exemplar", "series", "label", "label values", "directory", "footer", "window", "directory", "directory"}
 	if int(t) < len(names) && t > 0 {
 		return names[t]
 	}
@@ -52,7 +52,7 @@ func CheckPage(b []byte) (PageInfo, error) {
 	}
 	typ := pageType(b[0]) &^ pageZstd
 	info := PageInfo{Kind: typ.String(), Size: int64(len(b))}
-	if typ < pageData || typ > pageGoneDirectory {
+	if typ < pageData || typ > pageGroupsDirectory {
 		return info, corrupt("a page of %s", typ)
 	}
 	body, err := onlyPage(b, typ)

@@ -18,9 +18,12 @@ type windowsWriter struct {
 	summariser            rollup.Summariser
 	shortRows, longRows   rollup.Windows
 	short, long           windowBuilder
-	shortPages, longPages [][]byte
+	shortPages, longPages groupPages
 	bytes                 int // of pages
 }
+
+// groupPages are pages of one width, of each group in the order of the object.
+type groupPages [windowGroups][][]byte
 
 // none notes that the next series has no windows.
 func (w *windowsWriter) none(b *seriesBuilder) {
@@ -48,7 +51,7 @@ func (w *windowsWriter) put(b *seriesBuilder, samples *rollup.Samples, short, lo
 		w.none(b) // no function could do without the samples
 		return
 	}
-	add := func(to *chunkBuilder, of *Summarised, page *windowBuilder, rows *rollup.Windows, pages *[][]byte) {
+	add := func(to *chunkBuilder, of *Summarised, page *windowBuilder, rows *rollup.Windows, pages *groupPages) {
 		before := to.total
 		if len(rows.End) > 0 && (gone || len(samples.T) >= minPerWindow*len(rows.End)) {
 			of.Windows += uint64(len(rows.End))
@@ -68,14 +71,21 @@ func (w *windowsWriter) put(b *seriesBuilder, samples *rollup.Samples, short, lo
 	add(&b.long, &b.longOf, &w.long, long, &w.longPages)
 }
 
-func (w *windowsWriter) endPage(to *chunkBuilder, page *windowBuilder, pages *[][]byte) {
+func (w *windowsWriter) endPage(to *chunkBuilder, page *windowBuilder, pages *groupPages) {
 	if page.chunks == 0 {
 		return
 	}
-	b := page.appendTo(nil)
-	to.endPage(0, int64(len(b)))
-	*pages = append(*pages, b)
-	w.bytes += len(b)
+	for g := groupEnds; g <= page.lastGroup(); g++ {
+		b := page.appendTo(nil, g)
+		if g == groupEnds {
+			to.endPage(0, int64(len(b)))
+		} else {
+			to.endBeside(int64(len(b)))
+		}
+		pages[g] = append(pages[g], b)
+		w.bytes += len(b)
+	}
+	page.clear()
 }
 
 // endSeriesPage writes the pages.
@@ -83,18 +93,21 @@ func (w *windowsWriter) endSeriesPage(to *Writer) {
 	b := to.series
 	w.endPage(&b.long, &w.long, &w.longPages)
 	w.endPage(&b.short, &w.short, &w.shortPages)
-	b.long.offset = to.off
-	for _, p := range w.longPages {
-		to.writePage("windows", p)
+	write := func(of *chunkBuilder, pages *groupPages) {
+		of.offset = to.off
+		for _, group := range pages {
+			for _, p := range group {
+				to.writePage("windows", p)
+			}
+		}
+		*pages = groupPages{}
 	}
-	b.short.offset = to.off
-	for _, p := range w.shortPages {
-		to.writePage("windows", p)
-	}
-	w.longPages, w.shortPages, w.bytes = nil, nil, 0
+	write(&b.long, &w.longPages)
+	write(&b.short, &w.shortPages)
+	w.bytes = 0
 }
 
-// windowBuilder collects the chunks of one page of windows.
+// windowBuilder collects the chunks of one page of windows of each group.
 type windowBuilder struct {
 	width  int64
 	enc    codec.Encoder
@@ -102,9 +115,9 @@ type windowBuilder struct {
 	known  map[uint64][]int // hash of a shape → candidates in shapes
 	last   int              // of shapes, most often that of the next chunk too
 	bytes  int              // of shapes
-	heads  []byte           // table of chunks
 	chunks int
-	bodies []byte
+	heads  [windowGroups][]byte // table of chunks
+	bodies [windowGroups][]byte
 
 	first, lastV, prev, least, most, ints, deltas []int64
 	parts                                         []byte
@@ -116,16 +129,45 @@ type builtShape struct {
 	b []byte
 }
 
-// size is about how large the page is so far, in bytes.
-func (p *windowBuilder) size() int { return len(p.heads) + len(p.bodies) + p.bytes }
+// lastGroup is the last group that there is of windows of the width.
+func (p *windowBuilder) lastGroup() windowGroup {
+	if p.width == rollup.Long {
+		return groupMoment
+	}
+	return groupValues
+}
+
+// size is about how large the largest of its pages is so far, in bytes.
+func (p *windowBuilder) size() int {
+	n := 0
+	for g := range p.bodies {
+		n = max(n, p.sizeOf(windowGroup(g)))
+	}
+	return n
+}
+
+// total is about how large its pages are together so far, in bytes.
+func (p *windowBuilder) total() int {
+	n := 0
+	for g := range p.bodies {
+		n += p.sizeOf(windowGroup(g))
+	}
+	return n
+}
+
+func (p *windowBuilder) sizeOf(g windowGroup) int {
+	n := len(p.heads[g]) + len(p.bodies[g])
+	if g == groupEnds {
+		n += p.bytes
+	}
+	return n
+}
 
 // add appends a chunk of the windows of w from i up to, without, j.
 func (p *windowBuilder) add(w *rollup.Windows, i, j int) {
 	shape := p.shape(w, i, j)
-	start := len(p.bodies)
+	p.heads[groupEnds] = binary.AppendUvarint(p.heads[groupEnds], uint64(shape))
 	p.values(w, i, j)
-	p.heads = binary.AppendUvarint(p.heads, uint64(shape))
-	p.heads = binary.AppendUvarint(p.heads, uint64(len(p.bodies)-start))
 	p.chunks++
 }
 
@@ -197,23 +239,31 @@ func (p *windowBuilder) values(w *rollup.Windows, i, j int) {
 			p.scaled(w, i, j, head)
 		}
 	}
-	var sizes [windowParts]int
+	var ends [windowParts + 1]int // of the parts so far
 	b := p.parts[:0]
-	for k := range sizes {
-		from := len(b)
+	for k := range windowParts {
 		if head == apart {
 			b = p.appendApart(b, k, w, i, j)
 		} else {
 			b = p.appendScaled(b, k, head, w, i, j)
 		}
-		sizes[k] = len(b) - from
+		ends[k+1] = len(b)
 	}
 	p.parts = b
-	p.bodies = append(p.bodies, head)
-	for _, n := range sizes[:windowParts-1] {
-		p.bodies = binary.AppendUvarint(p.bodies, uint64(n))
+	for g := groupEnds; g <= p.lastGroup(); g++ {
+		to := p.bodies[g]
+		start := len(to)
+		if g == groupEnds {
+			to = append(to, head)
+		}
+		from, end := g.parts()
+		for k := from; k < end-1; k++ {
+			to = binary.AppendUvarint(to, uint64(ends[k+1]-ends[k]))
+		}
+		to = append(to, b[ends[from]:ends[end]]...)
+		p.bodies[g] = to
+		p.heads[g] = binary.AppendUvarint(p.heads[g], uint64(len(to)-start))
 	}
-	p.bodies = append(p.bodies, b...)
 }
 
 // scaled takes the values that are samples as integers. It reports false if there
@@ -357,23 +407,35 @@ func (p *windowBuilder) appendApart(b []byte, part int, w *rollup.Windows, i, j 
 	return b
 }
 
-// appendTo appends the page to dst and makes p ready for the next.
-func (p *windowBuilder) appendTo(dst []byte) []byte {
-	b := binary.AppendUvarint(p.parts[:0], uint64(p.width))
-	b = binary.AppendUvarint(b, uint64(len(p.shapes)))
-	for i := range p.shapes {
-		b = binary.AppendUvarint(b, uint64(len(p.shapes[i].w.End)))
-		b = binary.AppendUvarint(b, uint64(len(p.shapes[i].b)))
+// appendTo appends the page of a group to dst.
+func (p *windowBuilder) appendTo(dst []byte, g windowGroup) []byte {
+	b := append(p.parts[:0], byte(allColumns), byte(g))
+	b = binary.AppendUvarint(b, uint64(p.width))
+	if g == groupEnds {
+		b = binary.AppendUvarint(b, uint64(len(p.shapes)))
+		for i := range p.shapes {
+			b = binary.AppendUvarint(b, uint64(len(p.shapes[i].w.End)))
+			b = binary.AppendUvarint(b, uint64(len(p.shapes[i].b)))
+		}
 	}
 	b = binary.AppendUvarint(b, uint64(p.chunks))
-	b = append(b, p.heads...)
-	for i := range p.shapes {
-		b = append(b, p.shapes[i].b...)
+	b = append(b, p.heads[g]...)
+	if g == groupEnds {
+		for i := range p.shapes {
+			b = append(b, p.shapes[i].b...)
+		}
 	}
-	b = append(b, p.bodies...)
+	b = append(b, p.bodies[g]...)
 	p.parts = b
-	clear(p.shapes)
-	p.shapes, p.heads, p.bodies, p.chunks, p.bytes, p.last = p.shapes[:0], p.heads[:0], p.bodies[:0], 0, 0, 0
-	clear(p.known)
 	return appendPage(dst, pageWindows, b, false)
+}
+
+// clear makes p ready for the next pages.
+func (p *windowBuilder) clear() {
+	clear(p.shapes)
+	p.shapes, p.chunks, p.bytes, p.last = p.shapes[:0], 0, 0, 0
+	for g := range p.bodies {
+		p.heads[g], p.bodies[g] = p.heads[g][:0], p.bodies[g][:0]
+	}
+	clear(p.known)
 }

@@ -36,10 +36,13 @@ const (
 // WindowPage is a parsed page of window summaries. It is safe for concurrent use.
 type WindowPage struct {
 	id     uint64 // of this page in the memory of decoders
+	group  windowGroup
 	width  int64
-	shapes []timesColumn // what is said of when there were samples
+	shapes []timesColumn // what is said of when there were samples; not in groups behind the first
 	chunks []windowChunk
 	body   []byte
+
+	beside [windowGroups]*WindowPage // of a page of the first group, those of others that are at hand
 }
 
 type windowChunk struct {
@@ -47,8 +50,50 @@ type windowChunk struct {
 	from, end uint32
 }
 
-// ParseWindowPage checks a page of windows. The page keeps b and must not outlive
-// changes to it.
+// windowGroup says which columns a page of windows has: those that queries want together.
+type windowGroup byte
+
+const (
+	allColumns   windowGroup = iota // what was written before there were groups
+	groupEnds                       // times, first, last, reset
+	groupPrev                       // prev
+	groupValues                     // min, max, sum, resets, changes
+	groupMoment                     // m2
+	windowGroups                    // so many, with allColumns
+)
+
+// parts of a chunk that pages of the group have, the last excluded.
+func (g windowGroup) parts() (from, to int) {
+	switch g {
+	case groupEnds:
+		return partEnds, partPrev
+	case groupPrev:
+		return partPrev, partExtrema
+	case groupValues:
+		return partExtrema, partMoment
+	case groupMoment:
+		return partMoment, windowParts
+	default:
+		return 0, windowParts
+	}
+}
+
+// wanted says whether columns lie in a group.
+func (g windowGroup) wanted(cols rollup.Columns) bool {
+	switch g {
+	case groupPrev:
+		return cols&rollup.Prev != 0
+	case groupValues:
+		return cols&(rollup.Min|rollup.Max|rollup.Sum|rollup.Resets|rollup.Changes) != 0
+	case groupMoment:
+		return cols&rollup.M2 != 0
+	default:
+		return true
+	}
+}
+
+// ParseWindowPage checks a page of windows, of whatever group. The page keeps b and must
+// not outlive changes to it.
 func ParseWindowPage(b []byte) (*WindowPage, error) {
 	body, err := onlyPage(b, pageWindows)
 	if err != nil {
@@ -56,20 +101,35 @@ func ParseWindowPage(b []byte) (*WindowPage, error) {
 	}
 	p := &WindowPage{id: pageIDs.Add(1)}
 	c := cursor{b: body}
-	if p.width = int64(c.bounded("width", maxWidth)); p.width == 0 {
-		c.fail("width is 0")
+	if p.width = int64(c.bounded("width", maxWidth)); p.width == 0 && c.err == nil {
+		if p.group = windowGroup(c.byte()); p.group == allColumns || p.group >= windowGroups {
+			c.fail("group %d of columns", p.group)
+		}
+		if p.width = int64(c.bounded("width", maxWidth)); p.width == 0 {
+			c.fail("width is 0")
+		}
 	}
-	p.shapes = make([]timesColumn, c.count(2))
-	sizes := make([]uint64, len(p.shapes))
+	shapes := p.group <= groupEnds
+	var sizes []uint64
+	if shapes {
+		p.shapes = make([]timesColumn, c.count(2))
+		sizes = make([]uint64, len(p.shapes))
+	}
 	for i := range p.shapes {
 		p.shapes[i].n = c.bounded("windows of a chunk", maxRunWindows)
 		sizes[i] = c.uvarint()
 	}
-	p.chunks = make([]windowChunk, c.count(2))
+	least := 1
+	if shapes {
+		least = 2
+	}
+	p.chunks = make([]windowChunk, c.count(least))
 	for i := range p.chunks {
 		k := &p.chunks[i]
-		if k.shape = uint32(c.bounded("shape", math.MaxInt32)); k.shape >= uint32(len(p.shapes)) {
-			c.fail("chunk %d names shape %d of %d", i, k.shape, len(p.shapes))
+		if shapes {
+			if k.shape = uint32(c.bounded("shape", math.MaxInt32)); k.shape >= uint32(len(p.shapes)) {
+				c.fail("chunk %d names shape %d of %d", i, k.shape, len(p.shapes))
+			}
 		}
 		k.end = uint32(c.bounded("bytes of a chunk", MaxPage)) // for now its size
 		if c.err != nil {
@@ -114,12 +174,32 @@ func (p *WindowPage) Width() int64 { return p.width }
 func (p *WindowPage) Len() int { return len(p.chunks) }
 
 // Windows is the number of windows in chunk i, known before it is decoded; 0 if
-// there is no such chunk.
+// there is no such chunk, or if the page doesn't say.
 func (p *WindowPage) Windows(i int) int {
-	if i < 0 || i >= len(p.chunks) {
+	if i < 0 || i >= len(p.chunks) || len(p.shapes) == 0 {
 		return 0
 	}
 	return p.shapes[p.chunks[i].shape].n
+}
+
+// With is the page together with those of other groups of columns, which series pages
+// name beside it. Errors wrap ErrCorrupt.
+func (p *WindowPage) With(others ...*WindowPage) (*WindowPage, error) {
+	if len(others) == 0 {
+		return p, nil
+	}
+	all := *p
+	for _, o := range others {
+		switch {
+		case p.group != groupEnds || o.group <= groupEnds || all.beside[o.group] != nil:
+			return nil, fmt.Errorf("windows page: %w", corrupt("columns of group %d beside those of group %d", o.group, p.group))
+		case o.width != p.width || len(o.chunks) != len(p.chunks):
+			return nil, fmt.Errorf("windows page: %w", corrupt("group %d has %d chunks of windows of %d ms, group %d has %d of %d ms",
+				o.group, len(o.chunks), o.width, p.group, len(p.chunks), p.width))
+		}
+		all.beside[o.group] = o
+	}
+	return &all, nil
 }
 
 // WindowDecoder decodes chunks of windows. It keeps memory between calls, and
@@ -157,18 +237,18 @@ const windowsPerStretch = 3
 const rememberedWindows = 1 << 17
 
 // Decode appends the windows of chunk i of p to dst: End, Count, Flags and the
-// columns cols, which are those that dst has if it has windows already. If it
-// returns an error, dst is as before.
+// columns cols, which are those that dst has if it has windows already. A page in groups
+// has to be of the first, With those of the columns. If it returns an error, dst is as before.
 func (d *WindowDecoder) Decode(p *WindowPage, i int, cols rollup.Columns, dst *rollup.Windows) error {
-	if i < 0 || i >= len(p.chunks) {
-		return fmt.Errorf("windows page: %w", corrupt("chunk %d of %d", i, len(p.chunks)))
+	if i < 0 || i >= len(p.chunks) || p.group > groupEnds {
+		return fmt.Errorf("windows page: %w", corrupt("chunk %d of %d in group %d", i, len(p.chunks), p.group))
 	}
-	k := &p.chunks[i]
+	shape := p.chunks[i].shape
 	out := *dst
-	empty, err := d.appendTimes(p, k.shape, cols, &out)
+	empty, err := d.appendTimes(p, shape, cols, &out)
 	if err == nil {
-		n := p.shapes[k.shape].n
-		err = d.values(p.body[k.from:k.end], cols, &out, len(out.End)-n, n, empty)
+		n := p.shapes[shape].n
+		err = d.values(p, i, cols, &out, len(out.End)-n, n, empty)
 	}
 	if err != nil {
 		return fmt.Errorf("windows page: chunk %d: %w", i, err)
@@ -183,16 +263,16 @@ const besideEven = rollup.First | rollup.Prev | rollup.Last | rollup.Reset
 // DecodeEven is Decode, but leaves times as Even where that pays and dst has no other windows. If rest isn't 0,
 // PrevV may then be anything for windows whose last float but one is so many ms before their end, or more.
 func (d *WindowDecoder) DecodeEven(p *WindowPage, i int, cols rollup.Columns, rest int64, dst *rollup.Windows) error {
-	if i >= 0 && i < len(p.chunks) && len(dst.End) == 0 && cols&^besideEven == 0 {
-		k := &p.chunks[i]
-		es, err := d.stretches(p, k.shape)
+	if i >= 0 && i < len(p.chunks) && p.group <= groupEnds && len(dst.End) == 0 && cols&^besideEven == 0 {
+		shape := p.chunks[i].shape
+		es, err := d.stretches(p, shape)
 		if len(es) > 0 {
-			out, n, need := *dst, p.shapes[k.shape].n, cols
+			out, n, need := *dst, p.shapes[shape].n, cols
 			if rest > 0 && cols&rollup.Prev != 0 && !slices.ContainsFunc(es, func(e rollup.Even) bool { return e.Prev < rest }) {
 				need &^= rollup.Prev
 				out.PrevV = extend(out.PrevV, n)
 			}
-			if err = d.values(p.body[k.from:k.end], need, &out, 0, n, false); err == nil {
+			if err = d.values(p, i, need, &out, 0, n, false); err == nil {
 				for _, e := range es {
 					out.AppendEven(e)
 				}
@@ -375,7 +455,7 @@ func stretch(b []byte, n int, width int64) (rollup.Even, bool) {
 	}, true
 }
 
-// Parts of a chunk, each with its size before them but for the last: what isn't
+// Parts of a chunk, each with its size before them but for the last of a group: what isn't
 // asked for is skipped.
 const (
 	partEnds    = iota // first, last
@@ -401,23 +481,44 @@ func needs(cols rollup.Columns, head byte) (parts [windowParts]bool) {
 	return parts
 }
 
-// values appends the columns of values of n windows to w, which has their times from index
-// at on, if not only besideEven are wanted.
-func (d *WindowDecoder) values(b []byte, cols rollup.Columns, w *rollup.Windows, at, n int, empty bool) error {
-	c := cursor{b: b}
-	head := c.byte()
+// chunk takes apart a chunk of a page, which has so many of the parts.
+func (p *WindowPage) chunk(i int, parts *[windowParts][]byte) (head byte, err error) {
+	c := cursor{b: p.body[p.chunks[i].from:p.chunks[i].end]}
+	n := uint64(len(c.b))
+	if p.group <= groupEnds {
+		head = c.byte()
+	}
+	from, to := p.group.parts()
+	var size [windowParts]int
+	for k := from; k < to-1; k++ {
+		size[k] = c.bounded("part", n)
+	}
+	for k := from; k < to-1; k++ {
+		parts[k] = c.bytes(size[k])
+	}
+	parts[to-1] = c.b
+	return head, c.err
+}
+
+// values appends the columns of values of n windows, which are a chunk of p, to w, which has
+// their times from index at on, if not only besideEven are wanted.
+func (d *WindowDecoder) values(p *WindowPage, chunk int, cols rollup.Columns, w *rollup.Windows, at, n int, empty bool) error {
 	var part [windowParts][]byte
-	var size [windowParts - 1]int
-	for i := range size {
-		size[i] = c.bounded("part", uint64(len(b)))
+	head, err := p.chunk(chunk, &part)
+	if err != nil {
+		return err
 	}
-	for i := range size {
-		part[i] = c.bytes(size[i])
+	for g := groupPrev; p.group == groupEnds && g < windowGroups; g++ {
+		if !g.wanted(cols) {
+			continue
+		}
+		if p.beside[g] == nil {
+			return corrupt("columns of group %d are not there", g)
+		}
+		if _, err := p.beside[g].chunk(chunk, &part); err != nil {
+			return fmt.Errorf("group %d: %w", g, err)
+		}
 	}
-	if c.err != nil {
-		return c.err
-	}
-	part[windowParts-1] = c.b
 	v := windowValues{WindowDecoder: d, w: w, at: at, n: n, head: head, empty: empty}
 	for i, is := range needs(cols, head) {
 		if !is {

@@ -2,6 +2,7 @@ package chunkfmt
 
 import (
 	"bytes"
+	"errors"
 	"flag"
 	"fmt"
 	"math"
@@ -112,6 +113,45 @@ func oddWindows(r *rand.Rand, width int64) *rollup.Windows {
 	return w
 }
 
+// together are the pages that a builder makes, as one.
+func together(t *testing.T, p *windowBuilder) *WindowPage {
+	t.Helper()
+	var pages []*WindowPage
+	for g := groupEnds; g <= p.lastGroup(); g++ {
+		page, err := ParseWindowPage(p.appendTo(nil, g))
+		if err != nil {
+			t.Fatal(err)
+		}
+		pages = append(pages, page)
+	}
+	page, err := pages[0].With(pages[1:]...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return page
+}
+
+// windowPage reads a page of windows with those beside it.
+func windowPage(tb testing.TB, block []byte, e *WindowEntry, l Location, width int64, cols rollup.Columns) *WindowPage {
+	tb.Helper()
+	page, err := ParseWindowPage(at(block, l))
+	if err != nil {
+		tb.Fatal(err)
+	}
+	var others []*WindowPage
+	for _, l := range e.Beside(width, l, cols) {
+		o, err := ParseWindowPage(at(block, l))
+		if err != nil {
+			tb.Fatal(err)
+		}
+		others = append(others, o)
+	}
+	if page, err = page.With(others...); err != nil {
+		tb.Fatal(err)
+	}
+	return page
+}
+
 // TestWindowPage writes and reads windows, all columns and some of them, appended
 // to each other.
 func TestWindowPage(t *testing.T) {
@@ -139,10 +179,7 @@ func TestWindowPage(t *testing.T) {
 				p.add(w, i, min(w.Len(), i+maxRunWindows))
 			}
 		}
-		page, err := ParseWindowPage(p.appendTo(nil))
-		if err != nil {
-			t.Fatal(err)
-		}
+		page := together(t, &p)
 		if page.Width() != p.width {
 			t.Fatal(page.Width())
 		}
@@ -220,6 +257,99 @@ func TestWindowPage(t *testing.T) {
 	}
 }
 
+// TestWindowGroups: pages of groups go together if they are of the same windows, and a
+// chunk is decoded if those of its columns are at hand.
+func TestWindowGroups(t *testing.T) {
+	var sum rollup.Summariser
+	builder := func(width int64, chunks int) *windowBuilder {
+		p := &windowBuilder{width: width}
+		for range chunks {
+			w := &rollup.Windows{}
+			sum.Summarise(w, regularSeries(rand.New(rand.NewPCG(1, 22)), 60_000).Samples(), width)
+			p.add(w, 0, w.Len())
+		}
+		return p
+	}
+	page := func(p *windowBuilder, g windowGroup) *WindowPage {
+		out, err := ParseWindowPage(p.appendTo(nil, g))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return out
+	}
+	two := builder(rollup.Long, 2)
+	ends, prev, moment := page(two, groupEnds), page(two, groupPrev), page(two, groupMoment)
+	for name, pages := range map[string][]*WindowPage{
+		"no first":    {prev, moment},
+		"two firsts":  {ends, ends},
+		"twice":       {ends, prev, prev},
+		"more chunks": {ends, page(builder(rollup.Long, 3), groupPrev)},
+		"other width": {ends, page(builder(rollup.Short, 2), groupPrev)},
+	} {
+		if _, err := pages[0].With(pages[1:]...); !errors.Is(err, ErrCorrupt) {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	some, err := ends.With(prev, moment)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var dec WindowDecoder
+	for _, x := range []struct {
+		page *WindowPage
+		cols rollup.Columns
+		ok   bool
+	}{
+		{ends, rollup.First | rollup.Last | rollup.Reset, true},
+		{ends, rollup.First | rollup.Prev, false},
+		{some, rollup.First | rollup.Prev | rollup.M2, true},
+		{some, rollup.Max, false},
+		{some, rollup.AllColumns, false},
+		{prev, 0, false},
+	} {
+		w := &rollup.Windows{}
+		if err := dec.Decode(x.page, 1, x.cols, w); (err == nil) != x.ok || err != nil && (!errors.Is(err, ErrCorrupt) || w.Len() > 0) {
+			t.Errorf("columns %b of group %d: %v", x.cols, x.page.group, err)
+		}
+	}
+	if n := prev.Windows(0); n != 0 {
+		t.Errorf("%d windows where it isn't said", n)
+	}
+}
+
+// TestWindowsTwice: a series page has windows of a width in one part.
+func TestWindowsTwice(t *testing.T) {
+	empty := []byte{0, 0, 0} // offset, pages, spans
+	page := func(parts ...int) []byte {
+		body := []byte{0, 0} // series, labels
+		for _, part := range parts {
+			if part >= partShortGroups {
+				body = appendPart(body, part, append([]byte{3}, empty...))
+			} else {
+				body = appendPart(body, part, empty)
+			}
+		}
+		return appendPage(nil, pageSeries, body, false)
+	}
+	for _, x := range []struct {
+		parts []int
+		ok    bool
+	}{
+		{[]int{partShort, partLong}, true}, {[]int{partShortGroups, partLongGroups}, true}, {[]int{partShort, partLongGroups}, true},
+		{[]int{partShort, partShortGroups}, false}, {[]int{partLong, partLongGroups}, false},
+	} {
+		if _, err := ParseSeriesPage(page(x.parts...)); (err == nil) != x.ok {
+			t.Errorf("parts %v: %v", x.parts, err)
+		}
+	}
+	for _, groups := range []byte{0, 5} {
+		body := appendPart([]byte{0, 0}, partLongGroups, append([]byte{groups}, empty...))
+		if _, err := ParseSeriesPage(appendPage(nil, pageSeries, body, false)); !errors.Is(err, ErrCorrupt) {
+			t.Errorf("%d groups: %v", groups, err)
+		}
+	}
+}
+
 // readWindows reads all windows of a width in a block, by tenant and series.
 func readWindows(tb testing.TB, block []byte, width int64, cols rollup.Columns) map[string]*rollup.Windows {
 	tb.Helper()
@@ -247,10 +377,7 @@ func readWindows(tb testing.TB, block []byte, width int64, cols rollup.Columns) 
 			for _, e := range p.SelectWindows(nil, math.MinInt64, math.MaxInt64, width) {
 				w := &rollup.Windows{}
 				for _, c := range e.Windows {
-					page, err := ParseWindowPage(at(block, c.Page))
-					if err != nil {
-						tb.Fatal(err)
-					}
+					page := windowPage(tb, block, &e, c.Page, width, cols)
 					n := w.Len()
 					if err := dec.Decode(page, c.Index, cols, w); err != nil {
 						tb.Fatal(err)
@@ -410,12 +537,14 @@ func windowChunks(b *testing.B, block []byte, width int64, each func(p *WindowPa
 		for _, e := range sp.SelectWindows(nil, math.MinInt64, math.MaxInt64, width) {
 			for _, c := range e.Windows {
 				_, had := pages[c.Page.Offset]
+				size := c.Page.Size
 				if !had {
-					if pages[c.Page.Offset], err = ParseWindowPage(at(block, c.Page)); err != nil {
-						b.Fatal(err)
+					pages[c.Page.Offset] = windowPage(b, block, &e, c.Page, width, rollup.AllColumns)
+					for _, l := range e.Beside(width, c.Page, rollup.AllColumns) {
+						size += l.Size
 					}
 				}
-				each(pages[c.Page.Offset], c.Index, !had, c.Page.Size)
+				each(pages[c.Page.Offset], c.Index, !had, size)
 			}
 		}
 	}

@@ -124,7 +124,7 @@ func (w *Writer) Size() int64 {
 	for _, p := range w.exPages {
 		n += int64(len(p))
 	}
-	n += int64(w.windows.bytes + w.windows.short.size() + w.windows.long.size())
+	n += int64(w.windows.bytes + w.windows.short.total() + w.windows.long.total())
 	if w.series != nil {
 		n += int64(16 * w.series.series)
 	}

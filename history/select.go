@@ -38,6 +38,7 @@ type SeriesSet struct {
 type heldPage struct {
 	want
 	page
+	beside []*heldPage // pages with other columns of the same windows
 }
 
 // Series is a series with its samples, still encoded: it takes about as much
@@ -179,42 +180,61 @@ func (ss *SeriesSet) Err() error { return ss.err }
 
 // load fetches the pages of the next series.
 func (ss *SeriesSet) load(ctx context.Context) error {
-	before := ss.pages
+	before, n := ss.pages, ss.loaded
 	ss.pages = map[pageKey]*heldPage{}
 	var absent []*heldPage
 	var size int64
-	hold := func(b *Block, kind pageKind, chunks []chunkfmt.Chunk) ([]*heldPage, error) {
+	holdPage := func(b *Block, kind pageKind, at chunkfmt.Location) (held *heldPage, added bool, err error) {
+		w, err := b.want(kind, at)
+		if err != nil {
+			return nil, false, err
+		}
+		held, ok := ss.pages[w.key()]
+		if !ok {
+			if held, ok = before[w.key()]; !ok {
+				held = &heldPage{want: w}
+				absent = append(absent, held)
+				size += w.at.Size
+			}
+			ss.pages[w.key()] = held
+			for _, other := range held.beside {
+				ss.pages[other.key()] = other
+			}
+		}
+		return held, !ok, nil
+	}
+	hold := func(pt *part, kind pageKind, chunks []chunkfmt.Chunk) ([]*heldPage, error) {
 		if len(chunks) == 0 {
 			return nil, nil
 		}
 		pages := make([]*heldPage, len(chunks))
 		for c := range chunks {
-			w, err := b.want(kind, chunks[c].Page)
+			held, added, err := holdPage(pt.block, kind, chunks[c].Page)
 			if err != nil {
 				return nil, err
 			}
-			held, ok := ss.pages[w.key()]
-			if !ok {
-				if held, ok = before[w.key()]; !ok {
-					held = &heldPage{want: w}
-					absent = append(absent, held)
-					size += w.at.Size
-				}
-				ss.pages[w.key()] = held
+			if pages[c] = held; !added || kind != windowPage {
+				continue
 			}
-			pages[c] = held
+			of := &ss.series[n].summaries
+			for _, at := range pt.entry.Beside(of.Width, chunks[c].Page, of.Columns) {
+				other, _, err := holdPage(pt.block, kind, at)
+				if err != nil {
+					return nil, err
+				}
+				held.beside = append(held.beside, other)
+			}
 		}
 		return pages, nil
 	}
 	var err error
-	n := ss.loaded
 	for ; n < len(ss.series) && (size < ss.s.h.batchBytes || n == ss.loaded); n++ {
 		for p := range ss.series[n].parts {
 			pt := &ss.series[n].parts[p]
-			if pt.pages, err = hold(pt.block, dataPage, pt.chunks); err != nil {
+			if pt.pages, err = hold(pt, dataPage, pt.chunks); err != nil {
 				return err
 			}
-			if pt.windowPages, err = hold(pt.block, windowPage, pt.windows); err != nil {
+			if pt.windowPages, err = hold(pt, windowPage, pt.windows); err != nil {
 				return err
 			}
 		}
@@ -230,12 +250,34 @@ func (ss *SeriesSet) load(ctx context.Context) error {
 	for i, held := range absent {
 		held.page = pages[i]
 	}
+	for _, held := range absent {
+		if err := held.join(); err != nil {
+			return err
+		}
+	}
 	ss.loaded = n
 	ss.bytes += size
 	ss.held = 0
 	for _, held := range ss.pages {
 		ss.held += held.at.Size
 	}
+	return nil
+}
+
+// join makes one page of windows of those with its columns.
+func (h *heldPage) join() error {
+	if len(h.beside) == 0 {
+		return nil
+	}
+	others := make([]*chunkfmt.WindowPage, len(h.beside))
+	for i, o := range h.beside {
+		others[i] = o.windows
+	}
+	all, err := h.windows.With(others...)
+	if err != nil {
+		return h.error(err)
+	}
+	h.windows = all
 	return nil
 }
 

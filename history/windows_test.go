@@ -128,6 +128,10 @@ func TestSelectWindows(t *testing.T) {
 			if r.IntN(2) == 0 {
 				of = Summaries{Width: rollup.Long, Columns: rollup.AllColumns}
 			}
+			if r.IntN(2) == 0 {
+				of.Columns &= rollup.Columns(r.IntN(int(rollup.AllColumns) + 1))
+			}
+			h.batchBytes = []int64{batchBytes, 10 << 10}[r.IntN(2)]
 			var voids []chunkfmt.Range
 			if !clean && r.IntN(3) == 0 {
 				a := start + r.Int64N(4*day)
@@ -245,6 +249,50 @@ func compareWindows(t *testing.T, snap *Snapshot, of Summaries, voids []chunkfmt
 		w, n, err := snap.EstimateWindows(t.Context(), nil, mint, maxt, of.Width)
 		if err != nil || w < int64(windows)*9/10 || w > int64(windows)*3/2+20*5 || n > int64(2*samples+20_000) {
 			t.Errorf("estimate of %d windows and %d samples, %v: there are %d and %d", w, n, err, windows, samples)
+		}
+	}
+}
+
+// TestSelectWindowsGroups: no more is fetched than the pages with the columns that are
+// wanted, those of a group at once.
+func TestSelectWindowsGroups(t *testing.T) {
+	const series = 200
+	st := localStores(t)
+	h := st.open(t, func(o *Options) { o.VisibilityDelay = 0 })
+	r := rand.New(rand.NewPCG(12, 3))
+	var all []*chunkfmt.Series
+	for i := range series {
+		s := &chunkfmt.Series{Labels: labels.FromStrings("__name__", "m", "i", fmt.Sprintf("%03d", i))}
+		for at := int64(15_000); at <= 7*24*rollup.Long; at += 60_000 {
+			s.Floats.T, s.Floats.V = append(s.Floats.T, at), append(s.Floats.V, math.Round(1000*r.NormFloat64()))
+		}
+		all = append(all, s)
+	}
+	publishWith(t, h, tenantSeries{"a": all}, chunkfmt.WriterOptions{PageBytes: 16 << 10, PageSeries: series, Rollups: true})
+	read := func(cols rollup.Columns) (gets, bytes int64) {
+		t.Helper()
+		s := snapshot(t, st.open(t, func(o *Options) { o.VisibilityDelay = 0 }), "a", 0, math.MaxInt64)
+		set, err := s.SelectWindows(t.Context(), nil, 0, 7*24*rollup.Long, Summaries{Width: rollup.Long, Columns: cols})
+		if err != nil {
+			t.Fatal(err)
+		}
+		var buf Buffer
+		for set.Next(t.Context()) {
+			if w, _, err := set.At().Windows(&buf); err != nil || w.Len() != 7*24 {
+				t.Fatal(w.Len(), err)
+			}
+		}
+		if set.Err() != nil {
+			t.Fatal(set.Err())
+		}
+		return s.Stats.ObjectGets.Load(), s.Stats.ObjectBytes.Load()
+	}
+	gets, all4 := read(rollup.AllColumns)
+	for cols, most := range map[rollup.Columns]float64{
+		0: .35, rollup.First | rollup.Last | rollup.Reset: .35, rollup.First | rollup.Last | rollup.Reset | rollup.Prev: .45, rollup.AllColumns &^ rollup.M2: .75,
+	} {
+		if n, bytes := read(cols); n != gets || float64(bytes) > most*float64(all4) {
+			t.Errorf("columns %b: %d GETs of %d bytes; for all %d of %d", cols, n, bytes, gets, all4)
 		}
 	}
 }

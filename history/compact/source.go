@@ -104,7 +104,7 @@ type source struct {
 
 // windowPages are those of one width.
 type windowPages struct {
-	pager
+	of   []pager              // the first, and those with other columns of the same windows
 	page *chunkfmt.WindowPage // the last one
 	at   chunkfmt.Location
 }
@@ -331,11 +331,34 @@ func (s *source) windowPage(ctx context.Context, width int64, at chunkfmt.Locati
 		return w.page, nil
 	}
 	all := s.series.WindowPages(width)
-	b, err := s.get(ctx, &w.pager, windowsPage, at, at.Offset, max(at.End(), all[len(all)-1].End()))
-	if err != nil {
-		return nil, err
+	region := chunkfmt.Location{Offset: all[0].Offset, Size: all[len(all)-1].End() - all[0].Offset}
+	beside := s.series.Beside(width, at, rollup.AllColumns&^without(width))
+	var p *chunkfmt.WindowPage
+	var others []*chunkfmt.WindowPage
+	for i, l := range append([]chunkfmt.Location{at}, beside...) {
+		// All at once, or of each group as much.
+		from, end, k := region.Offset, region.End(), 0
+		if region.Size > s.readBytes {
+			from, end, k = l.Offset, min(end, l.Offset+s.readBytes/int64(1+len(beside))), i
+		}
+		for len(w.of) <= k {
+			w.of = append(w.of, pager{})
+		}
+		b, err := s.get(ctx, &w.of[k], windowsPage, l, from, end)
+		if err != nil {
+			return nil, err
+		}
+		page, err := chunkfmt.ParseWindowPage(b)
+		if err != nil {
+			return nil, s.error(windowsPage, l, err)
+		}
+		if i == 0 {
+			p = page
+		} else {
+			others = append(others, page)
+		}
 	}
-	p, err := chunkfmt.ParseWindowPage(b)
+	p, err := p.With(others...)
 	if err != nil {
 		return nil, s.error(windowsPage, at, err)
 	}

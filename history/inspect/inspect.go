@@ -91,6 +91,7 @@ type checker struct {
 	err     error // of the store, which ends it
 
 	walk, meta, data reader
+	beside           [3]reader // of pages of windows with further columns
 	dec              chunkfmt.Decoder
 	windows          chunkfmt.WindowDecoder
 }
@@ -99,6 +100,10 @@ type checker struct {
 type reader struct {
 	at  int64
 	buf []byte
+}
+
+func (r *reader) holds(l chunkfmt.Location) bool {
+	return l.Offset >= r.at && l.End() <= r.at+int64(len(r.buf))
 }
 
 // readBytes is how much is read at a time.
@@ -115,7 +120,7 @@ func (c *checker) get(ctx context.Context, r *reader, page string, off, n int64)
 		c.fault(page, off, bad("%d bytes there would end behind the object's %d", n, c.ref.ObjectSize))
 		return nil
 	}
-	if off < r.at || off+n > r.at+int64(len(r.buf)) {
+	if !r.holds(chunkfmt.Location{Offset: off, Size: n}) {
 		b, err := c.objects.GetRange(ctx, c.ref.Object, off, min(max(n, readBytes), c.ref.ObjectSize-off))
 		switch {
 		case errors.Is(err, object.ErrNotExist), errors.Is(err, io.ErrUnexpectedEOF):
@@ -444,15 +449,8 @@ func (c *checker) windowPages(ctx context.Context, entries []chunkfmt.WindowEntr
 	for n := range entries {
 		for _, k := range entries[n].Windows {
 			if k.Page != at {
-				at, page = k.Page, nil
-				b := c.get(ctx, &c.data, kind, at.Offset, at.Size)
-				if b == nil {
-					continue
-				}
-				var err error
-				if page, err = chunkfmt.ParseWindowPage(b); err != nil {
-					c.fault(kind, at.Offset, err)
-				}
+				at = k.Page
+				page = c.windowPage(ctx, kind, at, entries[n].Beside(width, at, cols))
 			}
 			if page == nil {
 				continue
@@ -475,6 +473,43 @@ func (c *checker) windowPages(ctx context.Context, entries []chunkfmt.WindowEntr
 			}
 		}
 	}
+}
+
+// windowPage reads a page of windows and those with further columns of them; nil if one can't be
+// had, which is reported.
+func (c *checker) windowPage(ctx context.Context, kind string, at chunkfmt.Location, beside []chunkfmt.Location) *chunkfmt.WindowPage {
+	read := func(r *reader, l chunkfmt.Location) *chunkfmt.WindowPage {
+		b := c.get(ctx, r, kind, l.Offset, l.Size)
+		if b == nil {
+			return nil
+		}
+		p, err := chunkfmt.ParseWindowPage(b)
+		if err != nil {
+			c.fault(kind, l.Offset, err)
+			return nil
+		}
+		return p
+	}
+	page := read(&c.data, at)
+	others := make([]*chunkfmt.WindowPage, len(beside))
+	whole := page != nil
+	for i, l := range beside {
+		r := &c.beside[i%len(c.beside)]
+		if c.data.holds(l) {
+			r = &c.data
+		}
+		others[i] = read(r, l)
+		whole = whole && others[i] != nil
+	}
+	if !whole {
+		return nil
+	}
+	page, err := page.With(others...)
+	if err != nil {
+		c.fault(kind, at.Offset, err)
+		return nil
+	}
+	return page
 }
 
 // labels checks a label page and its values.

@@ -3,6 +3,8 @@ package inspect
 import (
 	"bytes"
 	"fmt"
+	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 
@@ -95,6 +97,23 @@ func TestGone(t *testing.T) {
 	}
 }
 
+// TestVersions: blocks of all versions are whole.
+func TestVersions(t *testing.T) {
+	names, err := filepath.Glob("../../chunkfmt/testdata/block-v*")
+	if err != nil || len(names) < 6 {
+		t.Fatal(names, err)
+	}
+	for _, name := range names {
+		data, err := os.ReadFile(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, f := verify(t, data); len(f) > 0 {
+			t.Errorf("%s: %d faults: %v", name, len(f), f[0])
+		}
+	}
+}
+
 type faults []*Fault
 
 func (f *faults) report(x *Fault) { *f = append(*f, x) }
@@ -151,8 +170,9 @@ func TestDamage(t *testing.T) {
 		if len(f) == 0 {
 			t.Fatalf("byte %d: no fault", i)
 		}
-		for _, x := range f {
-			if s := x.String(); !strings.Contains(s, b.ID.String()) || !strings.Contains(s, "offset") || x.Offset > int64(i) && x.Page == "page" {
+		for n, x := range f {
+			// Behind a page whose length is damaged others aren't found: that is said second.
+			if s := x.String(); !strings.Contains(s, b.ID.String()) || !strings.Contains(s, "offset") || n == 0 && x.Offset > int64(i) && x.Page == "page" {
 				t.Errorf("byte %d: %s", i, s)
 			}
 		}
