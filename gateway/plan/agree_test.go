@@ -521,7 +521,7 @@ func leafy(rnd *rand.Rand, depth int) string {
 	sel := pick("requests_total", "temperature", "odd", "latency", "latency_bucket", "mixed", `{__name__=~"requests_total|temperature"}`,
 		`{__name__=~"l.*"}`, `{job="job-1"}`, `{instance=~"host-[12]",__name__!="odd"}`, `requests_total{instance="host-0"}`, `none{job="x",a!="b"}`)
 	at := pick("", "", "", " offset 1m", " offset -3m", " offset 1h", " @ 5000", " @ start()", " @ end() offset 5m")
-	agg := pick("", "sum", "avg", "min", "max", "count", "group", "stddev", "stdvar", "topk", "quantile", "count_values", "limitk")
+	agg := pick("", "sum", "avg", "min", "max", "count", "group", "stddev", "stdvar", "topk", "bottomk", "quantile", "count_values", "limitk")
 	inner := sel + at
 	if agg == "" || rnd.Intn(4) > 0 {
 		f := overTime[rnd.Intn(len(overTime))]
@@ -535,7 +535,10 @@ func leafy(rnd *rand.Rand, depth int) string {
 		}
 		inner = fmt.Sprintf("%s(%s)", f.Name, strings.Join(args, ", "))
 	}
-	param := map[string]string{"topk": "2, ", "quantile": "0.7, ", "limitk": "1, ", "count_values": `"v", `}[agg]
+	param := map[string]string{"quantile": "0.7, ", "count_values": `"v", `}[agg]
+	if strings.HasSuffix(agg, "k") {
+		param = pick("1", "2", "3", "5", "5", "12", "2.9", "0.5", "-1", "1e10", "1e20") + ", "
+	}
 	if agg == "" {
 		return inner
 	}

@@ -19,7 +19,7 @@
 //     one window to the next (sum_over_time and avg_over_time of windows that
 //     overlap) is summed with compensation and may differ by 1e-12 of the sum of
 //     absolute values.
-//   - Aggregations add up in the order of the series, as the engine does.
+//   - Aggregations add up, and choose, in the order of the series, as the engine does.
 //   - Histograms that meet in a sum or an average are left to the engine, over
 //     the results for each series.
 //   - Warnings and infos, and the place in the query that they name, are the same.

@@ -25,7 +25,8 @@ type fold struct {
 	builder  *labels.Builder
 	buf      []byte
 	phi      float64 // of QUANTILE
-	held     int64   // points in groups' columns
+	top      *top    // of TOPK, BOTTOMK and LIMITK
+	held     int64   // points in groups' columns and heaps
 }
 
 // group has, for each step, what has been put together so far.
@@ -38,6 +39,7 @@ type group struct {
 	mean   []float64     // floatMean; of STDDEV and STDVAR, of AVG where a sum overflowed
 	inc    []bool        // floatIncrementalMean; nil: nowhere
 	all    []column      // heap, by series; of QUANTILE
+	top    []ranking     // heap, by step; of TOPK, BOTTOMK and LIMITK. v is the first of it
 }
 
 // column are the points of one series.
@@ -66,6 +68,8 @@ func newGroup(op parser.ItemType, steps int) *group {
 		g.v, g.mean = make([]float64, steps), make([]float64, steps)
 	case parser.MIN, parser.MAX, parser.QUANTILE:
 		g.v = make([]float64, steps)
+	case parser.TOPK, parser.BOTTOMK, parser.LIMITK:
+		g.v, g.top = make([]float64, steps), make([]ranking, steps)
 	}
 	return g
 }
@@ -76,6 +80,9 @@ func newFold(l *Leaf) *fold {
 		builder: labels.NewBuilder(labels.EmptyLabels()),
 	}
 	f.phi, _ = quantileOf(l.Agg)
+	if k, ok := topOf(l.Agg); ok {
+		f.top = &top{op: l.Agg.Op, k: k}
+	}
 	f.grouping = slices.Clone(l.Agg.Grouping)
 	if f.without {
 		f.grouping = append(f.grouping, model.MetricNameLabel, model.MetricTypeLabel, model.MetricUnitLabel)
@@ -121,9 +128,11 @@ func (f *fold) add(series, ls labels.Labels, p *points, annos *annotations.Annot
 	op := f.leaf.Agg.Op
 	if len(p.h) > 0 {
 		switch op {
-		case parser.SUM, parser.AVG:
+		case parser.SUM, parser.AVG, parser.LIMITK:
 			return ErrGiveUp
 		case parser.COUNT, parser.GROUP:
+		case parser.TOPK, parser.BOTTOMK:
+			annos.Add(annotations.NewHistogramIgnoredInAggregationInfo(op.String(), f.leaf.Agg.PosRange))
 		default:
 			annos.Add(annotations.NewHistogramIgnoredInAggregationInfo(op.String(), f.leaf.Agg.Expr.PositionRange()))
 		}
@@ -159,6 +168,12 @@ func (f *fold) add(series, ls labels.Labels, p *points, annos *annotations.Annot
 			g.all = append(g.all, copyOf(p))
 			f.held += int64(len(p.step))
 		}
+	case parser.TOPK, parser.BOTTOMK, parser.LIMITK:
+		var shard *Grid
+		if f.leaf.shard {
+			shard = &f.leaf.Grid
+		}
+		f.held += f.top.add(g, series, p, shard)
 	case parser.COUNT, parser.GROUP:
 		for _, s := range p.step {
 			g.n[s]++
@@ -245,9 +260,24 @@ func (g *group) average(s int, x float64) {
 	g.mean[s], g.c[s] = kahansum.Inc(x/n, q*g.mean[s], q*g.c[s])
 }
 
+// bytes is about how much memory it takes.
+func (f *fold) bytes() int64 {
+	step, point := int64(3*8), int64(8)
+	if f.top != nil {
+		step, point = 6*8, 16
+	}
+	return step*int64(len(f.groups))*int64(f.steps) + point*f.held
+}
+
 // finish gives the results, in the engine's order; or those of a shard, if they can be
 // put together with others.
 func (f *fold) finish(dropName bool) ([]partialSeries, error) {
+	if f.top != nil {
+		if f.leaf.shard {
+			return f.top.finishShard(dropName), nil
+		}
+		return f.top.finish(f.groups, f.leaf.Grid, dropName), nil
+	}
 	out := make([]partialSeries, 0, len(f.groups))
 	for _, g := range f.groups {
 		if f.leaf.shard {

@@ -121,7 +121,7 @@ var aggregations = map[parser.ItemType]bool{
 // is a selector.
 //
 //nolint:gochecknoglobals // a constant table
-var looksAtSelector = map[string]bool{"timestamp": true, "absent": true}
+var looksAtSelector = map[string]bool{"timestamp": true, "start_timestamp": true, "absent": true}
 
 func isSelector(e parser.Expr) bool {
 	for {
@@ -286,7 +286,9 @@ func quantileOf(n *parser.AggregateExpr) (phi float64, ok bool) {
 
 func (p *planner) aggregate(n *parser.AggregateExpr, at place) *Leaf {
 	if _, ok := quantileOf(n); !ok && !aggregations[n.Op] {
-		return nil
+		if _, ok := topOf(n); !ok {
+			return nil
+		}
 	}
 	switch e := n.Expr.(type) {
 	case *parser.VectorSelector:

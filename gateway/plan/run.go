@@ -307,7 +307,7 @@ func (r *result) add(s *slot) error {
 func (r *result) bytes() int64 {
 	const point = 16
 	if r.fold != nil {
-		return 3*8*int64(len(r.fold.groups))*int64(r.fold.steps) + 8*r.fold.held
+		return r.fold.bytes()
 	}
 	return point * r.held
 }
@@ -315,7 +315,8 @@ func (r *result) bytes() int64 {
 func (r *result) finish() ([]partialSeries, error) {
 	switch {
 	case r.fold != nil:
-		return r.fold.finish(r.drops && r.opts.delayedNameRemoval)
+		// An aggregation that chooses series leaves them their names, as far as the function does.
+		return r.fold.finish(r.drops && (r.opts.delayedNameRemoval || r.fold.top != nil))
 	case r.present != nil:
 		return absent(r.leaf, r.present), nil
 	}

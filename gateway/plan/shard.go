@@ -32,7 +32,7 @@ func (l *Leaf) shardable() bool {
 		return true
 	}
 	switch l.Agg.Op {
-	case parser.SUM, parser.AVG, parser.MIN, parser.MAX, parser.COUNT, parser.GROUP:
+	case parser.SUM, parser.AVG, parser.MIN, parser.MAX, parser.COUNT, parser.GROUP, parser.TOPK, parser.BOTTOMK:
 		return true
 	}
 	return false
@@ -175,7 +175,7 @@ func (w *work) runShards(ctx context.Context) (*partial, error) {
 			outs = append(outs, out)
 		}
 	}
-	return w.l.combine(outs)
+	return w.l.combine(outs, w.q.opts)
 }
 
 // shardElsewhere lets a worker compute a shard. It gives nil if none can.
@@ -219,6 +219,9 @@ func (l *Leaf) fits(p *partial) bool {
 	if l.Agg == nil {
 		return true
 	}
+	if _, ok := topOf(l.Agg); ok {
+		return !slices.ContainsFunc(p.series, func(s partialSeries) bool { return len(s.Histograms) > 0 })
+	}
 	k := shardColumns(l.Agg.Op)
 	if len(p.series)%k != 0 {
 		return false
@@ -239,15 +242,27 @@ func (l *Leaf) fits(p *partial) bool {
 
 // combine puts the results of a leaf's shards together. It gives ErrGiveUp where the
 // engine may have got another result, by adding in another order.
-func (l *Leaf) combine(ps []*partial) (*partial, error) {
+func (l *Leaf) combine(ps []*partial, o options) (*partial, error) {
 	out := &partial{counts: newCounts(l.Grid.Len())}
 	for _, p := range ps {
 		out.counts.merge(&p.counts)
 		out.annos.Merge(p.annos)
 	}
-	if l.Agg == nil {
+	byOrder := func() {
+		slices.SortFunc(out.series, func(a, b partialSeries) int { return labels.Compare(a.order, b.order) })
+	}
+	chooses := false
+	if l.Agg != nil {
+		_, chooses = topOf(l.Agg)
+	}
+	if l.Agg == nil || chooses {
 		for _, p := range ps {
 			out.series = append(out.series, p.series...)
+		}
+		if chooses {
+			byOrder()
+			out.series = l.combineTop(out.series, o)
+			return out, nil
 		}
 	} else {
 		k := shardColumns(l.Agg.Op)
@@ -281,7 +296,7 @@ func (l *Leaf) combine(ps []*partial) (*partial, error) {
 			}
 		}
 	}
-	slices.SortFunc(out.series, func(a, b partialSeries) int { return labels.Compare(a.order, b.order) })
+	byOrder()
 	return out, nil
 }
 

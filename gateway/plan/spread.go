@@ -88,7 +88,7 @@ var ErrUnlike = errors.New("worker differs in version or options")
 
 // Version of tasks and of what they give. Gateways of different versions compute
 // their parts themselves.
-const Version = 6
+const Version = 7
 
 // Task is some parts of a leaf, one after the other, for another gateway. It has the whole query: a leaf's
 // own text would change the meaning of start() and end(), and the places in
