@@ -125,11 +125,14 @@ func (a *API) eachSeries(r *http.Request, fn func(labels.Labels)) (_ annotations
 func (*API) fail(w http.ResponseWriter, err error) {
 	p, isProblem := errors.AsType[problem](err)
 	_, cancelled := errors.AsType[promql.ErrQueryCanceled](err)
+	_, late := errors.AsType[promql.ErrQueryTimeout](err)
 	switch {
 	case isProblem:
 		respondError(w, http.StatusBadRequest, "bad_data", p.error)
 	case errors.Is(err, account.ErrLimit):
 		respondError(w, http.StatusUnprocessableEntity, "execution", err)
+	case late:
+		respondError(w, http.StatusServiceUnavailable, "timeout", err)
 	case cancelled:
 		respondError(w, statusClientGone, "canceled", err)
 	default:

@@ -44,6 +44,8 @@ func (a *API) federate(w http.ResponseWriter, r *http.Request) {
 		code := http.StatusInternalServerError
 		if errors.Is(err, account.ErrLimit) {
 			code = http.StatusUnprocessableEntity
+		} else if _, late := errors.AsType[promql.ErrQueryTimeout](err); late {
+			code = http.StatusServiceUnavailable
 		}
 		http.Error(w, err.Error(), code)
 		return

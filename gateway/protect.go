@@ -11,6 +11,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/prometheus/prometheus/promql"
 	"github.com/prometheus/prometheus/util/annotations"
 	"github.com/prometheus/prometheus/util/stats"
 
@@ -140,16 +141,23 @@ func strictest[N int | int64 | time.Duration](a, b N) N {
 	return a
 }
 
-// reads says whether a request is a query, of which a tenant may have so many at a
-// time.
-func reads(path string) bool {
+// counts says whether a request reads what a tenant has: of such a tenant may have so many
+// at a time, whether they are queries or not. Requests of sidecars are none.
+func counts(path string) bool {
 	switch path {
 	case "/api/v1/query", "/api/v1/query_range", "/api/v1/query_exemplars", "/api/v1/read", "/federate",
 		"/api/v1/query_explain", "/api/v1/query_range_explain", // which read heads
-		"/api/v1/query_cost", "/api/v1/query_range_cost": // likewise
+		"/api/v1/query_cost", "/api/v1/query_range_cost", // likewise
+		"/api/v1/series", "/api/v1/labels", "/api/v1/metadata", "/api/v1/status/tsdb", "/api/v1/status/active_series":
 		return true
 	}
-	return false
+	return strings.HasPrefix(path, "/api/v1/label/") || strings.HasPrefix(path, "/api/v1/search/")
+}
+
+// timed says whether the time of a request that counts is bounded here. That of a query
+// is the engine's to bound, and a remote read lasts as long as the client takes it.
+func timed(path string) bool {
+	return path != "/api/v1/query" && path != "/api/v1/query_range" && path != "/api/v1/read"
 }
 
 // protect serves a request within the limits of its tenant, and logs it if it was
@@ -168,34 +176,29 @@ func (a *API) protect(w http.ResponseWriter, r *http.Request, h http.Handler) {
 	if r.URL.Path == "/api/v1/read" {
 		w = &readWriter{w, acc}
 	}
-	if !reads(r.URL.Path) {
+	if !counts(r.URL.Path) {
 		h.ServeHTTP(w, r)
 		return
 	}
 	begin := time.Now()
-	ctx, cancel := context.WithTimeout(ctx, a.opts.QueryTimeout)
-	leave, err := a.enter(ctx, tenants)
-	cancel()
+	bounded, cancel := account.WithTimeout(ctx, a.opts.QueryTimeout)
+	defer cancel()
+	leave, err := a.enter(bounded, tenants)
 	if err != nil {
-		var many tooManyError
-		switch {
-		case errors.As(err, &many):
-			w.Header().Set("Retry-After", "1")
-			respondError(w, http.StatusTooManyRequests, "too_many_requests", err)
-		case errors.Is(err, context.DeadlineExceeded):
-			respondError(w, http.StatusServiceUnavailable, "timeout", errors.New("query timed out while it waited for others of the tenant (gateway.limits.queries)"))
-		default:
-			respondError(w, statusClientGone, "canceled", err)
-		}
+		a.failToEnter(w, err)
 		return
 	}
 	defer leave()
 	params := url.Values{}
-	if r.URL.Path == "/api/v1/query" || r.URL.Path == "/api/v1/query_range" {
+	switch r.URL.Path {
+	case "/api/v1/query", "/api/v1/query_range":
 		// Handlers work on copies of the request: what they parse isn't seen here.
 		// These two of Prometheus's overlook an error too.
 		_ = r.ParseForm()
 		params = r.Form
+	}
+	if timed(r.URL.Path) {
+		r = r.WithContext(bounded)
 	}
 	h.ServeHTTP(w, r)
 	took := time.Since(begin)
@@ -208,6 +211,24 @@ func (a *API) protect(w http.ResponseWriter, r *http.Request, h http.Handler) {
 		"took", took, "series", c.Series, "samples", c.Samples, "windows", c.Windows, "object_gets", c.ObjectGets, "object_bytes", c.ObjectBytes,
 		"index_queries", c.IndexQueries, "pages", c.Pages, "pages_cached", c.PagesCached, "pages_memcached", c.PagesMemcached,
 		"parts_kept", c.PartsKept, "parts_memcached", c.PartsMemcached, "parts_here", c.PartsHere, "parts_elsewhere", c.PartsElsewhere)
+}
+
+// failToEnter answers where enter gave an error.
+func (a *API) failToEnter(w http.ResponseWriter, err error) {
+	var many tooManyError
+	var late promql.ErrQueryTimeout
+	switch {
+	case errors.As(err, &many):
+		w.Header().Set("Retry-After", "1")
+		respondError(w, http.StatusTooManyRequests, "too_many_requests", err)
+	case errors.As(err, &late):
+		respondError(w, http.StatusServiceUnavailable, "timeout", fmt.Errorf(
+			"query timed out while it waited for others of the tenant (limit gateway.limits.queries; gateway.query_timeout is %s)", a.opts.QueryTimeout))
+	case errors.Is(err, account.ErrLimit):
+		respondError(w, http.StatusUnprocessableEntity, "execution", err)
+	default:
+		respondError(w, statusClientGone, "canceled", err)
+	}
 }
 
 // readWriter makes it the client's fault if a remote read goes beyond a limit:

@@ -2,6 +2,7 @@ package gateway_test
 
 import (
 	"bytes"
+	"context"
 	"encoding/json"
 	"fmt"
 	"log/slog"
@@ -10,6 +11,7 @@ import (
 	"net/url"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -24,7 +26,10 @@ import (
 	"github.com/epimetheus-tsdb/epimetheus/gateway"
 	"github.com/epimetheus-tsdb/epimetheus/gateway/account"
 	"github.com/epimetheus-tsdb/epimetheus/gateway/gatewaytest"
+	"github.com/epimetheus-tsdb/epimetheus/gateway/merge"
 	"github.com/epimetheus-tsdb/epimetheus/gateway/plan"
+	"github.com/epimetheus-tsdb/epimetheus/history"
+	"github.com/epimetheus-tsdb/epimetheus/history/index"
 	"github.com/epimetheus-tsdb/epimetheus/ingest/fetch/fetchpb"
 	"github.com/epimetheus-tsdb/epimetheus/ingest/ring"
 )
@@ -268,16 +273,75 @@ func TestMemoryOfWorkers(t *testing.T) {
 	}
 }
 
-// To explain a query is one too.
-func TestConcurrencyOfExplain(t *testing.T) {
-	for _, path := range []string{"query_explain", "query_range_explain"} {
-		release := make(chan struct{})
-		api := newAPI(t, fifty(t), gateway.Options{Limits: gateway.Limits{Queries: 1}, Ready: func() error {
-			<-release
+// everyRead are requests other than queries that read what a tenant has.
+func everyRead() []string {
+	return []string{
+		"/api/v1/series?match[]=requests_total", "/api/v1/labels", "/api/v1/labels?match[]=requests_total", "/api/v1/label/i/values", "/api/v1/metadata",
+		"/api/v1/query_exemplars?query=requests_total&start=0&end=3600", "/api/v1/status/tsdb", "/api/v1/status/active_series",
+		"/api/v1/search/metric_names", "/api/v1/search/label_names", "/api/v1/search/label_values?label=i", "/federate?match[]=requests_total",
+		"/api/v1/query_explain?query=requests_total", "/api/v1/query_range_explain?query=requests_total&start=0&end=3600&step=60",
+	}
+}
+
+// hangingIndex is an index that doesn't answer.
+type hangingIndex struct{ index.Store }
+
+func (hangingIndex) Query(ctx context.Context, _ index.Query) ([]index.Item, error) {
+	<-ctx.Done()
+	return nil, context.Cause(ctx)
+}
+
+// What isn't a query takes no more time than one.
+func TestTimeoutOfOtherEndpoints(t *testing.T) {
+	c := gatewaytest.New(t, gatewaytest.Options{})
+	h, err := history.New(history.Options{Objects: c.Objects, Index: index.New(hangingIndex{}), VisibilityDelay: time.Minute})
+	require.NoError(t, err)
+	c.Storage = merge.New(c.Heads, h, gateway.TenantOf)
+	api := newAPI(t, c, gateway.Options{QueryTimeout: 100 * time.Millisecond, Engine: gateway.EngineOptions{Features: []string{"search-api"}}})
+	for _, path := range everyRead() {
+		w := httptest.NewRecorder()
+		api.ServeHTTP(w, httptest.NewRequestWithContext(t.Context(), http.MethodGet, path, http.NoBody))
+		code, kind := http.StatusServiceUnavailable, `"errorType":"timeout"`
+		if strings.HasPrefix(path, "/api/v1/label") { // Prometheus's handlers of these have one class of errors
+			code, kind = http.StatusUnprocessableEntity, `"errorType":"execution"`
+		}
+		require.Equal(t, code, w.Code, "%s: %s", path, w.Body)
+		require.Contains(t, w.Body.String(), "limit gateway.query_timeout is 100ms", path)
+		if strings.HasPrefix(path, "/api/") {
+			require.Contains(t, w.Body.String(), kind, path)
+		}
+	}
+}
+
+// What reads counts as a query does; what sidecars ask for doesn't.
+func TestConcurrencyOfOtherEndpoints(t *testing.T) {
+	var release atomic.Pointer[chan struct{}]
+	api := newAPI(t, fifty(t), gateway.Options{
+		Limits: gateway.Limits{Queries: 1}, Engine: gateway.EngineOptions{Features: []string{"search-api"}},
+		Ready: func() error {
+			<-*release.Load()
 			return nil
-		}})
-		refusesOneOfTwelve(t, release, func(int) int {
-			return call(t, api, path, "query", "requests_total", "start", "0", "end", "3600", "step", "15").code
+		},
+	})
+	ask := func(path string) *httptest.ResponseRecorder {
+		w := httptest.NewRecorder()
+		api.ServeHTTP(w, httptest.NewRequestWithContext(t.Context(), http.MethodGet, path, http.NoBody))
+		return w
+	}
+	for _, path := range everyRead() {
+		released := make(chan struct{})
+		release.Store(&released)
+		refusesOneOfTwelve(t, released, func(int) int {
+			w := ask(path)
+			if w.Code != http.StatusOK {
+				if !strings.Contains(w.Body.String(), "limit gateway.limits.queries is 1") {
+					t.Errorf("%s: %s", path, w.Body)
+				}
+				if w := ask("/api/v1/ring"); w.Code != http.StatusOK {
+					t.Errorf("%d %s", w.Code, w.Body)
+				}
+			}
+			return w.Code
 		})
 	}
 }

@@ -97,7 +97,7 @@ type IngesterConfig struct {
 
 // GatewayConfig is for gateways.
 type GatewayConfig struct {
-	QueryTimeout     duration                       `yaml:"query_timeout,omitempty" doc:"The longest query."`
+	QueryTimeout     duration                       `yaml:"query_timeout,omitempty" doc:"The longest query, and the longest request for series, labels, metadata, exemplars or cardinality."`
 	LookbackDelta    duration                       `yaml:"lookback_delta,omitempty" doc:"As Prometheus's --query.lookback-delta."`
 	MaxSamples       int                            `yaml:"max_samples,omitempty" doc:"As Prometheus's --query.max-samples: in memory for one query."`
 	CacheBytes       size                           `yaml:"cache_bytes,omitempty" doc:"Memory for pages of blocks."`
@@ -113,7 +113,7 @@ type GatewayConfig struct {
 
 // QueryLimits are of each tenant.
 type QueryLimits struct {
-	Queries     int      `yaml:"queries,omitempty" doc:"Queries of a tenant at a time, at each gateway; ten times as many wait, the next get status 429. 0: no limit."`
+	Queries     int      `yaml:"queries,omitempty" doc:"Queries, and requests for series, labels, metadata, exemplars or cardinality, of a tenant at a time, at each gateway; ten times as many wait, the next get status 429. 0: no limit."`
 	Range       duration `yaml:"query_range,omitempty" doc:"Time between the first and the last sample that a query may need. 0: no limit."`
 	Series      int64    `yaml:"query_series,omitempty" doc:"Series that a query may read. 0: no limit."`
 	Samples     int64    `yaml:"query_samples,omitempty" doc:"Samples that a query may read. 0: no limit."`

@@ -17,6 +17,7 @@ import (
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/prometheus/promql"
 
 	"github.com/epimetheus-tsdb/epimetheus/history"
 )
@@ -82,6 +83,20 @@ func (a *Account) AddSeries(series, samples int64) error {
 	}
 	return nil
 }
+
+// WithTimeout gives a context that ends after the longest time that a request may take,
+// with an error as its cause that wraps a promql.ErrQueryTimeout and names the limit.
+func WithTimeout(ctx context.Context, d time.Duration) (context.Context, context.CancelFunc) {
+	return context.WithTimeoutCause(ctx, d, &timeoutError{d})
+}
+
+type timeoutError struct{ limit time.Duration }
+
+func (e *timeoutError) Error() string {
+	return fmt.Sprintf("the request took longer than it may (limit gateway.query_timeout is %s): ask for fewer series or less time, or raise the limit", e.limit)
+}
+
+func (*timeoutError) Unwrap() error { return promql.ErrQueryTimeout("reading of samples") }
 
 // CheckRange gives an error that wraps ErrLimit if a query needs samples of more time,
 // mint to maxt in ms, than it may.

@@ -129,6 +129,9 @@ func class(ctx context.Context, err error) error {
 	case errors.Is(ctx.Err(), context.Canceled):
 		return promql.ErrQueryCanceled("reading of samples")
 	case errors.Is(ctx.Err(), context.DeadlineExceeded):
+		if _, ok := errors.AsType[promql.ErrQueryTimeout](context.Cause(ctx)); ok {
+			return context.Cause(ctx) // it names the limit
+		}
 		return promql.ErrQueryTimeout("reading of samples")
 	}
 	return promql.ErrStorage{Err: err}
