@@ -224,7 +224,7 @@ func (e *Evaluator) rates(x *Extrapolation, s, before *Even, edge uint8, from, t
 	case 2:
 		first = before.Prev + e.width
 	}
-	x.place(n, x.rng-first, s.Last, first-s.Last)
+	x.set(n, x.rng-first, s.Last, first-s.Last)
 	k := len(e.out.Step)
 	steps, values := longer(e.out.Step, to-from), longer(e.out.Value, to-from)
 	e.out.Step, e.out.Value = steps, values
@@ -297,7 +297,7 @@ func (x *Extrapolation) results(dst, first, last, reset []float64) {
 		if least := toStart * increase; least > 1e-290 && v*sampled > least*(1+1e-9) {
 			dst[i] = increase * factor
 		} else {
-			dst[i] = x.nearZero(v, increase)
+			dst[i] = x.nearZero(&x.place, v, increase)
 		}
 	}
 }
@@ -324,7 +324,7 @@ func (x *Extrapolation) resultsFrom1(dst, from, first, last, reset []float64) {
 		if least := toStart * increase; least > 1e-290 && v*sampled > least*(1+1e-9) {
 			dst[i] = increase * factor
 		} else {
-			dst[i] = x.nearZero(v, increase)
+			dst[i] = x.nearZero(&x.place, v, increase)
 		}
 	}
 }
@@ -345,6 +345,6 @@ func (x *Extrapolation) resultsFrom2(dst, prev, from, first, last, reset []float
 				increase += r
 			}
 		}
-		dst[i] = x.nearZero(v, increase)
+		dst[i] = x.nearZero(&x.place, v, increase)
 	}
 }

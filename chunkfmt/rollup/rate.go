@@ -14,7 +14,12 @@ type Extrapolation struct {
 	// The range before: how many samples it had, and in ms how far the first was from its
 	// start, the last from its end, and what lay between them.
 	n, start, end, between int64
-	// What follows from that, in s, and the factor if zero is too far away to be reached.
+	place
+}
+
+// place is what follows from how a range lies to its samples, in s, and the factor if zero is too
+// far away to be reached.
+type place struct {
 	toStart, toEnd, sampled, factor float64
 }
 
@@ -30,27 +35,34 @@ func NewExtrapolation(function string, rng int64) Extrapolation {
 // Result for a range that ends at end and has n samples, two or more; the times are
 // in ms. increase is the last value less the first, with what was lost in resets.
 func (x *Extrapolation) Result(end, n, firstT, lastT int64, firstV, increase float64) float64 {
-	start, rest, between := firstT-(end-x.rng), end-lastT, lastT-firstT
-	if start != x.start || rest != x.end || between != x.between || n != x.n {
-		x.place(n, start, rest, between)
-	}
-	return x.nearZero(firstV, increase)
+	x.at(end, n, firstT, lastT)
+	return x.nearZero(&x.place, firstV, increase)
 }
 
-// nearZero is Result where the times are those of place.
-func (x *Extrapolation) nearZero(firstV, increase float64) float64 {
-	// With x.toStart no longer than from firstV down to zero at this rate, zero changes nothing. A
+// at sets the place, and reports whether it is another one than before.
+func (x *Extrapolation) at(end, n, firstT, lastT int64) bool {
+	start, rest, between := firstT-(end-x.rng), end-lastT, lastT-firstT
+	if start == x.start && rest == x.end && between == x.between && n == x.n {
+		return false
+	}
+	x.set(n, start, rest, between)
+	return true
+}
+
+// nearZero is Result where the times are those of p.
+func (x *Extrapolation) nearZero(p *place, firstV, increase float64) float64 {
+	// With p.toStart no longer than from firstV down to zero at this rate, zero changes nothing. A
 	// product tells that as well as the quotient, if it isn't close.
-	if least := x.toStart * increase; x.counter && increase > 0 && firstV >= 0 && !(least > 1e-290 && firstV*x.sampled > least*(1+1e-9)) {
-		if toZero := x.sampled * (firstV / increase); toZero < x.toStart {
-			return increase * x.over(toZero)
+	if least := p.toStart * increase; x.counter && increase > 0 && firstV >= 0 && !(least > 1e-290 && firstV*p.sampled > least*(1+1e-9)) {
+		if toZero := p.sampled * (firstV / increase); toZero < p.toStart {
+			return increase * x.over(p, toZero)
 		}
 	}
-	return increase * x.factor
+	return increase * p.factor
 }
 
-// place sets what follows from the times.
-func (x *Extrapolation) place(n, start, end, between int64) {
+// set makes the place of the times.
+func (x *Extrapolation) set(n, start, end, between int64) {
 	x.n, x.start, x.end, x.between = n, start, end, between
 	x.toStart, x.toEnd, x.sampled = float64(start)/1000, float64(end)/1000, float64(between)/1000
 	average := x.sampled / float64(n-1)
@@ -61,17 +73,87 @@ func (x *Extrapolation) place(n, start, end, between int64) {
 	if x.toEnd >= threshold {
 		x.toEnd = average / 2
 	}
-	x.factor = x.over(x.toStart)
+	x.factor = x.over(&x.place, x.toStart)
 }
 
 // over is the factor if the series reaches so far, in s, before its first sample.
-func (x *Extrapolation) over(toStart float64) float64 {
+func (x *Extrapolation) over(p *place, toStart float64) float64 {
 	factor := 1.0
-	if x.sampled != 0 {
-		factor = (x.sampled + toStart + x.toEnd) / x.sampled
+	if p.sampled != 0 {
+		factor = (p.sampled + toStart + p.toEnd) / p.sampled
 	}
 	if x.per > 0 {
 		factor /= x.per
 	}
 	return factor
+}
+
+// Ranges are some of a column of samples, whose times are known: what follows from these is worked out once for
+// all series that share them.
+type Ranges struct {
+	x      Extrapolation
+	ranges []aRange
+	places []place
+}
+
+// aRange is where in a column the first and the last sample of a range are, and its place.
+type aRange struct{ first, last, place int32 }
+
+// Reset makes r hold none, for rate(), increase() or delta() over ranges of rng ms.
+func (r *Ranges) Reset(function string, rng int64) {
+	*r = Ranges{x: NewExtrapolation(function, rng), ranges: r.ranges[:0], places: r.places[:0]}
+}
+
+// Len is how many there are.
+func (r *Ranges) Len() int { return len(r.ranges) }
+
+// Add puts in the next one, that ends at end, in ms, and whose samples are those of t from lo up to, without, hi: two or
+// more.
+func (r *Ranges) Add(end int64, t []int64, lo, hi int32) {
+	if r.x.at(end, int64(hi-lo), t[lo], t[hi-1]) || len(r.places) == 0 {
+		r.places = append(r.places, r.x.place)
+	}
+	r.ranges = append(r.ranges, aRange{lo, hi - 1, int32(len(r.places) - 1)}) //nolint:gosec // no more than ranges
+}
+
+// Results sets dst, of as many elements, to the results for the values of a series. resets are where in v it is less than
+// before, ascending; of those outside of ranges no notice is taken.
+func (r *Ranges) Results(dst, v []float64, resets []int32) {
+	x, ranges, places := &r.x, r.ranges[:len(dst)], r.places
+	if !x.counter {
+		for i := range ranges {
+			at := &ranges[i]
+			dst[i] = (v[at.last] - v[at.first]) * places[at.place].factor
+		}
+		return
+	}
+	for i := range ranges {
+		at := &ranges[i]
+		p := &places[at.place]
+		first := v[at.first]
+		increase := v[at.last] - first
+		if least := p.toStart * increase; least > 1e-290 && first*p.sampled > least*(1+1e-9) || increase == 0 {
+			dst[i] = increase * p.factor
+		} else {
+			dst[i] = x.nearZero(p, first, increase)
+		}
+	}
+	k := 0
+	for i := 0; i < len(ranges) && len(resets) > 0; i++ {
+		at := &ranges[i]
+		for k < len(resets) && resets[k] <= at.first {
+			k++
+		}
+		if k == len(resets) {
+			return
+		}
+		if resets[k] > at.last {
+			continue
+		}
+		increase := v[at.last] - v[at.first]
+		for j := k; j < len(resets) && resets[j] <= at.last; j++ {
+			increase += v[resets[j]-1]
+		}
+		dst[i] = x.nearZero(&places[at.place], v[at.first], increase)
+	}
 }

@@ -3,7 +3,7 @@ package plan
 import (
 	"math"
 	"runtime"
-	"slices"
+	"sync"
 
 	"github.com/prometheus/prometheus/model/histogram"
 	"github.com/prometheus/prometheus/model/labels"
@@ -25,29 +25,49 @@ type kernel struct {
 	fast   func(k *kernel, t []int64, v []float64, out *points)
 	// counter: fast wants to know of counter resets.
 	counter bool
-	counts  counts // of all series so far
+	counts  counts // of all series so far, once done
+	frames  *frames
 
 	// What follows is used again for each series.
-	win    spans
-	times  []int64 // those that win is of
+	frame  *frame
 	t      []int64 // without staleness markers
 	v      []float64
 	blocks []block   // of sums
 	best   []float64 // of blocks: the greatest or the least
-	edges  []int32
 	marks  []int32
 	call   *caller
 }
 
+// framesOf are frames of leaves that have been computed, for their memory.
+//
+//nolint:gochecknoglobals // scratch memory
+var framesOf = sync.Pool{New: func() any { return &frames{index: map[frameKey]*frame{}} }}
+
 func newKernel(l *Leaf, o options) *kernel {
 	k := &kernel{leaf: l, fast: kernels[l.function()], counts: newCounts(l.Grid.Len())}
+	var uses uses
 	switch l.function() {
-	case "rate", "increase", "resets":
+	case "rate", "increase":
+		k.starts, k.counter, uses.rates = o.startTimestamps, true, true
+	case "resets":
 		k.starts, k.counter = o.startTimestamps, true
 	case "irate":
 		k.starts = o.startTimestamps
+	case "delta":
+		uses.rates = true
+	case "sum_over_time", "avg_over_time", "max_over_time", "min_over_time":
+		uses.blocks = l.Range > 2*l.Grid.Step
 	}
+	k.frames, _ = framesOf.Get().(*frames)
+	k.frames.leaf, k.frames.uses, k.frames.counts = l, uses, &k.counts
 	return k
+}
+
+// done makes counts whole. The kernel is of no use after it.
+func (k *kernel) done() {
+	k.frames.clear()
+	framesOf.Put(k.frames)
+	k.frames, k.frame = nil, nil
 }
 
 // kernels over floats alone, without start timestamps. All others are the
@@ -86,19 +106,19 @@ func (k *kernel) eval(ls labels.Labels, cols *chunkfmt.Series, out *points, anno
 		k.instantMixed(cols, out)
 	case k.fast != nil && !histograms && (!k.starts || cols.Floats.ST == nil):
 		t, v := cols.Floats.T, cols.Floats.V
-		k.find(t)
+		k.frame = k.frames.of(t)
 		stale := k.stale
 		if k.counter {
 			stale = k.markResets // in the same pass
 		}
 		if stale(v) {
 			t, v = k.withoutStale(t, v)
-			k.find(t)
+			k.frame = k.frames.of(t)
 			if k.counter {
 				k.markResets(v)
 			}
 		}
-		k.counts.floats(&k.win, t, k.leaf)
+		k.frame.series++
 		k.fast(k, t, v, out)
 	default:
 		if k.call == nil {
@@ -109,19 +129,10 @@ func (k *kernel) eval(ls labels.Labels, cols *chunkfmt.Series, out *points, anno
 	return nil
 }
 
-// find sets the windows of a column. Series of one target have the same times.
-func (k *kernel) find(t []int64) {
-	if len(t) > 0 && slices.Equal(k.times, t) {
-		return
-	}
-	k.times = append(k.times[:0], t...)
-	k.win.find(t, k.leaf.Grid, k.leaf.offset(), k.leaf.Range)
-}
-
 // stale reports whether there is a staleness marker in a window.
 func (k *kernel) stale(v []float64) bool {
-	for begin, end := range k.win.parts(0) {
-		for _, x := range v[begin:end] {
+	for _, in := range k.frame.held {
+		for _, x := range v[in.from:in.to] {
 			if x != x && value.IsStaleNaN(x) {
 				return true
 			}
@@ -145,9 +156,10 @@ func (k *kernel) withoutStale(t []int64, v []float64) ([]int64, []float64) {
 // instant is the evaluation of a plain selector: the newest sample in the
 // window, unless that is a staleness marker.
 func (k *kernel) instant(t []int64, v []float64, out *points) {
-	k.find(t)
-	for i, hi := range k.win.hi {
-		if hi > k.win.lo[i] && !value.IsStaleNaN(v[hi-1]) {
+	k.frame = k.frames.of(t)
+	win := &k.frame.win
+	for i, hi := range win.hi {
+		if hi > win.lo[i] && !value.IsStaleNaN(v[hi-1]) {
 			out.add(i, v[hi-1])
 			k.counts.point(i, 1)
 		}
@@ -253,7 +265,7 @@ func (c *caller) eval(ls labels.Labels, cols *chunkfmt.Series, out *points, anno
 	g, offset := c.leaf.Grid, c.leaf.offset()
 	c.fwin.find(c.ftime, g, offset, c.leaf.Range)
 	c.hwin.find(c.htime, g, offset, c.leaf.Range)
-	n.floats(&c.fwin, c.ftime, c.leaf)
+	n.floats(&c.fwin, c.ftime, c.leaf, 1)
 	before := c.leaf.before(c.htime)
 	c.one[0].Metric = ls
 	c.enh.StartTimestamps = nil

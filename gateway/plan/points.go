@@ -1,7 +1,6 @@
 package plan
 
 import (
-	"iter"
 	"slices"
 
 	"github.com/prometheus/prometheus/model/histogram"
@@ -65,13 +64,13 @@ func newCounts(steps int) counts {
 	return counts{window: make([]int64, steps), read: make([]int64, steps)}
 }
 
-// floats adds one for each sample in each window; ts are the times of the samples.
-func (c *counts) floats(w *spans, ts []int64, l *Leaf) {
+// floats adds one for each sample in each window, for so many series; ts are the times of their samples.
+func (c *counts) floats(w *spans, ts []int64, l *Leaf, series int64) {
 	before := l.before(ts)
 	for i, hi := range w.hi {
 		lo := w.lo[i]
-		c.window[i] += int64(hi - lo)
-		c.read[i] += int64(hi - max(lo, before))
+		c.window[i] += series * int64(hi-lo)
+		c.read[i] += series * int64(hi-max(lo, before))
 		before = hi
 	}
 }
@@ -133,20 +132,6 @@ func search(ts []int64, i, guess int, t int64) int {
 // lo[i] up to, without, hi[i]. Both ascend.
 type spans struct {
 	lo, hi []int32
-}
-
-// parts gives what lies in windows, each sample once, as from and up to; of each
-// window without its first samples, skip of them.
-func (s *spans) parts(skip int32) iter.Seq2[int32, int32] {
-	return func(yield func(int32, int32) bool) {
-		from := int32(0)
-		for i, hi := range s.hi {
-			if begin := max(from, s.lo[i]+skip); begin < hi && !yield(begin, hi) {
-				return
-			}
-			from = hi
-		}
-	}
 }
 
 // find sets the spans for windows of g that are open to the left.

@@ -110,6 +110,7 @@ func runOver(ctx context.Context, l *Leaf, o options, set storage.SeriesSet, sum
 		buf, _ := buffers.Get().(*merge.Buffer)
 		ws[i] = worker{newKernel(l, o), buf, newWindows(l, o, sums)}
 		defer buffers.Put(buf)
+		defer ws[i].k.done()
 	}
 	// Points wait for their turn, and their memory is noted after each batch.
 	pooled, _ := slotsOf.Get().(*[]slot)
@@ -163,13 +164,18 @@ func runOver(ctx context.Context, l *Leaf, o options, set storage.SeriesSet, sum
 				return &partial{annos: r.annos}, err
 			}
 		}
-		hold(base + r.bytes())
+		frames := int64(0)
+		for i := range ws {
+			frames += int64(ws[i].k.frames.bytes)
+		}
+		hold(base + frames + r.bytes())
 	}
 	if err := set.Err(); err != nil {
 		return &partial{annos: r.annos}, fmt.Errorf("expanding series: %w", err)
 	}
 	r.annos.Merge(set.Warnings())
 	for i := range ws {
+		ws[i].k.frames.clear()
 		ws[i].win.counted(&ws[i].k.counts)
 		total.merge(&ws[i].k.counts)
 	}

@@ -116,7 +116,9 @@ func (x *windows) patch(ctx context.Context, w *worker, s *slot) error {
 			return promql.ErrStorage{Err: err}
 		}
 		k := newKernel(part, x.opts)
-		if err := k.eval(s.labels, cols, &x.one, &s.annos); err != nil {
+		err = k.eval(s.labels, cols, &x.one, &s.annos)
+		k.done()
+		if err != nil {
 			return err
 		}
 		w.k.counts.add(&k.counts, int(from))
