@@ -16,10 +16,17 @@ type decoder struct {
 	page  uint64    // id
 	timed [][]int64 // by column; nil if not known
 	arena []int64   // that timed lie in
-	ints  [4]chunkInts
+	ints  []chunkInts
 	next  int // of ints, to be overwritten
 	chain []int
 }
+
+// A decoder remembers the integers of so many chunks, or of fewer if they are more values together. Series have several
+// chunks in a page, and the base of one may be that of the series some before.
+const (
+	minInts, maxInts = 4, 32
+	rememberedInts   = 1 << 16
+)
 
 // chunkInts are the integers of a chunk that is based on another or is a base;
 // chunk is -1 if of none.
@@ -60,13 +67,31 @@ func (d *decoder) enter(p *DataPage) {
 
 // Decoder decodes chunks as the methods of DataPage do, with scratch memory of
 // its own: that saves taking it from a pool for each chunk, which counts where
-// chunks are short. The zero value is ready. Not safe for concurrent use.
-type Decoder struct{ d decoder }
+// chunks are short. It remembers the last few pages, as series have chunks in several. The zero value is ready. Not
+// safe for concurrent use.
+type Decoder struct {
+	pages [8]*decoder // the one used last first; nil at the end
+}
 
 // Floats is DataPage.Floats of p.
 func (d *Decoder) Floats(p *DataPage, i int, dst *Floats) error {
-	d.d.enter(p)
-	return p.floats(&d.d, i, dst)
+	return p.floats(d.of(p), i, dst)
+}
+
+// of gives the decoder that remembers p, or else the one that was used least recently.
+func (d *Decoder) of(p *DataPage) *decoder {
+	k := 0
+	for k < len(d.pages)-1 && d.pages[k] != nil && d.pages[k].page != p.id {
+		k++
+	}
+	one := d.pages[k]
+	if one == nil {
+		one = new(decoder)
+	}
+	copy(d.pages[1:k+1], d.pages[:k])
+	d.pages[0] = one
+	one.enter(p)
+	return one
 }
 
 // rememberedTimes bounds the timestamps that a decoder remembers, in values.
@@ -107,8 +132,15 @@ func (c *timesColumn) decode(d *codec.Decoder, dst []int64) ([]int64, error) {
 // none, and where those of chunk i itself are to go. The caller notes i there
 // once they have.
 func (d *decoder) base(p *DataPage, i, n int) (sum *chunkInts, base []int64, err error) {
+	most := min(max(rememberedInts/max(n, 1), minInts), maxInts)
+	if d.next >= most {
+		d.next = 0
+	}
+	if d.next == len(d.ints) {
+		d.ints = append(d.ints, chunkInts{})
+	}
 	sum = &d.ints[d.next]
-	d.next = (d.next + 1) % len(d.ints)
+	d.next++
 	sum.chunk = -1
 	if cap(sum.ints) < n {
 		sum.ints = make([]int64, n)
