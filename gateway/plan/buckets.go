@@ -103,7 +103,11 @@ func (h *histogramOf) quantile(phi float64) ([]promql.FPoint, bool) {
 	}
 	out := make([]promql.FPoint, 0, longest)
 	at := make(promql.Buckets, 0, len(h.buckets))
+	counts, proper := make([]float64, len(h.buckets)), h.proper()
 	for {
+		if proper {
+			out = h.straight(phi, counts, out)
+		}
 		t := int64(math.MaxInt64)
 		for i := range h.buckets {
 			if f := h.buckets[i].floats; len(f) > 0 {
@@ -126,4 +130,68 @@ func (h *histogramOf) quantile(phi float64) ([]promql.FPoint, bool) {
 		}
 		out = append(out, promql.FPoint{T: t, F: v})
 	}
+}
+
+// proper: the bounds differ, and the last one, of two or more, is +Inf.
+func (h *histogramOf) proper() bool {
+	n := len(h.buckets)
+	for i := 1; i < n; i++ {
+		if h.buckets[i-1].upper == h.buckets[i].upper {
+			return false
+		}
+	}
+	return n > 1 && math.IsInf(h.buckets[n-1].upper, 1)
+}
+
+// straight appends the quantiles of proper buckets up to a time that not all of them have, or at which one of them is less
+// than that of a lower bound or so little more that promql takes it for rounding. It is promql.BucketQuantile
+// without the tests for what can't be then.
+func (h *histogramOf) straight(phi float64, counts []float64, out []promql.FPoint) []promql.FPoint {
+	bs := h.buckets
+	last := len(bs) - 1
+	n := len(bs[0].floats)
+	for i := range bs {
+		n = min(n, len(bs[i].floats))
+	}
+	k := 0
+steps:
+	for ; k < n; k++ {
+		t, prev := bs[0].floats[k].T, 0.0
+		for i := range bs {
+			p := &bs[i].floats[k]
+			// promql's tolerance is 1e-12 of the sum of both.
+			if p.T != t || p.F != prev && !(p.F > prev*(1+1e-11) && p.F > 1e-300) {
+				break steps
+			}
+			prev = p.F
+			counts[i] = prev
+		}
+		rank := phi * prev
+		b := 0
+		for b < last && !(counts[b] >= rank) {
+			b++
+		}
+		var v float64
+		switch {
+		case prev == 0:
+			v = math.NaN()
+		case b == last:
+			v = bs[last-1].upper
+		case b == 0 && bs[0].upper <= 0:
+			v = bs[0].upper
+		default:
+			start, end, count := 0.0, bs[b].upper, counts[b]
+			if b > 0 {
+				start = bs[b-1].upper
+				count -= counts[b-1]
+				rank -= counts[b-1]
+			}
+			v = start + (end-start)*(rank/count)
+		}
+		out = append(out, promql.FPoint{T: t, F: v})
+	}
+	for i := range bs {
+		bs[i].floats = bs[i].floats[k:]
+	}
+	return out
 }

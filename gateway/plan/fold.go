@@ -33,7 +33,9 @@ type fold struct {
 type group struct {
 	labels labels.Labels
 	first  labels.Labels // of its first series
-	n      []uint32      // samples; 0: none yet
+	n      []uint32      // samples; 0: none yet. Of SUM not how many
+	from   int           // the steps from it up to, without, to have n, and maybe others; of SUM
+	to     int
 	v      []float64     // floatValue of promql's groupedAggregation
 	c      []float64     // floatKahanC; of SUM and AVG
 	mean   []float64     // floatMean; of STDDEV and STDVAR, of AVG where a sum overflowed
@@ -203,7 +205,8 @@ func (f *fold) add(series, ls labels.Labels, p *points, annos *annotations.Annot
 // sum adds the points of a series, as kahansum.Inc does, whose call for each point takes
 // longer than the sum. What rounding takes off is a float, and what Inc finds by looking which of two numbers is
 // greater comes of six operations without that. (O. Møller, "Quasi double-precision in floating point addition",
-// 1965; D. E. Knuth, The Art of Computer Programming 2, 4.2.2.)
+// 1965; D. E. Knuth, The Art of Computer Programming 2, 4.2.2.) Where there is no sum yet it is 0; a first -0 is
+// lost, as it is when the compensation, which is never -0, is added in the end.
 func (g *group) sum(p *points) {
 	for from := 0; from < len(p.step); {
 		// A run of steps that follow each other: nearly always all of them.
@@ -214,25 +217,42 @@ func (g *group) sum(p *points) {
 			}
 		}
 		xs := p.v[from : from+n]
-		ns, vs, cs := g.n[first:first+n], g.v[first:first+n], g.c[first:first+n]
+		vs, cs := g.v[first:first+n], g.c[first:first+n]
 		for i, x := range xs {
-			ns[i]++
-			if ns[i] == 1 {
-				vs[i] = x
-				continue
-			}
 			v := vs[i]
 			sum := v + x
 			part := sum - v
 			off := (v - (sum - part)) + (x - part)
 			if off-off != 0 { // something is no number, or too great
-				vs[i], cs[i] = kahansum.Inc(x, v, cs[i])
+				if g.n[first+i] == 0 {
+					vs[i] = x
+				} else {
+					vs[i], cs[i] = kahansum.Inc(x, v, cs[i])
+				}
 				continue
 			}
 			vs[i] = sum
 			cs[i] += off
 		}
+		g.has(first, first+n)
 		from += n
+	}
+}
+
+// has notes that there are points at steps from from up to, without, to. For a sum it doesn't matter how many.
+func (g *group) has(from, to int) {
+	if g.from <= from && to <= g.to {
+		return
+	}
+	n := g.n[from:to]
+	for i := range n {
+		n[i] = 1
+	}
+	if from <= g.to && g.from <= to || g.from == g.to {
+		if g.from == g.to {
+			g.from, g.to = from, to
+		}
+		g.from, g.to = min(g.from, from), max(g.to, to)
 	}
 }
 
@@ -291,21 +311,43 @@ func (f *fold) finish(dropName bool) ([]partialSeries, error) {
 		if f.leaf.Agg.Op == parser.QUANTILE {
 			g.quantiles(f.phi)
 		}
-		s := promql.Series{Metric: g.labels, DropName: dropName}
-		for i, n := range g.n {
-			if n == 0 {
-				continue
-			}
-			if s.Floats == nil {
-				s.Floats = make([]promql.FPoint, 0, f.steps-i)
-			}
-			s.Floats = append(s.Floats, promql.FPoint{T: f.leaf.Grid.At(i), F: g.value(f.leaf.Agg.Op, i)})
-		}
-		if s.Floats != nil {
-			out = append(out, partialSeries{s, g.first})
+		if floats := g.floats(f.leaf); len(floats) > 0 {
+			out = append(out, partialSeries{promql.Series{Metric: g.labels, DropName: dropName, Floats: floats}, g.first})
 		}
 	}
 	return out, nil
+}
+
+// floats gives the results at the steps that have one.
+func (g *group) floats(l *Leaf) []promql.FPoint {
+	steps := 0
+	for _, n := range g.n {
+		if n > 0 {
+			steps++
+		}
+	}
+	if steps == 0 {
+		return nil
+	}
+	floats := make([]promql.FPoint, 0, steps)
+	t := l.Grid.Start
+	if l.Agg.Op == parser.SUM { // most are
+		vs, cs := g.v[:len(g.n)], g.c[:len(g.n)]
+		for i, n := range g.n {
+			if n > 0 {
+				floats = append(floats, promql.FPoint{T: t, F: vs[i] + cs[i]})
+			}
+			t += l.Grid.Step
+		}
+		return floats
+	}
+	for i, n := range g.n {
+		if n > 0 {
+			floats = append(floats, promql.FPoint{T: t, F: g.value(l.Agg.Op, i)})
+		}
+		t += l.Grid.Step
+	}
+	return floats
 }
 
 func (g *group) value(op parser.ItemType, i int) float64 {

@@ -56,7 +56,7 @@ func TestSum(t *testing.T) {
 			if math.IsNaN(want[s]) || math.IsInf(want[s], 0) {
 				noNumbers++
 			}
-			if g.n[s] != uint32(n[s]) || math.Float64bits(g.v[s]) != math.Float64bits(want[s]) || math.Float64bits(g.c[s]) != math.Float64bits(wantC[s]) {
+			if (g.n[s] > 0) != (n[s] > 0) || math.Float64bits(g.value(parser.SUM, s)) != math.Float64bits(want[s]+wantC[s]) || g.v[s] != want[s] && want[s] == want[s] || math.Float64bits(g.c[s]) != math.Float64bits(wantC[s]) {
 				t.Fatalf("%d values give %v and %v, want %v and %v", n[s], g.v[s], g.c[s], want[s], wantC[s])
 			}
 		}
