@@ -207,6 +207,10 @@ func (b bucket) List(ctx context.Context) (blocks []Block, bad []*BlockError, er
 			continue
 		}
 		raw, err := b.objects.GetRange(ctx, fs[meta].Key, 0, min(fs[meta].Size, maxMetaBytes))
+		if errors.Is(err, object.ErrNotExist) {
+			bad = append(bad, &BlockError{id.String(), err}) // it was deleted meanwhile
+			continue
+		}
 		if err != nil {
 			return nil, nil, fmt.Errorf("block %s: %w", id, err)
 		}

@@ -376,9 +376,8 @@ func (r *reading) unit(ctx context.Context, unit []listed, mint int64, next uint
 	to.Samples, to.Faults = to.Samples+samples, to.Faults+r.faults
 	row, err := r.o.Index.SwapImport(ctx, r.row, to)
 	if err != nil {
-		if errors.Is(err, index.ErrConflict) {
-			compact.Discard(ctx, r.o.Objects, outputs)
-		}
+		// The blocks stay: it may have been noted, and another may have published them
+		// since. If not, sweepers find them.
 		return r.conflict(err)
 	}
 	r.row, r.faults = row, 0

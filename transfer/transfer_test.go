@@ -567,6 +567,27 @@ func folders(t testing.TB, dir string) []string {
 	return out
 }
 
+// upload puts the blocks in a data directory into a bucket.
+func upload(t testing.TB, bucket object.Store, dir string) {
+	t.Helper()
+	if err := filepath.WalkDir(dir, func(path string, d os.DirEntry, err error) error {
+		if err != nil || d.IsDir() {
+			return err
+		}
+		raw, err := os.ReadFile(path)
+		if err != nil {
+			return err
+		}
+		name, err := filepath.Rel(dir, path)
+		if err != nil || strings.HasPrefix(name, "wal") || strings.HasPrefix(name, "chunks_head") {
+			return err
+		}
+		return bucket.Put(t.Context(), name, strings.NewReader(string(raw)), int64(len(raw)))
+	}); err != nil {
+		t.Fatal(err)
+	}
+}
+
 // TestThanos imports blocks as Thanos has them in a bucket.
 func TestThanos(t *testing.T) {
 	dir := writeBlocks(t, false, [2]int64{t0, t0 + 2*hour}, [2]int64{t0 + 2*hour, t0 + 4*hour}, [2]int64{t0 + 4*hour, t0 + 6*hour}, [2]int64{t0 + 6*hour, t0 + 8*hour})
@@ -583,22 +604,7 @@ func TestThanos(t *testing.T) {
 		t.Fatal(err)
 	}
 	store := historytest.S3(t, prometheus.NewRegistry())
-	if err := filepath.WalkDir(dir, func(path string, d os.DirEntry, err error) error {
-		if err != nil || d.IsDir() {
-			return err
-		}
-		raw, err := os.ReadFile(path)
-		if err != nil {
-			return err
-		}
-		name, err := filepath.Rel(dir, path)
-		if err != nil || strings.HasPrefix(name, "wal") || strings.HasPrefix(name, "chunks_head") {
-			return err
-		}
-		return store.Put(t.Context(), name, strings.NewReader(string(raw)), int64(len(raw)))
-	}); err != nil {
-		t.Fatal(err)
-	}
+	upload(t, store, dir)
 	half := ulid.Make().String()
 	if err := store.Put(t.Context(), half+"/index", strings.NewReader("x"), 1); err != nil {
 		t.Fatal(err)
@@ -750,5 +756,61 @@ func TestCollision(t *testing.T) {
 	same(t, "history", inBlocks(t, dir, "cluster", "eu"), got)
 	if len(got) != 1 || got.samples() != 100 {
 		t.Errorf("%d series, %d samples", len(got), got.samples())
+	}
+}
+
+// lostAnswer is rows of which one conditional write is done, and is tried again later, as
+// where its answer was lost and its writer stood still.
+type lostAnswer struct {
+	index.Store
+	hash  string
+	after int // writes that come before
+	then  func()
+}
+
+func (l *lostAnswer) PutIf(ctx context.Context, it index.Item, old []byte) ([]byte, error) {
+	if it.Hash == l.hash && l.then != nil {
+		if l.after--; l.after < 0 {
+			then := l.then
+			l.then = nil
+			if _, err := l.Store.PutIf(ctx, it, old); err != nil {
+				return nil, err
+			}
+			then()
+		}
+	}
+	return l.Store.PutIf(ctx, it, old)
+}
+
+// TestTwoImports: an import stands still, another goes on with the block, and the first
+// finds that out. What the other has published stays.
+func TestTwoImports(t *testing.T) {
+	dir := writeBlocks(t, false, [2]int64{t0, t0 + 2*hour})
+	rows := &lostAnswer{Store: historytest.Bolt(t, prometheus.NewRegistry()), hash: "i/acme", after: 1} // the first says that it begins
+	w := newWorld(t, historytest.Files(t, prometheus.NewRegistry()), rows)
+	o := w.options(t, Directory(dir))
+	rows.then = func() { imports(t, w.options(t, Directory(dir))) }
+	if _, err := Import(t.Context(), o); !errors.Is(err, index.ErrConflict) {
+		t.Errorf("the first: %v", err)
+	}
+	same(t, "history", inBlocks(t, dir), w.inHistory(t, "acme"))
+}
+
+// TestVanishing: a block goes between listing and reading. The others are imported.
+func TestVanishing(t *testing.T) {
+	dir := writeBlocks(t, false, [2]int64{t0, t0 + 2*hour}, [2]int64{t0 + 2*hour, t0 + 4*hour})
+	from := historytest.Files(t, prometheus.NewRegistry())
+	upload(t, from, dir)
+	first := filepath.Base(folders(t, dir)[0])
+	vanished := &historytest.FaultyObjects{Store: from, Decide: func(op, key string) historytest.Fault {
+		if op == "GetRange" && strings.HasPrefix(key, first) {
+			return historytest.Missing
+		}
+		return historytest.None
+	}}
+	w := localWorld(t)
+	r, err := Import(t.Context(), w.options(t, Bucket(vanished, t.TempDir())))
+	if err != nil || r.Imported != 1 || r.Failed != 1 {
+		t.Errorf("%+v, %v", r, err)
 	}
 }

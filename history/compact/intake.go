@@ -111,17 +111,12 @@ func (i *Intake) Finish(ctx context.Context) ([]index.CompactedRow, error) {
 // Abandon removes what isn't finished. The caller calls it at the end.
 func (i *Intake) Abandon(ctx context.Context) error {
 	err := i.out.abandon()
-	Discard(ctx, i.o.Objects, i.out.done)
+	// Nobody knows of these. Those that stay a sweeper finds.
+	for _, b := range i.out.done {
+		_ = i.o.Objects.Delete(context.WithoutCancel(ctx), b.Object)
+	}
 	i.out.done = nil
 	return err
-}
-
-// Discard removes the objects of blocks that nobody knows of. Those that it can't
-// remove a sweeper finds.
-func Discard(ctx context.Context, objects object.Store, blocks []index.CompactedRow) {
-	for _, b := range blocks {
-		_ = objects.Delete(context.WithoutCancel(ctx), b.Object)
-	}
 }
 
 // Publish makes blocks that Finish has returned visible, all of them or, if the
