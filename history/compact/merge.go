@@ -166,11 +166,7 @@ func (m *merger) gone(tenant string) bool {
 
 // tenantBytes is about how much of the source the present tenant takes.
 func (s *source) tenantBytes() float64 {
-	var all uint64
-	for i := range s.tenants {
-		all += s.tenants[i].Samples
-	}
-	return float64(s.block.ObjectSize) * float64(s.tenants[s.tenant].Samples) / float64(max(all, 1))
+	return float64(s.block.ObjectSize) * float64(s.tenants[s.tenant].Samples) / float64(max(s.total, 1))
 }
 
 // read reads and merges the present series of the sources in equal. What is

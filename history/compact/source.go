@@ -81,6 +81,7 @@ type source struct {
 	objects   object.Store
 	readBytes int64
 	tenants   []chunkfmt.TenantSummary
+	total     uint64 // samples of all of them
 
 	mint, maxt int64 // what is to be read
 
@@ -115,7 +116,11 @@ func openSource(ctx context.Context, objects object.Store, b index.BlockRef, rea
 	if err != nil {
 		return nil, err
 	}
-	return &source{block: b, objects: objects, readBytes: readBytes, tenants: f.Tenants}, nil
+	s := &source{block: b, objects: objects, readBytes: readBytes, tenants: f.Tenants}
+	for i := range s.tenants {
+		s.total += s.tenants[i].Samples
+	}
+	return s, nil
 }
 
 // readFooter says what a block holds.
