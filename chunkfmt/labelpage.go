@@ -289,6 +289,7 @@ type labelBuilder struct {
 	metrics []string
 	names   map[string]*labelNameBuilder
 	order   []*labelNameBuilder
+	bytes   int // about as many as all pages together take, unpacked
 }
 
 type labelNameBuilder struct {
@@ -305,6 +306,7 @@ type labelValueBuilder struct {
 func (b *labelBuilder) add(metric string, ls labels.Labels) {
 	if n := len(b.metrics); n == 0 || b.metrics[n-1] != metric {
 		b.metrics = append(b.metrics, string([]byte(metric)))
+		b.bytes += len(metric) + 2*binary.MaxVarintLen32
 	}
 	id := uint32(len(b.metrics) - 1)
 	if b.names == nil {
@@ -319,17 +321,20 @@ func (b *labelBuilder) add(metric string, ls labels.Labels) {
 			n = &labelNameBuilder{name: string([]byte(l.Name)), values: map[string]*labelValueBuilder{}}
 			b.names[n.name] = n
 			b.order = append(b.order, n)
+			b.bytes += len(n.name) + 4*binary.MaxVarintLen32
 		}
 		v := n.last
 		if v == nil || v.value != l.Value {
 			if v = n.values[l.Value]; v == nil {
 				v = &labelValueBuilder{value: string([]byte(l.Value))}
 				n.values[v.value] = v
+				b.bytes += len(v.value) + 3*binary.MaxVarintLen32
 			}
 			n.last = v
 		}
 		if k := len(v.metrics); k == 0 || v.metrics[k-1] != id {
 			v.metrics = append(v.metrics, id)
+			b.bytes++ // or two, but most sets are like others
 		}
 	})
 }

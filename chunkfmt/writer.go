@@ -55,6 +55,10 @@ const smallTenant = 32 << 10
 // series.
 const maxSeriesBytes = 4 << 20
 
+// maxLabelBytes is from how much text of labels on a block is full. Of what comes then
+// there is room for one more series in pages of labels, whatever it has.
+const maxLabelBytes = MaxPage / 2
+
 // maxWindowBytes is how much of pages of windows is held before the series page
 // that names them is ended.
 const maxWindowBytes = 16 << 20
@@ -129,6 +133,12 @@ func (w *Writer) Size() int64 {
 		n += int64(16 * w.series.series)
 	}
 	return n
+}
+
+// Full says whether the block should end: it has as many bytes, or the tenant's labels
+// as much text as their pages may have.
+func (w *Writer) Full(maxBytes int64) bool {
+	return w.Size() >= maxBytes || w.labels.bytes >= maxLabelBytes
 }
 
 // Add appends a series. Tenants come in ascending order; a tenant's series in

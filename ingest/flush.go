@@ -83,7 +83,7 @@ func encodeExcept(g *head.Generation, except map[string]error, window int64, max
 			continue
 		}
 		err := g.Walk(tenant, func(s *chunkfmt.Series) error {
-			if w != nil && w.Size() >= maxBytes {
+			if w != nil && w.Full(maxBytes) {
 				if err := end(); err != nil {
 					return err
 				}

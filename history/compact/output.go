@@ -143,7 +143,7 @@ func (o *outputs) add(ctx context.Context, window int64, s *chunkfmt.Series, sum
 		open = o.own
 	}
 	out := open[window]
-	if out != nil && out.w.Size() >= o.maxBytes {
+	if out != nil && out.w.Full(o.maxBytes) {
 		if err := o.close(ctx, open, out); err != nil {
 			return err
 		}
