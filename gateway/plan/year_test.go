@@ -4,6 +4,8 @@ import (
 	"bytes"
 	"flag"
 	"fmt"
+	"io"
+	"net/http"
 	"testing"
 	"time"
 
@@ -22,13 +24,47 @@ import (
 	"github.com/epimetheus-tsdb/epimetheus/history"
 	"github.com/epimetheus-tsdb/epimetheus/history/historytest"
 	"github.com/epimetheus-tsdb/epimetheus/history/index"
+	"github.com/epimetheus-tsdb/epimetheus/history/object"
 	"github.com/epimetheus-tsdb/epimetheus/internal/gen"
+	"github.com/epimetheus-tsdb/epimetheus/internal/testenv"
 )
 
 var (
 	yearWeeks  = flag.Int("year.weeks", 52, "weeks of data of BenchmarkYear and BenchmarkManySeries")
 	yearSeries = flag.Int("year.series", 10_000, "series of BenchmarkManySeries")
+	// Amazon says that the first byte of a small object takes 100 to 200 ms, most see 20 to 50; a connection gives some 85 MB/s.
+	yearFar = flag.Duration("year.far", 0, "how much longer each answer of the S3 server of BenchmarkYear and BenchmarkManySeries takes, as if it were S3, with 85 MB/s each")
 )
+
+// far makes a server as slow as one that isn't on the same machine.
+type far struct {
+	http.RoundTripper
+	latency time.Duration
+}
+
+func (f far) RoundTrip(r *http.Request) (*http.Response, error) {
+	began := time.Now()
+	resp, err := f.RoundTripper.RoundTrip(r)
+	if err == nil && r.Method == http.MethodGet {
+		time.Sleep(f.latency - time.Since(began))
+		resp.Body = &farBody{ReadCloser: resp.Body, began: time.Now()}
+	}
+	return resp, err
+}
+
+type farBody struct {
+	io.ReadCloser
+	began time.Time
+	bytes int
+}
+
+func (f *farBody) Read(p []byte) (int, error) {
+	const perSecond = 85e6
+	n, err := f.ReadCloser.Read(p)
+	f.bytes += n
+	time.Sleep(time.Duration(float64(f.bytes)/perSecond*float64(time.Second)) - time.Since(f.began))
+	return n, err
+}
 
 // yearOf is a year of one metric in blocks of a week, in an S3 server.
 type yearOf struct {
@@ -41,7 +77,14 @@ type yearOf struct {
 // newYear writes blocks that add fills: it adds the samples of the week from start on.
 func newYear(b *testing.B, start int64, add func(w *chunkfmt.Writer, start, end int64)) *yearOf {
 	b.Helper()
-	objects := historytest.S3(b, prometheus.NewRegistry())
+	o := historytest.S3Options(b, testenv.S3(b))
+	if *yearFar > 0 {
+		o.HTTPClient.Transport = far{o.HTTPClient.Transport, *yearFar}
+	}
+	objects, err := object.NewS3(b.Context(), o, prometheus.NewRegistry())
+	if err != nil {
+		b.Fatal(err)
+	}
 	rows := index.New(historytest.Bolt(b, prometheus.NewRegistry()))
 	heads := gatewaytest.New(b, gatewaytest.Options{}).Heads
 	open := func(cache int64) *history.History {
