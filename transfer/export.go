@@ -26,6 +26,7 @@ import (
 
 	"github.com/epimetheus-tsdb/epimetheus/chunkfmt"
 	"github.com/epimetheus-tsdb/epimetheus/history"
+	"github.com/epimetheus-tsdb/epimetheus/history/object"
 )
 
 // ExportOptions of an Export. History, Tenant and Dir are needed.
@@ -195,39 +196,21 @@ func (e *exporter) pass(ctx context.Context, mint, maxt int64) (err error) {
 		}
 		e.open = nil
 	}()
-	var sets []*history.SeriesSet // those that stand at a series
-	for _, ms := range e.selectors {
-		set, err := snap.SelectOrdered(ctx, ms, mint, maxt, e.exported)
-		if err != nil {
+	var last *labels.Labels // up to which all series are written
+	for {
+		from := last
+		last, err = e.write(ctx, snap, mint, maxt, from, symbols)
+		if err == nil {
+			break
+		}
+		if !errors.Is(err, object.ErrNotExist) || last == from {
 			return err
 		}
-		if set.Next(ctx) {
-			sets = append(sets, set)
-		} else if err := set.Err(); err != nil {
+		// Compaction has replaced a block, and some time has passed since: what replaced
+		// it has the rest.
+		if snap, err = e.o.History.Snapshot(ctx, e.o.Tenant, mint, maxt, nil, time.Now()); err != nil {
 			return err
 		}
-	}
-	var buf history.Buffer
-	for len(sets) > 0 {
-		s := slices.MinFunc(sets, func(a, b *history.SeriesSet) int {
-			return labels.Compare(e.exported(a.At().Labels), e.exported(b.At().Labels))
-		}).At()
-		runs, err := s.Runs(&buf)
-		if err != nil {
-			return err
-		}
-		if err := e.series(ctx, s.Labels, chunkfmt.Merge(runs...), symbols); err != nil {
-			return fmt.Errorf("series %s: %w", s.Labels, err)
-		}
-		left := sets[:0]
-		for _, set := range sets {
-			if !labels.Equal(set.At().Labels, s.Labels) || set.Next(ctx) {
-				left = append(left, set)
-			} else if err := set.Err(); err != nil {
-				return err
-			}
-		}
-		sets = left
 	}
 	for len(e.open) > 0 {
 		b := e.open[0]
@@ -243,6 +226,62 @@ func (e *exporter) pass(ctx context.Context, mint, maxt int64) (err error) {
 		e.o.Report(done)
 	}
 	return nil
+}
+
+// write adds the series of a snapshot that come behind a given one to blocks; nil: all. It
+// returns the last one that it has added, also with an error.
+func (e *exporter) write(ctx context.Context, snap *history.Snapshot, mint, maxt int64, behind *labels.Labels, symbols []string) (*labels.Labels, error) {
+	done := behind
+	if behind != nil {
+		snap = snap.Only(func(ls labels.Labels) bool {
+			// A series that is new since has strings that the index doesn't have.
+			known := true
+			ls.Range(func(l labels.Label) {
+				for _, s := range []string{l.Name, l.Value} {
+					_, ok := slices.BinarySearch(symbols, s)
+					known = known && ok
+				}
+			})
+			return known && labels.Compare(e.exported(ls), *behind) > 0
+		})
+	}
+	var sets []*history.SeriesSet // those that stand at a series
+	for _, ms := range e.selectors {
+		set, err := snap.SelectOrdered(ctx, ms, mint, maxt, e.exported)
+		if err != nil {
+			return done, err
+		}
+		if set.Next(ctx) {
+			sets = append(sets, set)
+		} else if err := set.Err(); err != nil {
+			return done, err
+		}
+	}
+	var buf history.Buffer
+	for len(sets) > 0 {
+		s := slices.MinFunc(sets, func(a, b *history.SeriesSet) int {
+			return labels.Compare(e.exported(a.At().Labels), e.exported(b.At().Labels))
+		}).At()
+		runs, err := s.Runs(&buf)
+		if err != nil {
+			return done, err
+		}
+		if err := e.series(ctx, s.Labels, chunkfmt.Merge(runs...), symbols); err != nil {
+			return done, fmt.Errorf("series %s: %w", s.Labels, err)
+		}
+		key := e.exported(s.Labels)
+		done = &key
+		left := sets[:0]
+		for _, set := range sets {
+			if !labels.Equal(set.At().Labels, s.Labels) || set.Next(ctx) {
+				left = append(left, set)
+			} else if err := set.Err(); err != nil {
+				return done, err
+			}
+		}
+		sets = left
+	}
+	return done, nil
 }
 
 // exported are the labels of a series in the blocks. That external labels aren't among

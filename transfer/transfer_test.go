@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"math"
+	"math/rand/v2"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -812,5 +813,64 @@ func TestVanishing(t *testing.T) {
 	r, err := Import(t.Context(), w.options(t, Bucket(vanished, t.TempDir())))
 	if err != nil || r.Imported != 1 || r.Failed != 1 {
 		t.Errorf("%+v, %v", r, err)
+	}
+}
+
+// TestReplacedWhileExported: a block is replaced, and goes, while it is being exported.
+func TestReplacedWhileExported(t *testing.T) {
+	objects, rows := &historytest.MemoryObjects{}, index.New(&historytest.MemoryRows{})
+	var buf bytes.Buffer
+	w := chunkfmt.NewWriter(&buf, chunkfmt.WriterOptions{Window: history.Window})
+	r := rand.New(rand.NewPCG(1, 2))
+	want := uint64(0)
+	for i := range 100 { // more than is fetched at a time
+		s := &chunkfmt.Series{Labels: labels.FromStrings("__name__", "m", "i", fmt.Sprintf("%03d", i))}
+		for k := range int64(60_000) {
+			s.Floats.T, s.Floats.V = append(s.Floats.T, t0+k*1000), append(s.Floats.V, r.NormFloat64())
+		}
+		want += uint64(len(s.Floats.T))
+		if err := w.Add("acme", s); err != nil {
+			t.Fatal(err)
+		}
+	}
+	sum, err := w.Close()
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx := t.Context()
+	old, next := ulid.MustNew(1, nil), ulid.MustNew(2, nil)
+	read := 0
+	faulty := &historytest.FaultyObjects{Store: objects, Decide: func(op, key string) historytest.Fault {
+		if op != "GetRange" || key != history.ObjectKey(old) {
+			return historytest.None
+		}
+		if read++; read != 10 {
+			return historytest.None
+		}
+		// As compaction does.
+		if err := objects.Put(ctx, history.ObjectKey(next), bytes.NewReader(buf.Bytes()), sum.Size); err != nil {
+			t.Error(err)
+		}
+		of := func(id ulid.ULID) []index.BlockRow {
+			return history.Rows(index.BlockRef{Block: id, Object: history.ObjectKey(id), ObjectSize: sum.Size}, 1, sum.Tenants)
+		}
+		if err := errors.Join(rows.PutBlocks(ctx, of(next)), rows.DeleteRows(ctx, of(old)), rows.Condemn(ctx, old), objects.Delete(ctx, history.ObjectKey(old))); err != nil {
+			t.Error(err)
+		}
+		return historytest.None
+	}}
+	h, err := history.New(history.Options{Objects: faulty, Index: rows, PageCacheBytes: -1})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := h.Publish(ctx, old, buf.Bytes(), sum); err != nil {
+		t.Fatal(err)
+	}
+	got, err := Export(ctx, ExportOptions{History: h, Tenant: "acme", MinT: math.MinInt64, MaxT: math.MaxInt64, Dir: t.TempDir()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got.Samples != want || read < 10 {
+		t.Errorf("%d samples of %d, %d reads", got.Samples, want, read)
 	}
 }
