@@ -5,6 +5,7 @@ import (
 	"math"
 	"math/rand/v2"
 	"os"
+	"slices"
 	"testing"
 
 	"github.com/prometheus/common/model"
@@ -118,13 +119,13 @@ func FuzzWindowGroups(f *testing.F) {
 	var sum rollup.Summariser
 	for n := range 6 {
 		p := windowBuilder{width: []int64{rollup.Short, rollup.Long}[n%2]}
-		for k := range 4 {
+		for k := range 2 {
 			w := oddWindows(r, p.width)
 			if n >= 2 {
 				w = &rollup.Windows{}
 				sum.Summarise(w, regularSeries(r, 60_000).Samples(), p.width)
 			}
-			p.add(w, 0, min(w.Len(), 20+40*k))
+			p.add(w, 0, min(w.Len(), 8+20*k)) // small, or minimizing takes all the time
 		}
 		var body [windowGroups][]byte
 		for g := groupEnds; g <= p.lastGroup(); g++ {
@@ -214,6 +215,13 @@ func FuzzSeriesPage(f *testing.F) {
 		}
 		p.Select(nil, math.MinInt64, math.MaxInt64)
 		for _, e := range p.SelectWindows(nil, 0, 100000, rollup.Short) {
+			for _, c := range e.Windows {
+				for _, l := range e.Beside(rollup.Short, c.Page, rollup.AllColumns) {
+					if !slices.Contains(p.WindowPages(rollup.Short), l) {
+						t.Fatalf("page %v beside %v", l, c.Page)
+					}
+				}
+			}
 			if n := len(e.Chunks(0, 100000)); n == 0 && e.Gone == nil || !e.Times.Overlaps(0, 100000) {
 				t.Fatalf("%d chunks, %v", n, e.Times)
 			}
