@@ -114,7 +114,7 @@ type API struct {
 	rivals     rivals
 	handler    http.Handler
 
-	bodyTimeout time.Duration // bodyTimeout, but in tests
+	bodyTimeout, writeTimeout time.Duration // the constants, but in tests
 
 	answers   streaming
 	encodings encodings
@@ -126,7 +126,7 @@ func New(o Options, s Storage, live *ring.Live, logger *slog.Logger, reg prometh
 	a := &API{
 		opts: o, storage: tenants{s}, live: live, logger: logger.With("component", "api"), birth: time.Now().UTC(),
 		tenants: map[string]*variant{}, variants: map[string]*variant{}, gatherer: gatherer, gates: gates{all: map[string]*gate{}}, answers: streaming{waiting: map[string]*v1.Response{}},
-		bodyTimeout: bodyTimeout,
+		bodyTimeout: bodyTimeout, writeTimeout: writeTimeout,
 	}
 	if err := o.Engine.Validate(); err != nil {
 		return nil, err
@@ -183,7 +183,7 @@ func (a *API) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		respondError(w, http.StatusUnauthorized, "bad_data", err)
 		return
 	}
-	rw := &responseWriter{ResponseWriter: w, answers: &a.answers, encodings: &a.encodings, encoding: encodingOf(r)}
+	rw := &responseWriter{ResponseWriter: w, answers: &a.answers, encodings: &a.encodings, encoding: encodingOf(r), timeout: a.writeTimeout}
 	defer rw.close()
 	r = r.WithContext(merge.WithWarn(withTenants(r.Context(), names), rw.warn))
 	r.Header = r.Header.Clone()

@@ -81,7 +81,7 @@ func TestSlowBody(t *testing.T) {
 func TestBodyTimeout(t *testing.T) {
 	ready := make(chan struct{})
 	api := newAPI(t, gatewaytest.New(t, gatewaytest.Options{}), gateway.Options{Ready: func() error { <-ready; return nil }})
-	api.SetBodyTimeout(200 * time.Millisecond)
+	api.SetTimeouts(200 * time.Millisecond)
 	server := httptest.NewServer(api)
 	defer server.Close()
 	conn, whole := sendPart(t, server, "query", 8, "query=up")
@@ -130,4 +130,46 @@ func TestBodySize(t *testing.T) {
 			require.True(t, strings.Contains(w.Body.String(), q.want), "%s: %.200s", q.path, w.Body)
 		}
 	}
+}
+
+// A client that doesn't take its answer keeps no place from its tenant's queries; one
+// that takes it slowly gets all of it.
+func TestSlowReader(t *testing.T) {
+	api := newAPI(t, fifty(t), gateway.Options{Limits: gateway.Limits{Queries: 1}})
+	api.SetTimeouts(400 * time.Millisecond)
+	server := httptest.NewServer(api)
+	defer server.Close()
+	// Longer than what sockets hold.
+	long := url.Values{"query": {"requests_total"}, "start": {"0"}, "end": {"3600"}, "step": {"0.4"}}.Encode()
+	dial := func() net.Conn {
+		c, err := (&net.Dialer{}).DialContext(t.Context(), "tcp", server.Listener.Addr().String())
+		require.NoError(t, err)
+		_, err = fmt.Fprintf(c, "GET /api/v1/query_range?%s HTTP/1.1\r\nHost: x\r\n\r\n", long)
+		require.NoError(t, err)
+		return c
+	}
+	stalled := dial()
+	defer stalled.Close()
+	_, err := io.ReadFull(stalled, make([]byte, 64<<10)) // it has the place
+	require.NoError(t, err)
+	require.Equal(t, http.StatusOK, call(t, api, "query", "query", "1").code)
+
+	slow := dial()
+	defer slow.Close()
+	begin := time.Now()
+	resp, err := http.ReadResponse(bufio.NewReader(slow), nil)
+	require.NoError(t, err)
+	defer resp.Body.Close()
+	n := 0
+	for {
+		some, err := io.CopyN(io.Discard, resp.Body, 1<<20)
+		n += int(some)
+		if err != nil {
+			require.ErrorIs(t, err, io.EOF)
+			break
+		}
+		time.Sleep(100 * time.Millisecond) // what a slow client does
+	}
+	require.Greater(t, n, 8<<20)
+	require.Greater(t, time.Since(begin), 800*time.Millisecond)
 }

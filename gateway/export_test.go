@@ -12,5 +12,6 @@ func (a *API) Engines() int {
 	return len(a.variants)
 }
 
-// SetBodyTimeout changes how long a body may take. It is for before the first request.
-func (a *API) SetBodyTimeout(d time.Duration) { a.bodyTimeout = d }
+// SetTimeouts changes how long a body and a piece of an answer may take. It is for before
+// the first request.
+func (a *API) SetTimeouts(d time.Duration) { a.bodyTimeout, a.writeTimeout = d, d }

@@ -8,6 +8,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"time"
 
 	jsoniter "github.com/json-iterator/go"
 	"github.com/klauspost/compress/gzip"
@@ -198,6 +199,7 @@ type responseWriter struct {
 	encoding  string // that the client takes
 
 	warnings annotations.Annotations // beside those that the handler knows of
+	timeout  time.Duration           // of a write: the client takes something meanwhile, or has gone
 
 	started bool
 	encoder encoder // nil: as it is
@@ -219,7 +221,7 @@ func (w *responseWriter) WriteHeader(code int) {
 			h.Set("Content-Encoding", w.encoding)
 			h.Del("Content-Length")
 			if code != http.StatusNoContent {
-				w.encoder, w.put = w.encodings.open(w.encoding, w.ResponseWriter)
+				w.encoder, w.put = w.encodings.open(w.encoding, patient{w.ResponseWriter, w.timeout})
 			}
 		}
 	}
@@ -231,7 +233,7 @@ func (w *responseWriter) Write(p []byte) (int, error) {
 	if !w.started {
 		w.WriteHeader(http.StatusOK)
 	}
-	out := io.Writer(w.ResponseWriter)
+	out := io.Writer(patient{w.ResponseWriter, w.timeout})
 	if w.encoder != nil {
 		out = w.encoder
 	}
@@ -254,7 +256,9 @@ func (w *responseWriter) Flush() {
 	if w.encoder != nil && w.encoder.Flush() != nil {
 		return // the client has gone
 	}
-	_ = http.NewResponseController(w.ResponseWriter).Flush() // it can't: nothing is lost
+	c := http.NewResponseController(w.ResponseWriter)
+	_ = c.SetWriteDeadline(time.Now().Add(w.timeout)) // it can't: it has none
+	_ = c.Flush()                                     // it can't: nothing is lost
 }
 
 // close ends the answer.
@@ -264,4 +268,24 @@ func (w *responseWriter) close() {
 			w.put()
 		}
 	}
+	if w.started {
+		// The connection may serve other requests.
+		_ = http.NewResponseController(w.ResponseWriter).SetWriteDeadline(time.Time{}) // it can't: it has none
+	}
+}
+
+// writeTimeout is how long a client may take for one piece of an answer, of pieceBytes or
+// somewhat more. However long the answer, it may go on; but a client that takes nothing
+// any more doesn't keep its tenant's place.
+const writeTimeout = time.Minute
+
+// patient is a response of which each write has its own deadline.
+type patient struct {
+	http.ResponseWriter
+	timeout time.Duration
+}
+
+func (p patient) Write(b []byte) (int, error) {
+	_ = http.NewResponseController(p.ResponseWriter).SetWriteDeadline(time.Now().Add(p.timeout)) // it can't: it has none
+	return p.ResponseWriter.Write(b)
 }
