@@ -85,6 +85,15 @@ func TestResultsInMemcached(t *testing.T) {
 	check(b, expr, 0, 24*time.Hour)
 	require.Equal(t, all["here"], parts(b)["memcached"])
 	require.Zero(t, parts(b)["here"])
+	// An explanation counts them as kept.
+	ctx, explained := plan.WithExplanation(t.Context())
+	q, err := gateways().engine.NewRangeQuery(ctx, c.Storage, nil, expr, time.Unix(0, 0), time.Unix(0, 0).Add(24*time.Hour), 10*time.Minute)
+	require.NoError(t, err)
+	require.NoError(t, q.Exec(ctx).Err)
+	q.Close()
+	require.Len(t, explained.Leaves, 1)
+	require.InDelta(t, all["here"], explained.Leaves[0].Kept, 0)
+	require.Zero(t, explained.Leaves[0].Here)
 	// From then on in its memory; other steps of the same parts too.
 	check(b, expr, 30*time.Minute, 23*time.Hour)
 	require.Equal(t, all["here"], parts(b)["memcached"])

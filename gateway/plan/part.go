@@ -170,19 +170,6 @@ type partialSeries struct {
 	order labels.Labels
 }
 
-// bytes is about how much memory it takes.
-func (p *partial) bytes() int64 {
-	const point = 16
-	n := 2 * 8 * int64(len(p.counts.window))
-	for i := range p.series {
-		n += point * int64(len(p.series[i].Floats))
-		for _, h := range p.series[i].Histograms {
-			n += point * int64(histogramSize(h.H))
-		}
-	}
-	return n
-}
-
 // slice is what the steps from, up to, without, to of a leaf's result are, without
 // annotations. The points are shared.
 func (p *partial) slice(g Grid, from, to int) *partial {

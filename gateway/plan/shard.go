@@ -192,9 +192,12 @@ func (w *work) shardElsewhere(ctx context.Context, tenant string, i int, heads [
 	case err != nil:
 		return nil, err
 	}
-	out, err := unmarshal(b, w.l.Grid)
+	out, err := received(ctx, b, w.l.Grid, 1)
 	if err == nil && !w.l.fits(out) {
 		err = errCorrupt
+	}
+	if err != nil && !errors.Is(err, errCorrupt) {
+		return nil, err
 	}
 	if err != nil {
 		w.q.opts.logger.Warn("result of a worker can't be read, computed again", "err", err)
@@ -203,7 +206,6 @@ func (w *work) shardElsewhere(ctx context.Context, tenant string, i int, heads [
 	w.q.engine.spread.Results.count("worker", 1)
 	acc := account.From(ctx)
 	acc.AddParts(0, 0, 1)
-	acc.Hold(int64(len(b)))
 	read := int64(0)
 	for _, n := range out.counts.read {
 		read += n

@@ -248,11 +248,6 @@ func (w *work) run(ctx context.Context) (*partial, error) {
 	g, gctx := errgroup.WithContext(ctx)
 	g.SetLimit(tasksAtOnce + 1)
 	w.recall(ctx, tenant)
-	for _, p := range w.out {
-		if p != nil {
-			account.From(ctx).Hold(p.bytes())
-		}
-	}
 	mine, tasks := w.assign(tenant)
 	for _, t := range tasks {
 		g.Go(func() (err error) {
@@ -332,12 +327,12 @@ func (w *work) assign(tenant string) (mine []int, elsewhere []neighbours) {
 }
 
 // kept gives the result of a part from memory, nil if it isn't there.
-func (w *work) kept(i int) *partial {
+func (w *work) kept(ctx context.Context, i int) *partial {
 	r := w.q.engine.spread.Results
 	if r == nil {
 		return nil
 	}
-	out, _ := r.get(w.keys[i], w.grid(i))
+	out, _ := r.get(ctx, w.keys[i], w.grid(i))
 	return out
 }
 
@@ -365,7 +360,7 @@ func (w *work) keptParts(ctx context.Context, tenant string) (kept, near int) {
 		if w.fresh[i] {
 			continue
 		}
-		if w.out[i] = w.kept(i); w.out[i] == nil {
+		if w.out[i] = w.kept(ctx, i); w.out[i] == nil {
 			absent = append(absent, i)
 		} else {
 			kept++
@@ -418,7 +413,10 @@ func (w *work) elsewhere(ctx context.Context, tenant string, n neighbours) error
 	case err != nil:
 		return err
 	}
-	out, err := unmarshal(b, w.l.only(first.from, last.to).Grid)
+	out, err := received(ctx, b, w.l.only(first.from, last.to).Grid, n.to-n.from)
+	if err != nil && !errors.Is(err, errCorrupt) {
+		return err
+	}
 	if err != nil {
 		q.opts.logger.Warn("result of a worker can't be read, computed again", "err", err)
 		return nil
@@ -430,7 +428,6 @@ func (w *work) elsewhere(ctx context.Context, tenant string, n neighbours) error
 	for _, n := range out.counts.read {
 		read += n
 	}
-	acc.Hold(int64(len(b)))
 	if err := w.sel.AddSeries(out.counts.series, read); err != nil {
 		return err
 	}
@@ -477,17 +474,17 @@ func (w *work) compute(ctx context.Context, is []int) error {
 
 // get gives the steps of a grid of what is in memory. It is absent if only other steps
 // are.
-func (r *Results) get(key Key, g Grid) (*partial, bool) {
+func (r *Results) get(ctx context.Context, key Key, g Grid) (*partial, bool) {
 	b, ok := r.cache.Peek(key)
 	if !ok {
 		return nil, false
 	}
-	return stepsOf(b, g)
+	return stepsOf(ctx, b, g)
 }
 
 // stepsOf gives the steps of a grid of a result that was kept. It is absent if that
-// has only others, or can't be read: then it is computed.
-func stepsOf(b []byte, g Grid) (*partial, bool) {
+// has only others, or can't be read: then it is computed. The account of ctx holds it.
+func stepsOf(ctx context.Context, b []byte, g Grid) (*partial, bool) {
 	if len(b) < gridBytes {
 		return nil, false
 	}
@@ -498,7 +495,7 @@ func stepsOf(b []byte, g Grid) (*partial, bool) {
 	if n := was.Len(); n < g.Len() || n > len(b) { // each step takes bytes
 		return nil, false
 	}
-	p, err := unmarshal(b[gridBytes:], was)
+	p, err := unmarshal(b[gridBytes:], was, 1, holding(ctx))
 	if err != nil {
 		return nil, false
 	}
@@ -524,7 +521,7 @@ func (r *Results) fromMemcached(ctx context.Context, tenant string, keys []Key, 
 	}
 	out := make([]*partial, len(keys))
 	for i, b := range r.memcached.Get(ctx, memcached.Results, names, int64(len(keys))*expectedBytes) {
-		p, ok := stepsOf(b, grids[i])
+		p, ok := stepsOf(ctx, b, grids[i])
 		if ok {
 			out[i] = p
 			r.cache.Put(tenant, keys[i], b, int64(len(b)))
@@ -621,7 +618,7 @@ func (e *Engine) workParts(ctx context.Context, h *history.History, q *query, l 
 	for i, p := range parts {
 		keys[i] = l.key(t.Tenant, t.Span, p.number, q.opts, t.Blocks, t.Hidden)
 		var ok bool
-		if out[i], ok = r.get(keys[i], l.only(p.from, p.to).Grid); !ok {
+		if out[i], ok = r.get(ctx, keys[i], l.only(p.from, p.to).Grid); !ok {
 			first, last = min(first, i), i
 		}
 	}

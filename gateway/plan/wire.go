@@ -1,18 +1,22 @@
 package plan
 
 import (
+	"context"
 	"encoding/binary"
 	"errors"
 	"fmt"
 	"hash/crc32"
 	"math"
 	"slices"
+	"unsafe"
 
 	"github.com/prometheus/prometheus/model/histogram"
 	"github.com/prometheus/prometheus/model/labels"
 	"github.com/prometheus/prometheus/prompb"
 	"github.com/prometheus/prometheus/promql"
 	"github.com/prometheus/prometheus/util/annotations"
+
+	"github.com/epimetheus-tsdb/epimetheus/gateway/account"
 )
 
 // The form of a partial in caches and between gateways: docs/protocols/work.md.
@@ -98,8 +102,14 @@ func (p *partial) marshal(g Grid) ([]byte, error) {
 	return binary.LittleEndian.AppendUint32(b, crc32.Checksum(b, castagnoli)), nil
 }
 
-// unmarshal reads what marshal has written for a grid. It keeps nothing of b.
-func unmarshal(b []byte, g Grid) (_ *partial, err error) {
+// mostColumns is the most series that a group has in the result of a shard.
+const mostColumns = 3
+
+// unmarshal reads what marshal has written for a grid. It keeps nothing of b. hold is told
+// of memory before that is taken, and what of it is given back; its error ends the reading.
+// It has no more series than were read, by its own account, which is of the most of its
+// parts, and each of them no more points than there are steps.
+func unmarshal(b []byte, g Grid, parts int, hold func(bytes int64) error) (_ *partial, err error) {
 	if len(b) < 5 || b[0] != partialVersion {
 		return nil, fmt.Errorf("%w: version or length", errCorrupt)
 	}
@@ -107,31 +117,64 @@ func unmarshal(b []byte, g Grid) (_ *partial, err error) {
 	if crc32.Checksum(body, castagnoli) != binary.LittleEndian.Uint32(b[len(body):]) {
 		return nil, fmt.Errorf("%w: checksum", errCorrupt)
 	}
-	r := reader{b: body[1:]}
+	r := reader{b: body[1:], hold: hold}
+	p, err := r.partial(g, parts)
+	if r.err != nil {
+		err = r.err
+	}
+	if err != nil {
+		r.took = 0
+	}
+	if settled := r.settle(); err == nil {
+		err = settled
+	}
+	if err != nil {
+		return nil, err
+	}
+	return p, nil
+}
+
+// partial reads a result. If r is bad afterwards, it is of no use.
+func (r *reader) partial(g Grid, parts int) (*partial, error) {
 	steps := g.Len()
-	p := &partial{counts: newCounts(steps)}
 	if n := r.length(2); n != steps {
 		return nil, fmt.Errorf("%w: %d steps, want %d", errCorrupt, n, steps)
 	}
+	r.take(2 * 8 * steps)
+	p := &partial{counts: newCounts(steps)}
 	for i := range steps {
 		p.counts.window[i], p.counts.read[i] = r.varint(), r.varint()
 	}
 	p.counts.series = r.varint()
 	for range r.length(3) {
+		if !r.take(128) {
+			break
+		}
 		a := &told{info: r.byte() == 1}
 		a.text, a.located = r.text(), r.text()
 		p.annos.Add(a)
 	}
 	n := r.length(4)
-	p.series = make([]partialSeries, 0, n)
+	if int64(n)/mostColumns/int64(parts) > max(1, p.counts.series) {
+		return nil, fmt.Errorf("%w: %d series of %d", errCorrupt, n, p.counts.series)
+	}
+	if r.take(n * int(unsafe.Sizeof(partialSeries{}))) {
+		p.series = make([]partialSeries, 0, n)
+	}
 	var builder labels.ScratchBuilder
 	set := func() labels.Labels {
 		builder.Reset()
-		for range r.length(2) {
+		const label = 32 // in the builder
+		n := r.length(2)
+		if !r.take(label * n) {
+			return labels.EmptyLabels()
+		}
+		for range n {
 			name := r.text()
 			builder.Add(name, r.text())
 		}
 		builder.Sort()
+		r.take(-label * n)
 		return builder.Labels()
 	}
 	for range n {
@@ -142,36 +185,8 @@ func unmarshal(b []byte, g Grid) (_ *partial, err error) {
 		if s.order = s.Metric; flag&2 == 0 {
 			s.order = set()
 		}
-		if n := r.length(9); n > 0 {
-			s.Floats = make([]promql.FPoint, n)
-			k := int64(0)
-			for i := range s.Floats {
-				k += r.varint()
-				if k < 0 || k >= int64(steps) {
-					return nil, fmt.Errorf("%w: step %d of %d", errCorrupt, k, steps)
-				}
-				s.Floats[i].T = g.At(int(k))
-			}
-			for i := range s.Floats {
-				s.Floats[i].F = math.Float64frombits(r.uint64())
-			}
-		}
-		if n := r.length(1); n > 0 {
-			s.Histograms = make([]promql.HPoint, n)
-			for i := range s.Histograms {
-				var ph prompb.Histogram
-				if err := ph.Unmarshal(r.bytes()); err != nil {
-					return nil, fmt.Errorf("%w: %w", errCorrupt, err)
-				}
-				h := ph.ToFloatHistogram()
-				if ph.Timestamp < g.Start || ph.Timestamp > g.At(steps-1) || (ph.Timestamp-g.Start)%g.Step != 0 {
-					return nil, fmt.Errorf("%w: a histogram at %d", errCorrupt, ph.Timestamp)
-				}
-				if !ph.IsFloatHistogram() || !spanned(h.PositiveSpans, len(h.PositiveBuckets)) || !spanned(h.NegativeSpans, len(h.NegativeBuckets)) {
-					return nil, fmt.Errorf("%w: histogram", errCorrupt)
-				}
-				s.Histograms[i] = promql.HPoint{T: ph.Timestamp, H: h}
-			}
+		if err := r.points(&s, g, steps); err != nil {
+			return nil, err
 		}
 		if r.bad {
 			break
@@ -182,6 +197,53 @@ func unmarshal(b []byte, g Grid) (_ *partial, err error) {
 		return nil, fmt.Errorf("%w: length", errCorrupt)
 	}
 	return p, nil
+}
+
+// points reads those of a series.
+func (r *reader) points(s *partialSeries, g Grid, steps int) error {
+	if n := r.length(9); n > 0 && r.take(16*n) {
+		s.Floats = make([]promql.FPoint, n)
+		k := int64(0)
+		for i := range s.Floats {
+			d := r.varint()
+			if k += d; k < 0 || k >= int64(steps) || i > 0 && d <= 0 {
+				return fmt.Errorf("%w: step %d of %d", errCorrupt, k, steps)
+			}
+			s.Floats[i].T = g.At(int(k))
+		}
+		for i := range s.Floats {
+			s.Floats[i].F = math.Float64frombits(r.uint64())
+		}
+	}
+	n := r.length(1)
+	if n == 0 || !r.take(16*n) {
+		return nil
+	}
+	s.Histograms = make([]promql.HPoint, n)
+	before := g.Start - 1
+	for i := range s.Histograms {
+		b := r.bytes()
+		// A span takes two bytes at the least, and eight in memory, twice while it is read.
+		const fields = 512
+		if !r.take(fields + 8*len(b)) {
+			return nil
+		}
+		var ph prompb.Histogram
+		if err := ph.Unmarshal(b); err != nil {
+			return fmt.Errorf("%w: %w", errCorrupt, err)
+		}
+		h := ph.ToFloatHistogram()
+		if ph.Timestamp <= before || ph.Timestamp > g.At(steps-1) || (ph.Timestamp-g.Start)%g.Step != 0 {
+			return fmt.Errorf("%w: a histogram at %d", errCorrupt, ph.Timestamp)
+		}
+		before = ph.Timestamp
+		if !ph.IsFloatHistogram() || !spanned(h.PositiveSpans, len(h.PositiveBuckets)) || !spanned(h.NegativeSpans, len(h.NegativeBuckets)) {
+			return fmt.Errorf("%w: histogram", errCorrupt)
+		}
+		s.Histograms[i] = promql.HPoint{T: ph.Timestamp, H: h}
+		r.take(16*histogramSize(h) - fields - 8*len(b))
+	}
+	return nil
 }
 
 // spanned reports whether spans are of so many buckets: a result may be negative
@@ -200,6 +262,31 @@ func spanned(spans []histogram.Span, buckets int) bool {
 type reader struct {
 	b   []byte
 	bad bool
+
+	hold       func(int64) error
+	took, told int64 // bytes of memory, and those that hold was told of
+	err        error // hold's
+}
+
+// take notes bytes of memory that are about to be taken, or aren't needed any more. It
+// reports false, and r is bad, if they aren't to be had.
+func (r *reader) take(bytes int) bool {
+	const atOnce = 32 << 10 // to tell of each would take as long as to read it
+	if r.took += int64(bytes); r.took > r.told {
+		more := max(r.took-r.told, atOnce)
+		r.told += more
+		if r.err = r.hold(more); r.err != nil {
+			r.fail()
+		}
+	}
+	return !r.bad
+}
+
+// settle tells how much was taken in the end.
+func (r *reader) settle() error {
+	more := r.took - r.told
+	r.told = r.took
+	return r.hold(more)
 }
 
 func (r *reader) fail() {
@@ -254,7 +341,34 @@ func (r *reader) bytes() []byte {
 	return x
 }
 
-func (r *reader) text() string { return string(r.bytes()) }
+func (r *reader) text() string {
+	b := r.bytes()
+	if !r.take(len(b) + 2) {
+		return ""
+	}
+	return string(b)
+}
+
+// holding lets an account hold what a result takes in memory.
+func holding(ctx context.Context) func(bytes int64) error {
+	acc := account.From(ctx)
+	return func(bytes int64) error {
+		if acc.Hold(bytes); bytes > 0 && ctx.Err() != nil {
+			return context.Cause(ctx)
+		}
+		return nil
+	}
+}
+
+// received reads the result of another gateway: an errCorrupt, or why ctx has ended.
+func received(ctx context.Context, b []byte, g Grid, parts int) (*partial, error) {
+	hold := holding(ctx)
+	if err := hold(int64(len(b))); err != nil {
+		return nil, err
+	}
+	defer func() { _ = hold(-int64(len(b))) }() // gives no error
+	return unmarshal(b, g, parts, hold)
+}
 
 // told is an annotation of a part that was computed elsewhere, or of one that may
 // be: its text, and the text with the place in the query.
