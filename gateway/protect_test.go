@@ -198,6 +198,39 @@ func TestQueryMemory(t *testing.T) {
 	}
 }
 
+// The points that the engine makes count, while it makes them, but not those that it
+// doesn't: of series that are there for a small part of the time.
+func TestMemoryOfPoints(t *testing.T) {
+	c := fifty(t) // of which the samples take 200 kB
+	for _, q := range []struct {
+		expr  string
+		end   string
+		step  string
+		fails bool
+	}{
+		{"requests_total", "3600", "0.5", true}, // 6 MB
+		{"requests_total", "3600", "5", false},
+		{"requests_total", "2592000", "240", false},
+		{"requests_total * 2", "3600", "0.5", true},
+		{`requests_total{i="1"} * 2`, "3600", "0.5", false},
+		{"max_over_time((requests_total * 2)[1h:500ms])", "3600", "3600", true},
+		{"sum by (i) (rate(requests_total[5m])) * 2", "3600", "0.5", true},
+		{"timestamp(requests_total)", "3600", "0.5", true},
+		{`sum by (i) (rate(requests_total{i="1"}[5m])) * 2`, "3600", "0.5", false},
+	} {
+		reg := prometheus.NewRegistry()
+		api := newAPI(t, c, gateway.Options{Memory: account.NewMemory(3<<20, reg)})
+		a := call(t, api, "query_range", "query", q.expr, "start", "0", "end", q.end, "step", q.step)
+		if !q.fails {
+			require.Equal(t, http.StatusOK, a.code, "%+v: %s", q, a.Error)
+		} else {
+			require.Equal(t, http.StatusUnprocessableEntity, a.code, q)
+			require.Contains(t, a.Error, "gateway.query_memory_bytes (3145728)")
+		}
+		require.NoError(t, testutil.GatherAndCompare(reg, strings.NewReader("# HELP epimetheus_gateway_query_memory_bytes Memory that running queries hold: samples of heads, pages and results, about.\n# TYPE epimetheus_gateway_query_memory_bytes gauge\nepimetheus_gateway_query_memory_bytes 0\n"), "epimetheus_gateway_query_memory_bytes"))
+	}
+}
+
 // endless is an ingester whose answers have no end.
 type endless struct {
 	fetchpb.UnimplementedFetchServer

@@ -144,3 +144,26 @@ func trim(out, s *chunkfmt.Series, mint, maxt int64) {
 	i, j = cut(s.FloatHistograms.T)
 	out.FloatHistograms = chunkfmt.FloatHistograms{T: s.FloatHistograms.T[i:j], ST: starts(s.FloatHistograms.ST, i, j), H: s.FloatHistograms.H[i:j]}
 }
+
+// Extent is the time of the first and the last sample, how many there are, and how many
+// points of floats, of 16 bytes, take as much memory as one of them.
+func (it *iterator) Extent() (mint, maxt int64, samples, size int) {
+	mint, maxt, size = math.MaxInt64, math.MinInt64, 1
+	times := func(ts []int64) {
+		if n := len(ts); n > 0 {
+			mint, maxt = min(mint, ts[0]), max(maxt, ts[n-1])
+			samples += n
+		}
+	}
+	times(it.s.Floats.T)
+	times(it.s.Histograms.T)
+	times(it.s.FloatHistograms.T)
+	const fields = 168 // of a histogram, as it counts itself
+	if len(it.s.Histograms.T) > 0 {
+		h := it.s.Histograms.H[0]
+		size = (fields + 8*(len(h.PositiveSpans)+len(h.NegativeSpans)+len(h.PositiveBuckets)+len(h.NegativeBuckets)+len(h.CustomValues))) / 16
+	} else if len(it.s.FloatHistograms.T) > 0 {
+		size = it.s.FloatHistograms.H[0].Size() / 16
+	}
+	return mint, maxt, samples, size
+}

@@ -139,6 +139,9 @@ func (q *query) Exec(ctx context.Context) *promql.Result {
 	if e := explanationOf(ctx); e != nil {
 		return q.explain(ctx, e)
 	}
+	if acc != nil {
+		q.one.hold = &engineHold{account: acc, samples: q.Query.Stats().Samples, window: q.lookback()}
+	}
 	r := q.exec(ctx)
 	switch {
 	case r.Err != nil && errors.Is(context.Cause(ctx), account.ErrLimit):
@@ -149,6 +152,14 @@ func (q *query) Exec(ctx context.Context) *promql.Result {
 		}
 	}
 	return r
+}
+
+// lookback is the query's lookback delta, ms.
+func (q *query) lookback() int64 {
+	if q.stmt == nil {
+		return 0
+	}
+	return q.stmt.LookbackDelta.Milliseconds()
 }
 
 // answerBytes is about how long an answer is as JSON.
@@ -181,7 +192,9 @@ func answerBytes(v parser.Value) int64 {
 
 func (q *query) exec(ctx context.Context) *promql.Result {
 	if len(q.leaves) == 0 {
-		return q.Query.Exec(ctx)
+		r := q.Query.Exec(ctx)
+		q.one.hold.end()
+		return r
 	}
 	ctx, cancel := context.WithTimeout(ctx, q.engine.opts.Timeout)
 	defer cancel()
@@ -197,6 +210,7 @@ func (q *query) exec(ctx context.Context) *promql.Result {
 		return &promql.Result{Err: err, Warnings: annos}
 	}
 	r := q.Query.Exec(ctx)
+	q.one.hold.end()
 	r.Warnings.Merge(annos)
 	if r.Err == nil && q.answer != nil {
 		r.Value = q.finished()
@@ -239,10 +253,7 @@ func (q *query) takeAsAnswer(l *Leaf, series []partialSeries) (bool, error) {
 		if m[i].DropName {
 			m[i].Metric = m[i].Metric.DropReserved(schema.IsMetadataLabel)
 		}
-		points += len(m[i].Floats)
-		for _, h := range m[i].Histograms {
-			points += histogramSize(h.H)
-		}
+		points += pointsOf(&m[i])
 	}
 	switch {
 	case points > q.opts.maxSamples:
@@ -252,6 +263,15 @@ func (q *query) takeAsAnswer(l *Leaf, series []partialSeries) (bool, error) {
 	}
 	q.answer, q.points = m, q.points+points
 	return true, nil
+}
+
+// pointsOf are those of a series, as the engine counts them.
+func pointsOf(s *promql.Series) int {
+	n := len(s.Floats)
+	for _, h := range s.Histograms {
+		n += histogramSize(h.H)
+	}
+	return n
 }
 
 // finished is the answer in the form that the engine would give it.
@@ -372,6 +392,12 @@ func (q *query) compute(ctx context.Context) (annos annotations.Annotations, err
 			continue
 		}
 		l.result.Series = make([]storage.Series, len(p.series))
+		if h := q.one.hold; h != nil {
+			for j := range p.series {
+				h.copies += seriesBytes + pointBytes*int64(pointsOf(&p.series[j].Series))
+			}
+			h.end()
+		}
 		for j := range p.series {
 			p.counts.without(&p.series[j].Series, l.Grid)
 			l.result.Series[j] = promql.NewStorageSeries(p.series[j].Series)
@@ -404,6 +430,7 @@ type snapshot struct {
 	mint, maxt int64
 
 	querier storage.Querier // nil: not open
+	hold    *engineHold     // nil: nobody keeps account
 }
 
 func (s *snapshot) open() (err error) {
@@ -418,14 +445,29 @@ func (s *snapshot) close() {
 
 // Querier implements storage.Queryable.
 func (s *snapshot) Querier(mint, maxt int64) (storage.Querier, error) {
-	if s.querier == nil {
-		return s.Queryable.Querier(mint, maxt) // there are no leaves
+	if s.querier == nil { // there are no leaves
+		q, err := s.Queryable.Querier(mint, maxt)
+		if err != nil {
+			return nil, err
+		}
+		return owned{q, s.hold}, nil
 	}
-	return shared{s.querier}, nil
+	return shared{owned{s.querier, s.hold}}, nil
+}
+
+// owned is what the engine reads from.
+type owned struct {
+	storage.Querier
+	hold *engineHold
+}
+
+// Select tells the account what the engine makes of the series.
+func (o owned) Select(ctx context.Context, sorted bool, h *storage.SelectHints, ms ...*labels.Matcher) storage.SeriesSet {
+	return o.hold.over(o.Querier.Select(ctx, sorted, h, ms...), h)
 }
 
 // shared is closed by its owner.
-type shared struct{ storage.Querier }
+type shared struct{ owned }
 
 func (shared) Close() error { return nil }
 
@@ -434,5 +476,5 @@ func (s shared) Select(ctx context.Context, sorted bool, h *storage.SelectHints,
 	if len(ms) == 1 && ms[0] == matchNothing {
 		return storage.EmptySeriesSet()
 	}
-	return s.Querier.Select(ctx, sorted, h, ms...)
+	return s.owned.Select(ctx, sorted, h, ms...)
 }

@@ -93,7 +93,7 @@ func run(ctx context.Context, l *Leaf, o options, open func(*history.Summaries) 
 	return runOver(ctx, l, o, open(nil), nil, atOnce)
 }
 
-func runOver(ctx context.Context, l *Leaf, o options, set storage.SeriesSet, sums *history.Summaries, atOnce int) (*partial, error) {
+func runOver(ctx context.Context, l *Leaf, o options, set storage.SeriesSet, sums *history.Summaries, atOnce int) (_ *partial, err error) {
 	r := newResult(l, o)
 	acc := account.From(ctx)
 	steps := l.Grid.Len()
@@ -104,6 +104,11 @@ func runOver(ctx context.Context, l *Leaf, o options, set storage.SeriesSet, sum
 		held = bytes
 	}
 	hold(base)
+	defer func() {
+		if err != nil {
+			hold(0) // there is no result: the engine may do it
+		}
+	}()
 	total := newCounts(steps)
 	ws := make([]worker, atOnce)
 	for i := range ws {
