@@ -76,7 +76,7 @@ func (w *windowsWriter) endPage(to *chunkBuilder, page *windowBuilder, pages *gr
 		return
 	}
 	for g := groupEnds; g <= page.lastGroup(); g++ {
-		b := page.appendTo(nil, g)
+		b := page.page(g)
 		if g == groupEnds {
 			to.endPage(0, int64(len(b)))
 		} else {
@@ -407,8 +407,8 @@ func (p *windowBuilder) appendApart(b []byte, part int, w *rollup.Windows, i, j 
 	return b
 }
 
-// appendTo appends the page of a group to dst.
-func (p *windowBuilder) appendTo(dst []byte, g windowGroup) []byte {
+// page makes the page of a group.
+func (p *windowBuilder) page(g windowGroup) []byte {
 	b := append(p.parts[:0], byte(allColumns), byte(g))
 	b = binary.AppendUvarint(b, uint64(p.width))
 	if g == groupEnds {
@@ -427,7 +427,7 @@ func (p *windowBuilder) appendTo(dst []byte, g windowGroup) []byte {
 	}
 	b = append(b, p.bodies[g]...)
 	p.parts = b
-	return appendPage(dst, pageWindows, b, false)
+	return appendPage(nil, pageWindows, b, false)
 }
 
 // clear makes p ready for the next pages.

@@ -118,7 +118,7 @@ func together(t *testing.T, p *windowBuilder) *WindowPage {
 	t.Helper()
 	var pages []*WindowPage
 	for g := groupEnds; g <= p.lastGroup(); g++ {
-		page, err := ParseWindowPage(p.appendTo(nil, g))
+		page, err := ParseWindowPage(p.page(g))
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -271,7 +271,7 @@ func TestWindowGroups(t *testing.T) {
 		return p
 	}
 	page := func(p *windowBuilder, g windowGroup) *WindowPage {
-		out, err := ParseWindowPage(p.appendTo(nil, g))
+		out, err := ParseWindowPage(p.page(g))
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -335,8 +335,11 @@ func TestWindowsTwice(t *testing.T) {
 		parts []int
 		ok    bool
 	}{
-		{[]int{partShort, partLong}, true}, {[]int{partShortGroups, partLongGroups}, true}, {[]int{partShort, partLongGroups}, true},
-		{[]int{partShort, partShortGroups}, false}, {[]int{partLong, partLongGroups}, false},
+		{[]int{partShort, partLong}, true},
+		{[]int{partShortGroups, partLongGroups}, true},
+		{[]int{partShort, partLongGroups}, true},
+		{[]int{partShort, partShortGroups}, false},
+		{[]int{partLong, partLongGroups}, false},
 	} {
 		if _, err := ParseSeriesPage(page(x.parts...)); (err == nil) != x.ok {
 			t.Errorf("parts %v: %v", x.parts, err)
