@@ -54,9 +54,6 @@ func (k *kernel) markResets(v []float64) (stale bool) {
 	k.marks = k.marks[:0]
 	for _, in := range k.frame.held {
 		prev := v[in.from]
-		if value.IsStaleNaN(prev) {
-			return true
-		}
 		for j, cur := range v[in.from:in.to] {
 			if !(cur >= prev) { // or one is NaN
 				if cur < prev {

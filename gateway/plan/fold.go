@@ -36,12 +36,12 @@ type group struct {
 	n      []uint32      // samples; 0: none yet. Of SUM not how many
 	from   int           // the steps from it up to, without, to have n, and maybe others; of SUM
 	to     int
-	v      []float64     // floatValue of promql's groupedAggregation
-	c      []float64     // floatKahanC; of SUM and AVG
-	mean   []float64     // floatMean; of STDDEV and STDVAR, of AVG where a sum overflowed
-	inc    []bool        // floatIncrementalMean; nil: nowhere
-	all    []column      // heap, by series; of QUANTILE
-	top    []ranking     // heap, by step; of TOPK, BOTTOMK and LIMITK. v is the first of it
+	v      []float64 // floatValue of promql's groupedAggregation
+	c      []float64 // floatKahanC; of SUM and AVG
+	mean   []float64 // floatMean; of STDDEV and STDVAR, of AVG where a sum overflowed
+	inc    []bool    // floatIncrementalMean; nil: nowhere
+	all    []column  // heap, by series; of QUANTILE
+	top    []ranking // heap, by step; of TOPK, BOTTOMK and LIMITK. v is the first of it
 }
 
 // column are the points of one series.
