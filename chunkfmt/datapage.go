@@ -169,6 +169,15 @@ func (p *DataPage) Samples(i int) int {
 	return p.times[p.chunks[i].times].n
 }
 
+// TimesName names timestamps: those of chunks that have the same name are the same. Others may be the same too.
+type TimesName struct {
+	page   uint64
+	column uint32
+}
+
+// TimesName gives that of chunk i, which there must be.
+func (p *DataPage) TimesName(i int) TimesName { return TimesName{p.id, p.chunks[i].times} }
+
 // Kind is the kind of chunk i, 0 if there is none.
 func (p *DataPage) Kind(i int) Kind {
 	if i < 0 || i >= len(p.chunks) {

@@ -6,6 +6,7 @@ import (
 	"math"
 	"slices"
 	"sort"
+	"sync/atomic"
 
 	"github.com/prometheus/prometheus/model/exemplar"
 	"github.com/prometheus/prometheus/model/histogram"
@@ -310,6 +311,57 @@ type Buffer struct {
 	runs    []*runBuffer
 	dec     chunkfmt.Decoder
 	windows windowBuffer
+	times   timesNames
+}
+
+// Times names the times of the floats of the one run that Runs gave last: where it is the same, and not 0, they are the
+// same. It is 0 if that isn't known. No two buffers give the same.
+func (b *Buffer) Times() uint64 { return b.times.last }
+
+// timesNames gives numbers to what times are made of, as the series of a target have the same.
+type timesNames struct {
+	last  uint64 // of the last run
+	of    []chunkfmt.TimesName
+	known [32]knownTimes
+	next  int // of known, to be overwritten
+}
+
+// knownTimes are those of chunks one after the other, between two times in ms.
+type knownTimes struct {
+	number     uint64
+	of         []chunkfmt.TimesName
+	mint, maxt int64
+}
+
+// timesNumbers is the last one that was given.
+//
+//nolint:gochecknoglobals // of the process
+var timesNumbers atomic.Uint64
+
+// name sets the number of the times of a run that has been decoded.
+func (n *timesNames) name(p *runPlan, mint, maxt int64) {
+	n.of = n.of[:0]
+	for _, pt := range p.parts {
+		if len(pt.covered) > 0 {
+			return
+		}
+		for i := range pt.chunks {
+			if pt.chunks[i].Kind != chunkfmt.KindFloat {
+				return
+			}
+			n.of = append(n.of, pt.pages[i].data.TimesName(pt.chunks[i].Index))
+		}
+	}
+	for i := range n.known {
+		if k := &n.known[i]; k.mint == mint && k.maxt == maxt && slices.Equal(k.of, n.of) {
+			n.last = k.number
+			return
+		}
+	}
+	k := &n.known[n.next]
+	n.next = (n.next + 1) % len(n.known)
+	n.last = timesNumbers.Add(1)
+	*k = knownTimes{n.last, append(k.of[:0], n.of...), mint, maxt}
 }
 
 // runBuffer has room for one run. The columns of the run may become parts of t
@@ -343,6 +395,7 @@ func (b *Buffer) run(i, floats int) *chunkfmt.Series {
 func (s *Series) Runs(buf *Buffer) ([]*chunkfmt.Series, error) {
 	plans := s.plan()
 	out := make([]*chunkfmt.Series, 0, len(plans))
+	buf.times.last = 0
 	for i, p := range plans {
 		run := buf.run(i, p.floats)
 		run.Labels = s.Labels
@@ -357,6 +410,9 @@ func (s *Series) Runs(buf *Buffer) ([]*chunkfmt.Series, error) {
 		if n > 0 {
 			out = append(out, run)
 		}
+	}
+	if len(plans) == 1 && len(s.hidden) == 0 {
+		buf.times.name(&plans[0], s.mint, s.maxt)
 	}
 	return out, nil
 }

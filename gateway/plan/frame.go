@@ -10,6 +10,7 @@ import (
 // of their times. All series of a target have the same column, and share the frame.
 type frame struct {
 	times []int64
+	name  uint64 // of times, the last one; 0: none
 	win   spans
 	held  []stretch // what lies in windows, each sample once
 
@@ -33,6 +34,7 @@ func (f *frame) set(times []int64, l *Leaf, uses uses) {
 	f.times = append(f.times[:0], times...)
 	f.win.find(times, l.Grid, l.offset(), l.Range)
 	f.held, f.rateSteps, f.edges, f.over, f.series = f.held[:0], f.rateSteps[:0], f.edges[:0], f.over[:0], 0
+	f.name = 0
 	done := int32(0)
 	for i, hi := range f.win.hi {
 		from := max(done, f.win.lo[i])
@@ -107,6 +109,7 @@ type frames struct {
 	counts *counts // what series of frames that are gone count for
 
 	index map[frameKey]*frame
+	named map[uint64]*frame // those that have the name still
 	last  *frame
 	bytes int
 	spare []*frame
@@ -121,8 +124,25 @@ type frameKey struct {
 // maxFrames bounds the memory of frames, in bytes: those of some dozens of targets over a day.
 const maxFrames = 4 << 20
 
-// of gives the frame of a column.
-func (s *frames) of(times []int64) *frame {
+// of gives the frame of a column. Columns of the same name, if not 0, are the same.
+func (s *frames) of(times []int64, name uint64) *frame {
+	if name == 0 {
+		return s.find(times)
+	}
+	if f := s.last; f != nil && f.name == name {
+		return f
+	}
+	if f := s.named[name]; f != nil && f.name == name {
+		s.last = f
+		return f
+	}
+	f := s.find(times)
+	f.name = name
+	s.named[name] = f
+	return f
+}
+
+func (s *frames) find(times []int64) *frame {
 	if s.last != nil && slices.Equal(s.last.times, times) {
 		return s.last
 	}
@@ -170,5 +190,6 @@ func (s *frames) clear() {
 		s.spare = append(s.spare, f)
 		delete(s.index, key)
 	}
+	clear(s.named)
 	s.last, s.bytes = nil, 0
 }

@@ -104,11 +104,12 @@ func TestKernelsOfSharedTimes(t *testing.T) {
 		k, want := newKernel(leaf, options{}), newCounts(leaf.Grid.Len())
 		times := [][]int64{columnOfTimes(r, interval), columnOfTimes(r, interval)}
 		for range 2 + r.IntN(6) {
-			column := slices.Clone(times[r.IntN(2)])
+			which := r.IntN(2)
+			column := slices.Clone(times[which])
 			cols := &chunkfmt.Series{Floats: chunkfmt.Floats{T: column, V: columnOfValues(r, len(column), kinds)}}
 			var got, expect points
 			var annos annotations.Annotations
-			if err := k.eval(labels.EmptyLabels(), cols, &got, &annos); err != nil {
+			if err := k.eval(labels.EmptyLabels(), cols, uint64((1+which)*r.IntN(2)), &got, &annos); err != nil {
 				t.Fatal(err)
 			}
 			if err := newCaller(leaf, false).eval(labels.EmptyLabels(), cols, &expect, &annos, &want); err != nil {

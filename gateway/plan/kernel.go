@@ -41,7 +41,7 @@ type kernel struct {
 // framesOf are frames of leaves that have been computed, for their memory.
 //
 //nolint:gochecknoglobals // scratch memory
-var framesOf = sync.Pool{New: func() any { return &frames{index: map[frameKey]*frame{}} }}
+var framesOf = sync.Pool{New: func() any { return &frames{index: map[frameKey]*frame{}, named: map[uint64]*frame{}} }}
 
 func newKernel(l *Leaf, o options) *kernel {
 	k := &kernel{leaf: l, fast: kernels[l.function()], counts: newCounts(l.Grid.Len())}
@@ -93,27 +93,28 @@ var kernels = map[string]func(k *kernel, t []int64, v []float64, out *points){
 	"resets":            (*kernel).changes,
 }
 
-// eval computes the points of one series. cols aren't changed or kept.
-func (k *kernel) eval(ls labels.Labels, cols *chunkfmt.Series, out *points, annos *annotations.Annotations) (err error) {
+// eval computes the points of one series. cols aren't changed or kept. times names those of the floats, if not 0:
+// see merge.Buffer.
+func (k *kernel) eval(ls labels.Labels, cols *chunkfmt.Series, times uint64, out *points, annos *annotations.Annotations) (err error) {
 	out.reset()
 	histograms := len(cols.Histograms.T)+len(cols.FloatHistograms.T) > 0
 	switch {
 	case histograms && k.leaf.Selector.SkipHistogramBuckets:
 		return ErrGiveUp // the engine's hints of counter resets depend on how it iterates
 	case k.leaf.Call == nil && !histograms:
-		k.instant(cols.Floats.T, cols.Floats.V, out)
+		k.instant(cols.Floats.T, cols.Floats.V, times, out)
 	case k.leaf.Call == nil:
 		k.instantMixed(cols, out)
 	case k.fast != nil && !histograms && (!k.starts || cols.Floats.ST == nil):
 		t, v := cols.Floats.T, cols.Floats.V
-		k.frame = k.frames.of(t)
+		k.frame = k.frames.of(t, times)
 		stale := k.stale
 		if k.counter {
 			stale = k.markResets // in the same pass
 		}
 		if stale(v) {
 			t, v = k.withoutStale(t, v)
-			k.frame = k.frames.of(t)
+			k.frame = k.frames.of(t, 0)
 			if k.counter {
 				k.markResets(v)
 			}
@@ -155,8 +156,8 @@ func (k *kernel) withoutStale(t []int64, v []float64) ([]int64, []float64) {
 
 // instant is the evaluation of a plain selector: the newest sample in the
 // window, unless that is a staleness marker.
-func (k *kernel) instant(t []int64, v []float64, out *points) {
-	k.frame = k.frames.of(t)
+func (k *kernel) instant(t []int64, v []float64, times uint64, out *points) {
+	k.frame = k.frames.of(t, times)
 	win := &k.frame.win
 	for i, hi := range win.hi {
 		if hi > win.lo[i] && !value.IsStaleNaN(v[hi-1]) {
