@@ -3,6 +3,7 @@ package plan
 import (
 	"math"
 	"slices"
+	"sync"
 
 	"github.com/prometheus/common/model"
 	"github.com/prometheus/prometheus/model/labels"
@@ -20,6 +21,7 @@ type fold struct {
 	grouping []string // sorted
 	without  bool
 	steps    int
+	mem      *columns
 	index    map[uint64]int // of groups, by hash of their labels
 	groups   []*group       // in the order of their first series
 	builder  *labels.Builder
@@ -61,19 +63,62 @@ func copyOf(p *points) column {
 }
 
 // newGroup has room for what the aggregation needs.
-func newGroup(op parser.ItemType, steps int) *group {
-	g := &group{n: make([]uint32, steps)}
+func newGroup(op parser.ItemType, steps int, mem *columns) *group {
+	g := &group{n: take(&mem.counts, steps)}
 	switch op {
 	case parser.SUM, parser.AVG:
-		g.v, g.c = make([]float64, steps), make([]float64, steps)
+		g.v, g.c = take(&mem.floats, steps), take(&mem.floats, steps)
 	case parser.STDDEV, parser.STDVAR:
-		g.v, g.mean = make([]float64, steps), make([]float64, steps)
+		g.v, g.mean = take(&mem.floats, steps), take(&mem.floats, steps)
 	case parser.MIN, parser.MAX, parser.QUANTILE:
-		g.v = make([]float64, steps)
+		g.v = take(&mem.floats, steps)
 	case parser.TOPK, parser.BOTTOMK, parser.LIMITK:
-		g.v, g.top = make([]float64, steps), make([]ranking, steps)
+		g.v, g.top = take(&mem.floats, steps), make([]ranking, steps)
 	}
 	return g
+}
+
+// columns is memory of groups that are done with, for the next ones.
+type columns struct {
+	counts [][]uint32
+	floats [][]float64
+}
+
+// maxColumns bounds what is kept, in bytes.
+const maxColumns = 4 << 20
+
+// columnsOf are those of folds that are finished.
+//
+//nolint:gochecknoglobals // scratch memory
+var columnsOf = sync.Pool{New: func() any { return new(columns) }}
+
+// take gives a column of zeros.
+func take[T uint32 | float64](from *[][]T, steps int) []T {
+	if n := len(*from); n > 0 {
+		c := (*from)[n-1]
+		if *from = (*from)[:n-1]; steps <= cap(c) {
+			c = c[:steps]
+			clear(c)
+			return c
+		}
+	}
+	return make([]T, steps)
+}
+
+// release gives back the memory of all groups, which aren't used any more.
+func (f *fold) release() {
+	left := maxColumns / (8*f.steps + 1)
+	for _, g := range f.groups[:min(len(f.groups), left/3)] {
+		f.mem.counts = append(f.mem.counts, g.n)
+		for _, c := range [][]float64{g.v, g.c, g.mean} {
+			if c != nil {
+				f.mem.floats = append(f.mem.floats, c)
+			}
+		}
+	}
+	f.groups = nil
+	columnsOf.Put(f.mem)
+	f.mem = nil
 }
 
 func newFold(l *Leaf) *fold {
@@ -81,6 +126,7 @@ func newFold(l *Leaf) *fold {
 		leaf: l, without: l.Agg.Without, steps: l.Grid.Len(), index: map[uint64]int{},
 		builder: labels.NewBuilder(labels.EmptyLabels()),
 	}
+	f.mem, _ = columnsOf.Get().(*columns)
 	f.phi, _ = quantileOf(l.Agg)
 	if k, ok := topOf(l.Agg); ok {
 		f.top = &top{op: l.Agg.Op, k: k}
@@ -105,7 +151,7 @@ func (f *fold) group(series, ls labels.Labels) *group {
 	if i, ok := f.index[hash]; ok {
 		return f.groups[i]
 	}
-	g := newGroup(f.leaf.Agg.Op, f.steps)
+	g := newGroup(f.leaf.Agg.Op, f.steps, f.mem)
 	g.first = series
 	f.builder.Reset(ls)
 	switch {
@@ -290,7 +336,7 @@ func (f *fold) bytes() int64 {
 }
 
 // finish gives the results, in the engine's order; or those of a shard, if they can be
-// put together with others.
+// put together with others. The fold is of no use after it.
 func (f *fold) finish(dropName bool) ([]partialSeries, error) {
 	if f.top != nil {
 		if f.leaf.shard {
@@ -315,6 +361,7 @@ func (f *fold) finish(dropName bool) ([]partialSeries, error) {
 			out = append(out, partialSeries{promql.Series{Metric: g.labels, DropName: dropName, Floats: floats}, g.first})
 		}
 	}
+	f.release()
 	return out, nil
 }
 

@@ -30,7 +30,7 @@ func TestSum(t *testing.T) {
 	const steps = 7
 	noNumbers := 0
 	for range 20000 {
-		g := newGroup(parser.SUM, steps)
+		g := newGroup(parser.SUM, steps, new(columns))
 		var want, wantC [steps]float64
 		var n [steps]int
 		for range 1 + r.IntN(12) {

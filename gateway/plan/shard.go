@@ -279,7 +279,7 @@ func (l *Leaf) combine(ps []*partial, o options) (*partial, error) {
 				if j >= 0 {
 					g = at[hash][j]
 				} else {
-					g = &sharedGroup{of: s[0], total: newGroup(l.Agg.Op, l.Grid.Len())}
+					g = &sharedGroup{of: s[0], total: newGroup(l.Agg.Op, l.Grid.Len(), new(columns))}
 					at[hash], all = append(at[hash], g), append(all, g)
 				}
 				if labels.Compare(s[0].order, g.of.order) < 0 {
