@@ -149,7 +149,7 @@ func peakHeap(b *testing.B) func() float64 {
 			select {
 			case <-stop:
 				return
-			case <-time.After(5 * time.Millisecond):
+			case <-time.After(50 * time.Millisecond):
 				most = max(most, read())
 			}
 		}
