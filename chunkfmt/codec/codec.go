@@ -29,11 +29,12 @@ const MaxLen = 1 << 16
 // Encoder encodes columns. It keeps scratch memory between calls; the zero
 // value is ready. Not safe for concurrent use.
 type Encoder struct {
-	sorted, deltas, values, lens, scaled []int64
-	ints, diff, residuals                []int64
-	exceptions                           []int
-	noise                                bool // see AppendNoise
-	exact                                bool // estimates look for frames as thoroughly as the encoding does
+	sorted, other, deltas, values, lens, scaled []int64
+	ints, diff, residuals                       []int64
+	exceptions                                  []int
+	packed                                      [blockLen]int64
+	noise                                       bool // see AppendNoise
+	exact                                       bool // estimates look for frames as thoroughly as the encoding does
 }
 
 // Decoder decodes columns. It keeps scratch memory between calls; the zero

@@ -284,8 +284,8 @@ func (e *Encoder) appendExceptions(dst []byte, v []float64) []byte {
 	}
 	e.values, e.lens = gaps, codes
 	dst = binary.AppendUvarint(dst, uint64(len(gaps)))
-	dst = e.appendPlain(dst, gaps)
-	dst = e.appendPlain(dst, codes)
+	dst = e.appendPlain(dst, gaps, unknown)
+	dst = e.appendPlain(dst, codes, unknown)
 	return append(dst, raw...)
 }
 

@@ -42,13 +42,14 @@ func (e *Encoder) AppendInts(dst []byte, v []int64) []byte {
 	if changes == 0 {
 		return binary.AppendVarint(append(dst, formConst), v[0])
 	}
-	switch e.chooseExpand(v, changes) {
+	form, plain := e.chooseExpand(v, changes)
+	switch form {
 	case formBitmap:
-		return e.appendBitmap(dst, v)
+		return e.appendBitmap(dst, v, plain)
 	case formRuns:
-		return e.appendRuns(dst, v)
+		return e.appendRuns(dst, v, plain)
 	default:
-		return e.appendScaled(dst, v)
+		return e.appendScaled(dst, v, plain)
 	}
 }
 
@@ -70,31 +71,38 @@ func sample(v []int64) []int64 {
 	return v[from : from+sampleLen]
 }
 
-// chooseExpand decides whether to store runs of equal values apart.
-func (e *Encoder) chooseExpand(v []int64, changes int) byte {
+// unknown is a form that appendPlain has to choose.
+const unknown = 0xff
+
+// chooseExpand decides whether to store runs of equal values apart. It says also which form
+// the values, or those without runs, are to have, if it knows that.
+func (e *Encoder) chooseExpand(v []int64, changes int) (form, plain byte) {
 	n := len(v)
 	if changes > n-n/4 {
-		return formPacked
+		return formPacked, unknown
 	}
 	if changes < n/32 {
-		return formRuns
+		return formRuns, unknown
 	}
 	s := sample(v)
 	values, lens := distinct(e.values[:0], e.lens[:0], s)
 	e.values, e.lens = values, lens
 	if len(values) < 2 {
-		return formRuns
+		return formRuns, unknown
 	}
-	direct := e.cost(s)
-	inner := e.cost(values)
+	direct, form := e.packedOrDelta(s)
+	inner, plain := e.packedOrDelta(values)
+	if len(s) < n {
+		plain = unknown // there are more
+	}
 	bitmap, runs := inner+(len(s)+7)/8, inner+e.blocksCost(lens)+4
 	switch {
 	case runs <= bitmap && runs < direct:
-		return formRuns
+		return formRuns, plain
 	case bitmap < direct:
-		return formBitmap
+		return formBitmap, plain
 	default:
-		return formPacked
+		return formPacked, form
 	}
 }
 
@@ -129,17 +137,17 @@ func (e *Encoder) cost(v []int64) int {
 	return c
 }
 
-func (e *Encoder) packedOrDelta(v []int64) (cost int, delta bool) {
+func (e *Encoder) packedOrDelta(v []int64) (cost int, form byte) {
 	if e.noise {
-		return e.blocksCost(v), false
+		return e.blocksCost(v), formPacked
 	}
 	e.deltas = appendDeltas(e.deltas[:0], v)
 	plain := e.blocksCost(v)
 	diff := e.blocksCost(e.deltas) + 1 + bits.Len64(uint64(v[0]^v[0]>>63))/7
 	if diff < plain {
-		return diff, true
+		return diff, formDelta
 	}
-	return plain, false
+	return plain, formPacked
 }
 
 func appendDeltas(dst, v []int64) []int64 {
@@ -149,7 +157,7 @@ func appendDeltas(dst, v []int64) []int64 {
 	return dst
 }
 
-func (e *Encoder) appendBitmap(dst []byte, v []int64) []byte {
+func (e *Encoder) appendBitmap(dst []byte, v []int64, plain byte) []byte {
 	dst = append(dst, formBitmap)
 	values := append(e.values[:0], v[0])
 	var word byte
@@ -164,22 +172,23 @@ func (e *Encoder) appendBitmap(dst []byte, v []int64) []byte {
 		}
 	}
 	e.values = values
-	return e.appendScaled(dst, values)
+	return e.appendScaled(dst, values, plain)
 }
 
-func (e *Encoder) appendRuns(dst []byte, v []int64) []byte {
+func (e *Encoder) appendRuns(dst []byte, v []int64, plain byte) []byte {
 	values, lens := distinct(e.values[:0], e.lens[:0], v)
 	e.values, e.lens = values, lens
 	dst = binary.AppendUvarint(append(dst, formRuns), uint64(len(values)))
-	dst = e.appendPlain(dst, lens)
-	return e.appendScaled(dst, values)
+	dst = e.appendPlain(dst, lens, unknown)
+	return e.appendScaled(dst, values, plain)
 }
 
-// appendScaled takes a common divisor out of the differences, if there is one.
-func (e *Encoder) appendScaled(dst []byte, v []int64) []byte {
+// appendScaled takes a common divisor out of the differences, if there is one. plain is the
+// form for the values as they are.
+func (e *Encoder) appendScaled(dst []byte, v []int64, plain byte) []byte {
 	g := commonDivisor(v)
 	if g <= 1 || (bits.Len64(g)-1)*len(v) < 8*(3+bits.Len64(g)/7) {
-		return e.appendPlain(dst, v)
+		return e.appendPlain(dst, v, plain)
 	}
 	dst = append(dst, formScaled)
 	dst = binary.AppendVarint(dst, v[0])
@@ -189,7 +198,7 @@ func (e *Encoder) appendScaled(dst []byte, v []int64) []byte {
 		q = append(q, (x-v[0])/int64(g))
 	}
 	e.scaled = q
-	return e.appendPlain(dst, q)
+	return e.appendPlain(dst, q, unknown)
 }
 
 // commonDivisor is the largest number below 1<<62 that divides all v[i]-v[0],
@@ -222,12 +231,14 @@ func commonDivisor(v []int64) uint64 {
 }
 
 // appendPlain encodes without looking for runs or divisors.
-func (e *Encoder) appendPlain(dst []byte, v []int64) []byte {
-	delta := false
-	if !e.noise {
-		_, delta = e.packedOrDelta(sample(v))
+func (e *Encoder) appendPlain(dst []byte, v []int64, form byte) []byte {
+	switch {
+	case e.noise:
+		form = formPacked
+	case form == unknown:
+		_, form = e.packedOrDelta(sample(v))
 	}
-	if !delta {
+	if form == formPacked {
 		return e.appendBlocks(append(dst, formPacked), v)
 	}
 	dst = binary.AppendVarint(append(dst, formDelta), v[0])

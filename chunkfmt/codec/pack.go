@@ -2,6 +2,7 @@ package codec
 
 import (
 	"encoding/binary"
+	"math"
 	"math/bits"
 	"slices"
 )
@@ -30,7 +31,7 @@ const (
 type frame struct {
 	min     int64
 	width   uint
-	patches int
+	patches int // for so many values, and no others
 	cost    int // bytes, about
 }
 
@@ -56,9 +57,12 @@ func patchCost(bitLen int) int { return 2 + (bitLen+1)/7 }
 // out values at both ends, which take longest to find, an estimate looks at one alone:
 // without the least and the greatest.
 func (e *Encoder) chooseFrame(v []int64, estimate bool) frame {
-	lo, hi := v[0], v[0]
-	for _, x := range v[1:] {
-		lo, hi = min(lo, x), max(hi, x)
+	estimate = estimate && !e.noise
+	var lo, hi, least, greatest int64
+	if estimate {
+		lo, hi, least, greatest = twoEnds(v)
+	} else {
+		lo, hi = ends(v)
 	}
 	w0 := bits.Len64(uint64(hi - lo))
 	best := frame{min: lo, width: roundWidth(w0)}
@@ -77,32 +81,48 @@ func (e *Encoder) chooseFrame(v []int64, estimate bool) frame {
 	switch {
 	case w0 < 4 || e.noise:
 	case estimate:
-		best.inner(v, lo, hi)
+		best.inner(len(v), lo, hi, least, greatest)
 	case e.twoSided(v, w0):
-		e.window(v, w0, &best)
+		e.window(v, lo, w0, &best)
 	}
 	return best
 }
 
-// inner tries to leave out the least and the greatest value.
-func (f *frame) inner(v []int64, lo, hi int64) {
-	least, greatest := hi, lo
-	lows, highs := 0, 0
-	for _, x := range v {
-		switch x {
-		case lo:
-			lows++
-		case hi:
-			highs++
-		default:
-			least, greatest = min(least, x), max(greatest, x)
-		}
+// ends are the least and the greatest value.
+func ends(v []int64) (lo, hi int64) {
+	lo, hi = v[0], v[0]
+	lo2, hi2 := lo, hi // two at a time are faster than one
+	for len(v) >= 2 {
+		lo, hi = min(lo, v[0]), max(hi, v[0])
+		lo2, hi2 = min(lo2, v[1]), max(hi2, v[1])
+		v = v[2:]
 	}
-	if lows != 1 || highs != 1 || least > greatest {
+	if len(v) > 0 {
+		lo, hi = min(lo, v[0]), max(hi, v[0])
+	}
+	return min(lo, lo2), max(hi, hi2)
+}
+
+// twoEnds are the least and the greatest value, and those next to them, which are the same
+// where there are two such; of one value they are nothing.
+func twoEnds(v []int64) (lo, hi, least, greatest int64) {
+	lo, hi, least, greatest = v[0], v[0], math.MaxInt64, math.MinInt64
+	for _, x := range v[1:] {
+		least = min(least, max(lo, x))
+		lo = min(lo, x)
+		greatest = max(greatest, min(hi, x))
+		hi = max(hi, x)
+	}
+	return lo, hi, least, greatest
+}
+
+// inner tries to leave out the least and the greatest value, if there are none like them.
+func (f *frame) inner(n int, lo, hi, least, greatest int64) {
+	if least == lo || greatest == hi || least > greatest {
 		return
 	}
 	w := bits.Len64(uint64(greatest - least))
-	if c := packedLen(len(v), roundWidth(w)) + 1 + patchCost(bits.Len64(uint64(hi-least))) + patchCost(bits.Len64(uint64(least-lo))); c < f.cost {
+	if c := packedLen(n, roundWidth(w)) + 1 + patchCost(bits.Len64(uint64(hi-least))) + patchCost(bits.Len64(uint64(least-lo))); c < f.cost {
 		*f = frame{min: least, width: roundWidth(w), patches: 2, cost: c}
 	}
 }
@@ -139,21 +159,17 @@ func (e *Encoder) twoSided(v []int64, w0 int) bool {
 }
 
 // window looks for the best frame that leaves out values at both ends.
-func (e *Encoder) window(v []int64, w0 int, best *frame) {
-	s := append(e.sorted[:0], v...)
-	e.sorted = s
-	slices.Sort(s)
+func (e *Encoder) window(v []int64, lo int64, w0 int, best *frame) {
+	s := e.sort(v, lo, w0)
 	for w := min(w0-1, maxWidth-1); w >= 0; w-- {
 		if packedLen(len(s), uint(w)) >= best.cost {
 			continue
 		}
-		most, from := 0, 0
-		for i, j := 0, 0; j < len(s); j++ {
-			for uint64(s[j]-s[i])>>uint(w) != 0 {
-				i++
-			}
-			if j+1-i > most {
-				most, from = j+1-i, i
+		most, from := 0, 0 // values next to each other that fit
+		for j, x := range s {
+			if uint64(x-s[j-most])>>uint(w) == 0 {
+				from = j - most
+				most++
 			}
 		}
 		if len(s)-most > len(s)/3 {
@@ -172,36 +188,67 @@ func (e *Encoder) window(v []int64, w0 int, best *frame) {
 	}
 }
 
+// sort gives the values in order, of which the least is lo, and the greatest more by a number
+// of w0 bits.
+func (e *Encoder) sort(v []int64, lo int64, w0 int) []int64 {
+	if w0 > 3*8 || len(v) < 64 {
+		s := append(e.sorted[:0], v...)
+		e.sorted = s
+		slices.Sort(s)
+		return s
+	}
+	// By their bytes, from the least on: two or three passes.
+	from := append(e.sorted[:0], v...)
+	to := slices.Grow(e.other[:0], len(v))[:len(v)]
+	for shift := 0; shift < w0; shift += 8 {
+		var at [256]uint16
+		for _, x := range from {
+			at[byte(uint64(x-lo)>>uint(shift))]++
+		}
+		next := uint16(0)
+		for i, n := range at {
+			at[i], next = next, next+n
+		}
+		for _, x := range from {
+			k := byte(uint64(x-lo) >> uint(shift))
+			to[at[k]] = x
+			at[k]++
+		}
+		from, to = to, from
+	}
+	e.sorted, e.other = from, to
+	return from
+}
+
 // appendBlock packs at most blockLen values.
 func (e *Encoder) appendBlock(dst []byte, v []int64) []byte {
 	f := e.chooseFrame(v, false)
-	patches := 0
+	if f.patches == 0 {
+		dst = binary.AppendVarint(append(dst, byte(f.width)), f.min)
+		return pack(dst, v, &f)
+	}
 	var at [blockLen]byte
+	patches, packed := 0, e.packed[:len(v)]
 	for i, x := range v {
+		packed[i] = x
 		if !f.fits(x) {
+			packed[i] = f.min
 			at[patches] = byte(i)
 			patches++
 		}
 	}
-	head := byte(f.width)
-	if patches > 0 {
-		head |= patched
-	}
-	dst = append(dst, head)
-	dst = binary.AppendVarint(dst, f.min)
-	dst = pack(dst, v, &f)
-	if patches > 0 {
-		dst = append(dst, byte(patches-1))
-		dst = append(dst, at[:patches]...)
-		for _, i := range at[:patches] {
-			dst = binary.AppendVarint(dst, v[i]-f.min)
-		}
+	dst = binary.AppendVarint(append(dst, byte(f.width)|patched), f.min)
+	dst = pack(dst, packed, &f)
+	dst = append(dst, byte(patches-1))
+	dst = append(dst, at[:patches]...)
+	for _, i := range at[:patches] {
+		dst = binary.AppendVarint(dst, v[i]-f.min)
 	}
 	return dst
 }
 
-// pack appends the values, padded with zeros to a whole number of groups of
-// eight. Those that don't fit become zero.
+// pack appends the values, which all fit, padded with zeros to a whole number of groups of
+// eight.
 func pack(dst []byte, v []int64, f *frame) []byte {
 	if f.width == 0 {
 		return dst
@@ -214,24 +261,23 @@ func pack(dst []byte, v []int64, f *frame) []byte {
 		return append(dst, make([]byte, n-8*len(v))...)
 	}
 	start := len(dst)
+	dst = slices.Grow(dst, n+8)[:start+n+8]
+	out := dst[start:]
 	var word uint64
 	var used uint
+	base, width := f.min, f.width&63
 	for _, x := range v {
-		u := uint64(x - f.min)
-		if u>>f.width != 0 {
-			u = 0
-		}
-		word |= u << used
-		if used += f.width; used >= 64 {
-			dst = binary.LittleEndian.AppendUint64(dst, word)
+		u := uint64(x - base)
+		word |= u << (used & 63)
+		if used += width; used >= 64 {
+			binary.LittleEndian.PutUint64(out, word)
+			out = out[8:]
 			used -= 64
-			word = u >> (f.width - used)
+			word = u >> ((width - used) & 63)
 		}
 	}
-	for len(dst)-start < n {
-		dst = append(dst, byte(word))
-		word >>= 8
-	}
+	clear(out)
+	binary.LittleEndian.PutUint64(out, word)
 	return dst[:start+n]
 }
 

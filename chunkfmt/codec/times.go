@@ -77,8 +77,8 @@ func (e *Encoder) AppendTimes(dst []byte, t []int64) []byte {
 			}
 		}
 		dst = binary.AppendUvarint(dst, uint64(off))
-		dst = e.appendPlain(dst, gaps)
-		dst = e.appendPlain(dst, by)
+		dst = e.appendPlain(dst, gaps, unknown)
+		dst = e.appendPlain(dst, by, unknown)
 	}
 	return dst
 }
