@@ -340,7 +340,7 @@ func (f *fold) bytes() int64 {
 func (f *fold) finish(dropName bool) ([]partialSeries, error) {
 	if f.top != nil {
 		if f.leaf.shard {
-			return f.top.finishShard(dropName), nil
+			return f.top.finishShard(f.groups, dropName), nil
 		}
 		return f.top.finish(f.groups, f.leaf.Grid, dropName), nil
 	}

@@ -158,11 +158,16 @@ func (t *top) ranked(groups []*group, all []partialSeries) (out []partialSeries)
 }
 
 // finishShard gives the series of a shard of which points were chosen at any time: the others would
-// not be chosen among all series either, and whatever is chosen doesn't depend on them.
-func (t *top) finishShard(dropName bool) []partialSeries {
-	out := make([]partialSeries, len(t.series))
-	for i, s := range t.series {
-		out[i] = partialSeries{promql.Series{Metric: s.labels, DropName: dropName, Floats: s.points}, s.labels}
+// not be chosen among all series either, and whatever is chosen doesn't depend on them. The first
+// series of each group comes once more without points: one of histograms, which aren't chosen, may say where
+// in the order the group is.
+func (t *top) finishShard(groups []*group, dropName bool) []partialSeries {
+	out := make([]partialSeries, 0, len(t.series)+len(groups))
+	for _, s := range t.series {
+		out = append(out, partialSeries{promql.Series{Metric: s.labels, DropName: dropName, Floats: s.points}, s.labels})
+	}
+	for _, g := range groups {
+		out = append(out, partialSeries{promql.Series{Metric: g.first, DropName: dropName}, g.first})
 	}
 	return out
 }
