@@ -153,12 +153,12 @@ func (p *process) addIngester(st *stores, rf *grpcFlags, id string, live *ring.L
 }
 
 func (p *process) newGRPCServer() *grpc.Server {
-	return grpc.NewServer(
+	return grpc.NewServer(append(p.config.GRPCTLS.interceptors(),
 		grpc.Creds(p.asServer),
 		grpc.MaxRecvMsgSize(4<<20),
 		grpc.KeepaliveParams(keepalive.ServerParameters{Time: 20 * time.Second, Timeout: 10 * time.Second}),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 5 * time.Second, PermitWithoutStream: true}),
-	)
+	)...)
 }
 
 // addGRPC serves until it is stopped.

@@ -1,13 +1,22 @@
 package main
 
 import (
+	"context"
 	"crypto/tls"
 	"crypto/x509"
 	"fmt"
 	"os"
+	"slices"
+	"strings"
 
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/peer"
+	"google.golang.org/grpc/status"
+
+	"github.com/epimetheus-tsdb/epimetheus/ingest/ship/shippb"
 )
 
 // TLSConfig is for gRPC between processes: each has a certificate, which it shows to
@@ -17,6 +26,8 @@ type TLSConfig struct {
 	KeyFile    string `yaml:"key_file,omitempty" doc:"PEM file with its key."`
 	CAFile     string `yaml:"ca_file,omitempty" doc:"PEM file with the certificates of those that sign certificates of clients and servers. Read at the start."`
 	ServerName string `yaml:"server_name,omitempty" doc:"Name that certificates of servers are for. Empty: the address that they are called at, which for ingesters and gateways is the one they advertise, an IP address most often."`
+	// GatewaySANs is what exporter-toolkit calls client_allowed_sans, for services that read.
+	GatewaySANs []string `yaml:"gateway_sans,omitempty" doc:"Names in the certificates of gateways (subject alternative names: DNS names, URIs such as SPIFFE ids, IP or e-mail addresses). Who calls an ingester or a gateway to read samples must show a certificate with one of them; any other certificate of the CA is good for sending samples alone. The same in all ingesters and gateways. Empty: every certificate is good for all."`
 }
 
 func (c *TLSConfig) on() bool { return c.CertFile != "" }
@@ -30,6 +41,9 @@ func (c *TLSConfig) validate(bad func(string, ...any)) {
 	}
 	if files != 0 && files != 3 {
 		bad("grpc_tls: set all of cert_file, key_file and ca_file, or none")
+	}
+	if files == 0 && len(c.GatewaySANs) > 0 {
+		bad("grpc_tls.gateway_sans: there is no TLS without cert_file, key_file and ca_file")
 	}
 	if files == 0 && c.ServerName != "" {
 		bad("grpc_tls.server_name: there is no TLS without cert_file, key_file and ca_file")
@@ -64,4 +78,54 @@ func (c *TLSConfig) credentials() (server, client credentials.TransportCredentia
 			MinVersion: tls.VersionTLS13, RootCAs: pool, ServerName: c.ServerName,
 			GetClientCertificate: func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return load() },
 		}), nil
+}
+
+// interceptors refuse calls that a certificate isn't good for.
+func (c *TLSConfig) interceptors() []grpc.ServerOption {
+	if len(c.GatewaySANs) == 0 {
+		return nil
+	}
+	return []grpc.ServerOption{
+		grpc.UnaryInterceptor(func(ctx context.Context, req any, info *grpc.UnaryServerInfo, handle grpc.UnaryHandler) (any, error) {
+			if err := c.admit(ctx, info.FullMethod); err != nil {
+				return nil, err
+			}
+			return handle(ctx, req)
+		}),
+		grpc.StreamInterceptor(func(s any, stream grpc.ServerStream, info *grpc.StreamServerInfo, handle grpc.StreamHandler) error {
+			if err := c.admit(stream.Context(), info.FullMethod); err != nil {
+				return err
+			}
+			return handle(s, stream)
+		}),
+	}
+}
+
+// admit says whether the caller may call a method: what isn't for sidecars is for gateways.
+func (c *TLSConfig) admit(ctx context.Context, method string) error {
+	if strings.HasPrefix(method, "/"+shippb.Ship_ServiceDesc.ServiceName+"/") {
+		return nil
+	}
+	var names []string
+	if p, ok := peer.FromContext(ctx); ok {
+		if info, ok := p.AuthInfo.(credentials.TLSInfo); ok && len(info.State.PeerCertificates) > 0 {
+			names = sans(info.State.PeerCertificates[0])
+		}
+	}
+	if slices.ContainsFunc(names, func(n string) bool { return slices.Contains(c.GatewaySANs, n) }) {
+		return nil
+	}
+	return status.Errorf(codes.PermissionDenied, "the certificate has the names %q, none of which is in grpc_tls.gateway_sans: it isn't good for %s", names, method)
+}
+
+// sans are the subject alternative names of a certificate.
+func sans(cert *x509.Certificate) []string {
+	names := slices.Concat(cert.DNSNames, cert.EmailAddresses)
+	for _, ip := range cert.IPAddresses {
+		names = append(names, ip.String())
+	}
+	for _, u := range cert.URIs {
+		names = append(names, u.String())
+	}
+	return names
 }

@@ -6,7 +6,9 @@ import (
 	"crypto/x509"
 	"log/slog"
 	"net"
+	"net/url"
 	"os"
+	"slices"
 	"testing"
 	"time"
 
@@ -20,6 +22,8 @@ import (
 	"github.com/epimetheus-tsdb/epimetheus/gateway/plan"
 	"github.com/epimetheus-tsdb/epimetheus/gateway/worker"
 	"github.com/epimetheus-tsdb/epimetheus/gateway/worker/workpb"
+	"github.com/epimetheus-tsdb/epimetheus/ingest/fetch/fetchpb"
+	"github.com/epimetheus-tsdb/epimetheus/ingest/ship/shippb"
 	"github.com/epimetheus-tsdb/epimetheus/internal/testenv"
 )
 
@@ -113,6 +117,82 @@ func TestTLS(t *testing.T) {
 	}
 	if err := call(address, client.dialOptions()...); status.Code(err) != codes.Unavailable {
 		t.Errorf("a certificate that was replaced: %v, want unavailable", err)
+	}
+}
+
+// With grpc_tls.gateway_sans a certificate without such a name is good for sending alone.
+func TestGatewaySANs(t *testing.T) {
+	cert, key := testenv.SelfSigned(t, t.TempDir()) // for 127.0.0.1
+	for _, c := range []struct {
+		sans []string
+		want codes.Code // of what reads; what is admitted is unimplemented here
+	}{
+		{nil, codes.Unimplemented},
+		{[]string{"gateway", "127.0.0.1"}, codes.Unimplemented},
+		{[]string{"gateway", "127.0.0.2", "spiffe://example.org/gateway"}, codes.PermissionDenied},
+	} {
+		p := &process{config: Config{GRPCTLS: TLSConfig{CertFile: cert, KeyFile: key, CAFile: cert, GatewaySANs: c.sans}}}
+		var err error
+		if p.asServer, p.asClient, err = p.config.GRPCTLS.credentials(); err != nil {
+			t.Fatal(err)
+		}
+		l, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			t.Fatal(err)
+		}
+		s := p.newGRPCServer()
+		workpb.RegisterWorkServer(s, workpb.UnimplementedWorkServer{})
+		fetchpb.RegisterFetchServer(s, fetchpb.UnimplementedFetchServer{})
+		shippb.RegisterShipServer(s, shippb.UnimplementedShipServer{})
+		done := make(chan struct{})
+		go func() {
+			defer close(done)
+			_ = s.Serve(l) // ends with Stop
+		}()
+		conn, err := grpc.NewClient(l.Addr().String(), p.dialOptions()...)
+		if err != nil {
+			t.Fatal(err)
+		}
+		check := func(what string, want codes.Code, err error) {
+			t.Helper()
+			if status.Code(err) != want {
+				t.Errorf("%v, %s: %v, want %s", c.sans, what, err, want)
+			}
+		}
+		_, err = workpb.NewWorkClient(conn).Run(t.Context(), &workpb.RunRequest{})
+		check("work", c.want, err)
+		_, err = fetchpb.NewFetchClient(conn).Stats(t.Context(), &fetchpb.StatsRequest{})
+		check("fetch", c.want, err)
+		read, err := fetchpb.NewFetchClient(conn).Read(t.Context(), &fetchpb.ReadRequest{})
+		if err == nil {
+			_, err = read.Recv()
+		}
+		check("fetch, as a stream", c.want, err)
+		stream, err := shippb.NewShipClient(conn).Stream(t.Context())
+		if err == nil {
+			_, err = stream.Recv()
+		}
+		check("ship", codes.Unimplemented, err)
+		if err := conn.Close(); err != nil {
+			t.Error(err)
+		}
+		s.Stop()
+		<-done
+	}
+}
+
+// Each kind of name counts.
+func TestSANs(t *testing.T) {
+	u, err := url.Parse("spiffe://example.org/gateway")
+	if err != nil {
+		t.Fatal(err)
+	}
+	got := sans(&x509.Certificate{
+		DNSNames: []string{"gateway.example.org"}, EmailAddresses: []string{"a@example.org"}, IPAddresses: []net.IP{net.IPv4(10, 0, 0, 1), net.IPv6loopback}, URIs: []*url.URL{u},
+	})
+	want := []string{"gateway.example.org", "a@example.org", "10.0.0.1", "::1", "spiffe://example.org/gateway"}
+	if !slices.Equal(got, want) {
+		t.Errorf("%q, want %q", got, want)
 	}
 }
 
