@@ -279,13 +279,20 @@ func (w *responseWriter) close() {
 // any more doesn't keep its tenant's place.
 const writeTimeout = time.Minute
 
-// patient is a response of which each write has its own deadline.
+// patient is a response of which each piece has its own deadline: some handlers write all
+// they have at once.
 type patient struct {
 	http.ResponseWriter
 	timeout time.Duration
 }
 
-func (p patient) Write(b []byte) (int, error) {
-	_ = http.NewResponseController(p.ResponseWriter).SetWriteDeadline(time.Now().Add(p.timeout)) // it can't: it has none
-	return p.ResponseWriter.Write(b)
+func (p patient) Write(b []byte) (n int, err error) {
+	c := http.NewResponseController(p.ResponseWriter)
+	for {
+		_ = c.SetWriteDeadline(time.Now().Add(p.timeout)) // it can't: it has none
+		k, err := p.ResponseWriter.Write(b[n:min(len(b), n+pieceBytes)])
+		if n += k; err != nil || n == len(b) {
+			return n, err
+		}
+	}
 }
