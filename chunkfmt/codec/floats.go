@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"math"
 	"math/bits"
+	"slices"
 )
 
 // A column of floats begins with how they become integers.
@@ -165,10 +166,17 @@ func toDecimal(v, power float64) (i int64, ok bool) {
 // too many exceptions.
 func (e *Encoder) toDecimals(v []float64, decimals int) bool {
 	power := powersOf10[decimals]
-	e.ints, e.exceptions = e.ints[:0], e.exceptions[:0]
+	e.ints, e.exceptions = slices.Grow(e.ints[:0], len(v)), e.exceptions[:0]
 	limit := len(v)/8 + 1
-	for i, x := range v {
-		if k, ok := toDecimal(x, power); ok {
+	for i := 0; i < len(v); i++ {
+		if decimals == 0 {
+			n := wholes(e.ints[i:len(v)], v[i:])
+			e.ints = e.ints[:i+n]
+			if i += n; i == len(v) {
+				break
+			}
+		}
+		if k, ok := toDecimal(v[i], power); ok {
 			e.ints = append(e.ints, k)
 			continue
 		}
@@ -179,6 +187,20 @@ func (e *Encoder) toDecimals(v []float64, decimals int) bool {
 	}
 	e.fillFront()
 	return true
+}
+
+// wholes sets dst to the integers that values are, as toDecimal gives them, up to the first
+// that is none, and says how many these are.
+func wholes(dst []int64, v []float64) int {
+	dst = dst[:len(v)]
+	for i, x := range v {
+		k := int64(x)
+		if math.Float64bits(float64(k)) != math.Float64bits(x) || k >= 1<<62 || k <= -(1<<62) {
+			return i
+		}
+		dst[i] = k
+	}
+	return len(v)
 }
 
 // toBits fills e.ints and e.exceptions with all floats that are numbers.

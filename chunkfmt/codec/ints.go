@@ -3,6 +3,7 @@ package codec
 import (
 	"encoding/binary"
 	"math/bits"
+	"slices"
 )
 
 // A column of integers begins with its form.
@@ -159,18 +160,25 @@ func appendDeltas(dst, v []int64) []int64 {
 
 func (e *Encoder) appendBitmap(dst []byte, v []int64, plain byte) []byte {
 	dst = append(dst, formBitmap)
-	values := append(e.values[:0], v[0])
-	var word byte
-	for i := range v {
-		if i > 0 && v[i] != v[i-1] {
-			word |= 1 << (i & 7)
-			values = append(values, v[i])
+	values := slices.Grow(e.values[:0], len(v))[:len(v)]
+	values[0] = v[0]
+	// No branch is to depend on whether a value is another one, which can't be foreseen.
+	k, last := 0, v[0]
+	for at := 0; at < len(v); at += 8 {
+		word := uint(0)
+		for i, x := range v[at:min(at+8, len(v))] {
+			changed := uint(0)
+			if x != last {
+				changed = 1
+			}
+			word |= changed << i
+			k += int(changed)
+			values[k] = x
+			last = x
 		}
-		if i&7 == 7 || i == len(v)-1 {
-			dst = append(dst, word)
-			word = 0
-		}
+		dst = append(dst, byte(word))
 	}
+	values = values[:k+1]
 	e.values = values
 	return e.appendScaled(dst, values, plain)
 }

@@ -41,7 +41,7 @@ type event struct {
 // Summarise appends the windows of a series to dst, all columns of them. They are
 // to be later than those that dst has.
 func (s *Summariser) Summarise(dst *Windows, samples *Samples, width int64) {
-	t, v, st := s.floats(samples)
+	t, v, st, hasNaN := s.floats(samples)
 	s.histograms(samples)
 	events := s.events
 	d, guessed := 0, int64(math.MinInt64)
@@ -64,7 +64,7 @@ func (s *Summariser) Summarise(dst *Windows, samples *Samples, width int64) {
 		dst.FirstT[i], dst.PrevT[i], dst.LastT[i] = end, end, end
 		last := int64(math.MinInt64)
 		if n > 0 {
-			s.lost = dst.summarise(i, t[:n], v[:n], d, s.lost[:0])
+			s.lost = dst.summarise(i, t[:n], v[:n], d, hasNaN, s.lost[:0])
 			last = t[n-1]
 			if st != nil {
 				for _, x := range st[:n] {
@@ -140,17 +140,22 @@ func until(t []int64, end int64) int {
 	return n
 }
 
-// floats gives the floats without staleness markers, and begins s.events with those.
-func (s *Summariser) floats(f *Samples) (t []int64, v []float64, st []int64) {
+// floats gives the floats without staleness markers, and begins s.events with those. It
+// says also whether some of the floats are NaN.
+func (s *Summariser) floats(f *Samples) (t []int64, v []float64, st []int64, hasNaN bool) {
 	s.events = s.events[:0]
 	t, v, st = f.T, f.V, f.ST
 	for i, x := range v {
-		if x != x && value.IsStaleNaN(x) {
-			s.events = append(s.events, event{t[i], Stale})
+		if x != x {
+			if value.IsStaleNaN(x) {
+				s.events = append(s.events, event{t[i], Stale})
+			} else {
+				hasNaN = true
+			}
 		}
 	}
 	if len(s.events) == 0 {
-		return t, v, st
+		return t, v, st, hasNaN
 	}
 	s.t, s.v, s.st = s.t[:0], s.v[:0], s.st[:0]
 	for i, x := range v {
@@ -162,9 +167,9 @@ func (s *Summariser) floats(f *Samples) (t []int64, v []float64, st []int64) {
 		}
 	}
 	if st == nil {
-		return s.t, s.v, nil
+		return s.t, s.v, nil, hasNaN
 	}
-	return s.t, s.v, s.st
+	return s.t, s.v, s.st, hasNaN
 }
 
 // histograms puts them among the events.
@@ -182,8 +187,8 @@ func (s *Summariser) histograms(samples *Samples) {
 
 // summarise fills in window i, of at least one float, with decimals as decimals
 // gives them. The flags that it knows of are added. What was lost in resets is put
-// into lost.
-func (w *Windows) summarise(i int, t []int64, v []float64, decimals int, lost []float64) []float64 {
+// into lost, which is empty. Without hasNaN there is no NaN.
+func (w *Windows) summarise(i int, t []int64, v []float64, decimals int, hasNaN bool, lost []float64) []float64 {
 	n := len(v)
 	prev := max(0, n-2)
 	w.Count[i] = uint32(n) //nolint:gosec // a window has fewer milliseconds
@@ -193,12 +198,12 @@ func (w *Windows) summarise(i int, t []int64, v []float64, decimals int, lost []
 
 	before, least, greatest := v[0], v[0], v[0]
 	changes := uint32(0)
-	for _, x := range v[1:] {
-		if x != before {
+	if hasNaN {
+		for _, x := range v[1:] {
 			if x < before {
 				lost = append(lost, before)
 			}
-			if x == x || before == before {
+			if x != before && (x == x || before == before) {
 				changes++
 			}
 			if x < least || least != least {
@@ -207,8 +212,30 @@ func (w *Windows) summarise(i int, t []int64, v []float64, decimals int, lost []
 			if x > greatest || greatest != greatest {
 				greatest = x
 			}
+			before = x
 		}
-		before = x
+	} else {
+		// Whether it falls can't be foreseen where it does now and then: no branch is to
+		// depend on that.
+		lost = slices.Grow(lost, n)[:n]
+		k := 0
+		for _, x := range v[1:] {
+			if x != before {
+				lost[k] = before
+				if x < before {
+					k++
+				}
+				changes++
+				if x < least {
+					least = x
+				}
+				if x > greatest {
+					greatest = x
+				}
+			}
+			before = x
+		}
+		lost = lost[:k]
 	}
 	w.Min[i], w.Max[i], w.Changes[i] = least, greatest, changes
 	w.Resets[i] = uint32(len(lost)) //nolint:gosec // fewer than there are floats
