@@ -185,7 +185,7 @@ func (a *API) protect(w http.ResponseWriter, r *http.Request, h http.Handler) {
 	defer cancel()
 	leave, err := a.enter(bounded, tenants)
 	if err != nil {
-		a.failToEnter(w, err)
+		a.failToEnter(w, limits, err)
 		return
 	}
 	defer leave()
@@ -214,7 +214,7 @@ func (a *API) protect(w http.ResponseWriter, r *http.Request, h http.Handler) {
 }
 
 // failToEnter answers where enter gave an error.
-func (a *API) failToEnter(w http.ResponseWriter, err error) {
+func (a *API) failToEnter(w http.ResponseWriter, l Limits, err error) {
 	var many tooManyError
 	var late promql.ErrQueryTimeout
 	switch {
@@ -223,7 +223,7 @@ func (a *API) failToEnter(w http.ResponseWriter, err error) {
 		respondError(w, http.StatusTooManyRequests, "too_many_requests", err)
 	case errors.As(err, &late):
 		respondError(w, http.StatusServiceUnavailable, "timeout", fmt.Errorf(
-			"query timed out while it waited for others of the tenant (limit gateway.limits.queries; gateway.query_timeout is %s)", a.opts.QueryTimeout))
+			"query timed out while it waited for others of the tenant (limit gateway.limits.queries is %d, gateway.query_timeout is %s)", l.Queries, a.opts.QueryTimeout))
 	case errors.Is(err, account.ErrLimit):
 		respondError(w, http.StatusUnprocessableEntity, "execution", err)
 	default:

@@ -346,6 +346,31 @@ func TestTimeoutOfOtherEndpoints(t *testing.T) {
 	}
 }
 
+// Waiting for others takes no longer either.
+func TestTimeoutOfWaiting(t *testing.T) {
+	begun, release := make(chan struct{}), make(chan struct{})
+	begin := sync.OnceFunc(func() { close(begun) })
+	api := newAPI(t, gatewaytest.New(t, gatewaytest.Options{}), gateway.Options{
+		Limits: gateway.Limits{Queries: 1}, QueryTimeout: 100 * time.Millisecond,
+		Ready: func() error {
+			begin()
+			<-release
+			return nil
+		},
+	})
+	var wg sync.WaitGroup
+	wg.Go(func() { call(t, api, "query", "query", "1") })
+	<-begun
+	for _, path := range []string{"query", "series"} {
+		a := call(t, api, path, "query", "1")
+		require.Equal(t, http.StatusServiceUnavailable, a.code, a)
+		require.Equal(t, "timeout", a.ErrorType)
+		require.Contains(t, a.Error, "limit gateway.limits.queries is 1, gateway.query_timeout is 100ms")
+	}
+	close(release)
+	wg.Wait()
+}
+
 // What reads counts as a query does; what sidecars ask for doesn't.
 func TestConcurrencyOfOtherEndpoints(t *testing.T) {
 	var release atomic.Pointer[chan struct{}]
