@@ -216,6 +216,7 @@ func TestMemoryOfPoints(t *testing.T) {
 		{"max_over_time((requests_total * 2)[1h:500ms])", "3600", "3600", true},
 		{"sum by (i) (rate(requests_total[5m])) * 2", "3600", "0.5", true},
 		{"timestamp(requests_total)", "3600", "0.5", true},
+		{`quantile_over_time(scalar(vector(0.5)), requests_total{i="1"}[400d])`, "3600", "60", false},
 		{`sum by (i) (rate(requests_total{i="1"}[5m])) * 2`, "3600", "0.5", false},
 	} {
 		reg := prometheus.NewRegistry()

@@ -65,7 +65,11 @@ func (h *engineHold) over(set storage.SeriesSet, hints *storage.SelectHints) sto
 	}
 	s := &heldSet{SeriesSet: set, hold: h, window: max(h.window, hints.Range), step: hints.Step, steps: 1}
 	if s.step > 0 {
-		s.steps = max(1, (hints.End-hints.Start)/s.step+1)
+		first := hints.Range // of the first step
+		if first == 0 {
+			first = h.window
+		}
+		s.steps = max(1, (hints.End-hints.Start-first+1)/s.step+1)
 	}
 	return s
 }
