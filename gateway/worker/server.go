@@ -7,11 +7,13 @@ import (
 	"log/slog"
 	"runtime"
 	"runtime/debug"
+	"sync/atomic"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/proto"
 
 	"github.com/epimetheus-tsdb/epimetheus/gateway/plan"
 	"github.com/epimetheus-tsdb/epimetheus/gateway/worker/workpb"
@@ -24,6 +26,7 @@ type Server struct {
 	turns  *turns
 	logger *slog.Logger
 	parts  *prometheus.CounterVec
+	held   atomic.Int64 // bytes of requests
 }
 
 // NewServer makes a server; run computes a part.
@@ -44,6 +47,10 @@ func NewServer(run func(context.Context, *plan.Task) ([]byte, error), logger *sl
 // maxWaiting bounds the parts of one tenant that wait: more than a few queries'.
 const maxWaiting = 1000
 
+// maxHeld bounds the bytes of all requests that wait or are worked on: those of shards have
+// what heads hold of them, up to 4 MiB.
+const maxHeld = 256 << 20
+
 // Register adds the service to a gRPC server.
 func (s *Server) Register(g *grpc.Server) { workpb.RegisterWorkServer(g, s) }
 
@@ -56,11 +63,12 @@ func (s *Server) Run(ctx context.Context, r *workpb.RunRequest) (*workpb.RunResp
 	if r.GetVersion() != plan.Version {
 		return fail("declined", codes.Unimplemented, plan.ErrUnlike)
 	}
-	t, err := task(r)
-	if err != nil {
-		return fail("failed", codes.InvalidArgument, err)
+	size := int64(proto.Size(r))
+	defer s.held.Add(-size)
+	if s.held.Add(size) > maxHeld {
+		return fail("refused", codes.ResourceExhausted, errFull)
 	}
-	done, err := s.turns.wait(ctx, t.Tenant)
+	done, err := s.turns.wait(ctx, r.GetTenant())
 	switch {
 	case errors.Is(err, errBusy):
 		return fail("refused", codes.ResourceExhausted, err)
@@ -68,6 +76,10 @@ func (s *Server) Run(ctx context.Context, r *workpb.RunRequest) (*workpb.RunResp
 		return fail("canceled", codes.Canceled, err)
 	}
 	defer done()
+	t, err := task(r) // in its turn: it takes memory
+	if err != nil {
+		return fail("failed", codes.InvalidArgument, err)
+	}
 	b, err := s.safely(ctx, t)
 	switch {
 	case errors.Is(err, plan.ErrGiveUp):
@@ -96,5 +108,7 @@ func (s *Server) safely(ctx context.Context, t *plan.Task) (_ []byte, err error)
 	}()
 	return s.run(ctx, t)
 }
+
+var errFull = errors.New("parts of queries that wait take 256 MiB already")
 
 var errTooLarge = errors.New("the result of a part is larger than 64 MiB")

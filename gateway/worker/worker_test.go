@@ -18,12 +18,15 @@ import (
 	"github.com/prometheus/prometheus/model/labels"
 	"github.com/stretchr/testify/require"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/status"
 	"google.golang.org/grpc/test/bufconn"
 
 	"github.com/epimetheus-tsdb/epimetheus/chunkfmt"
 	"github.com/epimetheus-tsdb/epimetheus/gateway/plan"
 	"github.com/epimetheus-tsdb/epimetheus/gateway/worker"
+	"github.com/epimetheus-tsdb/epimetheus/gateway/worker/workpb"
 	"github.com/epimetheus-tsdb/epimetheus/history"
 	"github.com/epimetheus-tsdb/epimetheus/history/index"
 )
@@ -342,4 +345,31 @@ func TestTenantsTakeTurns(t *testing.T) {
 	}
 	require.NotZero(t, last)
 	require.Less(t, last, 30, "of %d: %v", len(order), order)
+}
+
+// Requests that wait don't take all memory: beyond a bound the caller computes its parts.
+func TestBytesThatWait(t *testing.T) {
+	release := make(chan struct{})
+	s := worker.NewServer(func(context.Context, *plan.Task) ([]byte, error) {
+		<-release
+		return []byte("x"), nil
+	}, slog.New(slog.DiscardHandler), prometheus.NewRegistry())
+	heads := []*workpb.HeadList{{Series: []*workpb.HeadSeries{{Chunks: []*workpb.HeadChunk{{Data: make([]byte, 4<<20)}}}}}}
+	run := func(tenant string) error {
+		_, err := s.Run(t.Context(), &workpb.RunRequest{Version: plan.Version, Tenant: tenant, Span: 1, Heads: heads})
+		return err
+	}
+	const n = 80
+	errs := make(chan error, n)
+	for i := range n {
+		go func() { errs <- run(fmt.Sprint(i)) }()
+	}
+	for range n - 63 { // 63 of somewhat more than 4 MiB are less than 256 MiB
+		require.Equal(t, codes.ResourceExhausted, status.Code(<-errs))
+	}
+	close(release)
+	for range 63 {
+		require.NoError(t, <-errs)
+	}
+	require.NoError(t, run("a"))
 }
