@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/prometheus/model/exemplar"
 	"github.com/prometheus/prometheus/model/labels"
 
 	"github.com/epimetheus-tsdb/epimetheus/chunkfmt"
@@ -29,18 +30,20 @@ func BenchmarkMerge(b *testing.B) {
 		tenants, series            int // per tenant
 		blocks, perBlock, replicas int
 		rollups, reuse             bool // windows are made, and those of the sources are used
+		exemplars                  bool // each series has one in each block
 	}{
-		{"2h/tenants=1/replicas=1", 1, 20_000, 4, 120, 1, false, false},
-		{"2h/tenants=1/replicas=2", 1, 20_000, 4, 120, 2, false, false},
-		{"2h/tenants=200/replicas=2", 200, 100, 4, 120, 2, false, false},
-		{"1d/tenants=1/replicas=1", 1, 2_000, 12, 480, 1, false, false},
-		{"1d/tenants=1/replicas=1/rollups", 1, 2_000, 12, 480, 1, true, false},
-		{"1d/tenants=200/replicas=1/rollups", 200, 10, 12, 480, 1, true, false},
-		{"1d/tenants=1/replicas=1/rollups/large", 1, 16_000, 12, 480, 1, true, false},
-		{"1w/tenants=1/replicas=1", 1, 250, 7, 5760, 1, false, false},
-		{"1w/tenants=1/replicas=1/rollups", 1, 250, 7, 5760, 1, true, false},
-		{"1w/tenants=1/replicas=1/reused", 1, 250, 7, 5760, 1, true, true},
-		{"1w/tenants=50/replicas=1/reused", 50, 5, 7, 5760, 1, true, true},
+		{"2h/tenants=1/replicas=1", 1, 20_000, 4, 120, 1, false, false, false},
+		{"2h/tenants=1/replicas=1/exemplars", 1, 20_000, 4, 120, 1, false, false, true},
+		{"2h/tenants=1/replicas=2", 1, 20_000, 4, 120, 2, false, false, false},
+		{"2h/tenants=200/replicas=2", 200, 100, 4, 120, 2, false, false, false},
+		{"1d/tenants=1/replicas=1", 1, 2_000, 12, 480, 1, false, false, false},
+		{"1d/tenants=1/replicas=1/rollups", 1, 2_000, 12, 480, 1, true, false, false},
+		{"1d/tenants=200/replicas=1/rollups", 200, 10, 12, 480, 1, true, false, false},
+		{"1d/tenants=1/replicas=1/rollups/large", 1, 16_000, 12, 480, 1, true, false, false},
+		{"1w/tenants=1/replicas=1", 1, 250, 7, 5760, 1, false, false, false},
+		{"1w/tenants=1/replicas=1/rollups", 1, 250, 7, 5760, 1, true, false, false},
+		{"1w/tenants=1/replicas=1/reused", 1, 250, 7, 5760, 1, true, true, false},
+		{"1w/tenants=50/replicas=1/reused", 50, 5, 7, 5760, 1, true, true, false},
 	} {
 		b.Run(bench.name, func(b *testing.B) {
 			objects := historytest.Files(b, prometheus.NewRegistry())
@@ -71,6 +74,9 @@ func BenchmarkMerge(b *testing.B) {
 						i := min(int((at-1-(start-interval))/interval)/bench.perBlock, bench.blocks-1) // (a, b]
 						if parts[i] == nil {
 							parts[i] = &chunkfmt.Series{Labels: lb.Labels()}
+							if bench.exemplars {
+								parts[i].Exemplars = []exemplar.Exemplar{{Labels: labels.FromStrings("trace_id", fmt.Sprint(at, v)), Value: v, Ts: at}}
+							}
 						}
 						parts[i].Floats.T, parts[i].Floats.V = append(parts[i].Floats.T, at), append(parts[i].Floats.V, v)
 						in += int64(bench.replicas)

@@ -94,13 +94,19 @@ type source struct {
 	entry  chunkfmt.Entry
 	metric string
 
-	front, indexes, samples, exemplars pager
+	front, indexes     pager
+	samples, exemplars dataPages
 
-	data    *chunkfmt.DataPage // the last one
-	dataAt  chunkfmt.Location
 	wins    [2]windowPages // short and long
 	dec     chunkfmt.Decoder
 	builder labels.ScratchBuilder
+}
+
+// dataPages are those of samples, or of exemplars.
+type dataPages struct {
+	pager
+	page *chunkfmt.DataPage // the last one
+	at   chunkfmt.Location
 }
 
 // windowPages are those of one width.
@@ -156,8 +162,7 @@ func readFooter(ctx context.Context, objects object.Store, b index.BlockRef) (*c
 func (s *source) start(mint, maxt int64) {
 	s.mint, s.maxt = mint, maxt
 	s.tenant = -1
-	s.front, s.indexes, s.samples, s.exemplars, s.wins = pager{}, pager{}, pager{}, pager{}, [2]windowPages{}
-	s.data = nil
+	s.front, s.indexes, s.samples, s.exemplars, s.wins = pager{}, pager{}, dataPages{}, dataPages{}, [2]windowPages{}
 	s.nextTenant()
 }
 
@@ -309,11 +314,11 @@ func (s *source) span() (mint, maxt int64) {
 	return max(mint, s.mint), min(maxt, s.maxt)
 }
 
-func (s *source) page(ctx context.Context, p *pager, name string, at chunkfmt.Location, end int64) (*chunkfmt.DataPage, error) {
-	if s.data != nil && s.dataAt == at {
-		return s.data, nil
+func (s *source) page(ctx context.Context, of *dataPages, name string, at chunkfmt.Location, end int64) (*chunkfmt.DataPage, error) {
+	if of.page != nil && of.at == at {
+		return of.page, nil
 	}
-	b, err := s.get(ctx, p, name, at, at.Offset, end)
+	b, err := s.get(ctx, &of.pager, name, at, at.Offset, end)
 	if err != nil {
 		return nil, err
 	}
@@ -321,7 +326,7 @@ func (s *source) page(ctx context.Context, p *pager, name string, at chunkfmt.Lo
 	if err != nil {
 		return nil, s.error(name, at, err)
 	}
-	s.data, s.dataAt = d, at
+	of.page, of.at = d, at
 	return d, nil
 }
 
