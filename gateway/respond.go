@@ -257,8 +257,7 @@ func (w *responseWriter) Flush() {
 		return // the client has gone
 	}
 	c := http.NewResponseController(w.ResponseWriter)
-	_ = c.SetWriteDeadline(time.Now().Add(w.timeout)) // it can't: it has none
-	_ = c.Flush()                                     // it can't: nothing is lost
+	within(c, w.timeout, func() { _ = c.Flush() }) // it can't: nothing is lost
 }
 
 // close ends the answer.
@@ -267,10 +266,6 @@ func (w *responseWriter) close() {
 		if w.encoder.Close() == nil { // or the client has gone
 			w.put()
 		}
-	}
-	if w.started {
-		// The connection may serve other requests.
-		_ = http.NewResponseController(w.ResponseWriter).SetWriteDeadline(time.Time{}) // it can't: it has none
 	}
 }
 
@@ -289,10 +284,18 @@ type patient struct {
 func (p patient) Write(b []byte) (n int, err error) {
 	c := http.NewResponseController(p.ResponseWriter)
 	for {
-		_ = c.SetWriteDeadline(time.Now().Add(p.timeout)) // it can't: it has none
-		k, err := p.ResponseWriter.Write(b[n:min(len(b), n+pieceBytes)])
+		var k int
+		within(c, p.timeout, func() { k, err = p.ResponseWriter.Write(b[n:min(len(b), n+pieceBytes)]) })
 		if n += k; err != nil || n == len(b) {
 			return n, err
 		}
 	}
+}
+
+// within writes with a deadline that doesn't outlast it: over HTTP/2 the answer ends when one
+// passes, though nothing is being written, and the connection may serve other requests.
+func within(c *http.ResponseController, timeout time.Duration, write func()) {
+	_ = c.SetWriteDeadline(time.Now().Add(timeout)) // it can't: it has none
+	write()
+	_ = c.SetWriteDeadline(time.Time{})
 }

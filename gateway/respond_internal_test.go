@@ -40,3 +40,31 @@ func TestSlowReaderOfOneWrite(t *testing.T) {
 	}
 	require.Equal(t, size, n)
 }
+
+// An answer may pause: a deadline is of a write, also where HTTP/2 resets a stream when it passes.
+func TestAnswerThatPauses(t *testing.T) {
+	const timeout = 100 * time.Millisecond
+	server := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		rw := &responseWriter{ResponseWriter: w, answers: &streaming{}, encodings: &encodings{}, timeout: timeout}
+		defer rw.close()
+		for _, piece := range []string{"one", " two", " three"} {
+			if _, err := rw.Write([]byte(piece)); err != nil {
+				t.Error(err)
+			}
+			rw.Flush()
+			time.Sleep(3 * timeout) // what it reads takes
+		}
+	}))
+	server.EnableHTTP2 = true
+	server.StartTLS()
+	defer server.Close()
+	req, err := http.NewRequestWithContext(t.Context(), http.MethodGet, server.URL, nil)
+	require.NoError(t, err)
+	resp, err := server.Client().Do(req)
+	require.NoError(t, err)
+	defer resp.Body.Close()
+	require.Equal(t, 2, resp.ProtoMajor)
+	b, err := io.ReadAll(resp.Body)
+	require.NoError(t, err)
+	require.Equal(t, "one two three", string(b))
+}
