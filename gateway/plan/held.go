@@ -34,7 +34,10 @@ type engineHold struct {
 func (h *engineHold) add(bytes int64) {
 	h.settle()
 	h.pending += bytes
-	h.hold(max(pointBytes*int64(h.peak), h.copies) + h.pending)
+	const atOnce = 4 << 10 // to tell the account of each series takes as long as to read a short one
+	if all := max(pointBytes*int64(h.peak), h.copies) + h.pending; all < h.held || all > h.held+atOnce {
+		h.hold(all)
+	}
 }
 
 // settle looks at what the engine has told.
