@@ -54,18 +54,32 @@ func (k *kernel) markResets(v []float64) (stale bool) {
 	k.marks = k.marks[:0]
 	for _, in := range k.frame.held {
 		prev := v[in.from]
-		for j, cur := range v[in.from:in.to] {
-			if !(cur >= prev) { // or one is NaN
-				if cur < prev {
-					k.marks = append(k.marks, in.from+int32(j)) //nolint:gosec // an index
-				} else if value.IsStaleNaN(cur) {
-					return true
-				}
+		for from := in.from; from < in.to; {
+			few := v[from:min(from+8, in.to)]
+			if len(few) == 8 && rising(prev, (*[8]float64)(few)) { // most are
+				from += 8
+				prev = few[7]
+				continue
 			}
-			prev = cur
+			for _, cur := range few {
+				if !(cur >= prev) { // or one is NaN
+					if cur < prev {
+						k.marks = append(k.marks, from)
+					} else if value.IsStaleNaN(cur) {
+						return true
+					}
+				}
+				prev = cur
+				from++
+			}
 		}
 	}
 	return false
+}
+
+// rising reports whether none of v is less than the one before, or NaN.
+func rising(prev float64, v *[8]float64) bool {
+	return v[0] >= prev && v[1] >= v[0] && v[2] >= v[1] && v[3] >= v[2] && v[4] >= v[3] && v[5] >= v[4] && v[6] >= v[5] && v[7] >= v[6]
 }
 
 // markChanges is markResets for samples that differ from the one before. There are
