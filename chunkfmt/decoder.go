@@ -67,10 +67,13 @@ func (d *decoder) enter(p *DataPage) {
 
 // Decoder decodes chunks as the methods of DataPage do, with scratch memory of
 // its own: that saves taking it from a pool for each chunk, which counts where
-// chunks are short. It remembers the last few pages, as series have chunks in several. The zero value is ready. Not
-// safe for concurrent use.
+// chunks are short. The zero value is ready. Not safe for concurrent use.
 type Decoder struct {
-	pages [8]*decoder // the one used last first; nil at the end
+	// Pages is of how many pages it remembers times and bases, those it used last: one that reads series which have chunks
+	// in several had better remember them all. For each it takes up to about 1 MiB. 0: of one.
+	Pages int
+
+	pages []*decoder // the one used last first
 }
 
 // Floats is DataPage.Floats of p.
@@ -80,14 +83,14 @@ func (d *Decoder) Floats(p *DataPage, i int, dst *Floats) error {
 
 // of gives the decoder that remembers p, or else the one that was used least recently.
 func (d *Decoder) of(p *DataPage) *decoder {
-	k := 0
-	for k < len(d.pages)-1 && d.pages[k] != nil && d.pages[k].page != p.id {
-		k++
+	k := slices.IndexFunc(d.pages, func(m *decoder) bool { return m.page == p.id })
+	if k < 0 {
+		if len(d.pages) < max(d.Pages, 1) {
+			d.pages = append(d.pages, new(decoder))
+		}
+		k = len(d.pages) - 1
 	}
 	one := d.pages[k]
-	if one == nil {
-		one = new(decoder)
-	}
 	copy(d.pages[1:k+1], d.pages[:k])
 	d.pages[0] = one
 	one.enter(p)

@@ -372,6 +372,9 @@ type runBuffer struct {
 	v   []float64
 }
 
+// rememberedPages is how many of the blocks that a series is in are decoded as fast as one alone.
+const rememberedPages = 8
+
 // run gives the i-th run, empty but with room for so many floats.
 func (b *Buffer) run(i, floats int) *chunkfmt.Series {
 	for len(b.runs) <= i {
@@ -395,7 +398,7 @@ func (b *Buffer) run(i, floats int) *chunkfmt.Series {
 func (s *Series) Runs(buf *Buffer) ([]*chunkfmt.Series, error) {
 	plans := s.plan()
 	out := make([]*chunkfmt.Series, 0, len(plans))
-	buf.times.last = 0
+	buf.times.last, buf.dec.Pages = 0, rememberedPages
 	for i, p := range plans {
 		run := buf.run(i, p.floats)
 		run.Labels = s.Labels
