@@ -13,7 +13,7 @@ import (
 // A handler that writes all of its answer at once, as Prometheus's do, gives a slow client no less time
 // than one that writes pieces.
 func TestSlowReaderOfOneWrite(t *testing.T) {
-	const size, timeout = 64 << 20, 400 * time.Millisecond // more than sockets hold
+	const size, timeout = 96 << 20, time.Second // more than sockets hold
 	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		rw := &responseWriter{ResponseWriter: w, answers: &streaming{}, encodings: &encodings{}, timeout: timeout}
 		defer rw.close()
@@ -43,7 +43,7 @@ func TestSlowReaderOfOneWrite(t *testing.T) {
 
 // An answer may pause: a deadline is of a write, also where HTTP/2 resets a stream when it passes.
 func TestAnswerThatPauses(t *testing.T) {
-	const timeout = 100 * time.Millisecond
+	const timeout = 300 * time.Millisecond
 	server := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		rw := &responseWriter{ResponseWriter: w, answers: &streaming{}, encodings: &encodings{}, timeout: timeout}
 		defer rw.close()
@@ -52,7 +52,7 @@ func TestAnswerThatPauses(t *testing.T) {
 				t.Error(err)
 			}
 			rw.Flush()
-			time.Sleep(3 * timeout) // what it reads takes
+			time.Sleep(2 * timeout) // what it reads takes
 		}
 	}))
 	server.EnableHTTP2 = true
