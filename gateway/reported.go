@@ -52,6 +52,7 @@ type reports struct {
 type report struct {
 	mu    sync.Mutex      // held while the row is read
 	known bool            // it has been read, or written
+	bad   bool            // it couldn't be read the last time
 	next  time.Time       // when it is to be read again
 	row   index.EngineRow // LookbackDelta is 0 if there is none
 }
@@ -88,7 +89,8 @@ func (s *reports) get(ctx context.Context, tenant string) (row index.EngineRow, 
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), reportTimeout)
 		defer cancel()
 		row, _, err := s.index.Engine(ctx, tenant)
-		s.note(tenant, err)
+		s.note(tenant, err, r.bad)
+		r.bad = err != nil
 		age := reportAge
 		switch {
 		case err == nil:
@@ -104,11 +106,12 @@ func (s *reports) get(ctx context.Context, tenant string) (row index.EngineRow, 
 	return r.row, r.row.LookbackDelta > 0, nil
 }
 
-// note logs when rows can't be read any more, once for all tenants.
-func (s *reports) note(tenant string, err error) {
+// note logs when rows can't be read any more, once for all tenants, or for the one of which alone
+// it is so: was says that it was before.
+func (s *reports) note(tenant string, err error, was bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if err != nil && !s.failing {
+	if err != nil && !was && !s.failing {
 		s.logger.Warn("engine options that sidecars reported can't be read, those known before hold on; answers warn where there are none", "tenant", tenant, "err", err)
 	}
 	s.failing = err != nil

@@ -133,6 +133,47 @@ func TestUnknownEngine(t *testing.T) {
 	})
 }
 
+// TestUnknownEngineLogged: one tenant's row that can't be read is told of once, though others are
+// read between.
+func TestUnknownEngineLogged(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		fault := historytest.Before
+		x := index.New(&historytest.FaultyRows{Store: &historytest.MemoryRows{}, Decide: func(_, key string) historytest.Fault {
+			if strings.Contains(key, "bad") {
+				return fault
+			}
+			return historytest.None
+		}})
+		var logged strings.Builder
+		reg := prometheus.NewRegistry()
+		api, err := gateway.New(gateway.Options{Index: x, Tenancy: gateway.Header}, nothing{}, &ring.Live{}, slog.New(slog.NewTextHandler(&logged, nil)), reg, reg)
+		if err != nil {
+			t.Fatal(err)
+		}
+		query := func(tenant string) {
+			r := httptest.NewRequestWithContext(t.Context(), http.MethodGet, "/api/v1/query?query=1", http.NoBody)
+			r.Header.Set(gateway.TenantHeader, tenant)
+			api.ServeHTTP(httptest.NewRecorder(), r)
+		}
+		check := func(want int) {
+			t.Helper()
+			for range 10 {
+				query("bad")
+				query("good")
+				time.Sleep(40 * time.Second)
+			}
+			if n := strings.Count(logged.String(), "can't be read"); n != want {
+				t.Errorf("logged %d times, want %d:\n%s", n, want, logged.String())
+			}
+		}
+		check(1)
+		fault = historytest.None
+		check(1)
+		fault = historytest.Before
+		check(2)
+	})
+}
+
 // TestManyReportedEngines: what tenants report takes no memory without a bound.
 func TestManyReportedEngines(t *testing.T) {
 	c := gatewaytest.New(t, gatewaytest.Options{})
