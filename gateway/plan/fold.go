@@ -338,6 +338,7 @@ func (f *fold) bytes() int64 {
 // finish gives the results, in the engine's order; or those of a shard, if they can be
 // put together with others. The fold is of no use after it.
 func (f *fold) finish(dropName bool) ([]partialSeries, error) {
+	defer f.release()
 	if f.top != nil {
 		if f.leaf.shard {
 			return f.top.finishShard(f.groups, dropName), nil
@@ -361,7 +362,6 @@ func (f *fold) finish(dropName bool) ([]partialSeries, error) {
 			out = append(out, partialSeries{promql.Series{Metric: g.labels, DropName: dropName, Floats: floats}, g.first})
 		}
 	}
-	f.release()
 	return out, nil
 }
 

@@ -285,10 +285,9 @@ func quantileOf(n *parser.AggregateExpr) (phi float64, ok bool) {
 }
 
 func (p *planner) aggregate(n *parser.AggregateExpr, at place) *Leaf {
-	if _, ok := quantileOf(n); !ok && !aggregations[n.Op] {
-		if _, ok := topOf(n); !ok {
-			return nil
-		}
+	_, isQuantile := quantileOf(n)
+	if _, isTop := topOf(n); !isTop && !isQuantile && !aggregations[n.Op] {
+		return nil
 	}
 	switch e := n.Expr.(type) {
 	case *parser.VectorSelector:

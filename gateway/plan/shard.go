@@ -221,7 +221,7 @@ func (l *Leaf) fits(p *partial) bool {
 	if l.Agg == nil {
 		return true
 	}
-	if _, ok := topOf(l.Agg); ok {
+	if l.chooses() {
 		return !slices.ContainsFunc(p.series, func(s partialSeries) bool { return len(s.Histograms) > 0 })
 	}
 	k := shardColumns(l.Agg.Op)
@@ -250,21 +250,9 @@ func (l *Leaf) combine(ps []*partial, o options) (*partial, error) {
 		out.counts.merge(&p.counts)
 		out.annos.Merge(p.annos)
 	}
-	byOrder := func() {
-		slices.SortFunc(out.series, func(a, b partialSeries) int { return labels.Compare(a.order, b.order) })
-	}
-	chooses := false
-	if l.Agg != nil {
-		_, chooses = topOf(l.Agg)
-	}
-	if l.Agg == nil || chooses {
+	if l.Agg == nil || l.chooses() {
 		for _, p := range ps {
 			out.series = append(out.series, p.series...)
-		}
-		if chooses {
-			byOrder()
-			out.series = l.combineTop(out.series, o)
-			return out, nil
 		}
 	} else {
 		k := shardColumns(l.Agg.Op)
@@ -298,8 +286,12 @@ func (l *Leaf) combine(ps []*partial, o options) (*partial, error) {
 			}
 		}
 	}
-	byOrder()
-	return out, nil
+	slices.SortFunc(out.series, func(a, b partialSeries) int { return labels.Compare(a.order, b.order) })
+	var err error
+	if l.chooses() {
+		out.series, err = l.combineTop(out.series, o)
+	}
+	return out, err
 }
 
 // sharedGroup is a group of which several shards have series.

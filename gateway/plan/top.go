@@ -80,6 +80,15 @@ func topOf(n *parser.AggregateExpr) (k int, ok bool) {
 	return int(p.Val), true
 }
 
+// chooses says whether the leaf's aggregation chooses series.
+func (l *Leaf) chooses() bool {
+	if l.Agg == nil {
+		return false
+	}
+	_, ok := topOf(l.Agg)
+	return ok
+}
+
 // add chooses among what is in the group and the points of the next series, and says how many points
 // more there are.
 func (t *top) add(g *group, series labels.Labels, p *points, shard *Grid) (more int64) {
@@ -123,12 +132,18 @@ func (t *top) add(g *group, series labels.Labels, p *points, shard *Grid) (more 
 	return more
 }
 
-// finish gives the series chosen, with the points at which they were.
-func (t *top) finish(groups []*group, g Grid, dropName bool) []partialSeries {
+// all gives the series of which some point has been in a heap: those of a shard with these points.
+func (t *top) all(dropName bool) []partialSeries {
 	out := make([]partialSeries, len(t.series))
 	for i, s := range t.series {
 		out[i] = partialSeries{promql.Series{Metric: s.labels, DropName: dropName, Floats: s.points}, s.labels}
 	}
+	return out
+}
+
+// finish gives the series chosen, with the points at which they were.
+func (t *top) finish(groups []*group, g Grid, dropName bool) []partialSeries {
+	out := t.all(dropName)
 	for _, of := range groups {
 		for step := range of.top {
 			for _, c := range of.top[step].points {
@@ -162,10 +177,7 @@ func (t *top) ranked(groups []*group, all []partialSeries) (out []partialSeries)
 // series of each group comes once more without points: one of histograms, which aren't chosen, may say where
 // in the order the group is.
 func (t *top) finishShard(groups []*group, dropName bool) []partialSeries {
-	out := make([]partialSeries, 0, len(t.series)+len(groups))
-	for _, s := range t.series {
-		out = append(out, partialSeries{promql.Series{Metric: s.labels, DropName: dropName, Floats: s.points}, s.labels})
-	}
+	out := t.all(dropName)
 	for _, g := range groups {
 		out = append(out, partialSeries{promql.Series{Metric: g.first, DropName: dropName}, g.first})
 	}
@@ -173,7 +185,7 @@ func (t *top) finishShard(groups []*group, dropName bool) []partialSeries {
 }
 
 // combineTop chooses among what shards have chosen, which is in the order of series.
-func (l *Leaf) combineTop(series []partialSeries, o options) []partialSeries {
+func (l *Leaf) combineTop(series []partialSeries, o options) ([]partialSeries, error) {
 	f, drops := newFold(l), false
 	for i := range series {
 		s := &series[i]
@@ -188,5 +200,5 @@ func (l *Leaf) combineTop(series []partialSeries, o options) []partialSeries {
 		drops = s.DropName
 		f.top.add(f.group(s.order, ls), s.order, &p, nil)
 	}
-	return f.top.finish(f.groups, l.Grid, drops)
+	return f.finish(drops)
 }
