@@ -273,9 +273,7 @@ func (d *WindowDecoder) DecodeEven(p *WindowPage, i int, cols rollup.Columns, re
 				out.PrevV = extend(out.PrevV, n)
 			}
 			if err = d.values(p, i, need, &out, 0, n, false); err == nil {
-				for _, e := range es {
-					out.AppendEven(e)
-				}
+				out.AppendEvens(es)
 				*dst = out
 			}
 		}
@@ -354,6 +352,10 @@ func (d *WindowDecoder) shape(p *WindowPage, shape uint32) (knownShape, error) {
 	k := knownShape{at: at, empty: slices.Contains(d.times.Count[at:], 0), from: len(d.evens)}
 	d.evens = d.times.AppendStretches(d.evens, at, n/windowsPerStretch, p.width)
 	k.to = len(d.evens)
+	for at, i := 0, k.from; i < k.to; i++ {
+		d.evens[i].At = at
+		at += d.evens[i].N
+	}
 	d.known[key] = k
 	return k, nil
 }

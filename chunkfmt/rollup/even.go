@@ -62,6 +62,25 @@ func (w *Windows) Expand(cols Columns) {
 	w.Even = w.Even[:0]
 }
 
+// AppendEvens is AppendEven of stretches that are At one behind the other from 0 on, and none of which follows the one
+// before.
+func (w *Windows) AppendEvens(es []Even) {
+	if len(es) == 0 {
+		return
+	}
+	n := len(w.Even)
+	w.AppendEven(es[0])
+	at := len(w.Even)
+	w.Even = append(w.Even, es[1:]...)
+	if n == 0 {
+		return // they are At where they were
+	}
+	by := w.Even[at-1].At + w.Even[at-1].N - es[0].N
+	for i := range w.Even[at:] {
+		w.Even[at+i].At += by
+	}
+}
+
 // appendEven is Append of windows that have Even to such that have no others.
 func (w *Windows) appendEven(from *Windows, i, j int) {
 	for k := range from.Even {
@@ -140,7 +159,8 @@ func longer[E any](s []E, n int) []E { return slices.Grow(s, n)[:len(s)+n] }
 // of the window before. It reports false if it is anything else.
 func (e *Evaluator) evenly() bool {
 	w, q := e.w, &e.q
-	if !e.f.rates || e.whole != e.width || q.Step != e.width {
+	strided := q.Steps > 1 && q.Step != e.width && e.rest == 0
+	if !e.f.rates || e.whole != e.width || q.Step != e.width && !strided {
 		return false
 	}
 	for i := range w.Even {
@@ -149,6 +169,10 @@ func (e *Evaluator) evenly() bool {
 		}
 	}
 	x := NewExtrapolation(q.Function, q.Range)
+	if strided {
+		e.strided(&x)
+		return true
+	}
 	var before *Even // the stretch before, if it goes up to this one
 	for i := range w.Even {
 		s := &w.Even[i]
@@ -160,6 +184,44 @@ func (e *Evaluator) evenly() bool {
 		}
 	}
 	return true
+}
+
+// strided adds the results where each range is a window, and others lie between those.
+func (e *Evaluator) strided(x *Extrapolation) {
+	w, steps := e.w, e.q.Steps
+	reset := w.Reset
+	if !x.counter {
+		reset = nil
+	}
+	i, t := 0, e.q.Start
+	for k := range w.Even {
+		s := &w.Even[k]
+		for ; t < s.End && i < steps; i++ {
+			t += e.q.Step
+		}
+		behind := s.behind()
+		if t >= behind || i == steps {
+			continue
+		}
+		n := int64(s.Count)
+		if n > 1 {
+			x.set(n, x.rng-s.First, s.Last, s.First-s.Last)
+		}
+		for ; t < behind && i < steps; i++ {
+			e.tally.window[i] += n
+			e.tally.read[i] += n
+			if n > 1 {
+				j := s.At + int((t-s.End)/e.width)
+				first := w.FirstV[j]
+				increase := w.LastV[j] - first
+				if reset != nil && reset[j] != 0 { // -0 stays
+					increase += reset[j]
+				}
+				e.out.add(i, x.nearZero(&x.place, first, increase))
+			}
+			t += e.q.Step
+		}
+	}
 }
 
 // step of a window's end, less than 0 before the first.

@@ -31,7 +31,7 @@ func TestEven(t *testing.T) {
 	t.Parallel()
 	r := rand.New(rand.NewPCG(3, 1))
 	var summariser Summariser
-	stretches, windows, evenly, points := 0, 0, 0, map[uint8]int{}
+	stretches, windows, evenly, strided, points := 0, 0, 0, 0, map[uint8]int{}
 	for range *evenQueries {
 		s := randomSeries(r)
 		width := []int64{Short, Long}[r.IntN(2)]
@@ -43,7 +43,11 @@ func TestEven(t *testing.T) {
 		case 1:
 			q.Range = width + r.Int64N(width)
 		}
-		if r.IntN(3) > 0 {
+		switch r.IntN(9) {
+		case 0, 1: // as it is
+		case 2, 3:
+			q.Range, q.Step = width, width*(2+r.Int64N(12))
+		default:
 			q.Step = width
 		}
 		var w Windows
@@ -72,6 +76,9 @@ func TestEven(t *testing.T) {
 		e.Eval(&w, &want)
 		e.Samples(wantCount, wantRead)
 		e.Eval(even, &got)
+		if q.Step > width && len(even.Even) > 0 && len(even.End) == 0 {
+			strided++
+		}
 		e.Samples(count, read)
 		if len(even.Even) > 0 {
 			evenly++
@@ -85,8 +92,8 @@ func TestEven(t *testing.T) {
 				q.String(), len(even.Even), got.Step, got.Value, got.Raw, read, count, want.Step, want.Value, want.Raw, wantRead, wantCount)
 		}
 	}
-	t.Logf("%d queries of stretches; %d stretches of %d windows; windows by what the range after them has of them: %v", evenly, stretches, windows, points)
-	if evenly < *evenQueries/5 || stretches > windows*3/4 || len(points) < 4 || 100*points[2] < *evenQueries {
+	t.Logf("%d queries of stretches, %d of them strided; %d stretches of %d windows; windows by what the range after them has of them: %v", evenly, strided, stretches, windows, points)
+	if evenly < *evenQueries/5 || strided < *evenQueries/20 || stretches > windows*3/4 || len(points) < 4 || 100*points[2] < *evenQueries {
 		t.Error("not much of a test")
 	}
 }
