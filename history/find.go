@@ -80,6 +80,7 @@ const (
 	// entryBytes is about what a series of a block takes beside labels and chunks.
 	entryBytes = 256
 	chunkBytes = 64
+	rangeBytes = 16
 )
 
 // bytesOf is about how much memory a series of a block takes.

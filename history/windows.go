@@ -39,7 +39,7 @@ type piece struct {
 //
 // A window is given if a single block alone has chunks of the series in it, nothing
 // of it is hidden, and nobody else has samples there. One whose samples are gone is
-// given in any case, and what others have there doesn't count. Windows that end behind maxt
+// given in any case, and what others have in that hour doesn't count. Windows that end behind maxt
 // are not; the first may begin before mint: of what it says, only that is to be used
 // which is about the time from mint on, for what others have of it before isn't looked
 // for.
@@ -49,6 +49,7 @@ func (s *Snapshot) SelectWindows(ctx context.Context, ms []*labels.Matcher, mint
 		set = &SeriesSet{s: s, gone: math.MinInt64}
 		var sets labelSets
 		var found []foundWindows
+		gone := false
 		lo, hi := max(mint, s.MinT), min(maxt, s.MaxT)
 		held := tally{s: s}
 		defer held.release()
@@ -83,6 +84,7 @@ func (s *Snapshot) SelectWindows(ctx context.Context, ms []*labels.Matcher, mint
 				}
 				f.series[k] = set.series[at]
 				f.series[k].found++
+				gone = gone || e.Gone != nil
 			}
 		})
 		if err != nil {
@@ -92,8 +94,14 @@ func (s *Snapshot) SelectWindows(ctx context.Context, ms []*labels.Matcher, mint
 			found[i].addParts()
 			found[i] = foundWindows{}
 		}
+		var hours map[*part][]chunkfmt.Range
+		if gone {
+			if hours, err = set.hours(ctx, &held); err != nil {
+				return err
+			}
+		}
 		for _, series := range set.series {
-			series.cover(lo > mint)
+			series.cover(lo > mint, hours)
 		}
 		slices.SortFunc(set.series, func(a, b *Series) int { return labels.Compare(a.Labels, b.Labels) })
 		return set.load(ctx)
@@ -157,10 +165,81 @@ func widen(r chunkfmt.Range, width int64) chunkfmt.Range {
 	return r
 }
 
+// hours gives the hours in which parts have windows: such parts of which samples are gone and
+// whose windows have gaps, where others have something in the same time. What these have in a
+// gap counts. To know the gaps it reads the windows' ends.
+func (ss *SeriesSet) hours(ctx context.Context, held *tally) (map[*part][]chunkfmt.Range, error) {
+	var of []*part
+	ends := &SeriesSet{s: ss.s}
+	for _, s := range ss.series {
+		for i := range s.parts {
+			if !s.gapsMatter(i) {
+				continue
+			}
+			p := &s.parts[i]
+			of = append(of, p)
+			ends.series = append(ends.series, &Series{
+				Labels: s.Labels, s: s.s, summaries: Summaries{Width: s.summaries.Width},
+				parts: []part{{block: p.block, entry: p.entry, windows: p.entry.Windows}},
+			})
+		}
+	}
+	out := make(map[*part][]chunkfmt.Range, len(of))
+	var buf windowBuffer
+	pages := int64(0)
+	for n := 0; ends.Next(ctx); n++ {
+		s := ends.At()
+		buf.out.Clear()
+		for i := range s.parts[0].windows {
+			c := &s.parts[0].windows[i]
+			if err := s.parts[0].windowPages[i].decodeWindows(&buf, c, &s.summaries, chunkfmt.Range{MinT: c.MinT, MaxT: c.MaxT}); err != nil {
+				return nil, err
+			}
+		}
+		buf.out.Expand(0)
+		var hours []chunkfmt.Range
+		for _, end := range buf.out.End {
+			if k := len(hours); k == 0 || end > hours[k-1].MaxT {
+				hours = append(hours, widen(chunkfmt.Range{MinT: end, MaxT: end}, rollup.Long))
+			}
+		}
+		out[of[n]] = union(hours)
+		held.add(rangeBytes*int64(len(hours)) + ends.Held() - pages)
+		pages = ends.Held()
+	}
+	held.add(-pages)
+	return out, ends.Err()
+}
+
+// gapsMatter says whether the i-th part lacks windows between others of which the samples
+// are gone, and somebody else may have something in that time.
+func (s *Series) gapsMatter(i int) bool {
+	p := &s.parts[i]
+	for _, c := range p.entry.Windows {
+		if int64(c.Samples)*s.summaries.Width > c.MaxT-c.MinT {
+			continue // there is one after the other
+		}
+		in := func(r chunkfmt.Range) bool { return r.Overlaps(c.MinT, c.MaxT) }
+		if !slices.ContainsFunc(p.entry.Gone, in) {
+			continue
+		}
+		for k := range s.parts {
+			if k != i && in(s.parts[k].entry.Times) {
+				return true
+			}
+		}
+		if s.summaries.Elsewhere != nil && slices.ContainsFunc(s.summaries.Elsewhere(s.Labels), in) {
+			return true
+		}
+	}
+	return false
+}
+
 // cover decides which windows are read from which part, and of which time samples.
 // With cut, the caller doesn't know that nothing before s.mint is to be read, which is
-// past the retention: then no window may begin before it.
-func (s *Series) cover(cut bool) {
+// past the retention: then no window may begin before it. hours are as from
+// SeriesSet.hours.
+func (s *Series) cover(cut bool, hours map[*part][]chunkfmt.Range) {
 	width := s.summaries.Width
 	asked := chunkfmt.Range{MinT: s.mint, MaxT: s.maxt}
 	clip := func(r chunkfmt.Range) chunkfmt.Range {
@@ -207,7 +286,7 @@ func (s *Series) cover(cut bool) {
 			p.covered = covered[from:len(covered):len(covered)]
 		}
 	}
-	kept := s.kept(width)
+	kept := s.kept(width, hours)
 	var only []chunkfmt.Range // of all of kept
 	for _, k := range kept {
 		only = Union(only, k)
@@ -252,8 +331,9 @@ func (s *Series) cover(cut bool) {
 }
 
 // kept gives for each part the windows, of those that may be read, of which the
-// samples are gone; nil if there are none. If several have one, it is the first's.
-func (s *Series) kept(width int64) (of [][]chunkfmt.Range) {
+// samples are gone; nil if there are none. If several have one, it is the first's. hours
+// are as for cover.
+func (s *Series) kept(width int64, hours map[*part][]chunkfmt.Range) (of [][]chunkfmt.Range) {
 	var all []chunkfmt.Range
 	for i := range s.parts {
 		p := &s.parts[i]
@@ -268,9 +348,11 @@ func (s *Series) kept(width int64) (of [][]chunkfmt.Range) {
 		for j, r := range s.hidden {
 			hidden[j] = widen(r, width)
 		}
-		var there []chunkfmt.Range
+		there, known := hours[p]
 		for _, c := range p.entry.Windows {
-			there = append(there, chunkfmt.Range{MinT: c.MinT, MaxT: c.MaxT})
+			if !known {
+				there = append(there, chunkfmt.Range{MinT: c.MinT, MaxT: c.MaxT})
+			}
 		}
 		mine := subtract(subtract(Overlap(Overlap(p.covered, union(gone)), union(there)), union(hidden)), all)
 		if len(mine) == 0 {

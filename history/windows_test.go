@@ -1,6 +1,7 @@
 package history
 
 import (
+	"bytes"
 	"fmt"
 	"math"
 	"math/rand/v2"
@@ -8,6 +9,7 @@ import (
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/oklog/ulid/v2"
 	"github.com/prometheus/prometheus/model/histogram"
 	"github.com/prometheus/prometheus/model/labels"
 	"github.com/prometheus/prometheus/tsdb/tsdbutil"
@@ -307,4 +309,122 @@ func after(w *rollup.Windows, i int, cols rollup.Columns) *rollup.Windows {
 	out := &rollup.Windows{}
 	out.Append(w, i, w.Len(), cols)
 	return out
+}
+
+// TestGoneGap: a block whose samples are gone had none in the third of five hours. What others
+// have there counts, be it samples, or windows of another such block, or in a head; what they
+// have in the other hours doesn't.
+func TestGoneGap(t *testing.T) {
+	start := 2800*Window + 24*rollup.Long
+	ls := labels.FromStrings("__name__", "m")
+	of := func(value float64, hours ...int64) *chunkfmt.Series {
+		s := &chunkfmt.Series{Labels: ls}
+		for _, k := range hours {
+			for i := int64(1); i <= 240; i++ {
+				s.Floats.T, s.Floats.V = append(s.Floats.T, start+(k-1)*rollup.Long+i*15_000), append(s.Floats.V, value)
+			}
+		}
+		return s
+	}
+	hours := func(from, to int64) chunkfmt.Range {
+		return chunkfmt.Range{MinT: start + (from-1)*rollup.Long + 1, MaxT: start + to*rollup.Long}
+	}
+	gone := func(t *testing.T, h *History, s *chunkfmt.Series, times chunkfmt.Range) {
+		x := &chunkfmt.Summaries{Gone: []chunkfmt.Range{times}}
+		var sum rollup.Summariser
+		sum.Summarise(&x.Short, s.Samples(), rollup.Short)
+		rollup.Widen(&x.Long, &x.Short, rollup.Long)
+		var b bytes.Buffer
+		w := chunkfmt.NewWriter(&b, chunkfmt.WriterOptions{Window: Window, Level: 3})
+		if err := w.AddSummarised("a", &chunkfmt.Series{Labels: ls}, x); err != nil {
+			t.Fatal(err)
+		}
+		summary, err := w.Close()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := h.Publish(t.Context(), ulid.Make(), b.Bytes(), summary); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, test := range []struct {
+		name      string
+		others    func(t *testing.T, h *History)
+		elsewhere []chunkfmt.Range
+		third     float64 // value of the floats of the third hour; 0: there are none
+	}{
+		{name: "nobody", others: func(*testing.T, *History) {}},
+		{name: "samples", third: 2, others: func(t *testing.T, h *History) {
+			publishWith(t, h, tenantSeries{"a": {of(2, 2, 3, 4)}}, chunkfmt.WriterOptions{Rollups: true})
+		}},
+		{name: "samples without windows", third: 2, others: func(t *testing.T, h *History) {
+			publishWith(t, h, tenantSeries{"a": {of(2, 3)}}, chunkfmt.WriterOptions{})
+		}},
+		{name: "gone too", third: 3, others: func(t *testing.T, h *History) { gone(t, h, of(3, 2, 3, 4), hours(2, 4)) }},
+		{name: "gone too, between gaps", third: 3, others: func(t *testing.T, h *History) { gone(t, h, of(3, 1, 3, 5), hours(1, 5)) }},
+		{name: "both", third: 3, others: func(t *testing.T, h *History) {
+			gone(t, h, of(3, 2, 3), hours(2, 3))
+			publishWith(t, h, tenantSeries{"a": {of(2, 3, 4)}}, chunkfmt.WriterOptions{Rollups: true})
+		}},
+		{name: "a head", elsewhere: []chunkfmt.Range{hours(2, 4)}, others: func(*testing.T, *History) {}},
+	} {
+		for _, width := range []int64{rollup.Long, rollup.Short} {
+			t.Run(fmt.Sprint(test.name, " ", width), func(t *testing.T) {
+				st := localStores(t)
+				h := st.open(t, func(o *Options) { o.VisibilityDelay = 0 })
+				gone(t, h, of(1, 1, 2, 4, 5), hours(1, 5))
+				test.others(t, h)
+				q := Summaries{Width: width, Columns: rollup.AllColumns &^ rollup.M2}
+				if test.elsewhere != nil {
+					q.Elsewhere = func(labels.Labels) []chunkfmt.Range { return test.elsewhere }
+				}
+				snap := snapshot(t, h, "a", 0, math.MaxInt64)
+				var now, most int64
+				snap.Hold = func(n int64) { now += n; most = max(most, now) }
+				set, err := snap.SelectWindows(t.Context(), nil, start+1, start+5*rollup.Long, q)
+				if err != nil {
+					t.Fatal(err)
+				}
+				var buf Buffer
+				counts, sums := map[int64]int{}, map[int64]float64{}
+				var covered []chunkfmt.Range
+				for set.Next(t.Context()) {
+					var w *rollup.Windows
+					if w, covered, err = set.At().Windows(&buf); err != nil {
+						t.Fatal(err)
+					}
+					w.Expand(q.Columns)
+					for i, end := range w.End {
+						hour := (rollup.EndOf(end, rollup.Long) - start) / rollup.Long
+						counts[hour], sums[hour] = counts[hour]+int(w.Count[i]), sums[hour]+w.Sum[i]
+					}
+					runs, err := set.At().Runs(&buf)
+					if err != nil {
+						t.Fatal(err)
+					}
+					rest := merged(runs)
+					for i, at := range rest.Floats.T {
+						hour := (rollup.EndOf(at, rollup.Long) - start) / rollup.Long
+						counts[hour], sums[hour] = counts[hour]+1, sums[hour]+rest.Floats.V[i]
+					}
+				}
+				if set.Err() != nil {
+					t.Fatal(set.Err())
+				}
+				wantCounts, wantSums := map[int64]int{1: 240, 2: 240, 4: 240, 5: 240}, map[int64]float64{1: 240, 2: 240, 4: 240, 5: 240}
+				if test.third > 0 {
+					wantCounts[3], wantSums[3] = 240, 240*test.third
+				}
+				if d := cmp.Diff([]any{wantCounts, wantSums}, []any{counts, sums}); d != "" {
+					t.Errorf("floats, and their sums, by hour (-want +got):\n%s", d)
+				}
+				if in := Overlap(covered, []chunkfmt.Range{hours(3, 3)}); test.elsewhere != nil && len(in) > 0 {
+					t.Errorf("%v is covered, though a head has samples there", in)
+				}
+				if now != 0 || most == 0 {
+					t.Errorf("%d bytes are still held, of %d", now, most)
+				}
+			})
+		}
+	}
 }
