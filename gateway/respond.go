@@ -4,8 +4,10 @@ import (
 	"crypto/rand"
 	"encoding/json"
 	"io"
+	"math"
 	"net/http"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"time"
@@ -100,7 +102,21 @@ func encode(w io.Writer, r *v1.Response) error {
 		raw(`,"result":`)
 		switch result := data.Result.(type) {
 		case promql.Matrix:
-			list(len(result), func(i int) { s.WriteVal(result[i]) })
+			var times timeTexts
+			list(len(result), func(i int) {
+				if len(result[i].Histograms) > 0 {
+					s.WriteVal(result[i])
+					return
+				}
+				raw(`{"metric":`)
+				writeLabels(s, result[i].Metric)
+				if ps := result[i].Floats; len(ps) > 0 {
+					raw(`,"values":[`)
+					s.SetBuffer(appendFloats(s.Buffer(), ps, &times))
+					raw("]")
+				}
+				raw("}")
+			})
 		case promql.Vector:
 			list(len(result), func(i int) { s.WriteVal(result[i]) })
 		default:
@@ -135,6 +151,91 @@ func encode(w io.Writer, r *v1.Response) error {
 	}
 	raw("}")
 	return s.Flush()
+}
+
+// writeLabels writes labels as v1.JSONCodec does, where they are a field of what is written.
+func writeLabels(s *jsoniter.Stream, ls labels.Labels) {
+	s.WriteRaw("{")
+	first := true
+	ls.Range(func(l labels.Label) {
+		if !first {
+			s.WriteRaw(",")
+		}
+		first = false
+		s.WriteString(l.Name)
+		s.WriteRaw(":")
+		s.WriteString(l.Value)
+	})
+	s.WriteRaw("}")
+}
+
+// timeTexts are texts of times that points of a matrix have: nearly all of its series have the same.
+type timeTexts struct {
+	times []int64 // ms, ascending
+	text  []byte  // of all, one after the other
+	ends  []int   // in text
+}
+
+// append appends the text of the k-th time, which is t, and notes it if it is the next one.
+func (x *timeTexts) append(b []byte, k int, t int64) []byte {
+	switch {
+	case k == len(x.times):
+		n := len(b)
+		b = appendTime(b, t)
+		x.times, x.text, x.ends = append(x.times, t), append(x.text, b[n:]...), append(x.ends, len(x.text)+len(b)-n)
+		return b
+	case x.times[k] != t:
+		return appendTime(b, t)
+	case k == 0:
+		return append(b, x.text[:x.ends[0]]...)
+	}
+	return append(b, x.text[x.ends[k-1]:x.ends[k]]...)
+}
+
+// appendFloats appends points, one or more, as v1.JSONCodec encodes them.
+func appendFloats(b []byte, ps []promql.FPoint, times *timeTexts) []byte {
+	k, _ := slices.BinarySearch(times.times, ps[0].T)
+	from, to := 0, 0 // where the last value is in b
+	for i := range ps {
+		p := &ps[i]
+		for k < len(times.times) && times.times[k] < p.T {
+			k++
+		}
+		if i > 0 {
+			b = append(b, ',')
+		}
+		b = append(times.append(append(b, '['), k, p.T), `,"`...)
+		n := len(b)
+		if i > 0 && math.Float64bits(p.F) == math.Float64bits(ps[i-1].F) {
+			b = append(b, b[from:to]...)
+		} else {
+			b = appendFloat(b, p.F)
+		}
+		from, to = n, len(b)
+		b = append(b, `"]`...)
+	}
+	return b
+}
+
+// appendTime appends a time in ms as jsonutil.MarshalTimestamp writes it.
+func appendTime(b []byte, t int64) []byte {
+	if t < 0 {
+		b, t = append(b, '-'), -t
+	}
+	b = strconv.AppendInt(b, t/1000, 10)
+	if ms := t % 1000; ms != 0 {
+		b = append(b, '.', byte('0'+ms/100), byte('0'+ms/10%10), byte('0'+ms%10))
+	}
+	return b
+}
+
+// appendFloat appends a value as jsonutil.MarshalFloat writes it.
+func appendFloat(b []byte, v float64) []byte {
+	format := byte('f')
+	if abs := math.Abs(v); abs != 0 && (abs < 1e-6 || abs >= 1e21) {
+		format = 'e'
+	}
+	return strconv.AppendFloat(b, v, format, -1, 64)
 }
 
 // encoder compresses.

@@ -158,6 +158,9 @@ func (h *History) Delete(ctx context.Context, tenant string, mint, maxt int64, m
 		return id, fmt.Errorf("id of a deletion: %w", err)
 	}
 	err = h.changeDeletions(ctx, tenant, func(ds []index.Deletion) ([]index.Deletion, error) {
+		if slices.ContainsFunc(ds, func(d index.Deletion) bool { return d.ID == id }) {
+			return ds, nil // of an attempt whose answer was lost
+		}
 		return append(ds, index.Deletion{ID: id, MinT: mint, MaxT: maxt, Matchers: ms}), nil
 	})
 	return id, err
@@ -166,12 +169,13 @@ func (h *History) Delete(ctx context.Context, tenant string, mint, maxt int64, m
 // Cancel ends a deletion: what is still there of it can be read again, within
 // seconds.
 func (h *History) Cancel(ctx context.Context, tenant string, id ulid.ULID) error {
+	found := false // by an attempt whose answer was lost, too
 	return h.changeDeletions(ctx, tenant, func(ds []index.Deletion) ([]index.Deletion, error) {
-		i := slices.IndexFunc(ds, func(d index.Deletion) bool { return d.ID == id })
-		if i < 0 {
+		left := slices.DeleteFunc(ds, func(d index.Deletion) bool { return d.ID == id })
+		if found = found || len(left) < len(ds); !found {
 			return nil, fmt.Errorf("%s: %w", id, ErrNoDeletion)
 		}
-		return slices.Delete(ds, i, i+1), nil
+		return left, nil
 	})
 }
 

@@ -200,7 +200,7 @@ func (h *History) load(ctx context.Context, stats *Stats, how fetching, wants []
 		if err != nil {
 			err = w.error(err)
 		}
-		h.pages.Finish(how.tenant, w.key(), p.load, v, size, err)
+		h.pages.Finish(ctx, how.tenant, w.key(), p.load, v, size, err)
 		out[p.i] = v
 		return err
 	}
@@ -219,7 +219,7 @@ func (h *History) load(ctx context.Context, stats *Stats, how fetching, wants []
 			absent = append(absent, p)
 			continue
 		}
-		h.pages.Finish(how.tenant, w.key(), p.load, v, size, nil)
+		h.pages.Finish(ctx, how.tenant, w.key(), p.load, v, size, nil)
 		out[p.i] = v
 	}
 	absent = h.fromMemcached(ctx, stats, how, wants, absent, out)
@@ -294,7 +294,7 @@ func (h *History) fromMemcached(ctx context.Context, stats *Stats, how fetching,
 			continue
 		}
 		stats.PagesMemcached.Add(1)
-		h.pages.Finish(how.tenant, w.key(), p.load, v, size, nil)
+		h.pages.Finish(ctx, how.tenant, w.key(), p.load, v, size, nil)
 		out[p.i] = v
 	}
 	return rest

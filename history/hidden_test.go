@@ -1,6 +1,7 @@
 package history
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"math"
@@ -280,5 +281,57 @@ func TestPastRetention(t *testing.T) {
 	now = now.Add(3 * time.Hour)
 	if got := read("short"); len(got) != 0 {
 		t.Errorf("%d series are left", len(got))
+	}
+}
+
+// lostAnswer is an index whose first conditional write is done, then another's, and
+// then says what a client's own repetition finds: a row that is another.
+type lostAnswer struct {
+	index.Store
+	then func()
+}
+
+func (l *lostAnswer) PutIf(ctx context.Context, it index.Item, old []byte) ([]byte, error) {
+	got, err := l.Store.PutIf(ctx, it, old)
+	if then := l.then; then != nil && err == nil {
+		l.then = nil
+		then()
+		return got, index.ErrConflict
+	}
+	return got, err
+}
+
+// TestDeletionAnswerLost: a deletion whose answer is lost is made once, and a
+// cancellation whose answer is lost is one that happened.
+func TestDeletionAnswerLost(t *testing.T) {
+	st := localStores(t)
+	other := st.open(t, nil)
+	rows := &lostAnswer{Store: st.rows}
+	h := st.open(t, func(o *Options) { o.Index = index.New(rows) })
+	meanwhile := func() {
+		if err := other.Clean(t.Context(), "a"); err != nil {
+			t.Error(err)
+		}
+	}
+	if _, err := other.Delete(t.Context(), "a", 0, 1); err != nil {
+		t.Fatal(err)
+	}
+	rows.then = meanwhile
+	id, err := h.Delete(t.Context(), "a", 0, 1000, eq("__name__", "m"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if ds, err := h.Deletions(t.Context(), "a"); err != nil || len(ds) != 2 {
+		t.Errorf("two deletions are %d, %v", len(ds), err)
+	}
+	rows.then = meanwhile
+	if err := h.Cancel(t.Context(), "a", id); err != nil {
+		t.Error(err)
+	}
+	if ds, err := h.Deletions(t.Context(), "a"); err != nil || len(ds) != 1 || ds[0].ID == id {
+		t.Errorf("after one was cancelled: %v, %v", ds, err)
+	}
+	if err := h.Cancel(t.Context(), "a", id); !errors.Is(err, ErrNoDeletion) {
+		t.Errorf("cancelled again: %v", err)
 	}
 }

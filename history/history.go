@@ -130,7 +130,7 @@ func New(o Options) (*History, error) {
 			}),
 			rowLoads: prometheus.NewCounterVec(prometheus.CounterOpts{
 				Name: "epimetheus_history_row_loads_total",
-				Help: "Reads of a tenant's block rows, by reason (absent, expired, unseen_block, missing_object).",
+				Help: "Reads of a tenant's block rows, by reason (absent, expired, ring_changed, unseen_block, missing_object).",
 			}, []string{"reason"}),
 			corrupt: prometheus.NewCounter(prometheus.CounterOpts{
 				Name: "epimetheus_history_corrupt_pages_total", Help: "Pages that were not as they were written.",

@@ -233,7 +233,7 @@ func (h *History) rowSet(ctx context.Context, stats *Stats, tenant string, mint,
 			if set != nil {
 				size = set.sizeBytes()
 			}
-			h.rows.Finish(tenant, key, load, set, size, err)
+			h.rows.Finish(ctx, tenant, key, load, set, size, err)
 		}
 		return set, err
 	}

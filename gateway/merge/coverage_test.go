@@ -140,6 +140,17 @@ func TestRemember(t *testing.T) {
 	if got := h.remember("other", w.miss("a"), now); len(got) != 0 {
 		t.Errorf("of another tenant: %v", got)
 	}
+	// An answer without what sources say, such as one of what a head holds, is no
+	// word that nobody counts on the missing one.
+	w = newWorld(source(1, time.Second, 2, 2, in("", "a", "b", "c")...))
+	h.remember("held", w.miss(), now)
+	silent := w.miss("a")
+	silent.newest = nil
+	h.remember("held", silent, now)
+	later := now.Add(time.Minute)
+	if got := h.remember("held", w.miss("a"), later); !got["a\x00"].gone.Equal(later) {
+		t.Errorf("a holder counts as gone since %s, not since %s", got["a\x00"].gone, later)
+	}
 	single := newWorld(fetch.Coverage{ReplicationFactor: 1})
 	h.remember("single", single.miss(), now)
 	if len(h.heard["single"]) != 0 {

@@ -139,9 +139,11 @@ func (c *Cache[K, V]) Peek(key K) (value V, ok bool) {
 }
 
 // Finish gives the value, of about so many bytes, to all that wait for it and
-// keeps it, as the tenant's. With an error nothing is kept.
-func (c *Cache[K, V]) Finish(tenant string, key K, l *Load[V], value V, bytes int64, err error) {
-	if errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded) {
+// keeps it, as the tenant's. With an error nothing is kept; once ctx, that of the
+// load, has ended the error is its caller's own, and no matter of those that wait:
+// whatever a store makes of a context that ends, its cause among them.
+func (c *Cache[K, V]) Finish(ctx context.Context, tenant string, key K, l *Load[V], value V, bytes int64, err error) {
+	if err != nil && (ctx.Err() != nil || errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded)) {
 		err = errAbandoned
 	}
 	l.value, l.err = value, err

@@ -113,7 +113,7 @@ func TestZeroKeepsNothing(t *testing.T) {
 	if !mine {
 		t.Fatal("not mine")
 	}
-	c.Finish("", 1, l, 5, 8, nil)
+	c.Finish(t.Context(), "", 1, l, 5, 8, nil)
 	if _, l, mine := c.Get(1); l == nil || !mine {
 		t.Error("it was kept")
 	}
@@ -132,8 +132,9 @@ func TestOneLoadsForAll(t *testing.T) {
 				case mine:
 					loads.Add(1)
 					time.Sleep(time.Second) // in the bubble: until all others wait
-					c.Finish("", "k", l, 7, 10, ctx.Err())
-					return 7, ctx.Err()
+					err := context.Cause(ctx) // as stores give it while a body comes
+					c.Finish(ctx, "", "k", l, 7, 10, err)
+					return 7, err
 				}
 				v, again, err := l.Wait(ctx)
 				if !again {
@@ -141,12 +142,13 @@ func TestOneLoadsForAll(t *testing.T) {
 				}
 			}
 		}
-		cancelled, cancel := context.WithCancel(t.Context())
-		cancel()
+		cancelled, cancel := context.WithCancelCause(t.Context())
+		limit := errors.New("this query's own limit")
+		cancel(limit)
 		var g errgroup.Group
 		g.Go(func() error {
 			// The first loader is cancelled: another goes on in its place.
-			if _, err := get(cancelled); !errors.Is(err, context.Canceled) {
+			if _, err := get(cancelled); !errors.Is(err, limit) {
 				t.Errorf("cancelled loader: %v", err)
 			}
 			return nil
@@ -178,7 +180,7 @@ func TestErrorIsSharedAndNotKept(t *testing.T) {
 		t.Fatal("two loaders")
 	}
 	broken := errors.New("broken")
-	c.Finish("", "k", l, 0, 0, broken)
+	c.Finish(t.Context(), "", "k", l, 0, 0, broken)
 	if _, again, err := waiter.Wait(t.Context()); again || !errors.Is(err, broken) {
 		t.Errorf("again %v, %v", again, err)
 	}
