@@ -107,15 +107,31 @@ func total(v []float64, decimals int) (sum, rest float64) {
 			return s, 0
 		}
 	}
-	c := 0.
-	for _, x := range v {
-		sum, c = kahansum.Inc(x, sum, c)
+	sum, c := compensated(v)
+	if (sum-sum)+(c-c) != 0 {
+		sum, c = 0, 0
+		for _, x := range v {
+			sum, c = kahansum.Inc(x, sum, c)
+		}
 	}
 	if math.IsInf(sum, 0) {
 		return sum, 0
 	}
 	t := sum + c
 	return t, c - (t - sum)
+}
+
+// compensated is what kahansum.Inc gives for values of which no sum overflows, without its branches: what an addition
+// rounds off is found by Knuth's TwoSum, which is exact as well ("The Art of Computer Programming", vol. 2, 4.2.2).
+// Otherwise sum or c isn't finite.
+func compensated(v []float64) (sum, c float64) {
+	for _, x := range v {
+		t := sum + x
+		y := t - sum
+		c += (sum - (t - y)) + (x - y)
+		sum = t
+	}
+	return sum, c
 }
 
 // moment is the sum of the squares of the differences to the mean: in two passes,

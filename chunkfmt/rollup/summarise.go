@@ -30,6 +30,7 @@ type Summariser struct {
 	st     []int64
 	events []event
 	lost   []float64 // in resets, of one window
+	ints   []int64   // that the floats of one window are
 }
 
 // event is a sample of which the floats alone tell nothing.
@@ -47,14 +48,16 @@ func (s *Summariser) Summarise(dst *Windows, samples *Samples, width int64) {
 	d, guessed := 0, int64(math.MinInt64)
 	i := dst.Len()
 	dst.grow(possible(t, events, width))
-	for ; len(t) > 0 || len(events) > 0; i++ {
+	for n := 0; len(t) > 0 || len(events) > 0; i++ {
 		var end int64
 		if len(events) == 0 || len(t) > 0 && t[0] < events[0].t {
 			end = EndOf(t[0], width)
 		} else {
 			end = EndOf(events[0].t, width)
 		}
-		n := until(t, end)
+		if n == 0 || n > len(t) || t[n-1] > end || n < len(t) && t[n] <= end {
+			n = until(t, end) // not as many as in the window before
+		}
 		if n > 0 && end > guessed {
 			// For each day anew, so that it doesn't matter which others are made with it.
 			guessed = EndOf(end, guessFor)
@@ -64,7 +67,9 @@ func (s *Summariser) Summarise(dst *Windows, samples *Samples, width int64) {
 		dst.FirstT[i], dst.PrevT[i], dst.LastT[i] = end, end, end
 		last := int64(math.MinInt64)
 		if n > 0 {
-			s.lost = dst.summarise(i, t[:n], v[:n], d, hasNaN, s.lost[:0])
+			if !s.integers(dst, i, t[:n], v[:n], d) {
+				s.lost = dst.summarise(i, t[:n], v[:n], d, hasNaN, s.lost[:0])
+			}
 			last = t[n-1]
 			if st != nil {
 				for _, x := range st[:n] {
@@ -145,6 +150,9 @@ func until(t []int64, end int64) int {
 func (s *Summariser) floats(f *Samples) (t []int64, v []float64, st []int64, hasNaN bool) {
 	s.events = s.events[:0]
 	t, v, st = f.T, f.V, f.ST
+	if !someNaN(v) {
+		return t, v, st, false
+	}
 	for i, x := range v {
 		if x != x {
 			if value.IsStaleNaN(x) {
@@ -155,7 +163,7 @@ func (s *Summariser) floats(f *Samples) (t []int64, v []float64, st []int64, has
 		}
 	}
 	if len(s.events) == 0 {
-		return t, v, st, hasNaN
+		return t, v, st, true
 	}
 	s.t, s.v, s.st = s.t[:0], s.v[:0], s.st[:0]
 	for i, x := range v {
@@ -172,6 +180,22 @@ func (s *Summariser) floats(f *Samples) (t []int64, v []float64, st []int64, has
 	return s.t, s.v, s.st, hasNaN
 }
 
+// someNaN says whether there is a NaN.
+func someNaN(v []float64) bool {
+	const magnitude, inf = 1<<63 - 1, 0x7ff << 52
+	var over uint64 // its upper bit: there was one
+	for len(v) >= 4 {
+		x := (*[4]float64)(v)
+		over |= (inf - math.Float64bits(x[0])&magnitude) | (inf - math.Float64bits(x[1])&magnitude)
+		over |= (inf - math.Float64bits(x[2])&magnitude) | (inf - math.Float64bits(x[3])&magnitude)
+		v = v[4:]
+	}
+	for _, x := range v {
+		over |= inf - math.Float64bits(x)&magnitude
+	}
+	return over>>63 != 0
+}
+
 // histograms puts them among the events.
 func (s *Summariser) histograms(samples *Samples) {
 	for _, t := range samples.StaleHistograms {
@@ -185,17 +209,22 @@ func (s *Summariser) histograms(samples *Samples) {
 	}
 }
 
-// summarise fills in window i, of at least one float, with decimals as decimals
-// gives them. The flags that it knows of are added. What was lost in resets is put
-// into lost, which is empty. Without hasNaN there is no NaN.
-func (w *Windows) summarise(i int, t []int64, v []float64, decimals int, hasNaN bool, lost []float64) []float64 {
+// ends fills in the first and the last floats of window i, which has at least one.
+func (w *Windows) ends(i int, t []int64, v []float64) {
 	n := len(v)
 	prev := max(0, n-2)
 	w.Count[i] = uint32(n) //nolint:gosec // a window has fewer milliseconds
 	w.FirstT[i], w.FirstV[i] = t[0], v[0]
 	w.PrevT[i], w.PrevV[i] = t[prev], v[prev]
 	w.LastT[i], w.LastV[i] = t[n-1], v[n-1]
+}
 
+// summarise fills in window i, of at least one float, with decimals as decimals
+// gives them. The flags that it knows of are added. What was lost in resets is put
+// into lost, which is empty. Without hasNaN there is no NaN.
+func (w *Windows) summarise(i int, t []int64, v []float64, decimals int, hasNaN bool, lost []float64) []float64 {
+	n := len(v)
+	w.ends(i, t, v)
 	before, least, greatest := v[0], v[0], v[0]
 	changes := uint32(0)
 	if hasNaN {

@@ -9,6 +9,10 @@ import "math"
 func Widen(dst, w *Windows, width int64) {
 	d, guessed := 0, int64(math.MinInt64)
 	var lost []float64
+	if len(w.End) == 0 {
+		return
+	}
+	i := dst.grow(possible(w.End, nil, width))
 	for from := 0; from < len(w.End); {
 		end := EndOf(w.End[from], width)
 		if end > guessed {
@@ -19,15 +23,16 @@ func Widen(dst, w *Windows, width int64) {
 		for to < len(w.End) && w.End[to] <= end {
 			to++
 		}
-		lost = dst.combine(w, from, to, end, d, lost[:0])
+		lost = dst.combine(i, w, from, to, end, d, lost[:0])
 		from = to
+		i++
 	}
+	dst.shrink(i)
 }
 
-// combine appends the window that the windows from up to, without, to make. Sum and
+// combine fills in window i, which the windows from up to, without, to make. Sum and
 // Reset have perhaps so many decimals. What was lost in resets is put into lost.
-func (w *Windows) combine(of *Windows, from, to int, end int64, decimals int, lost []float64) []float64 {
-	i := w.grow(1)
+func (w *Windows) combine(i int, of *Windows, from, to int, end int64, decimals int, lost []float64) []float64 {
 	w.End[i] = end
 	w.FirstT[i], w.PrevT[i], w.LastT[i] = end, end, end
 	for j := from; j < to; j++ {
