@@ -131,7 +131,7 @@ func TestOneLoadsForAll(t *testing.T) {
 					return v, nil
 				case mine:
 					loads.Add(1)
-					time.Sleep(time.Second) // in the bubble: until all others wait
+					time.Sleep(time.Second)   // in the bubble: until all others wait
 					err := context.Cause(ctx) // as stores give it while a body comes
 					c.Finish(ctx, "", "k", l, 7, 10, err)
 					return 7, err
