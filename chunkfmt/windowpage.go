@@ -46,9 +46,17 @@ type WindowPage struct {
 }
 
 type windowChunk struct {
-	shape     uint32
-	from, end uint32
+	shape uint32
+	end   uint32 // it begins where the one before ends
 }
+
+// What there is at least in a page, in bytes, so that a page of nothing but counts takes
+// no more memory than a few times its size.
+const (
+	leastShape = 2 + 6 // windows, size; a byte for each column
+	leastFirst = 2 + 2 // shape, size; head and a column
+	leastOther = 1 + 1 // size; a column
+)
 
 // windowGroup says which columns a page of windows has: those that queries want together.
 type windowGroup byte
@@ -112,16 +120,16 @@ func ParseWindowPage(b []byte) (*WindowPage, error) {
 	shapes := p.group <= groupEnds
 	var sizes []uint64
 	if shapes {
-		p.shapes = make([]timesColumn, c.count(2))
+		p.shapes = make([]timesColumn, c.count(leastShape))
 		sizes = make([]uint64, len(p.shapes))
 	}
 	for i := range p.shapes {
 		p.shapes[i].n = c.bounded("windows of a chunk", maxRunWindows)
 		sizes[i] = c.uvarint()
 	}
-	least := 1
+	least := leastOther
 	if shapes {
-		least = 2
+		least = leastFirst
 	}
 	p.chunks = make([]windowChunk, c.count(least))
 	for i := range p.chunks {
@@ -152,7 +160,7 @@ func ParseWindowPage(b []byte) (*WindowPage, error) {
 			c.fail("chunk of %d bytes, %d left", k.end, uint32(len(p.body))-from)
 			break
 		}
-		k.from, k.end = from, from+k.end
+		k.end += from
 		from = k.end
 	}
 	if c.err == nil {
@@ -485,17 +493,21 @@ func needs(cols rollup.Columns, head byte) (parts [windowParts]bool) {
 
 // chunk takes apart a chunk of a page, which has so many of the parts.
 func (p *WindowPage) chunk(i int, parts *[windowParts][]byte) (head byte, err error) {
-	c := cursor{b: p.body[p.chunks[i].from:p.chunks[i].end]}
+	from := uint32(0)
+	if i > 0 {
+		from = p.chunks[i-1].end
+	}
+	c := cursor{b: p.body[from:p.chunks[i].end]}
 	n := uint64(len(c.b))
 	if p.group <= groupEnds {
 		head = c.byte()
 	}
-	from, to := p.group.parts()
+	first, to := p.group.parts()
 	var size [windowParts]int
-	for k := from; k < to-1; k++ {
+	for k := first; k < to-1; k++ {
 		size[k] = c.bounded("part", n)
 	}
-	for k := from; k < to-1; k++ {
+	for k := first; k < to-1; k++ {
 		parts[k] = c.bytes(size[k])
 	}
 	parts[to-1] = c.b

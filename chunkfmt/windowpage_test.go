@@ -2,11 +2,13 @@ package chunkfmt
 
 import (
 	"bytes"
+	"encoding/binary"
 	"errors"
 	"flag"
 	"fmt"
 	"math"
 	"math/rand/v2"
+	"runtime"
 	"slices"
 	"syscall"
 	"testing"
@@ -652,4 +654,35 @@ func cpuSeconds(b *testing.B) float64 {
 		b.Fatal(err)
 	}
 	return float64(u.Utime.Sec+u.Stime.Sec) + float64(u.Utime.Usec+u.Stime.Usec)/1e6
+}
+
+// TestHostileWindowPage: pages that promise as much as they can take no more than a few
+// times their size, until it is seen that it isn't there.
+func TestHostileWindowPage(t *testing.T) {
+	const size = 1 << 20
+	for group := allColumns; group < windowGroups; group++ {
+		for _, shapes := range []bool{true, false} {
+			var body []byte
+			if group != allColumns {
+				body = append(body, 0, byte(group))
+			}
+			body = binary.AppendUvarint(body, uint64(rollup.Long))
+			switch {
+			case group <= groupEnds && shapes:
+				body = binary.AppendUvarint(body, size/leastShape-16)
+			case group <= groupEnds:
+				body = binary.AppendUvarint(append(body, 0), size/leastFirst-16)
+			default:
+				body = binary.AppendUvarint(body, size/leastOther-16)
+			}
+			b := appendPage(nil, pageWindows, append(body, make([]byte, size-len(body))...), false)
+			var before, after runtime.MemStats
+			runtime.ReadMemStats(&before)
+			_, err := ParseWindowPage(b)
+			runtime.ReadMemStats(&after)
+			if n := after.TotalAlloc - before.TotalAlloc; err == nil || n > 6*size {
+				t.Errorf("group %d, shapes %v: %.1f times its size, %v", group, shapes, float64(n)/size, err)
+			}
+		}
+	}
 }
