@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/oklog/ulid/v2"
 
@@ -64,6 +65,9 @@ const (
 	// maxTime is so far from the ends of an int64 that windows can be told about any time
 	// before it, in ms; a hundred million years.
 	maxTime = math.MaxInt64 / 3
+	// maxSpan bounds the windows that are looked for in a block. What is compacted without a
+	// bound spans what there is; thirty years of that is more than there can be.
+	maxSpan = 30 * 366 * 24 * time.Hour
 )
 
 func parseMeta(raw []byte) (Block, error) {
@@ -89,12 +93,16 @@ func parseMeta(raw []byte) (Block, error) {
 	switch {
 	case m.Version != 1:
 		return Block{}, fmt.Errorf("%s has version %d; this program knows version 1", metaFile, m.Version)
-	case m.ULID == (ulid.ULID{}) || m.MaxTime < m.MinTime:
-		return Block{}, fmt.Errorf("%s: ulid %s, minTime %d, maxTime %d can't be", metaFile, m.ULID, m.MinTime, m.MaxTime)
-	}
-	if m.MinTime < -maxTime || m.MaxTime > maxTime {
+	case m.ULID == (ulid.ULID{}):
+		return Block{}, fmt.Errorf("%s has no ulid", metaFile)
+	case m.MinTime < -maxTime || m.MaxTime > maxTime:
 		return Block{}, fmt.Errorf("%s: minTime %d, maxTime %d: history has room for times of %d to %d ms; was the block written with times in another unit?",
 			metaFile, m.MinTime, m.MaxTime, -maxTime, maxTime)
+	case m.MaxTime < m.MinTime:
+		return Block{}, fmt.Errorf("%s: maxTime %d is before minTime %d", metaFile, m.MaxTime, m.MinTime)
+	case m.MaxTime-m.MinTime > maxSpan.Milliseconds():
+		return Block{}, fmt.Errorf("%s: minTime %d, maxTime %d: the block spans %d days, at most %d are possible; was it written with times in another unit?",
+			metaFile, m.MinTime, m.MaxTime, (m.MaxTime-m.MinTime)/(24*time.Hour).Milliseconds(), maxSpan/(24*time.Hour))
 	}
 	b := Block{
 		ULID: m.ULID, MinTime: m.MinTime, MaxTime: m.MaxTime, Samples: m.Stats.NumSamples, Series: m.Stats.NumSeries,

@@ -180,10 +180,18 @@ func (r *Reader) Progress() Progress { return r.progress }
 
 // Seek makes Next go on at the first series with a ref of at least ref. All
 // series of lower refs than one that Next returned have been returned in full.
-func (r *Reader) Seek(ref uint64) error {
+func (r *Reader) Seek(ref uint64) (err error) {
 	if r.block == nil {
 		return os.ErrClosed
 	}
+	// The list lies in a mapped file, which may have been cut off since.
+	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
+	defer func() {
+		if p := recover(); p != nil {
+			r.stop = fmt.Errorf("block %v: list of series: %v", r.id, p)
+			err = r.stop
+		}
+	}()
 	r.endChunk()
 	r.stop, r.failed, r.ready, r.given, r.inSeries = nil, nil, false, true, false
 	name, value := index.AllPostingsKey()

@@ -481,6 +481,20 @@ func TestPanics(t *testing.T) {
 	}
 }
 
+// A block that is cut off while it is read is an error, whoever touches the mapped file.
+func TestCutOffWhileRead(t *testing.T) {
+	_, b := oneBlock(t, false)
+	r := openAll(t, b)
+	all, _ := readAll(t, r)
+	must(t, os.Truncate(filepath.Join(b.Dir, "index"), 0))
+	if err := r.Seek(all[2].Ref); err == nil {
+		t.Error("the list of series is read")
+	}
+	if _, err := r.Next(t.Context()); err == nil || errors.Is(err, io.EOF) {
+		t.Error("it can be read on:", err)
+	}
+}
+
 // Chunks of one series that overlap, or are not in order, come out in order.
 func TestOverlappingChunks(t *testing.T) {
 	d := openDB(t, true)
