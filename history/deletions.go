@@ -120,6 +120,11 @@ func (h *History) usable(k *knownDeletions) bool {
 func (h *History) loadDeletions(ctx context.Context, old *knownDeletions) (*knownDeletions, error) {
 	now := h.now()
 	noted, err := h.o.Index.DeletionsNoted(ctx)
+	if _, ok := errors.AsType[*index.RowError](err); ok {
+		// It only says whether there were changes. A compactor writes it anew.
+		h.o.Logger.Error("which deletion was the last can't be read: all are read", "err", err)
+		old, err = nil, nil
+	}
 	if err != nil {
 		return nil, err
 	}

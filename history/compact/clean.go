@@ -134,7 +134,7 @@ func (c *Compactor) cleanGroup(v *view, x *cleaning) *group {
 	}
 	g := &group{makes: s.Level, sources: append([]index.JobSource{s}, x.with...), clean: true, thin: x.thin}
 	for _, s := range g.sources {
-		if v.busy[s.Block] || v.aside[s.Block] {
+		if v.busy[s.Block] || v.aside[s.Block] || c.leftOut(s.Block) {
 			return nil
 		}
 	}
@@ -156,6 +156,11 @@ func (c *Compactor) cleanGroup(v *view, x *cleaning) *group {
 // is noted.
 func (c *Compactor) survey(ctx context.Context, v *view, x *cleaner) error {
 	noted, err := c.o.Index.DeletionsNoted(ctx)
+	if _, ok := errors.AsType[*index.RowError](err); ok { // whatever it is, it has to be another
+		if noted, err = ulid.New(ulid.Timestamp(c.now()), c.entropy); err == nil {
+			err = c.o.Index.NoteDeletions(ctx, noted)
+		}
+	}
 	if err != nil {
 		return err
 	}
@@ -171,10 +176,13 @@ func (c *Compactor) survey(ctx context.Context, v *view, x *cleaner) error {
 	// In this order: a merge that begins later sees these deletions, and what others
 	// have made by now has rows.
 	jobs, err := c.o.Index.Jobs(ctx)
-	if err != nil {
+	if readable(err) != nil {
 		return err
 	}
 	unfinished := map[ulid.ULID]bool{}
+	if err != nil {
+		unfinished[ulid.ULID{}] = true // one of which nobody knows
+	}
 	for _, j := range jobs {
 		if j.State != index.JobIdle {
 			unfinished[j.ID] = true

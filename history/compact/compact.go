@@ -152,16 +152,17 @@ type Compactor struct {
 	reader  *history.History
 
 	// Of the goroutine in Round.
-	seen      map[slotKey]sighting
-	condemned map[ulid.ULID]time.Time // orphans, and since when it has been known that they are condemned
-	strikes   map[ulid.ULID]int       // how often a block could not be read
-	swept     time.Time
-	cleaner   cleaner
-	surveyor  *surveyor // nil: rounds survey themselves
+	seen     map[slotKey]sighting
+	strikes  map[ulid.ULID]int // how often a block could not be read
+	swept    time.Time
+	cleaner  cleaner
+	surveyor *surveyor // nil: rounds survey themselves
 
 	mu     sync.Mutex
 	status Status
-	held   map[ulid.ULID]*heldJob // written by the goroutine in Round
+	// Written by the goroutine in Round.
+	held      map[ulid.ULID]*heldJob
+	postponed map[ulid.ULID]*postponed
 }
 
 type slotKey struct {
@@ -179,12 +180,14 @@ type sighting struct {
 
 // Status is what a Compactor has found and done last.
 type Status struct {
-	Pending   []int // blocks that wait, by their level
-	Jobs      []index.Job
-	Aside     []index.AsideRow
-	LastRound time.Time // that went well
-	Err       error     // of the last round
-	ErrSince  time.Time
+	Pending         []int // blocks that wait, by their level
+	Jobs            []index.Job
+	Aside           []index.AsideRow
+	Unreadable      []*index.RowError // rows that are left out
+	UnreadableSince time.Time         // some are
+	LastRound       time.Time         // that went well
+	Err             error             // of the last round
+	ErrSince        time.Time
 }
 
 // New makes a Compactor; Run starts it.
@@ -211,8 +214,8 @@ func New(o Options) (*Compactor, error) {
 	}
 	c := &Compactor{
 		o: o, owner: id.String(), logger: o.Logger.With("component", "compactor"), now: time.Now, entropy: rand.Reader, queries: 16,
-		seen: map[slotKey]sighting{}, condemned: map[ulid.ULID]time.Time{}, strikes: map[ulid.ULID]int{},
-		held: map[ulid.ULID]*heldJob{},
+		seen: map[slotKey]sighting{}, strikes: map[ulid.ULID]int{},
+		held: map[ulid.ULID]*heldJob{}, postponed: map[ulid.ULID]*postponed{},
 	}
 	// What it reads of blocks is read once.
 	if c.reader, err = history.New(history.Options{Objects: o.Objects, Index: o.Index, PageCacheBytes: -1, RowCacheBytes: -1, Logger: o.Logger}); err != nil {
@@ -267,7 +270,11 @@ func (c *Compactor) Round(ctx context.Context) (worked bool, err error) {
 		return false, err
 	}
 	c.forgetHeld(v)
+	c.forgetPostponed()
 	var errs []error
+	if err := c.replaceWork(ctx, v); err != nil {
+		errs = append(errs, err)
+	}
 	if err := c.takeBack(ctx, v); err != nil {
 		errs = append(errs, err)
 	}
@@ -326,9 +333,17 @@ func (c *Compactor) Conditions() []health.Condition {
 	}
 	c.mu.Lock()
 	for id, h := range c.held {
-		out = append(out, health.Condition{Since: h.since, What: fmt.Sprintf("compaction %s waits, others go on: index rows can't be written or removed: %v", id, h.err)})
+		out = append(out, health.Condition{Since: h.since, What: fmt.Sprintf("compaction %s waits, others go on: %v", id, h.err)})
+	}
+	for id, p := range c.postponed {
+		if !p.until.IsZero() {
+			out = append(out, health.Condition{Since: p.since, What: fmt.Sprintf("block %s is left out and tried again, others are compacted: %v", id, p.err)})
+		}
 	}
 	c.mu.Unlock()
+	for _, e := range s.Unreadable {
+		out = append(out, health.Condition{Since: s.UnreadableSince, What: fmt.Sprintf("it is left out of compaction: %v", e)})
+	}
 	for _, a := range s.Aside {
 		out = append(out, health.Condition{
 			Since: ulid.Time(a.Block.Time()), What: fmt.Sprintf("block %s can't be read and is left as it is: %s", a.Block, a.Reason),

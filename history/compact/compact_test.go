@@ -259,7 +259,7 @@ func TestOrphans(t *testing.T) {
 	if err != nil || len(found) != 1 || found[0].Block != half {
 		t.Fatalf("%+v, %v", found, err)
 	}
-	for range 3 {
+	for range 5 {
 		if err := w.c.sweep(t.Context()); err != nil {
 			t.Fatal(err)
 		}

@@ -11,7 +11,8 @@ import (
 )
 
 // A job can't go on for as long as block rows of one of its tenants can't be
-// written or removed, as where DynamoDB throttles by key. It must not keep others
+// written or removed, as where DynamoDB throttles by key, or one of its blocks or rows
+// can't be read. It must not keep others
 // from its slot: after a while it is parked, in a slot that no group falls
 // into, and is tried again there, seldom.
 const (
@@ -25,7 +26,19 @@ type heldError struct{ err error }
 func (e *heldError) Error() string { return e.err.Error() }
 func (e *heldError) Unwrap() error { return e.err }
 
-// heldJob is a job that waits for block rows.
+// ofOneJob says whether an error is of the job alone.
+func ofOneJob(err error) bool {
+	if _, ok := errors.AsType[*heldError](err); ok {
+		return true
+	}
+	if _, ok := errors.AsType[*BlockError](err); ok {
+		return true
+	}
+	_, ok := errors.AsType[*index.RowError](err)
+	return ok
+}
+
+// heldJob is a job that waits.
 type heldJob struct {
 	since, next time.Time
 	pause       time.Duration
@@ -48,7 +61,7 @@ func (c *Compactor) carryOn(ctx context.Context, v *view, j index.Job) error {
 		return nil
 	}
 	err := c.advance(ctx, j)
-	if held := (*heldError)(nil); !errors.As(err, &held) {
+	if !ofOneJob(err) || ctx.Err() != nil {
 		if err == nil && h != nil {
 			c.setHeld(j.ID, nil)
 		}
@@ -80,10 +93,10 @@ func (v *view) twin(j index.Job) (index.Job, bool) {
 // first one, before anything else.
 func (c *Compactor) park(ctx context.Context, j index.Job) error {
 	jobs, err := c.o.Index.Jobs(ctx)
-	if err != nil {
+	if err := readable(err); err != nil {
 		return err
 	}
-	v := &view{jobs: jobs}
+	v := &view{jobs: jobs, taken: taken(err)}
 	if _, ok := v.twin(j); ok {
 		return nil // another is at it
 	}
@@ -93,7 +106,7 @@ func (c *Compactor) park(ctx context.Context, j index.Job) error {
 	for slot := parkedSlots; slot < 256; slot++ {
 		k := slotKey{j.Level, uint8(slot)} //nolint:gosec // below 256
 		old := v.job(k)
-		if old.State != index.JobIdle {
+		if old.State != index.JobIdle || v.taken[k] {
 			continue
 		}
 		next := j
@@ -104,7 +117,7 @@ func (c *Compactor) park(ctx context.Context, j index.Job) error {
 			}
 			return err
 		}
-		c.logger.Warn("compaction can't write or remove index rows of some tenants: it is parked and tried again, others go on",
+		c.logger.Warn("compaction waits: it is parked and tried again, others go on",
 			"job", j.ID, "level", j.Level, "state", j.State.String(), "sources", len(j.Sources), "blocks", len(j.Outputs))
 		return c.step(ctx, j, index.Job{Level: j.Level, Slot: j.Slot, ID: j.ID})
 	}

@@ -189,6 +189,13 @@ func Publish(ctx context.Context, objects object.Store, x *index.Index, b index.
 // A level that its samples contradict, or that there isn't, counts as 0. If the block
 // is condemned the error wraps ErrCondemned, if it can't be read it is a *BlockError.
 func Readmit(ctx context.Context, objects object.Store, x *index.Index, b index.JobSource, ranges []time.Duration) error {
+	if b.ObjectSize == 0 { // it wasn't there when it was set aside
+		size, err := objects.Size(ctx, b.Object)
+		if err != nil {
+			return &BlockError{b.Block, b.Object, "object", 0, err}
+		}
+		b.ObjectSize = size
+	}
 	f, err := readFooter(ctx, objects, b.BlockRef)
 	if err != nil {
 		return err

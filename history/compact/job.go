@@ -6,12 +6,10 @@ import (
 	"errors"
 	"fmt"
 	"slices"
-	"strings"
 	"time"
 
 	"github.com/oklog/ulid/v2"
 
-	"github.com/epimetheus-tsdb/epimetheus/chunkfmt"
 	"github.com/epimetheus-tsdb/epimetheus/history"
 	"github.com/epimetheus-tsdb/epimetheus/history/index"
 	"github.com/epimetheus-tsdb/epimetheus/internal/bug"
@@ -23,6 +21,9 @@ var errLost = errors.New("another compactor has taken over the job")
 // tryGroup merges a group if its slot is free. It says whether it has: then there
 // may be more to do.
 func (c *Compactor) tryGroup(ctx context.Context, v *view, g *group) (bool, error) {
+	if v.taken[g.slotKey] {
+		return false, nil
+	}
 	old := v.job(g.slotKey)
 	switch old.State {
 	case index.JobIdle:
@@ -83,11 +84,16 @@ func (c *Compactor) expired(j index.Job) bool {
 }
 
 // published leaves of sources those that their writers have published. A work
-// row of one that is condemned is a remainder.
+// row of one that is condemned is a remainder. One of which that can't be read is left
+// out.
 func (c *Compactor) published(ctx context.Context, sources []index.JobSource) ([]index.JobSource, error) {
 	var out []index.JobSource
 	for _, s := range sources {
 		state, err := c.o.Index.GuardState(ctx, s.Block)
+		if bad, ok := errors.AsType[*index.RowError](err); ok {
+			c.postpone(s.Block, bad)
+			continue
+		}
 		if err != nil {
 			return nil, err
 		}
@@ -177,7 +183,11 @@ func (c *Compactor) run(ctx context.Context, j *index.Job, g *group) (bool, erro
 			break
 		}
 		var bad *BlockError
-		if !errors.As(err, &bad) || unreadable(err) == "" {
+		if !errors.As(err, &bad) || ctx.Err() != nil {
+			break
+		}
+		if unreadable(err) == "" {
+			c.postpone(bad.Block, err)
 			break
 		}
 		if sources, err = c.strike(ctx, sources, bad); err != nil {
@@ -204,6 +214,11 @@ func (c *Compactor) run(ctx context.Context, j *index.Job, g *group) (bool, erro
 		return false, err
 	}
 	*j = next
+	c.mu.Lock()
+	for _, s := range sources {
+		delete(c.postponed, s.Block)
+	}
+	c.mu.Unlock()
 	if err := c.publish(ctx, *j); err != nil {
 		return false, err
 	}
@@ -255,7 +270,7 @@ func (c *Compactor) strike(ctx context.Context, sources []index.JobSource, bad *
 	if state == index.Condemned {
 		return nil, errLost
 	}
-	if c.strikes[bad.Block]++; c.strikes[bad.Block] < 2 {
+	if c.strikes[bad.Block]++; c.strikes[bad.Block] < strikesUntilAside {
 		return sources, nil
 	}
 	delete(c.strikes, bad.Block)
@@ -273,31 +288,6 @@ func (c *Compactor) strike(ctx context.Context, sources []index.JobSource, bad *
 	return slices.Delete(slices.Clone(sources), i, i+1), nil
 }
 
-// takeBack gives blocks back to compaction that a program of before set aside because it
-// didn't know their version.
-func (c *Compactor) takeBack(ctx context.Context, v *view) error {
-	var errs []error
-	for _, a := range v.asideRows {
-		if !strings.Contains(a.Reason, chunkfmt.ErrVersion.Error()) {
-			continue
-		}
-		err := Readmit(ctx, c.o.Objects, c.o.Index, index.JobSource{BlockRef: a.BlockRef, Level: a.Level}, c.o.Ranges)
-		if unreadable(err) != "" {
-			continue // by this program too
-		}
-		if err == nil || errors.Is(err, ErrCondemned) {
-			err = c.o.Index.DeleteAside(ctx, a.Block)
-		}
-		if err != nil {
-			errs = append(errs, fmt.Errorf("take back block %s: %w", a.Block, err))
-			continue
-		}
-		delete(v.aside, a.Block)
-		c.logger.Info("block that a program of before has set aside can be read: it is compacted", "block", a.Block, "level", a.Level, "reason", a.Reason)
-	}
-	return errors.Join(errs...)
-}
-
 // advance carries a job on if its time has come.
 func (c *Compactor) advance(ctx context.Context, j index.Job) error {
 	age := c.now().Sub(c.seen[slotKey{j.Level, j.Slot}].since)
@@ -309,7 +299,10 @@ func (c *Compactor) advance(ctx context.Context, j index.Job) error {
 	case j.State == index.JobRemoved && age >= c.o.Grace:
 		return c.removeObjects(ctx, j)
 	case j.State == index.JobAborted:
-		return c.aborted(ctx, j)
+		if err := c.undo(ctx, j); err != nil || age < c.o.Grace {
+			return err // as long as it is there, no sweeper takes what readers may know of
+		}
+		return c.step(ctx, j, index.Job{Level: j.Level, Slot: j.Slot, ID: j.ID})
 	}
 	return nil
 }
@@ -340,7 +333,7 @@ func (c *Compactor) publish(ctx context.Context, j index.Job) error {
 		if late, lateErr := c.withdraw(ctx, j.Outputs, nil); late {
 			return lateErr
 		}
-		return err
+		return c.lostOutput(ctx, j, err)
 	}
 	again := slices.DeleteFunc(slices.Clone(j.Outputs), func(o index.CompactedRow) bool { return o.Level >= c.top() })
 	if len(again) > 0 {
@@ -420,41 +413,76 @@ func (c *Compactor) outputRows(ctx context.Context, j index.Job) (first, last []
 	return first, last, nil
 }
 
-// sourceRows are the block rows of a job's sources. They follow from the blocks;
-// of a block that can't be read any more they are looked for.
+// sourceRows are the block rows of a job's sources, but of such that are gone already.
 func (c *Compactor) sourceRows(ctx context.Context, j index.Job) ([]index.BlockRow, error) {
-	var out []index.BlockRow
-	for _, s := range j.Sources {
-		f, err := readFooter(ctx, c.o.Objects, s.BlockRef)
-		if err == nil {
-			out = append(out, history.Rows(s.BlockRef, s.Level, f.Tenants)...)
-			continue
-		}
-		if unreadable(err) == "" {
-			return nil, err
-		}
-		state, err := c.o.Index.GuardState(ctx, s.Block)
+	rows, lost, err := c.rowsOf(ctx, j.Sources)
+	if err != nil {
+		return nil, err
+	}
+	for id := range lost {
+		state, err := c.o.Index.GuardState(ctx, id)
 		if err != nil {
 			return nil, err
 		}
 		if state == index.Condemned {
-			continue // we are late: all this is done
-		}
-		for _, o := range j.Outputs {
-			f, err := readFooter(ctx, c.o.Objects, o.BlockRef)
-			if err != nil {
-				return nil, err
-			}
-			for _, t := range f.Tenants {
-				rows, err := c.o.Index.AllBlocks(ctx, t.Tenant)
-				if err != nil {
-					return nil, err
-				}
-				out = append(out, slices.DeleteFunc(rows, func(r index.BlockRow) bool { return r.Block != s.Block })...)
-			}
+			delete(lost, id) // we are late: all this is done
 		}
 	}
+	found, err := c.findRows(ctx, j, lost)
+	return append(rows, found...), err
+}
+
+// rowsOf are the block rows of blocks, which follow from them. lost are those that can't
+// be read any more.
+func (c *Compactor) rowsOf(ctx context.Context, blocks []index.JobSource) (rows []index.BlockRow, lost map[ulid.ULID]bool, err error) {
+	lost = map[ulid.ULID]bool{}
+	for _, s := range blocks {
+		f, err := readFooter(ctx, c.o.Objects, s.BlockRef)
+		switch {
+		case err == nil:
+			rows = append(rows, history.Rows(s.BlockRef, s.Level, f.Tenants)...)
+		case unreadable(err) == "":
+			return nil, nil, err
+		default:
+			lost[s.Block] = true
+		}
+	}
+	return rows, lost, nil
+}
+
+// findRows looks for the block rows of blocks of a job that can't be read: their tenants
+// are among those of the others.
+func (c *Compactor) findRows(ctx context.Context, j index.Job, lost map[ulid.ULID]bool) ([]index.BlockRow, error) {
+	if len(lost) == 0 {
+		return nil, nil
+	}
+	others, _, err := c.rowsOf(ctx, slices.Concat(j.Sources, outputsOf(j)))
+	if err != nil {
+		return nil, err
+	}
+	var out []index.BlockRow
+	asked := map[string]bool{}
+	for i := range others {
+		tenant := others[i].Tenant
+		if asked[tenant] {
+			continue
+		}
+		asked[tenant] = true
+		rows, err := c.o.Index.AllBlocks(ctx, tenant)
+		if err != nil {
+			return nil, err
+		}
+		out = append(out, slices.DeleteFunc(rows, func(r index.BlockRow) bool { return !lost[r.Block] })...)
+	}
 	return out, nil
+}
+
+// outputsOf are the blocks that a job has made.
+func outputsOf(j index.Job) (out []index.JobSource) {
+	for _, o := range j.Outputs {
+		out = append(out, index.JobSource{BlockRef: o.BlockRef, Level: o.Level})
+	}
+	return out
 }
 
 // withdraw takes back the rows of outputs that are condemned: then this job has
@@ -499,7 +527,7 @@ func (c *Compactor) abort(ctx context.Context, j index.Job) error {
 		return err
 	}
 	c.logger.Warn("outputs of a compaction were taken for orphans: it is done again", "level", j.Level)
-	return c.aborted(ctx, next)
+	return c.undo(ctx, next)
 }
 
 // visible says whether an output of a job has a row: then none of them was taken for
@@ -526,17 +554,16 @@ func (c *Compactor) visible(ctx context.Context, j index.Job) (bool, error) {
 	return false, nil
 }
 
-// aborted leaves what an aborted job has made to sweepers.
-func (c *Compactor) aborted(ctx context.Context, j index.Job) error {
+func (c *Compactor) removeRows(ctx context.Context, j index.Job) error {
 	for _, o := range j.Outputs {
-		if err := c.o.Index.Condemn(ctx, o.Block); err != nil {
-			return err
+		// Nothing goes while what replaces it is lost.
+		if _, err := readFooter(ctx, c.o.Objects, o.BlockRef); err != nil {
+			state, guardErr := c.o.Index.GuardState(ctx, o.Block)
+			if guardErr != nil || state != index.Condemned { // else it was replaced long ago: we are late
+				return errors.Join(err, guardErr)
+			}
 		}
 	}
-	return c.step(ctx, j, index.Job{Level: j.Level, Slot: j.Slot, ID: j.ID})
-}
-
-func (c *Compactor) removeRows(ctx context.Context, j index.Job) error {
 	rows, err := c.sourceRows(ctx, j)
 	if err != nil {
 		return err

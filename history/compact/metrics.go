@@ -18,6 +18,8 @@ type metrics struct {
 	asideNow             prometheus.Gauge
 	pending              *prometheus.GaugeVec
 	unfinished, held     prometheus.Gauge
+	postponed            prometheus.Gauge
+	unreadable           prometheus.Gauge
 	cleaning             prometheus.Gauge
 	oldest               prometheus.Gauge
 	orphans              *prometheus.CounterVec
@@ -63,7 +65,13 @@ func newMetrics(reg prometheus.Registerer, levels int) (*metrics, error) {
 			Name: "epimetheus_compactor_unfinished_jobs", Help: "Compactions under way, those included whose sources wait for their removal.",
 		}),
 		held: prometheus.NewGauge(prometheus.GaugeOpts{
-			Name: "epimetheus_compactor_held_jobs", Help: "Compactions that wait, since index rows of some tenants can't be written or removed. Others go on.",
+			Name: "epimetheus_compactor_held_jobs", Help: "Compactions that wait, since index rows of some tenants can't be written or removed, or blocks can't be read. Others go on.",
+		}),
+		postponed: prometheus.NewGauge(prometheus.GaugeOpts{
+			Name: "epimetheus_compactor_postponed_blocks", Help: "Blocks that can't be read at present: they are left out and tried again. Others are compacted.",
+		}),
+		unreadable: prometheus.NewGauge(prometheus.GaugeOpts{
+			Name: "epimetheus_compactor_unreadable_rows", Help: "Index rows of work, jobs and blocks set aside that can't be read and are left out.",
 		}),
 		cleaning: prometheus.NewGauge(prometheus.GaugeOpts{
 			Name: "epimetheus_compactor_unclean_blocks", Help: "Blocks that are going to be written again without what is deleted or past the retention.",
@@ -86,7 +94,7 @@ func newMetrics(reg prometheus.Registerer, levels int) (*metrics, error) {
 	}
 	var errs []error
 	for _, c := range []prometheus.Collector{
-		m.jobs, m.duration, m.read, m.written, m.bytes, m.replaced, m.aside, m.asideNow, m.pending, m.unfinished, m.held, m.cleaning, m.oldest, m.orphans, m.failures,
+		m.jobs, m.duration, m.read, m.written, m.bytes, m.replaced, m.aside, m.asideNow, m.pending, m.unfinished, m.held, m.postponed, m.unreadable, m.cleaning, m.oldest, m.orphans, m.failures,
 	} {
 		errs = append(errs, reg.Register(c))
 	}

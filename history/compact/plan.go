@@ -92,6 +92,29 @@ type view struct {
 	busy      map[ulid.ULID]bool // sources and outputs of jobs
 	aside     map[ulid.ULID]bool
 	asideRows []index.AsideRow
+	bad       index.RowErrors  // what can't be read of all these
+	taken     map[slotKey]bool // slots of which the job can't be read
+}
+
+// readable drops the error of a list of which some rows can't be read.
+func readable(err error) error {
+	if _, ok := errors.AsType[index.RowErrors](err); ok {
+		return nil
+	}
+	return err
+}
+
+// taken are the slots of jobs that can't be read, as the error of their list says. What
+// they name may get into another job: then it is there twice for a while, and counts once.
+func taken(err error) map[slotKey]bool {
+	bad, _ := errors.AsType[index.RowErrors](err)
+	out := map[slotKey]bool{}
+	for _, e := range bad {
+		if level, slot, ok := e.SlotOf(); ok {
+			out[slotKey{level, slot}] = true
+		}
+	}
+	return out
 }
 
 func (v *view) job(k slotKey) index.Job {
@@ -115,6 +138,15 @@ const (
 	lookBackEvery = 24 * time.Hour
 )
 
+// leave notes what can't be read of a list; another error it returns.
+func (v *view) leave(err error) error {
+	if bad, ok := errors.AsType[index.RowErrors](err); ok {
+		v.bad = append(v.bad, bad...)
+		return nil
+	}
+	return err
+}
+
 // look lists work rows, then jobs: a block whose job has ended in between is no
 // longer busy, and is what its work row says.
 func (c *Compactor) look(ctx context.Context) (*view, error) {
@@ -123,19 +155,21 @@ func (c *Compactor) look(ctx context.Context) (*view, error) {
 		return nil, err
 	}
 	var err error
-	if v.compacted, err = c.o.Index.Compacted(ctx); err != nil {
+	if v.compacted, err = c.o.Index.Compacted(ctx); v.leave(err) != nil {
 		return nil, err
 	}
-	if v.jobs, err = c.o.Index.Jobs(ctx); err != nil {
+	if v.jobs, err = c.o.Index.Jobs(ctx); v.leave(err) != nil {
 		return nil, err
 	}
-	if v.asideRows, err = c.o.Index.Aside(ctx); err != nil {
+	v.taken = taken(err)
+	if v.asideRows, err = c.o.Index.Aside(ctx); v.leave(err) != nil {
 		return nil, err
 	}
 	aside := v.asideRows
 	for _, a := range aside {
 		v.aside[a.Block] = true
 	}
+	c.unreadableRows(v.bad)
 	now, unfinished := c.now(), 0
 	for _, j := range v.jobs {
 		for _, s := range j.Sources {
@@ -179,6 +213,10 @@ func (c *Compactor) look(ctx context.Context) (*view, error) {
 
 func (c *Compactor) lookForFlushes(ctx context.Context, v *view) error {
 	noted, err := c.o.Index.FirstDay(ctx)
+	if bad, ok := errors.AsType[*index.RowError](err); ok {
+		c.logger.Error("index row can't be read: all days are looked at once more", "hash", bad.Hash, "err", bad.Err)
+		err = c.o.Index.ForgetFirstDay(ctx) // it is but a hint
+	}
 	if err != nil {
 		return err
 	}
@@ -190,12 +228,12 @@ func (c *Compactor) lookForFlushes(ctx context.Context, v *view) error {
 	first = max(1, first)
 	empty := true // so far
 	for d := first; d <= today+1; d++ {
-		rows, some, err := c.workOf(ctx, d)
-		if err != nil {
+		rows, err := c.workOf(ctx, d)
+		if v.leave(err) != nil {
 			return err
 		}
 		v.flushes = append(v.flushes, rows...)
-		if empty = empty && !some; empty && d < today-lateDays {
+		if empty = empty && len(rows) == 0 && err == nil; empty && d < today-lateDays {
 			first = d + 1
 		}
 	}
@@ -205,23 +243,25 @@ func (c *Compactor) lookForFlushes(ctx context.Context, v *view) error {
 	return nil
 }
 
-// workOf lists the work rows of the flushes of a day, and says whether there are some, such
-// that can't be read included.
-func (c *Compactor) workOf(ctx context.Context, day int64) (rows []index.WorkRow, some bool, err error) {
+// workOf lists the work rows of the flushes of a day. Where some can't be read the others
+// are returned with a RowErrors.
+func (c *Compactor) workOf(ctx context.Context, day int64) (rows []index.WorkRow, err error) {
+	var bad index.RowErrors
 	for shard := range index.WorkShards {
 		of, err := c.o.Index.Work(ctx, day, shard)
 		if err != nil {
-			if _, ok := errors.AsType[*index.RowError](err); !ok {
-				return nil, false, err
+			some, ok := errors.AsType[index.RowErrors](err)
+			if !ok {
+				return nil, err
 			}
-			// It stays there until somebody looks after it; the other shards go on.
-			c.metrics.failures.Inc()
-			c.logger.Error("a work row can't be read, its shard is left alone", "day", day, "shard", shard, "err", err)
-			some = true
+			bad = append(bad, some...)
 		}
 		rows = append(rows, of...)
 	}
-	return rows, some || len(rows) > 0, nil
+	if len(bad) > 0 {
+		return rows, bad
+	}
+	return rows, nil
 }
 
 // lookBack looks for flushes of days that nobody looks at any more: what was flushed may
@@ -234,11 +274,11 @@ func (c *Compactor) lookBack(ctx context.Context) error {
 	}
 	today := c.now().UnixMilli() / day
 	for d := max(1, today-lookBackDays); d < min(noted, today-lateDays); d++ {
-		_, some, err := c.workOf(ctx, d)
-		if err != nil {
+		rows, err := c.workOf(ctx, d)
+		if readable(err) != nil {
 			return err
 		}
-		if some {
+		if len(rows) > 0 || err != nil {
 			return c.o.Index.SetFirstDay(ctx, noted, d)
 		}
 	}
@@ -273,7 +313,7 @@ func (c *Compactor) groups(v *view) []*group {
 	}
 	all := map[key]*group{}
 	add := func(k key, s index.JobSource) {
-		if v.busy[s.Block] {
+		if v.busy[s.Block] || v.aside[s.Block] || c.leftOut(s.Block) {
 			return
 		}
 		g := all[k]

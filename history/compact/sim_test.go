@@ -42,7 +42,8 @@ var (
 // TestSimulation runs flushes, compactors and readers over stores in memory, in
 // virtual time, one operation on a store at a time, in an order that the seed
 // decides. Operations fail before or after their effect, writes of rows are done
-// by halves, processes die at any of them or stand still for a while. Every read
+// by halves, processes die at any of them or stand still for a while. Blocks that
+// compactors put are lost now and then, and some can't be read by them for hours. Every read
 // sees each durable sample once. Series are deleted meanwhile, and one tenant has a
 // retention: no read sees what was deleted before it began, or is past the retention,
 // and all else. Of another the summaries are kept for longer: of each hour that had
@@ -113,6 +114,9 @@ type sim struct {
 
 	held      string // block rows of this tenant can't be written or removed by compactors
 	heldUntil time.Time
+
+	denied      byte // objects of which the key ends so, modulo 8, can't be read by compactors
+	deniedUntil time.Time
 
 	started, durable map[string]map[string]map[int64]bool // tenant, series, time
 	deletions        []*simDeletion
@@ -408,6 +412,11 @@ func (s *sim) fault(a *actor) verdict {
 			s.heldUntil = s.now.Add([]time.Duration{20 * time.Minute, time.Hour, 10 * time.Hour}[s.r.IntN(3)])
 			s.counts["held back"]++
 		}
+	case 10:
+		if s.now.After(s.deniedUntil.Add(2 * time.Hour)) {
+			s.denied = byte(s.r.IntN(8)) //nolint:gosec // small
+			s.deniedUntil = s.now.Add([]time.Duration{30 * time.Minute, 2 * time.Hour, 8 * time.Hour}[s.r.IntN(3)])
+		}
 	}
 	return proceed
 }
@@ -570,7 +579,23 @@ type simObjects struct {
 }
 
 func (o *simObjects) Put(ctx context.Context, key string, r io.ReaderAt, size int64) error {
-	return o.a.do("Put "+key, func() error { return o.Store.Put(ctx, key, r, size) })
+	return o.a.do("Put "+key, func() error {
+		if s := o.a.sim; s.faults && strings.HasPrefix(o.a.name, "compactor") && s.r.IntN(15) == 0 {
+			s.counts["block lost"]++
+			return nil
+		}
+		return o.Store.Put(ctx, key, r, size)
+	})
+}
+
+// denied says whether a compactor can't read an object: some, for some time.
+func (o *simObjects) denied(key string) bool {
+	s := o.a.sim
+	if !s.faults || !strings.HasPrefix(o.a.name, "compactor") || s.now.After(s.deniedUntil) || key[len(key)-1]%8 != s.denied {
+		return false
+	}
+	s.counts["denied"]++
+	return true
 }
 
 func (o *simObjects) Delete(ctx context.Context, key string) error {
@@ -582,6 +607,9 @@ func (o *simObjects) GetRange(ctx context.Context, key string, off, n int64) (b 
 		return o.Store.GetRange(ctx, key, off, n)
 	}
 	err = o.a.do("GetRange "+key, func() error {
+		if o.denied(key) {
+			return fmt.Errorf("GetRange %s: denied: %w", key, historytest.ErrInjected)
+		}
 		b, err = o.Store.GetRange(ctx, key, off, n)
 		return err
 	})
@@ -745,7 +773,7 @@ func (s *sim) compact(name string, end func() bool) {
 			c := s.compactor(a)
 			for !a.dead && !end() {
 				worked, err := c.Round(context.Background())
-				if err != nil && !a.dead && !errors.Is(err, historytest.ErrInjected) {
+				if err != nil && !a.dead && !errors.Is(err, historytest.ErrInjected) && (s.counts["block lost"] == 0 || !errors.Is(err, object.ErrNotExist)) {
 					s.t.Errorf("%s: %v", name, err)
 				}
 				if worked {

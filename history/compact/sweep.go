@@ -18,16 +18,18 @@ import (
 type Orphan struct {
 	index.BlockRef
 	Condemned bool // already; its object is what is left
+	Age       time.Duration
 }
 
 // DefaultOrphanAge is how old objects are when a sweep looks after them.
 const DefaultOrphanAge = 24 * time.Hour
 
 // Orphans lists the objects of blocks older than age that are not published and
-// not part of a job: what a sweep condemns and deletes. It changes nothing.
+// not part of a job: what a sweep condemns and deletes. It changes nothing. Blocks of
+// which the guard row can't be read are in the error.
 func Orphans(ctx context.Context, objects object.Store, x *index.Index, now time.Time, age time.Duration) ([]Orphan, error) {
-	out, _, err := orphans(ctx, objects, x, now, age)
-	return out, err
+	out, _, bad, err := orphans(ctx, objects, x, now, age)
+	return out, errors.Join(err, bad)
 }
 
 // errIndexLost is what keeps a sweep from removing everything: an index that was
@@ -38,10 +40,10 @@ var errIndexLost = errors.New("the index seems to be lost, nothing is removed")
 const manyOrphans = 32
 
 // orphans is Orphans, and says how many blocks are older than age.
-func orphans(ctx context.Context, objects object.Store, x *index.Index, now time.Time, age time.Duration) (out []Orphan, blocks int, err error) {
+func orphans(ctx context.Context, objects object.Store, x *index.Index, now time.Time, age time.Duration) (out []Orphan, blocks int, bad, err error) {
 	jobs, err := x.Jobs(ctx)
 	if err != nil {
-		return nil, 0, err
+		return nil, 0, nil, err
 	}
 	named := map[ulid.ULID]bool{}
 	for _, j := range jobs {
@@ -49,25 +51,31 @@ func orphans(ctx context.Context, objects object.Store, x *index.Index, now time
 			named[o.Block] = true
 		}
 	}
-	var old []index.BlockRef
+	var old []Orphan
 	err = eachBlock(ctx, objects, func(b index.BlockRef, modified time.Time) {
-		if !named[b.Block] && now.Sub(modified) >= age && now.Sub(ulid.Time(b.Block.Time())) >= age {
-			old = append(old, b)
+		// By both clocks: the store's, and that of who made it.
+		if of := min(now.Sub(modified), now.Sub(ulid.Time(b.Block.Time()))); of >= age && !named[b.Block] {
+			old = append(old, Orphan{BlockRef: b, Age: of})
 		}
 	})
 	if err != nil {
-		return nil, 0, err
+		return nil, 0, nil, err
 	}
-	for _, b := range old {
-		state, err := x.GuardState(ctx, b.Block)
+	var rows []error
+	for _, o := range old {
+		state, err := x.GuardState(ctx, o.Block)
+		if _, ok := errors.AsType[*index.RowError](err); ok {
+			rows = append(rows, err)
+			continue
+		}
 		if err != nil {
-			return nil, 0, err
+			return nil, 0, nil, err
 		}
-		if state != index.Published {
-			out = append(out, Orphan{b, state == index.Condemned})
+		if o.Condemned = state == index.Condemned; state != index.Published {
+			out = append(out, o)
 		}
 	}
-	return out, len(old), nil
+	return out, len(old), errors.Join(rows...), nil
 }
 
 // eachBlock calls fn with all objects of blocks, and when they were written.
@@ -86,9 +94,11 @@ func eachBlock(ctx context.Context, objects object.Store, fn func(b index.BlockR
 	return nil
 }
 
-// sweep condemns orphans, and deletes those that were condemned a grace ago.
+// sweep condemns orphans, and deletes those that are twice as old as they have to be for
+// that, and that somebody else, or an earlier sweep, has condemned. That one of them fails
+// is no error of the sweep: the next tries it again.
 func (c *Compactor) sweep(ctx context.Context) error {
-	all, blocks, err := orphans(ctx, c.o.Objects, c.o.Index, c.now(), c.o.OrphanAge)
+	all, blocks, bad, err := orphans(ctx, c.o.Objects, c.o.Index, c.now(), c.o.OrphanAge)
 	if err != nil {
 		return err
 	}
@@ -101,37 +111,47 @@ func (c *Compactor) sweep(ctx context.Context) error {
 	if unknown >= manyOrphans && unknown > blocks/2 {
 		return fmt.Errorf("%w: nobody has published %d of %d blocks; `epimetheus tool reindex` makes its rows again, `epimetheus tool orphans` lists the blocks", errIndexLost, unknown, blocks)
 	}
-	known := map[ulid.ULID]time.Time{}
+	failed := 0
 	for _, o := range all {
-		if !o.Condemned {
-			state, err := c.o.Index.Guard(ctx, o.Block, index.Condemned)
-			if err != nil {
-				return err
-			}
-			if state == index.Published {
-				continue // its writer was faster
-			}
-			c.metrics.orphans.WithLabelValues("condemned").Inc()
-			c.logger.Info("nobody has published a block: it is condemned", "block", o.Block, "object", o.Object, "size_bytes", o.ObjectSize)
+		err := c.sweepOrphan(ctx, o)
+		if ctx.Err() != nil {
+			return context.Cause(ctx)
 		}
-		// Its writer may have got as far as writing rows, and readers may see them.
-		if err := c.removeOrphanRows(ctx, o.BlockRef); err != nil {
+		if err != nil {
+			failed++
+			bad = errors.Join(bad, fmt.Errorf("orphan %s: %w", o.Block, err))
+		}
+	}
+	if bad != nil {
+		c.metrics.failures.Inc()
+		c.logger.Warn("some objects that nobody has published stay until the next sweep", "objects", failed, "err", bad)
+	}
+	return nil
+}
+
+func (c *Compactor) sweepOrphan(ctx context.Context, o Orphan) error {
+	if !o.Condemned {
+		state, err := c.o.Index.Guard(ctx, o.Block, index.Condemned)
+		if err != nil {
 			return err
 		}
-		since, ok := c.condemned[o.Block]
-		if !ok {
-			since = c.now() // not before its rows are gone
+		if state == index.Published {
+			return nil // its writer was faster
 		}
-		if known[o.Block] = since; c.now().Sub(since) < c.o.Grace {
-			continue
-		}
-		if err := c.o.Objects.Delete(ctx, o.Object); err != nil {
-			return fmt.Errorf("orphan %s: %w", o.Block, err)
-		}
-		delete(known, o.Block)
-		c.metrics.orphans.WithLabelValues("deleted").Inc()
+		c.metrics.orphans.WithLabelValues("condemned").Inc()
+		c.logger.Info("nobody has published a block: it is condemned", "block", o.Block, "object", o.Object, "size_bytes", o.ObjectSize)
 	}
-	c.condemned = known
+	// Its writer may have got as far as writing rows, and readers may see them.
+	if err := c.removeOrphanRows(ctx, o.BlockRef); err != nil {
+		return err
+	}
+	if !o.Condemned || o.Age < 2*c.o.OrphanAge {
+		return nil
+	}
+	if err := c.o.Objects.Delete(ctx, o.Object); err != nil {
+		return err
+	}
+	c.metrics.orphans.WithLabelValues("deleted").Inc()
 	return nil
 }
 

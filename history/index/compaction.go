@@ -6,6 +6,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"strings"
 
 	"github.com/oklog/ulid/v2"
 )
@@ -20,8 +21,8 @@ const (
 
 // Hash keys of compaction. Each holds few rows.
 const (
-	compactedHash = "w/compacted"
-	asideHash     = "w/aside"
+	compactedHash = workPrefix + "compacted"
+	asideHash     = workPrefix + "aside"
 	jobHash       = "compaction/jobs"
 	dayHash       = "compaction/day"
 )
@@ -144,29 +145,24 @@ func (x *Index) PutCompacted(ctx context.Context, rows []CompactedRow) error {
 	return x.store.Put(ctx, items)
 }
 
-// Compacted returns all work rows of blocks that compaction has made, ordered by
-// block id.
+// Compacted returns the work rows of blocks that compaction has made, ordered by
+// block id. Where some can't be read the others are returned with a RowErrors.
 func (x *Index) Compacted(ctx context.Context) ([]CompactedRow, error) {
 	items, err := x.store.Query(ctx, Query{Hash: compactedHash, Consistent: true})
 	if err != nil {
 		return nil, fmt.Errorf("work rows of compacted blocks: %w", err)
 	}
-	rows := make([]CompactedRow, 0, len(items))
-	for _, it := range items {
+	return decodeAll(items, func(it Item) (CompactedRow, error) {
 		d, err := open(it, compactedVersion)
 		if err != nil {
-			return nil, rowError(it, err)
+			return CompactedRow{}, err
 		}
 		r := d.compacted()
 		if !bytes.Equal(it.Range, r.Block[:]) {
 			d.fail("another block than its key's")
 		}
-		if err := d.end(); err != nil {
-			return nil, rowError(it, err)
-		}
-		rows = append(rows, r)
-	}
-	return rows, nil
+		return r, d.end()
+	})
 }
 
 // DeleteCompacted removes work rows.
@@ -185,29 +181,52 @@ func (x *Index) PutAside(ctx context.Context, r AsideRow) error {
 	return x.store.Put(ctx, []Item{seal(Key{Hash: asideHash, Range: r.Block[:]}, appendRef(b, &r.BlockRef))})
 }
 
-// Aside returns the blocks that are left alone, ordered by id.
+// Aside returns the blocks that are left alone, ordered by id. Where some rows can't be
+// read the others are returned with a RowErrors.
 func (x *Index) Aside(ctx context.Context) ([]AsideRow, error) {
 	items, err := x.store.Query(ctx, Query{Hash: asideHash, Consistent: true})
 	if err != nil {
 		return nil, fmt.Errorf("rows of blocks set aside: %w", err)
 	}
-	rows := make([]AsideRow, 0, len(items))
-	for _, it := range items {
+	return decodeAll(items, func(it Item) (AsideRow, error) {
 		d, err := open(it, asideVersion)
 		if err != nil {
-			return nil, rowError(it, err)
+			return AsideRow{}, err
 		}
 		r := AsideRow{Level: Level(d.byte()), Reason: d.text()}
 		r.BlockRef = d.ref()
 		if !bytes.Equal(it.Range, r.Block[:]) {
 			d.fail("another block than its key's")
 		}
-		if err := d.end(); err != nil {
-			return nil, rowError(it, err)
-		}
-		rows = append(rows, r)
+		return r, d.end()
+	})
+}
+
+// WorkOf says of which block a row that can't be read is the work row, or says that it
+// is set aside; false: it is another kind of row.
+func (e *RowError) WorkOf() (block ulid.ULID, ok bool) {
+	if !strings.HasPrefix(e.Hash, workPrefix) || len(e.Range) < ulidSize {
+		return block, false
 	}
-	return rows, nil
+	copy(block[:], e.Range)
+	return block, true
+}
+
+// SlotOf says of which slot a row that can't be read is the job; false: it is another
+// kind of row.
+func (e *RowError) SlotOf() (level Level, slot uint8, ok bool) {
+	if e.Hash != jobHash || len(e.Range) != 2 {
+		return 0, 0, false
+	}
+	return Level(e.Range[0]), e.Range[1], true
+}
+
+// ReplaceWork sets a block aside in place of its work row, which can't be read.
+func (x *Index) ReplaceWork(ctx context.Context, e *RowError, r AsideRow) error {
+	if err := x.PutAside(ctx, r); err != nil || e.Hash == asideHash {
+		return err
+	}
+	return x.store.Delete(ctx, []Key{{Hash: e.Hash, Range: e.Range}})
 }
 
 // DeleteAside takes back PutAside.
@@ -260,21 +279,14 @@ func decodeJob(it Item) (Job, error) {
 	return j, d.end()
 }
 
-// Jobs returns the jobs of all slots that have ever been used, by level and slot.
+// Jobs returns the jobs of all slots that have ever been used, by level and slot. Where
+// some can't be read the others are returned with a RowErrors.
 func (x *Index) Jobs(ctx context.Context) ([]Job, error) {
 	items, err := x.store.Query(ctx, Query{Hash: jobHash, Consistent: true})
 	if err != nil {
 		return nil, fmt.Errorf("jobs of compaction: %w", err)
 	}
-	jobs := make([]Job, 0, len(items))
-	for _, it := range items {
-		j, err := decodeJob(it)
-		if err != nil {
-			return nil, rowError(it, err)
-		}
-		jobs = append(jobs, j)
-	}
-	return jobs, nil
+	return decodeAll(items, decodeJob)
 }
 
 // SwapJob changes what is in a slot from old, as it was read, to next. The zero
@@ -296,7 +308,7 @@ func (x *Index) SwapJob(ctx context.Context, old, next Job) error {
 }
 
 // FirstDay returns the first day, since the epoch, that may have work rows of
-// flushes: 0 if that was never noted.
+// flushes: 0 if that was never noted. If that can't be read the error is a *RowError.
 func (x *Index) FirstDay(ctx context.Context) (int64, error) {
 	items, err := x.store.Query(ctx, Query{Hash: dayHash, Consistent: true})
 	if err != nil || len(items) == 0 {
@@ -311,6 +323,11 @@ func (x *Index) FirstDay(ctx context.Context) (int64, error) {
 		return 0, rowError(items[0], err)
 	}
 	return day, nil
+}
+
+// ForgetFirstDay makes FirstDay return 0.
+func (x *Index) ForgetFirstDay(ctx context.Context) error {
+	return x.store.Delete(ctx, []Key{{Hash: dayHash, Range: []byte{0}}})
 }
 
 // SetFirstDay changes what FirstDay returns from old to day. That it was changed

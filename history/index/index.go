@@ -26,6 +26,43 @@ func (e *RowError) Unwrap() error { return e.Err }
 
 func rowError(it Item, err error) error { return &RowError{Hash: it.Hash, Range: it.Range, Err: err} }
 
+// RowErrors says which rows of a list can't be used. The others are returned with it.
+type RowErrors []*RowError
+
+func (e RowErrors) Error() string {
+	if len(e) == 1 {
+		return e[0].Error()
+	}
+	return fmt.Sprintf("%d index rows can't be read, such as: %v", len(e), e[0])
+}
+
+// Unwrap returns the errors.
+func (e RowErrors) Unwrap() []error {
+	out := make([]error, len(e))
+	for i := range e {
+		out[i] = e[i]
+	}
+	return out
+}
+
+// decodeAll gives the rows that can be read. Its error, if any, is a RowErrors.
+func decodeAll[R any](items []Item, decode func(Item) (R, error)) ([]R, error) {
+	rows := make([]R, 0, len(items))
+	var bad RowErrors
+	for _, it := range items {
+		r, err := decode(it)
+		if err != nil {
+			bad = append(bad, &RowError{Hash: it.Hash, Range: it.Range, Err: err})
+			continue
+		}
+		rows = append(rows, r)
+	}
+	if len(bad) > 0 {
+		return rows, bad
+	}
+	return rows, nil
+}
+
 // Index is what the rows of a Store mean. Its methods may be called concurrently;
 // every write may be repeated.
 type Index struct {
@@ -125,19 +162,28 @@ func (x *Index) PutWork(ctx context.Context, w WorkRow) error {
 	return x.store.Put(ctx, items)
 }
 
-// Work returns the work rows of a day and shard, ordered by block id.
+// Work returns the work rows of a day and shard, ordered by block id, of which some may
+// be left out: then the error is a RowErrors.
 func (x *Index) Work(ctx context.Context, day int64, shard int) ([]WorkRow, error) {
 	items, err := x.store.Query(ctx, Query{Hash: workHash(day, shard), Consistent: true})
 	if err != nil {
 		return nil, fmt.Errorf("work rows of day %d, shard %d: %w", day, shard, err)
 	}
+	return decodeWork(day, shard, items)
+}
+
+// decodeWork puts the parts of rows together.
+func decodeWork(day int64, shard int, items []Item) ([]WorkRow, error) {
+	parts, err := decodeAll(items, func(it Item) (WorkRow, error) { return decodeWorkRow(day, shard, it) })
 	var rows []WorkRow
-	for _, it := range items {
-		if rows, err = decodeWorkRow(day, shard, it, rows); err != nil {
-			return nil, rowError(it, err)
+	for _, p := range parts {
+		if n := len(rows); n > 0 && rows[n-1].Block == p.Block {
+			rows[n-1].Tenants = append(rows[n-1].Tenants, p.Tenants...)
+			continue
 		}
+		rows = append(rows, p)
 	}
-	return rows, nil
+	return rows, err
 }
 
 // DeleteWork removes a work row.

@@ -119,7 +119,9 @@ func (s GuardState) String() string {
 // kind comes first.
 func blockHash(tenant string) string { return "b/" + tenant }
 
-func workHash(day int64, shard int) string { return fmt.Sprintf("w/%d/%d", day, shard) }
+const workPrefix = "w/"
+
+func workHash(day int64, shard int) string { return fmt.Sprintf("%s%d/%d", workPrefix, day, shard) }
 
 func guardHash(block ulid.ULID) string { return "g/" + block.String() }
 
@@ -360,16 +362,16 @@ func (w *WorkRow) encode() ([]Item, error) {
 	return items, nil
 }
 
-// decodeWorkRow adds an item to row if it is a further part of it.
-func decodeWorkRow(day int64, shard int, it Item, rows []WorkRow) ([]WorkRow, error) {
+// decodeWorkRow reads a part of a row.
+func decodeWorkRow(day int64, shard int, it Item) (WorkRow, error) {
+	w := WorkRow{Day: day, Shard: shard}
 	if len(it.Range) != ulidSize+2 {
-		return rows, fmt.Errorf("%w: range key of %d bytes", ErrCorrupt, len(it.Range))
+		return w, fmt.Errorf("%w: range key of %d bytes", ErrCorrupt, len(it.Range))
 	}
 	d, err := open(it, workVersion)
 	if err != nil {
-		return rows, err
+		return w, err
 	}
-	w := WorkRow{Day: day, Shard: shard}
 	copy(w.Block[:], it.Range)
 	w.Level = Level(d.byte())
 	w.Object = d.text()
@@ -378,14 +380,7 @@ func decodeWorkRow(day int64, shard int, it Item, rows []WorkRow) ([]WorkRow, er
 	for i := range w.Tenants {
 		w.Tenants[i] = d.text()
 	}
-	if err := d.end(); err != nil {
-		return rows, err
-	}
-	if n := len(rows); n > 0 && rows[n-1].Block == w.Block {
-		rows[n-1].Tenants = append(rows[n-1].Tenants, w.Tenants...)
-		return rows, nil
-	}
-	return append(rows, w), nil
+	return w, d.end()
 }
 
 func encodeGuard(block ulid.ULID, s GuardState) Item {

@@ -116,14 +116,14 @@ func TestWorkRow(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		var rows []WorkRow
 		for _, it := range items {
 			if len(it.Value) > MaxValue {
 				t.Errorf("%d tenants: value of %d bytes", n, len(it.Value))
 			}
-			if rows, err = decodeWorkRow(w.Day, w.Shard, it, rows); err != nil {
-				t.Fatal(err)
-			}
+		}
+		rows, err := decodeWork(w.Day, w.Shard, items)
+		if err != nil {
+			t.Fatal(err)
 		}
 		if d := cmp.Diff([]WorkRow{w}, rows); d != "" {
 			t.Errorf("(-want +got):\n%s", d)
@@ -175,7 +175,7 @@ func FuzzDecodeRows(f *testing.F) {
 				t.Fatalf("%v, %v, want %v", r2, err, r)
 			}
 		}
-		_, _ = decodeWorkRow(1, 2, seal(k, append([]byte(nil), body...)), nil)
+		_, _ = decodeWorkRow(1, 2, seal(k, append([]byte(nil), body...)))
 		_, _ = decodeGuard(seal(k, append([]byte(nil), body...)))
 	})
 }
