@@ -1,6 +1,9 @@
 package codec
 
-import "math"
+import (
+	"math"
+	"slices"
+)
 
 // BitsScale is the scale of integers that are the bits of floats, ordered as the
 // numbers are; a lower scale is a number of decimals.
@@ -49,15 +52,9 @@ func ScaledInts(dst []int64, v []float64, scale byte) ([]int64, bool) {
 		}
 		return dst, true
 	}
-	power := powersOf10[scale]
-	for _, x := range v {
-		i, ok := toDecimal(x, power)
-		if !ok {
-			return dst, false
-		}
-		dst = append(dst, i)
-	}
-	return dst, true
+	from := len(dst)
+	dst = slices.Grow(dst, len(v))[:from+len(v)]
+	return dst, decimalInts(dst[from:], v, int(scale)) == len(v)
 }
 
 // ScaledFloats sets dst to the floats that integers of a scale are; there are as

@@ -67,3 +67,26 @@ func TestDecimalsAreDivided(t *testing.T) {
 		}
 	}
 }
+
+// TestDecimalInts compares with one value after the other.
+func TestDecimalInts(t *testing.T) {
+	r := rand.New(rand.NewPCG(1, 2))
+	for range 200_000 {
+		k := r.IntN(maxDecimals + 1)
+		x := float64(r.Int64N(1<<r.IntN(63)+1)) / powersOf10[r.IntN(maxDecimals+1)]
+		switch r.IntN(20) {
+		case 0:
+			x = math.Float64frombits(r.Uint64())
+		case 1:
+			x = []float64{math.Copysign(0, -1), math.Inf(1), math.NaN(), 1e15, 1e15 - 0.5, 1 << 62, 1<<51 - 0.5}[r.IntN(7)]
+		}
+		if r.IntN(2) == 0 {
+			x = -x
+		}
+		var got [1]int64
+		want, ok := toDecimal(x, powersOf10[k])
+		if n := decimalInts(got[:], []float64{x}, k); (n == 1) != ok || ok && got[0] != want {
+			t.Fatalf("%v of %d decimals: %d, %d of 1, want %d, %t", x, k, got[0], n, want, ok)
+		}
+	}
+}

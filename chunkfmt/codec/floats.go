@@ -169,12 +169,10 @@ func (e *Encoder) toDecimals(v []float64, decimals int) bool {
 	e.ints, e.exceptions = slices.Grow(e.ints[:0], len(v)), e.exceptions[:0]
 	limit := len(v)/8 + 1
 	for i := 0; i < len(v); i++ {
-		if decimals == 0 {
-			n := wholes(e.ints[i:len(v)], v[i:])
-			e.ints = e.ints[:i+n]
-			if i += n; i == len(v) {
-				break
-			}
+		n := decimalInts(e.ints[i:len(v)], v[i:], decimals)
+		e.ints = e.ints[:i+n]
+		if i += n; i == len(v) {
+			break
 		}
 		if k, ok := toDecimal(v[i], power); ok {
 			e.ints = append(e.ints, k)
@@ -199,6 +197,32 @@ func wholes(dst []int64, v []float64) int {
 			return i
 		}
 		dst[i] = k
+	}
+	return len(v)
+}
+
+// magic is such that the sum of it and another float has no digits behind the point, and
+// that its bits and those of magic differ by as much as it and magic do, if the magnitude
+// of the other is less than 1<<51.
+const magic = 3 << 51
+
+// decimalInts is wholes for any number of decimals.
+func decimalInts(dst []int64, v []float64, decimals int) int {
+	if decimals == 0 {
+		return wholes(dst, v)
+	}
+	power := powersOf10[decimals]
+	dst = dst[:len(v)]
+	for i, x := range v {
+		p := x * power
+		if !(p < 1e15 && p > -1e15) {
+			return i
+		}
+		p += magic
+		if math.Float64bits((p-magic)/power) != math.Float64bits(x) {
+			return i
+		}
+		dst[i] = int64(math.Float64bits(p) - math.Float64bits(magic))
 	}
 	return len(v)
 }

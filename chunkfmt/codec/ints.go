@@ -32,14 +32,7 @@ func (e *Encoder) AppendInts(dst []byte, v []int64) []byte {
 	if len(v) == 0 {
 		return dst
 	}
-	changes := 0
-	last := v[0]
-	for _, x := range v {
-		if x != last {
-			changes++
-		}
-		last = x
-	}
+	changes := changes(v)
 	if changes == 0 {
 		return binary.AppendVarint(append(dst, formConst), v[0])
 	}
@@ -52,6 +45,18 @@ func (e *Encoder) AppendInts(dst []byte, v []int64) []byte {
 	default:
 		return e.appendScaled(dst, v, plain)
 	}
+}
+
+// changes counts the values that differ from the one before.
+func changes(v []int64) int {
+	n := int64(0)
+	last := v[0]
+	for _, x := range v {
+		d := x - last
+		n -= (d | -d) >> 63
+		last = x
+	}
+	return int(n)
 }
 
 // AppendNoise is AppendInts for integers of which a look at the differences
@@ -152,8 +157,17 @@ func (e *Encoder) packedOrDelta(v []int64) (cost int, form byte) {
 }
 
 func appendDeltas(dst, v []int64) []int64 {
-	for i := 1; i < len(v); i++ {
-		dst = append(dst, v[i]-v[i-1])
+	if len(v) == 0 {
+		return dst
+	}
+	from := len(dst)
+	dst = slices.Grow(dst, len(v)-1)[:from+len(v)-1]
+	out, next := dst[from:], v[1:]
+	last := v[0]
+	out = out[:len(next)]
+	for i, x := range next {
+		out[i] = x - last
+		last = x
 	}
 	return dst
 }

@@ -70,14 +70,22 @@ func (e *Encoder) chooseFrame(v []int64, estimate bool) frame {
 	if w0 == 0 {
 		return best
 	}
-	// Outliers above: bit lengths from the minimum. Below: from the maximum.
-	var up, down [65]uint16
-	for _, x := range v {
-		up[bits.Len64(uint64(x-lo))]++
-		down[bits.Len64(uint64(hi-x))]++
+	// Outliers above: bit lengths from the minimum. Below: from the maximum. Most often
+	// there are none, or too many to be outliers.
+	above, below := len(v), len(v)
+	if w0 < 64 {
+		half := int64(1) << (w0 - 1)
+		above, below = outside(v, hi-half+1, lo+half)
 	}
-	best.fewer(len(v), w0, &up, lo, 0)
-	best.fewer(len(v), w0, &down, hi, 1)
+	var lens [65]uint16
+	if above <= mostPatches(len(v)) || w0 == 64 {
+		bitLens(&lens, v, lo, 1)
+		best.fewer(len(v), w0, &lens, lo, 0)
+	}
+	if below <= mostPatches(len(v)) || w0 == 64 {
+		bitLens(&lens, v, hi, -1)
+		best.fewer(len(v), w0, &lens, hi, 1)
+	}
 	switch {
 	case w0 < 4 || e.noise:
 	case estimate:
@@ -88,19 +96,70 @@ func (e *Encoder) chooseFrame(v []int64, estimate bool) frame {
 	return best
 }
 
+// mostPatches is how many of n values may be patches at most, but for frames that leave
+// out values at both ends.
+func mostPatches(n int) int { return n/4 + 1 }
+
+// Each of the loops that follow is a function of its own, and not inlined, for what it
+// needs to stay in registers.
+
 // ends are the least and the greatest value.
+//
+//go:noinline
 func ends(v []int64) (lo, hi int64) {
 	lo, hi = v[0], v[0]
 	lo2, hi2 := lo, hi // two at a time are faster than one
-	for len(v) >= 2 {
-		lo, hi = min(lo, v[0]), max(hi, v[0])
-		lo2, hi2 = min(lo2, v[1]), max(hi2, v[1])
-		v = v[2:]
+	for len(v) >= 4 {
+		x := (*[4]int64)(v)
+		lo, hi = min(lo, x[0]), max(hi, x[0])
+		lo2, hi2 = min(lo2, x[1]), max(hi2, x[1])
+		lo, hi = min(lo, x[2]), max(hi, x[2])
+		lo2, hi2 = min(lo2, x[3]), max(hi2, x[3])
+		v = v[4:]
 	}
-	if len(v) > 0 {
-		lo, hi = min(lo, v[0]), max(hi, v[0])
+	for _, x := range v {
+		lo, hi = min(lo, x), max(hi, x)
 	}
 	return min(lo, lo2), max(hi, hi2)
+}
+
+// outside counts the values that aren't less than above, and those that are less than
+// below, from neither of which they are 1<<63 away.
+//
+//go:noinline
+func outside(v []int64, below, above int64) (over, under int) {
+	for len(v) >= 2 {
+		x := (*[2]int64)(v)
+		over += int((x[0]-above)>>63) + int((x[1]-above)>>63)
+		under -= int((x[0]-below)>>63) + int((x[1]-below)>>63)
+		over += 2
+		v = v[2:]
+	}
+	for _, x := range v {
+		over += int((x-above)>>63) + 1
+		under -= int((x - below) >> 63)
+	}
+	return over, under
+}
+
+// bitLens sets lens to how many values there are whose distance to an end of them, sign
+// times that, has so many bits.
+//
+//go:noinline
+func bitLens(lens *[65]uint16, v []int64, end, sign int64) {
+	var one, two [65]uint16 // two at a time are faster than one
+	for len(v) >= 2 {
+		x := (*[2]int64)(v)
+		one[bits.Len64(uint64((x[0]-end)*sign))]++
+		two[bits.Len64(uint64((x[1]-end)*sign))]++
+		v = v[2:]
+	}
+	for _, x := range v {
+		one[bits.Len64(uint64((x-end)*sign))]++
+	}
+	for i := range lens {
+		lens[i] = one[i] + two[i]
+	}
 }
 
 // twoEnds are the least and the greatest value, and those next to them, which are the same
@@ -134,7 +193,7 @@ func (f *frame) fewer(n, w0 int, lens *[65]uint16, anchor, down int64) {
 		k := int(lens[w+1])
 		patches += k
 		extra += k * patchCost(w+1)
-		if patches > n/4+1 {
+		if patches > mostPatches(n) {
 			return
 		}
 		if c := packedLen(n, roundWidth(w)) + extra; c < f.cost {
@@ -149,13 +208,26 @@ func (f *frame) fewer(n, w0 int, lens *[65]uint16, anchor, down int64) {
 // twoSided guesses from a few values whether the middle ones lie much closer
 // together than the outer ones.
 func (e *Encoder) twoSided(v []int64, w0 int) bool {
-	var s [16]int64
-	k := min(len(v), len(s))
-	for i := range k {
-		s[i] = v[i*len(v)/k]
+	const looked, left = 16, 2 // left out at both ends
+	if len(v) < looked {
+		s := append(e.sorted[:0], v...)
+		e.sorted = s
+		slices.Sort(s)
+		return bits.Len64(uint64(s[len(s)-1-len(s)/6]-s[len(s)/6]))+1 < w0
 	}
-	slices.Sort(s[:k])
-	return bits.Len64(uint64(s[k-1-k/6]-s[k/6]))+1 < w0
+	// The three least and the three greatest of them, in order.
+	lo, hi := [left + 1]int64{math.MaxInt64, math.MaxInt64, math.MaxInt64}, [left + 1]int64{math.MinInt64, math.MinInt64, math.MinInt64}
+	for i := range looked {
+		x := v[i*len(v)/looked]
+		y := x
+		lo[0], x = min(lo[0], x), max(lo[0], x)
+		lo[1], x = min(lo[1], x), max(lo[1], x)
+		lo[2] = min(lo[2], x)
+		hi[0], y = max(hi[0], y), min(hi[0], y)
+		hi[1], y = max(hi[1], y), min(hi[1], y)
+		hi[2] = max(hi[2], y)
+	}
+	return bits.Len64(uint64(hi[left]-lo[left]))+1 < w0
 }
 
 // window looks for the best frame that leaves out values at both ends.
