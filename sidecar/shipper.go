@@ -94,6 +94,7 @@ type shipper struct {
 	lastStatus     time.Time
 	lastData       time.Time
 	lastIdle       time.Time
+	lastKeep       time.Time
 	gcDone         int // the WAL checkpoint without whose series the dictionary is
 	gcNext, gcFrom int // the one to do next, once all before segment gcFrom is durable
 	warned         map[string]bool
@@ -211,9 +212,6 @@ func (s *shipper) housekeep(ctx context.Context) {
 		s.lastIdle = now
 		s.endIdle()
 		s.blocks.finish()
-		if err := s.files.Keep(s.keepFrom()); err != nil {
-			s.once("keep").Warn("WAL segments can't be kept, trying on", "err", err)
-		}
 	}
 	if now.Sub(s.lastCollect) >= s.opts.CheckpointInterval {
 		s.lastCollect = now
@@ -248,6 +246,14 @@ func (s *shipper) tend(ctx context.Context) {
 			o.detached, s.dirty = false, true
 			o.session.counted = false
 			s.logger.Info("ingester gets samples again", "owner", o.member.ID)
+		}
+	}
+	if now.Sub(s.lastKeep) >= time.Second {
+		// While samples wait for room, for hours maybe, Prometheus goes on to
+		// write segments and to delete them.
+		s.lastKeep = now
+		if err := s.files.Keep(s.keepFrom()); err != nil {
+			s.once("keep").Warn("WAL segments can't be kept, trying on", "err", err)
 		}
 	}
 	if now.Sub(s.lastCheckpoint) >= s.opts.CheckpointInterval {

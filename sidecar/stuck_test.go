@@ -2,6 +2,7 @@ package sidecar
 
 import (
 	"context"
+	"fmt"
 	"os"
 	"path/filepath"
 	"sync/atomic"
@@ -91,6 +92,40 @@ func TestStuckOwnerBecomesTheLast(t *testing.T) {
 	sh.flush(ctx, ss)
 	if parts := sh.acc.parts(sh.split); len(parts) != 1 || parts[0].Copies[0].Lost || len(parts[0].Copies[0].Sent) != 1 || parts[0].Copies[0].Sent[0].Seq != 2 || ss.stuck != nil {
 		t.Errorf("after it opened: %+v, stuck %v", parts, ss.stuck != nil)
+	}
+}
+
+// While the tail waits for room in a window, what Prometheus writes meanwhile is
+// kept, or it would be gone when the tail comes to it.
+func TestKeepWhileStuck(t *testing.T) {
+	dir := t.TempDir()
+	if err := os.MkdirAll(filepath.Join(dir, "wal"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	segment := func(name string) string { return filepath.Join(dir, "wal", name) }
+	if err := os.WriteFile(segment("00000000"), nil, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	sh, _, stop := benchShipper(t, dir, 1)
+	defer stop()
+	v := &valve{}
+	sh.connect = func(ring.Member) link { return v }
+	sh.resplit()
+	ss := sh.sessionOf(t.Context(), sh.owners["ingester-0"])
+	ss.float(ss.say(labels.FromStrings("__name__", "x")), 0, 1000, 1)
+	v.shut.Store(true)
+	for _, name := range []string{"00000001", "00000002"} {
+		if err := os.WriteFile(segment(name), []byte(name), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Millisecond)
+	defer cancel()
+	sh.flush(ctx, ss)
+	for i := 1; i <= 2; i++ {
+		if _, err := os.Stat(filepath.Join(sh.opts.DataDir, "segments", fmt.Sprintf("0-%08d", i))); err != nil {
+			t.Errorf("a segment written while the tail waited isn't kept: %v", err)
+		}
 	}
 }
 
