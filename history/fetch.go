@@ -115,7 +115,8 @@ const (
 	// than asked for twice: about what a request's latency is worth.
 	maxGap = 256 << 10
 	// maxRun is where a run of near pages is cut, so that its parts are read at
-	// the same time.
+	// the same time, and how much of an object is read along at most for the sake of few
+	// GETs.
 	maxRun = 8 << 20
 	// getsPerCall is how many GETs one call has under way.
 	getsPerCall = 32
@@ -124,9 +125,20 @@ const (
 // fetching says how pages are to be got.
 type fetching struct {
 	tenant string // whose they are
-	// runs, if not 0, is into how many GETs the pages of an object are put at
-	// most, whatever lies between them: for pages that lie close together.
+	// runs, if not 0, is into how many GETs the pages of an object are put if they
+	// lie close together: if what lies between them isn't more than maxRun, and no GET
+	// gets larger than that.
 	runs int
+	hold func(bytes int64) // as Snapshot.Hold, of what is read at the moment
+}
+
+// fetch gets pages for the snapshot. seriesRuns is fetching.runs.
+func (s *Snapshot) fetch(ctx context.Context, seriesRuns int, wants []want) ([]page, error) {
+	hold := s.Hold
+	if hold == nil {
+		hold = func(int64) {}
+	}
+	return s.h.fetch(ctx, s.Stats, fetching{tenant: s.Tenant, runs: seriesRuns, hold: hold}, wants)
 }
 
 // fetch gets pages from memory, memcached or the object store; out[i] is wants[i].
@@ -227,6 +239,8 @@ func (h *History) load(ctx context.Context, stats *Stats, how fetching, wants []
 	g.SetLimit(getsPerCall)
 	for _, run := range coalesce(how, wants, absent) {
 		g.Go(func() error {
+			how.hold(run.at.Size)
+			defer how.hold(-run.at.Size)
 			b, err := h.get(ctx, stats, run.object, run.at)
 			var errs []error
 			for _, p := range run.pages {
@@ -356,35 +370,56 @@ func coalesce(how fetching, wants []want, ps []pendingPage) []run {
 	start := 0 // of the runs of the present object
 	for _, p := range ps {
 		w := &wants[p.i]
-		if n := len(out); n > 0 && out[n-1].object == w.object {
-			r := &out[n-1]
-			end := max(r.at.End(), w.at.End())
-			if w.at.Offset-r.at.End() <= maxGap && (end-r.at.Offset <= maxRun || how.runs > 0) {
-				r.at.Size = end - r.at.Offset
-				r.pages = append(r.pages, p)
-				continue
-			}
-		} else {
-			start = n
+		next := run{object: w.object, at: w.at, pages: []pendingPage{p}}
+		if n := len(out); n > start && out[start].object != w.object {
+			out = append(out[:start], fewer(how, out[start:])...)
+			start = len(out)
+		} else if n > start && next.gap(&out[n-1]) <= maxGap && out[n-1].join(&next) {
+			continue
 		}
-		out = append(out, run{object: w.object, at: w.at, pages: []pendingPage{p}})
-		if how.runs > 0 && len(out)-start > how.runs {
-			out = joinNearest(out, start)
+		out = append(out, next)
+	}
+	return append(out[:start], fewer(how, out[start:])...)
+}
+
+// gap is what lies between a run and the one before, in bytes.
+func (r *run) gap(before *run) int64 { return r.at.Offset - before.at.End() }
+
+// join puts the next run to this one, unless they are too much for one GET.
+func (r *run) join(next *run) bool {
+	end := max(r.at.End(), next.at.End())
+	if end-r.at.Offset > maxRun {
+		return false
+	}
+	r.at.Size = end - r.at.Offset
+	r.pages = append(r.pages, next.pages...)
+	return true
+}
+
+// fewer joins runs of an object over the least gaps, as how says.
+func fewer(how fetching, runs []run) []run {
+	if how.runs == 0 || len(runs) <= how.runs {
+		return runs
+	}
+	least := make([]int, len(runs)-1) // runs, but the first, by the gap before them
+	for i := range least {
+		least[i] = i + 1
+	}
+	gap := func(i int) int64 { return runs[i].gap(&runs[i-1]) }
+	slices.SortStableFunc(least, func(a, b int) int { return cmp.Compare(gap(a), gap(b)) })
+	over := make([]bool, len(runs))
+	between := int64(0)
+	for _, i := range least[:len(runs)-how.runs] {
+		if between += max(0, gap(i)); between > maxRun {
+			break
+		}
+		over[i] = true
+	}
+	out := runs[:1]
+	for i := 1; i < len(runs); i++ {
+		if !over[i] || !out[len(out)-1].join(&runs[i]) {
+			out = append(out, runs[i])
 		}
 	}
 	return out
-}
-
-// joinNearest joins the two neighbours from start on that lie closest together.
-func joinNearest(runs []run, start int) []run {
-	best := start
-	for i := start; i+1 < len(runs); i++ {
-		if runs[i+1].at.Offset-runs[i].at.End() < runs[best+1].at.Offset-runs[best].at.End() {
-			best = i
-		}
-	}
-	r := &runs[best]
-	r.at.Size = max(r.at.End(), runs[best+1].at.End()) - r.at.Offset
-	r.pages = append(r.pages, runs[best+1].pages...)
-	return slices.Delete(runs, best+1, best+2)
 }

@@ -30,7 +30,7 @@ func (s *Snapshot) directories(ctx context.Context, bs []*Block) ([]*chunkfmt.Di
 			return nil, err
 		}
 	}
-	pages, err := s.h.fetch(ctx, s.Stats, fetching{tenant: s.Tenant}, wants)
+	pages, err := s.fetch(ctx, 0, wants)
 	if err != nil {
 		return nil, err
 	}
@@ -56,7 +56,7 @@ func (s *Snapshot) labelPages(ctx context.Context, bs []*Block, dirs []*chunkfmt
 		}
 		wants, of = append(wants, w), append(of, i)
 	}
-	pages, err := s.h.fetch(ctx, s.Stats, fetching{tenant: s.Tenant}, wants)
+	pages, err := s.fetch(ctx, 0, wants)
 	if err != nil {
 		return nil, err
 	}
@@ -165,7 +165,7 @@ func (s *Snapshot) seriesPages(ctx context.Context, bs []*Block, ms []*labels.Ma
 	held := tally{s: s}
 	defer held.release()
 	held.add(pageFactor * size)
-	pages, err := s.h.fetch(ctx, s.Stats, fetching{tenant: s.Tenant, runs: seriesRuns}, wants)
+	pages, err := s.fetch(ctx, seriesRuns, wants)
 	if err != nil {
 		return err
 	}
@@ -236,7 +236,7 @@ func (s *Snapshot) Share(ctx context.Context, ms []*labels.Matcher, mint, maxt i
 		for i := range n {
 			some = append(some, all[i*len(all)/n])
 		}
-		pages, err := s.h.fetch(ctx, s.Stats, fetching{tenant: s.Tenant}, some)
+		pages, err := s.fetch(ctx, 0, some)
 		if err != nil {
 			return err
 		}

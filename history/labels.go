@@ -15,7 +15,7 @@ import (
 )
 
 // labelReadRuns keeps label names, label values and series at three GETs per
-// block: directory, label page, series pages.
+// block, if it isn't too large: directory, label page, series pages.
 const labelReadRuns = 1
 
 // Series returns the labels of the series that match all of ms and have samples, or
@@ -194,7 +194,7 @@ func (s *Snapshot) allLabelPages(ctx context.Context, bs []*Block) ([]*chunkfmt.
 			wants, of = append(wants, w), append(of, i)
 		}
 	}
-	pages, err := s.h.fetch(ctx, s.Stats, fetching{tenant: s.Tenant, runs: labelReadRuns}, wants)
+	pages, err := s.fetch(ctx, labelReadRuns, wants)
 	if err != nil {
 		return nil, err
 	}
@@ -229,7 +229,7 @@ func (s *Snapshot) allLabelValues(ctx context.Context, bs []*Block, name string)
 			wants = append(wants, w)
 		}
 	}
-	pages, err := s.h.fetch(ctx, s.Stats, fetching{tenant: s.Tenant}, wants)
+	pages, err := s.fetch(ctx, 0, wants)
 	if err != nil {
 		return nil, err
 	}

@@ -244,7 +244,7 @@ func (ss *SeriesSet) load(ctx context.Context) error {
 	for i, held := range absent {
 		wants[i] = held.want
 	}
-	pages, err := ss.s.h.fetch(ctx, ss.s.Stats, fetching{tenant: ss.s.Tenant}, wants)
+	pages, err := ss.s.fetch(ctx, 0, wants)
 	if err != nil {
 		return err
 	}
@@ -659,7 +659,7 @@ func (s *Snapshot) Exemplars(ctx context.Context, sets [][]*labels.Matcher, mint
 		for page := range seen {
 			held.add(sizes[page])
 		}
-		pages, err := s.h.fetch(ctx, s.Stats, fetching{tenant: s.Tenant}, wants)
+		pages, err := s.fetch(ctx, 0, wants)
 		if err != nil {
 			return err
 		}

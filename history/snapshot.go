@@ -50,8 +50,9 @@ type Snapshot struct {
 	Hidden *Hidden
 	Stats  *Stats
 	// Hold is told of bytes of memory that are taken, or given back if negative, for what
-	// is found in blocks: series pages, and series until a SeriesSet has them. To end
-	// the read it ends its context. nil: nobody wants to know.
+	// is read and found in blocks: what a GET brings until its pages are parsed, series pages, and
+	// series until a SeriesSet has them. To end the read it ends its context. It is called
+	// concurrently. nil: nobody wants to know.
 	Hold func(bytes int64)
 
 	h    *History

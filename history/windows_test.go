@@ -379,8 +379,8 @@ func TestGoneGap(t *testing.T) {
 					q.Elsewhere = func(labels.Labels) []chunkfmt.Range { return test.elsewhere }
 				}
 				snap := snapshot(t, h, "a", 0, math.MaxInt64)
-				var now, most int64
-				snap.Hold = func(n int64) { now += n; most = max(most, now) }
+				var held meter
+				snap.Hold = held.hold
 				set, err := snap.SelectWindows(t.Context(), nil, start+1, start+5*rollup.Long, q)
 				if err != nil {
 					t.Fatal(err)
@@ -421,7 +421,7 @@ func TestGoneGap(t *testing.T) {
 				if in := Overlap(covered, []chunkfmt.Range{hours(3, 3)}); test.elsewhere != nil && len(in) > 0 {
 					t.Errorf("%v is covered, though a head has samples there", in)
 				}
-				if now != 0 || most == 0 {
+				if now, most := held.now.Load(), held.most.Load(); now != 0 || most == 0 {
 					t.Errorf("%d bytes are still held, of %d", now, most)
 				}
 			})

@@ -1,0 +1,151 @@
+package history
+
+import (
+	"context"
+	"fmt"
+	"slices"
+	"sync/atomic"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/prometheus/prometheus/model/labels"
+
+	"github.com/epimetheus-tsdb/epimetheus/chunkfmt"
+	"github.com/epimetheus-tsdb/epimetheus/chunkfmt/rollup"
+	"github.com/epimetheus-tsdb/epimetheus/history/object"
+)
+
+// meter is what a snapshot's Hold was told of.
+type meter struct{ now, most atomic.Int64 }
+
+func (m *meter) hold(bytes int64) {
+	now := m.now.Add(bytes)
+	for {
+		most := m.most.Load()
+		if now <= most || m.most.CompareAndSwap(most, now) {
+			return
+		}
+	}
+}
+
+// meteredObjects looks whether what is read at the same time has been told of.
+type meteredObjects struct {
+	object.Store
+	meter   *meter
+	reading atomic.Int64
+	untold  atomic.Int64 // bytes, at the most
+}
+
+func (o *meteredObjects) GetRange(ctx context.Context, key string, off, n int64) ([]byte, error) {
+	defer o.reading.Add(-n)
+	if untold := o.reading.Add(n) - o.meter.now.Load(); untold > o.untold.Load() {
+		o.untold.Store(untold)
+	}
+	return o.Store.GetRange(ctx, key, off, n)
+}
+
+// TestCoalesce: pages of labels are put into few GETs, but neither is much read along for
+// that, nor is a GET large.
+func TestCoalesce(t *testing.T) {
+	const page = 64 << 10
+	type get struct {
+		object string
+		at     chunkfmt.Location
+		pages  int
+	}
+	at := func(offset int64) chunkfmt.Location { return chunkfmt.Location{Offset: offset, Size: page} }
+	row := func(from, step int64, n int) (out []chunkfmt.Location) {
+		for i := range int64(n) {
+			out = append(out, at(from+i*step))
+		}
+		return out
+	}
+	for _, test := range []struct {
+		name  string
+		pages []chunkfmt.Location
+		want  []get // with a single GET wanted; of each of the objects
+	}{
+		{"one", row(100, 0, 1), []get{{at: at(100), pages: 1}}},
+		{"near", row(100, 2*page, 10), []get{{at: chunkfmt.Location{Offset: 100, Size: 19 * page}, pages: 10}}},
+		{"over gaps", row(0, 16*page, 6), []get{{at: chunkfmt.Location{Size: 81 * page}, pages: 6}}},
+		{"far apart", []chunkfmt.Location{at(100 << 20), at(220 << 20)}, []get{{at: at(100 << 20), pages: 1}, {at: at(220 << 20), pages: 1}}},
+		{
+			"the nearest first", []chunkfmt.Location{at(0), at(6 << 20), at(8 << 20), at(9 << 20)},
+			[]get{{at: at(0), pages: 1}, {at: chunkfmt.Location{Offset: 6 << 20, Size: 3<<20 + page}, pages: 3}},
+		},
+		{
+			"many", row(0, page, 300),
+			[]get{{at: chunkfmt.Location{Size: maxRun}, pages: 128}, {at: chunkfmt.Location{Offset: maxRun, Size: maxRun}, pages: 128}, {at: chunkfmt.Location{Offset: 2 * maxRun, Size: 44 * page}, pages: 44}},
+		},
+		{"a large one", []chunkfmt.Location{{Offset: 5, Size: 2 * maxRun}}, []get{{at: chunkfmt.Location{Offset: 5, Size: 2 * maxRun}, pages: 1}}},
+	} {
+		var wants []want
+		var pending []pendingPage
+		var expected []get
+		for _, o := range []string{"a", "b", "c"} {
+			for _, l := range test.pages {
+				pending = append(pending, pendingPage{i: len(wants)})
+				wants = append(wants, want{object: o, kind: seriesPage, at: l})
+			}
+			for _, g := range test.want {
+				g.object = o
+				expected = append(expected, g)
+			}
+		}
+		slices.Reverse(pending)
+		var got []get
+		for _, r := range coalesce(fetching{runs: 1}, wants, pending) {
+			got = append(got, get{r.object, r.at, len(r.pages)})
+			for _, p := range r.pages {
+				if w := wants[p.i]; w.object != r.object || w.at.Offset < r.at.Offset || w.at.End() > r.at.End() {
+					t.Errorf("%s: a page at %v is in a GET of %v", test.name, w.at, r.at)
+				}
+			}
+		}
+		if d := cmp.Diff(expected, got, cmp.AllowUnexported(get{})); d != "" {
+			t.Errorf("%s (-want +got):\n%s", test.name, d)
+		}
+	}
+}
+
+// TestHoldReads: what is read is told of before, what lies between pages too, and given
+// back.
+func TestHoldReads(t *testing.T) {
+	st := localStores(t)
+	w := st.open(t, nil)
+	for b := range int64(3) {
+		var all []*chunkfmt.Series
+		for i := range 2000 {
+			all = append(all, floats(b*Window+1, 60_000, 300, func(i int) float64 { return float64(i % 7) }, "__name__", fmt.Sprintf("m_%04d", i), "job", fmt.Sprint(i%100)))
+		}
+		publishWith(t, w, tenantSeries{"a": all}, chunkfmt.WriterOptions{PageBytes: 4 << 10, PageSeries: 16, Rollups: true})
+	}
+	ms := []*labels.Matcher{labels.MustNewMatcher(labels.MatchRegexp, "__name__", "m_0000|m_0700|m_1999")}
+	for name, read := range map[string]func(s *Snapshot) error{
+		"series": func(s *Snapshot) error {
+			_, err := s.Series(t.Context(), ms, 0, 3*Window)
+			return err
+		},
+		"samples": func(s *Snapshot) error {
+			_, err := s.Select(t.Context(), ms, 0, 3*Window)
+			return err
+		},
+		"windows": func(s *Snapshot) error {
+			_, err := s.SelectWindows(t.Context(), ms, 0, 3*Window, Summaries{Width: rollup.Short, Columns: rollup.AllColumns &^ rollup.M2})
+			return err
+		},
+	} {
+		objects := &meteredObjects{Store: st.objects, meter: &meter{}}
+		s := snapshot(t, st.open(t, func(o *Options) { o.Objects = objects }), "a", 0, 3*Window)
+		s.Hold = objects.meter.hold
+		if err := read(s); err != nil {
+			t.Fatal(err)
+		}
+		if n := objects.untold.Load(); n > 0 {
+			t.Errorf("%s: %d bytes were read that nobody had told of", name, n)
+		}
+		if n := objects.meter.now.Load(); n != 0 {
+			t.Errorf("%s: %d bytes are held in the end", name, n)
+		}
+	}
+}
