@@ -287,19 +287,6 @@ func TestInvalidSeriesAreRefusedAndCounted(t *testing.T) {
 	if got := e.counted("epimetheus_ingester_refused_samples_total"); got != 8 {
 		t.Errorf("%v refusals counted", got)
 	}
-	// However many there are between two answers, all are counted.
-	s := &session{}
-	for seq := range uint64(1000) {
-		s.refuse(seq, head.ReasonInvalidSeries, head.Refusal{Samples: 1})
-	}
-	s.refuse(1000, head.ReasonSeriesLimit, head.Refusal{Samples: 1})
-	sum := uint64(0)
-	for _, r := range s.refused {
-		sum += r.Samples
-	}
-	if sum != 1001 || len(s.refused) != maxRefused+1 {
-		t.Errorf("%d refusals in %d entries", sum, len(s.refused))
-	}
 	// A flush makes room; the session need not say anything anew.
 	flush(t, e)
 	c.send(c.batch(2, 0, nil, 8, 3, 3))

@@ -163,7 +163,7 @@ func (r *receiver) Stream(ss shippb.Ship_StreamServer) error {
 	s.hearClock(hello.Clock)
 	welcome := &shippb.Welcome{
 		Version: ship.Version, Process: r.process[:], Ingester: r.member,
-		Received: r.acknowledged(s), Durable: s.durable, WindowBytes: r.window, Resumed: resumed,
+		Received: s.untold.before(r.acknowledged(s)), Durable: s.untold.before(s.durable), WindowBytes: r.window, Resumed: resumed,
 	}
 	s.mu.Unlock()
 	if err := ss.Send(&shippb.ToSidecar{Message: &shippb.ToSidecar_Welcome{Welcome: welcome}}); err != nil {
@@ -182,6 +182,7 @@ func (r *receiver) Stream(ss shippb.Ship_StreamServer) error {
 			cancel(err)
 		}
 	}()
+	s.wake() // there may be more to say than the welcome did
 	err = r.receive(ctx, ss, s)
 	cancel(err)
 	<-answered
@@ -212,9 +213,11 @@ func (r *receiver) attach(ctx context.Context, hello *shippb.Hello, st *stream) 
 		r.mu.Unlock()
 		s.mu.Lock()
 		old := s.stream
-		if old == nil && continues && hello.Received > s.received && !bug.Is(bug.HoleInLog) {
+		lost := hello.Received > s.received && !bug.Is(bug.HoleInLog)
+		if old == nil && continues && (lost || !s.untold.resume(hello.Received)) {
 			// A crash has cost the end of the commit log. The client has what is
-			// missing no more: it reads it again, for another session.
+			// missing no more: it reads it again, for another session. So it does
+			// if it can't be told what was refused.
 			s.mu.Unlock()
 			r.forget(s)
 			continue
@@ -424,8 +427,7 @@ func (r *receiver) answer(ctx context.Context, ss shippb.Ship_StreamServer, s *s
 		case <-beat.C:
 		}
 		s.mu.Lock()
-		ack := &shippb.Ack{Received: r.acknowledged(s), Durable: s.durable, Refused: s.refused}
-		s.refused = nil
+		ack := &shippb.Ack{Received: r.acknowledged(s), Durable: s.durable, Refused: s.untold.say()}
 		s.mu.Unlock()
 		if err := ss.Send(&shippb.ToSidecar{Message: &shippb.ToSidecar_Ack{Ack: ack}}); err != nil {
 			return err
@@ -480,6 +482,9 @@ func (r *receiver) receive(ctx context.Context, ss shippb.Ship_StreamServer, s *
 			silence.Reset(silenceLimit)
 			switch m := m.Message.(type) {
 			case *shippb.ToIngester_Batch:
+				if err := s.awaitRoom(ctx); err != nil {
+					return err
+				}
 				if err := r.admit(ctx, s.id.tenant); err != nil {
 					return err
 				}
@@ -542,13 +547,15 @@ func (r *receiver) apply(s *session, b *shippb.Batch, dec *ship.Decoder, cols *s
 	}
 	encoded := len(b.Columns)
 	b, future := refuseFuture(b, cols, &s.refs, now)
+	var invalid head.Refusal
 	for _, e := range b.Exemplars {
 		if !s.refs.Valid(e.Ref) {
 			return unknownRef(e.Ref)
 		}
 		x, ok := exemplarOf(e)
 		if !ok {
-			s.refuse(b.Seq, "invalid_exemplar", head.Refusal{Samples: 1, Example: s.refs.Labels(e.Ref)})
+			invalid.Samples++
+			invalid.Example = s.refs.Labels(e.Ref)
 			continue
 		}
 		batch.Exemplars = append(batch.Exemplars, x)
@@ -560,6 +567,16 @@ func (r *receiver) apply(s *session, b *shippb.Batch, dec *ship.Decoder, cols *s
 		batch.Metadata = append(batch.Metadata, metadataOf(m))
 	}
 	res := r.head.Append(s.id.tenant, &s.refs, &batch)
+	for reason, f := range map[head.Reason]head.Refusal{reasonFuture: future, reasonExemplar: invalid} {
+		if f.Samples > 0 {
+			if res.Refused == nil {
+				res.Refused = map[head.Reason]head.Refusal{}
+			}
+			res.Refused[reason] = f
+		}
+	}
+	b.Refused = refusals(b.Seq, res.Refused)
+	s.untold.add(b.Refused)
 	if r.log != nil {
 		r.write(s, b, known, refused, &res)
 	}
@@ -572,14 +589,7 @@ func (r *receiver) apply(s *session, b *shippb.Batch, dec *ship.Decoder, cols *s
 	r.metrics.samples.WithLabelValues("in_order").Add(float64(res.Appended))
 	r.metrics.samples.WithLabelValues("late").Add(float64(res.Late))
 	r.metrics.samples.WithLabelValues("duplicate").Add(float64(res.Duplicates))
-	if future.Samples > 0 {
-		if res.Refused == nil {
-			res.Refused = map[head.Reason]head.Refusal{}
-		}
-		res.Refused[reasonFuture] = future
-	}
 	for reason, f := range res.Refused {
-		s.refuse(b.Seq, reason, f)
 		r.metrics.refused.WithLabelValues(string(reason)).Add(float64(f.Samples))
 	}
 	s.wake()
@@ -609,6 +619,9 @@ func checkRefs(known *head.Refs, c *ship.Columns, withdraw []uint32) error {
 	}
 	return nil
 }
+
+// reasonExemplar is why an exemplar is refused that Prometheus wouldn't take.
+const reasonExemplar head.Reason = "invalid_exemplar"
 
 // exemplarOf is false for one that Prometheus wouldn't take either.
 func exemplarOf(e *shippb.Exemplar) (head.Exemplar, bool) {

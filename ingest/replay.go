@@ -144,6 +144,7 @@ type replayed struct {
 
 	gathered gathered // not yet appended
 
+	untold            untold
 	received, durable uint64
 	generation        uint64 // of received
 	broken            bool   // a batch is missing
@@ -252,7 +253,7 @@ func (p *replay) finish(now time.Time) int {
 		}
 		x := &session{
 			id: id, source: s.source, changed: make(chan struct{}, 1), refs: s.refs, received: s.received, durable: s.durable,
-			generation: s.generation, lastSeen: now,
+			generation: s.generation, lastSeen: now, untold: s.untold,
 		}
 		if s.received > s.durable {
 			x.marks = []mark{{p.generation, s.received}}
@@ -502,6 +503,7 @@ func (w *replayWorker) session(s *replayed, rec *commitlog.Session) {
 	case s.received > 0 && s.received == rec.First-1:
 		// It goes on, whole or broken.
 	case rec.Previous <= w.durableOf(s.id.tenant):
+		s.untold = untold{unsure: rec.First - 1} // its log is gone
 		s.received, s.durable, s.generation, s.broken = rec.First-1, rec.First-1, rec.Previous, false
 	default:
 		s.received, s.broken = rec.First-1, true
@@ -613,6 +615,10 @@ func (w *replayWorker) batch(s *replayed, rec *commitlog.Record) bool {
 			s.refs.Withdraw(ref)
 		}
 	}
+	for _, f := range rest.GetRefused() {
+		f.Seq = rec.Seq
+	}
+	s.untold.add(rest.GetRefused()) // they have been said, or not
 	s.received, s.generation = rec.Seq, w.generation
 	return true
 }

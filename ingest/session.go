@@ -1,13 +1,11 @@
 package ingest
 
 import (
-	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
 
 	"github.com/epimetheus-tsdb/epimetheus/ingest/head"
-	"github.com/epimetheus-tsdb/epimetheus/ingest/ship/shippb"
 )
 
 // sessionID is what the client chose; it counts under its tenant only.
@@ -30,13 +28,14 @@ type session struct {
 	durable  uint64
 	told     uint64 // durable, as the stream has last sent it
 	marks    []mark // ascending in both
-	refused  []*shippb.Refused
 	stream   *stream
 	lastSeen time.Time // of the end of the last stream
 	lag      time.Duration
 	rewinds  uint32
 	// succeeded: its source has begun another session while it had no stream.
 	succeeded bool
+
+	untold untold
 
 	// What the source's machine had for the time when it last said so.
 	clock   int64 // ms; 0: it has not said
@@ -54,10 +53,6 @@ type mark struct {
 	generation uint64
 	seq        uint64
 }
-
-// maxRefused bounds the refusals kept apart until the next answer; what comes
-// then is added to one with the same reason.
-const maxRefused = 64
 
 // stream is the connection that a session has at present.
 type stream struct {
@@ -115,17 +110,4 @@ func (s *session) wake() {
 	case s.changed <- struct{}{}:
 	default:
 	}
-}
-
-// refuse keeps a refusal for the next answer. The caller holds s.mu.
-func (s *session) refuse(seq uint64, reason head.Reason, r head.Refusal) {
-	if len(s.refused) >= maxRefused {
-		if i := slices.IndexFunc(s.refused, func(f *shippb.Refused) bool { return f.Reason == string(reason) }); i >= 0 {
-			s.refused[i].Samples += uint64(r.Samples)
-			return
-		}
-	}
-	s.refused = append(s.refused, &shippb.Refused{
-		Seq: seq, Reason: string(reason), Samples: uint64(r.Samples), Example: r.Example.String(),
-	})
 }

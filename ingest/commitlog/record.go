@@ -181,8 +181,8 @@ func (e *Entry) Batch(index uint64, b *shippb.Batch, refused, limited []uint32) 
 	e.ascending(limited)
 	e.uvarint(uint64(len(b.Columns)))
 	e.buf = append(e.buf, b.Columns...)
-	if len(b.Announce)+len(b.Withdraw)+len(b.Exemplars)+len(b.Metadata) > 0 {
-		rest := &shippb.Batch{Announce: b.Announce, Withdraw: b.Withdraw, Exemplars: b.Exemplars, Metadata: b.Metadata}
+	if len(b.Announce)+len(b.Withdraw)+len(b.Exemplars)+len(b.Metadata)+len(b.Refused) > 0 {
+		rest := &shippb.Batch{Announce: b.Announce, Withdraw: b.Withdraw, Exemplars: b.Exemplars, Metadata: b.Metadata, Refused: b.Refused}
 		var err error
 		if e.scratch, err = (proto.MarshalOptions{}).MarshalAppend(e.scratch[:0], rest); err != nil {
 			e.err = fmt.Errorf("batch %d: %w", b.Seq, err)

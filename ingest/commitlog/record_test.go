@@ -27,6 +27,7 @@ var (
 		Announce:  []*shippb.Series{{Ref: 3, Labels: []string{"__name__", "x"}}, {Ref: 4}},
 		Exemplars: []*shippb.Exemplar{{Ref: 3, T: -1, Value: 7, Labels: []string{"trace", "x"}}},
 		Metadata:  []*shippb.Metadata{{Ref: 3, Type: "counter", Help: "help"}},
+		Refused:   []*shippb.Refused{{Seq: 300, Reason: "series_limit", Samples: 3, Example: "x"}},
 	}
 	exampleMetadata = []Metadata{{Family: "x", Type: "counter", Unit: "bytes", Help: "…"}, {Family: "x", Metric: "x_total"}}
 )

@@ -412,6 +412,7 @@ type Batch struct {
 	Columns       []byte                 `protobuf:"bytes,4,opt,name=columns,proto3" json:"columns,omitempty"`           // samples; see the specification
 	Exemplars     []*Exemplar            `protobuf:"bytes,5,rep,name=exemplars,proto3" json:"exemplars,omitempty"`
 	Metadata      []*Metadata            `protobuf:"bytes,6,rep,name=metadata,proto3" json:"metadata,omitempty"`
+	Refused       []*Refused             `protobuf:"bytes,7,rep,name=refused,proto3" json:"refused,omitempty"` // in commit logs only: what the source is told of it; nobody sends it
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -484,6 +485,13 @@ func (x *Batch) GetExemplars() []*Exemplar {
 func (x *Batch) GetMetadata() []*Metadata {
 	if x != nil {
 		return x.Metadata
+	}
+	return nil
+}
+
+func (x *Batch) GetRefused() []*Refused {
+	if x != nil {
+		return x.Refused
 	}
 	return nil
 }
@@ -1034,14 +1042,15 @@ const file_ship_ship_proto_rawDesc = "" +
 	"\breceived\x18\x04 \x01(\x04R\breceived\x12\x18\n" +
 	"\adurable\x18\x05 \x01(\x04R\adurable\x12!\n" +
 	"\fwindow_bytes\x18\x06 \x01(\x04R\vwindowBytes\x12\x18\n" +
-	"\aresumed\x18\a \x01(\bR\aresumed\"\xfd\x01\n" +
+	"\aresumed\x18\a \x01(\bR\aresumed\"\xb4\x02\n" +
 	"\x05Batch\x12\x10\n" +
 	"\x03seq\x18\x01 \x01(\x04R\x03seq\x126\n" +
 	"\bannounce\x18\x02 \x03(\v2\x1a.epimetheus.ship.v1.SeriesR\bannounce\x12\x1a\n" +
 	"\bwithdraw\x18\x03 \x03(\rR\bwithdraw\x12\x18\n" +
 	"\acolumns\x18\x04 \x01(\fR\acolumns\x12:\n" +
 	"\texemplars\x18\x05 \x03(\v2\x1c.epimetheus.ship.v1.ExemplarR\texemplars\x128\n" +
-	"\bmetadata\x18\x06 \x03(\v2\x1c.epimetheus.ship.v1.MetadataR\bmetadata\"2\n" +
+	"\bmetadata\x18\x06 \x03(\v2\x1c.epimetheus.ship.v1.MetadataR\bmetadata\x125\n" +
+	"\arefused\x18\a \x03(\v2\x1b.epimetheus.ship.v1.RefusedR\arefused\"2\n" +
 	"\x06Series\x12\x10\n" +
 	"\x03ref\x18\x01 \x01(\rR\x03ref\x12\x16\n" +
 	"\x06labels\x18\x02 \x03(\tR\x06labels\"X\n" +
@@ -1118,16 +1127,17 @@ var file_ship_ship_proto_depIdxs = []int32{
 	5,  // 5: epimetheus.ship.v1.Batch.announce:type_name -> epimetheus.ship.v1.Series
 	6,  // 6: epimetheus.ship.v1.Batch.exemplars:type_name -> epimetheus.ship.v1.Exemplar
 	7,  // 7: epimetheus.ship.v1.Batch.metadata:type_name -> epimetheus.ship.v1.Metadata
-	9,  // 8: epimetheus.ship.v1.Heartbeat.coverage:type_name -> epimetheus.ship.v1.Coverage
-	10, // 9: epimetheus.ship.v1.Coverage.holders:type_name -> epimetheus.ship.v1.Holder
-	12, // 10: epimetheus.ship.v1.Ack.refused:type_name -> epimetheus.ship.v1.Refused
-	0,  // 11: epimetheus.ship.v1.Ship.Stream:input_type -> epimetheus.ship.v1.ToIngester
-	1,  // 12: epimetheus.ship.v1.Ship.Stream:output_type -> epimetheus.ship.v1.ToSidecar
-	12, // [12:13] is the sub-list for method output_type
-	11, // [11:12] is the sub-list for method input_type
-	11, // [11:11] is the sub-list for extension type_name
-	11, // [11:11] is the sub-list for extension extendee
-	0,  // [0:11] is the sub-list for field type_name
+	12, // 8: epimetheus.ship.v1.Batch.refused:type_name -> epimetheus.ship.v1.Refused
+	9,  // 9: epimetheus.ship.v1.Heartbeat.coverage:type_name -> epimetheus.ship.v1.Coverage
+	10, // 10: epimetheus.ship.v1.Coverage.holders:type_name -> epimetheus.ship.v1.Holder
+	12, // 11: epimetheus.ship.v1.Ack.refused:type_name -> epimetheus.ship.v1.Refused
+	0,  // 12: epimetheus.ship.v1.Ship.Stream:input_type -> epimetheus.ship.v1.ToIngester
+	1,  // 13: epimetheus.ship.v1.Ship.Stream:output_type -> epimetheus.ship.v1.ToSidecar
+	13, // [13:14] is the sub-list for method output_type
+	12, // [12:13] is the sub-list for method input_type
+	12, // [12:12] is the sub-list for extension type_name
+	12, // [12:12] is the sub-list for extension extendee
+	0,  // [0:12] is the sub-list for field type_name
 }
 
 func init() { file_ship_ship_proto_init() }
