@@ -13,6 +13,7 @@ import (
 	"github.com/prometheus/prometheus/model/relabel"
 
 	"github.com/epimetheus-tsdb/epimetheus/ingest/ring"
+	"github.com/epimetheus-tsdb/epimetheus/ingest/ship"
 )
 
 // maxLabelsBytes bounds the labels of one series: what goes into a batch must
@@ -200,6 +201,14 @@ func sameRelabel(a, b []*relabel.Config) bool {
 	return err1 == nil && err2 == nil && bytes.Equal(x, y)
 }
 
+// labelsSince returns from what time on, in ms, labels hold that Prometheus took
+// at loaded: not before what was sent under others, up to newest, or that would be
+// there twice when it is sent again. No sample that is further ahead of the clock
+// than ship.MaxFuture can be, since ingesters refuse it.
+func labelsSince(loaded, now time.Time, newest int64) int64 {
+	return max(loaded.UnixMilli(), min(newest, now.Add(ship.MaxFuture).UnixMilli())+1)
+}
+
 // takeLabels makes changed external labels or relabelling hold from the time on
 // at which Prometheus took them, but for what was sent under those before.
 func (s *shipper) takeLabels(ctx context.Context, ls labels.Labels, loaded time.Time) {
@@ -217,11 +226,7 @@ func (s *shipper) takeLabels(ctx context.Context, ls labels.Labels, loaded time.
 	if loaded.IsZero() || loaded.After(now) {
 		loaded = now
 	}
-	since := loaded.UnixMilli()
-	// A sample from the future is no reason to wait for it.
-	if t := max(s.newestT, s.cp.Newest); t >= since && t <= now.Add(time.Minute).UnixMilli() {
-		since = t + 1
-	}
+	since := labelsSince(loaded, now, max(s.newestT, s.cp.Newest))
 	if s.split != nil {
 		s.cut(ctx, s.tail.Position())
 	}
