@@ -231,8 +231,8 @@ func (i *Ingester) Size() head.Size { return i.head.Size() }
 // toldTimeout bounds the wait for the last acknowledgements to go out.
 const toldTimeout = 2 * time.Second
 
-// Run flushes and forgets until ctx ends. It then flushes once more, within the
-// time that FinalFlush gives; what is not durable then is sent again by its
+// Run flushes and forgets until ctx ends. It then takes nothing more, and flushes
+// once more, within the time that FinalFlush gives; what is not durable then is sent again by its
 // sources.
 func (i *Ingester) Run(ctx context.Context) error {
 	if i.log == nil {
@@ -275,6 +275,9 @@ func (i *Ingester) run(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	// What comes from here on would be in no block, and others would hear that
+	// nothing is missing.
+	i.receive.close()
 	fctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), i.opts.FinalFlush)
 	defer cancel()
 	if err := i.Flush(fctx); err != nil {

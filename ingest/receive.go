@@ -60,6 +60,9 @@ type receiver struct {
 	draining atomic.Bool
 	starting atomic.Bool // the commit log has not been replayed
 
+	taking sync.RWMutex // held, for reading, while a batch is applied
+	closed bool         // no batch is applied any more; under taking
+
 	durable   atomic.Pointer[durability]
 	announced atomic.Int64 // bytes that all sessions' refs take, about
 
@@ -493,7 +496,12 @@ func (r *receiver) receive(ctx context.Context, ss shippb.Ship_StreamServer, s *
 						return err
 					}
 				}
-				if err := r.applyWhenClocksAgree(ctx, s, m.Batch, &dec, &cols); err != nil {
+				err := r.applyWhenClocksAgree(ctx, s, m.Batch, &dec, &cols)
+				if errors.Is(err, errClosed) {
+					<-ctx.Done() // it is for another owner; the stream stays, for what is told
+					return context.Cause(ctx)
+				}
+				if err != nil {
 					return err
 				}
 				silence.Reset(silenceLimit) // the wait was ours
@@ -506,8 +514,24 @@ func (r *receiver) receive(ctx context.Context, ss shippb.Ship_StreamServer, s *
 	}
 }
 
+// errClosed is that of a batch that comes when the last flush has begun.
+var errClosed = errors.New("the ingester has left")
+
+// close has no batch applied from its return on. Streams stay, to be told what the
+// last flush makes durable.
+func (r *receiver) close() {
+	r.taking.Lock()
+	defer r.taking.Unlock()
+	r.closed = true
+}
+
 // apply adds a batch to the head.
 func (r *receiver) apply(s *session, b *shippb.Batch, dec *ship.Decoder, cols *ship.Columns) error {
+	r.taking.RLock()
+	defer r.taking.RUnlock()
+	if r.closed {
+		return errClosed
+	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if b.Seq <= s.received {

@@ -2,6 +2,7 @@ package ingest
 
 import (
 	"context"
+	"errors"
 	"strings"
 	"testing"
 	"testing/synctest"
@@ -11,6 +12,8 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
+	"github.com/epimetheus-tsdb/epimetheus/history/historytest"
+	"github.com/epimetheus-tsdb/epimetheus/ingest/ship"
 	"github.com/epimetheus-tsdb/epimetheus/ingest/ship/shippb"
 )
 
@@ -81,5 +84,43 @@ func TestMemoryBesideSamples(t *testing.T) {
 	}
 	if len(ack.Refused) != 1 || ack.Refused[0].Reason != "invalid_exemplar" {
 		t.Errorf("refused %v", ack.Refused)
+	}
+}
+
+// What comes during the last flush is not taken: it would be in no block, and the
+// others would hear that nothing is missing. What the flush makes durable is told.
+func TestNothingIsTakenDuringTheLastFlush(t *testing.T) {
+	e := start(t, Options{})
+	h := hello("a")
+	c := e.mustOpen(h)
+	c.send(c.batch(1, 0, []string{"x"}, 0, 1000, 1))
+	c.await(1, 0)
+	flushing, gate := make(chan struct{}, 100), make(chan struct{})
+	e.faults(func(string, string) historytest.Fault {
+		flushing <- struct{}{}
+		<-gate
+		return historytest.None
+	})
+	ctx, cancel := context.WithCancel(t.Context())
+	ended := make(chan error, 1)
+	go func() { ended <- e.Run(ctx) }()
+	e.Drain()
+	cancel()
+	<-flushing
+	c.send(c.batch(2, 0, nil, 0, 2000, 1))
+	e.receive.mu.Lock()
+	s := e.receive.sessions[sessionID{"a", [16]byte(h.Session)}]
+	e.receive.mu.Unlock()
+	// As the stream's goroutine does, sooner or later.
+	if err := e.receive.apply(s, c.batch(2, 0, nil, 0, 2000, 1), &ship.Decoder{}, &ship.Columns{}); !errors.Is(err, errClosed) {
+		t.Errorf("a batch came to %v", err)
+	}
+	close(gate)
+	c.await(1, 1)
+	if err := <-ended; err != nil {
+		t.Error(err)
+	}
+	if n := e.head.Current().Samples(); n != 0 {
+		t.Errorf("%d samples are in no block", n)
 	}
 }
