@@ -120,14 +120,11 @@ type labelVersions struct {
 	chosen  bool            // some have a replica
 }
 
-// add makes a version hold from a time on, in ms, unless it is the present one.
-// The first holds for all time before too. It returns true if it was taken.
-func (vs *labelVersions) add(since int64, external labels.Labels, replica string, rc []*relabel.Config) bool {
+// add makes a version hold from a time on, in ms. The first holds for all time
+// before too.
+func (vs *labelVersions) add(since int64, external labels.Labels, replica string, rc []*relabel.Config) {
 	id := uint16(1)
 	if p := vs.present; p != nil {
-		if p.replica == replica && labels.Equal(p.external, external) && sameRelabel(p.relabel, rc) {
-			return false
-		}
 		if id = p.id + 1; id == math.MaxUint16 {
 			id = 1
 		}
@@ -148,7 +145,13 @@ func (vs *labelVersions) add(since int64, external labels.Labels, replica string
 		vs.list = vs.list[n:]
 		vs.list[0].since = noTime
 	}
-	return true
+}
+
+// undo makes what add has changed be as it was before.
+func (vs *labelVersions) undo(before labelVersions) {
+	if *vs = before; vs.present != nil {
+		vs.present.until = math.MaxInt64
+	}
 }
 
 // at returns the version that holds for a sample's time.
@@ -223,17 +226,28 @@ func (s *shipper) takeLabels(ctx context.Context, ls labels.Labels, loaded time.
 		return
 	}
 	now := time.Now()
+	if now.Before(s.nextLabels) {
+		return
+	}
 	if loaded.IsZero() || loaded.After(now) {
 		loaded = now
 	}
-	since := labelsSince(loaded, now, max(s.newestT, s.cp.Newest))
+	since := labelsSince(loaded, now, max(s.newestT, s.sentBefore))
 	if s.split != nil {
 		s.cut(ctx, s.tail.Position())
 	}
-	if s.versions.add(since, ls, replica, s.opts.RelabelConfigs) {
-		s.metrics.labelChanges.Inc()
-		s.logger.Info("external labels", "external_labels", ls.String(), "replica", replica, "relabel_configs", len(s.opts.RelabelConfigs),
-			"since", time.UnixMilli(max(since, 0)).UTC())
+	before := *s.versions
+	s.versions.add(since, ls, replica, s.opts.RelabelConfigs)
+	// Nothing is sent under labels that a start wouldn't know: it would send it
+	// again under those before.
+	if err := s.saveCheckpoint(); err != nil {
+		s.versions.undo(before)
+		s.nextLabels = now.Add(time.Second)
+		s.once("labels").Warn("external labels can't be written down, those before hold on", "err", err)
+		return
 	}
+	s.metrics.labelChanges.Inc()
+	s.logger.Info("external labels", "external_labels", ls.String(), "replica", replica, "relabel_configs", len(s.opts.RelabelConfigs),
+		"since", time.UnixMilli(max(since, 0)).UTC())
 	s.version = s.versions.present
 }

@@ -1,8 +1,19 @@
 package sidecar
 
 import (
+	"encoding/json"
+	"math"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"path/filepath"
 	"testing"
 	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/prometheus/common/model"
+	"github.com/prometheus/prometheus/model/labels"
+	"github.com/prometheus/prometheus/model/relabel"
 )
 
 // Changed labels hold from when Prometheus took them, but not for what was sent
@@ -22,4 +33,85 @@ func TestLabelsSince(t *testing.T) {
 			t.Errorf("%s: since %v, want %v", c.name, time.UnixMilli(got).Sub(now), c.since)
 		}
 	}
+}
+
+// Changed labels are on disk before anything is sent under them, so that a
+// sidecar that is killed knows what was.
+func TestLabelsAreWrittenFirst(t *testing.T) {
+	dir := t.TempDir()
+	if err := os.MkdirAll(filepath.Join(dir, "wal"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(dir, "wal", "00000000"), nil, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	sh, _, stop := benchShipper(t, dir, 1)
+	defer stop()
+	written := func() (names []string) {
+		cp, err := loadCheckpoint(sh.opts.DataDir)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, v := range cp.Labels {
+			names = append(names, v.External.Get("v"))
+		}
+		return names
+	}
+	sh.takeLabels(t.Context(), labels.FromStrings("v", "1"), time.Time{})
+	if d := cmp.Diff([]string{"1"}, written()); d != "" {
+		t.Errorf("the first version (-want +written):\n%s", d)
+	}
+
+	blocked := checkpointPath(sh.opts.DataDir) + ".tmp"
+	if err := os.Mkdir(blocked, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	sh.takeLabels(t.Context(), labels.FromStrings("v", "2"), time.Time{})
+	if p := sh.versions.present; sh.version != p || p.external.Get("v") != "1" || !p.holds(math.MaxInt64-1) {
+		t.Errorf("what couldn't be written is used: %+v", p)
+	}
+
+	if err := os.Remove(blocked); err != nil {
+		t.Fatal(err)
+	}
+	sh.nextLabels = time.Time{}
+	sh.takeLabels(t.Context(), labels.FromStrings("v", "2"), time.Time{})
+	if d := cmp.Diff([]string{"1", "2"}, written()); d != "" || sh.version.external.Get("v") != "2" {
+		t.Errorf("the second version (-want +written):\n%s", d)
+	}
+}
+
+// What was sent between the last checkpoint and a kill keeps its labels if the
+// next start has others.
+func TestKilledBetweenCheckpoints(t *testing.T) {
+	prom := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		data := map[string]any{"yaml": "global: {}\n"}
+		if r.URL.Path == "/api/v1/status/runtimeinfo" {
+			data = map[string]any{"lastConfigTime": time.Now().Add(-time.Hour)}
+		}
+		json.NewEncoder(w).Encode(map[string]any{"status": "success", "data": data})
+	}))
+	defer prom.Close()
+	h := newHarness(t, 1)
+	h.opts.PrometheusURL = prom.URL
+	h.opts.CheckpointInterval = 10 * time.Second
+	w := h.wal()
+	w.series(1, 3)
+	h.run()
+	eventually(t, "the labels are known", func() bool { return h.sidecar.Status().LabelsKnown })
+	w.scrape(1, 3, time.Now().UnixMilli())
+	h.want(w.all, false)
+	killed := t.TempDir()
+	if err := os.CopyFS(killed, os.DirFS(h.dataDir)); err != nil {
+		t.Fatal(err)
+	}
+	h.stop()
+	h.dataDir, h.opts.DataDir = killed, killed
+	h.opts.RelabelConfigs = []*relabel.Config{{
+		Action: relabel.Replace, TargetLabel: "team", Replacement: "x", Regex: relabel.MustNewRegexp("(.*)"), Separator: ";", NameValidationScheme: model.UTF8Validation,
+	}}
+	h.run()
+	eventually(t, "it has caught up", func() bool { st := h.sidecar.Status(); return !st.Time.IsZero() && st.LagBytes == 0 })
+	w.scrape(1, 3, time.Now().Add(-time.Second).UnixMilli()) // comes after all that is sent again
+	h.want(w.all, false)
 }

@@ -88,7 +88,9 @@ type shipper struct {
 	rewinding   bool                 // see openRewinds
 	resent      map[SessionID]uint64 // … last batches that must be received
 
-	newestT        int64
+	newestT        int64 // of the samples sent, ms
+	sentBefore     int64 // no later one was sent by the process before, ms
+	nextLabels     time.Time
 	lastCheckpoint time.Time
 	lastCollect    time.Time
 	lastStatus     time.Time

@@ -166,6 +166,8 @@ func open(opts Options, dir *tail.Dir, logger *slog.Logger, reg prometheus.Regis
 		health: s.health, files: files, blocks: blocks, lister: backfill.NewLister(dir.Path()),
 		dict: dict, cp: cp, versions: versions, wake: make(chan struct{}, 1), publish: s.setStatus,
 	}
+	// What was sent between the last checkpoint and a kill isn't in it.
+	sh.sentBefore = max(cp.Newest, cp.Updated.Add(2*opts.CheckpointInterval).UnixMilli())
 	gatewayClient := s.client
 	if opts.HTTPClient != nil {
 		gatewayClient = opts.HTTPClient
