@@ -70,6 +70,7 @@ type receiver struct {
 	sessions map[sessionID]*session
 
 	sources sources
+	awaited awaited
 
 	rewindsMu sync.Mutex
 	rewinds   map[string]int // sessions with ranges to send again, by tenant; 0 is left out
@@ -222,6 +223,9 @@ func (r *receiver) attach(ctx context.Context, hello *shippb.Hello, st *stream) 
 			// missing no more: it reads it again, for another session. So it does
 			// if it can't be told what was refused.
 			s.mu.Unlock()
+			if lost {
+				r.awaited.add(s.id.tenant, s.source, time.Now())
+			}
 			r.forget(s)
 			continue
 		}
@@ -273,6 +277,7 @@ func (r *receiver) beat(s *session, b *shippb.Heartbeat) {
 	s.hearClock(b.Clock)
 	r.sources.hear(s.id.tenant, s.source, b, time.Now())
 	r.setRewinds(s, b.OpenRewinds)
+	r.awaited.hear(s.id.tenant, s.source)
 }
 
 // setRewinds keeps the count by tenant. The caller holds s.mu.
@@ -291,8 +296,12 @@ func (r *receiver) setRewinds(s *session, n uint32) {
 	}
 }
 
-// resending says whether a source of the tenant has ranges to send again.
+// resending says whether a source of the tenant has ranges to send again, or may
+// have.
 func (r *receiver) resending(tenant string) bool {
+	if r.awaited.of(tenant, time.Now()) {
+		return true
+	}
 	r.rewindsMu.Lock()
 	defer r.rewindsMu.Unlock()
 	return r.rewinds[tenant] > 0
@@ -301,6 +310,9 @@ func (r *receiver) resending(tenant string) bool {
 // anyResending says whether a source of any tenant has ranges to send again, or
 // has a session but no stream to say so.
 func (r *receiver) anyResending() bool {
+	if r.awaited.any(time.Now()) {
+		return true
+	}
 	r.rewindsMu.Lock()
 	n := len(r.rewinds)
 	r.rewindsMu.Unlock()
@@ -340,6 +352,7 @@ func (r *receiver) remove(s *session) {
 
 // expire forgets sessions without a stream for too long.
 func (r *receiver) expire(now time.Time) {
+	r.awaited.expire(now)
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	for _, s := range r.sessions {

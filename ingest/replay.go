@@ -95,6 +95,7 @@ func (i *Ingester) Replay(ctx context.Context) error {
 		if hole := (*commitlog.HoleError)(nil); errors.As(err, &hole) {
 			i.logger.Warn("commit log has a hole: sources send again what is behind it", "generation", g,
 				"path", hole.Path, "offset", hole.Offset, "size_bytes", hole.Size, "err", hole.Err)
+			p.lacking = p.lacking || !hole.Torn
 		} else if err != nil {
 			return err
 		}
@@ -127,6 +128,7 @@ type replay struct {
 	durableOf  func(tenant string) uint64 // of the logs' generations
 	sessions   map[sessionID]*replayed
 	ours       bool // the file being read is of the log's process
+	lacking    bool // a file lacks something that was received
 
 	mu      sync.Mutex
 	samples int
@@ -247,8 +249,15 @@ func (p *replay) finish(now time.Time) int {
 	r := p.receiver
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	if p.lacking {
+		r.awaited.all(now)
+	}
 	for id, s := range p.sessions {
-		if s.broken || s.next != nil || s.received == 0 {
+		broken := s.broken || s.next != nil
+		if broken || p.lacking {
+			r.awaited.add(id.tenant, s.source, now)
+		}
+		if broken || s.received == 0 {
 			continue
 		}
 		x := &session{

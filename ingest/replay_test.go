@@ -773,3 +773,71 @@ func TestOldLogIsFlushed(t *testing.T) {
 		t.Error("an old log isn't flushed")
 	}
 }
+
+// What the commit log lacks answers warn of, until the sources say themselves what they
+// send again.
+func TestLacksAreResent(t *testing.T) {
+	dir := t.TempDir()
+	room := &atomic.Int64{}
+	room.Store(1 << 20)
+	o := logged(dir)
+	o.CommitLogFiles = limited(room)
+	e := start(t, o)
+	h := hello("a")
+	c := e.mustOpen(h)
+	c.send(c.batch(1, 0, []string{"x"}, 0, 1000, 1))
+	c.await(1, 0)
+	whole := crash(t, dir)
+	room.Store(0)
+	c.send(c.batch(2, 0, nil, 0, 2000, 1))
+	c.await(2, 0)
+	full := crash(t, dir)
+
+	// Neither a crash nor a torn tail lacks anything by itself.
+	path := filepath.Join(whole, "00000001.log")
+	b, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(path, append(b, 100, 0, 0, 0, 1), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	after := start(t, logged(whole))
+	if after.receive.resending("a") {
+		t.Error("a torn tail passes for a loss")
+	}
+	// Yet the source may know more.
+	after.mustOpen(again(h, c, 3, 2)).ends(codes.NotFound)
+	if !after.receive.resending("a") || after.receive.resending("b") || !after.Resending() {
+		t.Error("a source is not awaited that was told more than there is")
+	}
+
+	after = start(t, logged(full))
+	if !after.receive.resending("a") || !after.receive.resending("b") || !after.Resending() {
+		t.Error("a log that has ended early lacks nothing")
+	}
+	after.mustOpen(again(h, c, 3, 2)).ends(codes.NotFound)
+	if !after.receive.resending("a") {
+		t.Error("not awaited before it has said anything")
+	}
+	for tenant, source := range map[string][]byte{"a": h.Source, "b": make([]byte, 16)} {
+		beat := hello(tenant)
+		beat.Source = source
+		n := after.mustOpen(beat)
+		if err := n.stream.Send(&shippb.ToIngester{Message: &shippb.ToIngester_Heartbeat{Heartbeat: &shippb.Heartbeat{}}}); err != nil {
+			t.Fatal(err)
+		}
+		n.send(n.batch(1, 0, nil))
+		n.await(1, 0) // after the heartbeat
+		if after.receive.resending(tenant) {
+			t.Errorf("%s is awaited although it has spoken", tenant)
+		}
+	}
+	if !after.receive.resending("c") || after.receive.awaited.of("c", time.Now().Add(awaitFor)) {
+		t.Error("a tenant that isn't heard is not awaited, or for ever")
+	}
+	after.receive.expire(time.Now().Add(2 * awaitFor))
+	if after.receive.awaited.heard != nil || len(after.receive.awaited.sources) > 0 {
+		t.Error("kept for ever")
+	}
+}

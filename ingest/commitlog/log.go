@@ -118,9 +118,10 @@ type file struct {
 	path string
 	size atomic.Int64 // up to the end of the last record; the writer sets it
 
-	ended atomic.Bool // no more is written: an error, or the file goes
-	dirty atomic.Bool // written since the last sync
-	named atomic.Bool // the folder was synced since the file is in it
+	ended  atomic.Bool // no more is written: an error, or the file goes
+	marked bool        // as one that has ended early
+	dirty  atomic.Bool // written since the last sync
+	named  atomic.Bool // the folder was synced since the file is in it
 }
 
 type logMetrics struct {
@@ -505,6 +506,33 @@ func (l *Log) end(f *file, err error) {
 	l.metrics.ended.Inc()
 	l.logger.Error("commit log can't be written and ends here until the next flush: nothing is lost, but after a crash sources have to send again",
 		"path", f.path, "err", err)
+	select {
+	case l.work <- struct{}{}: // mark it
+	default:
+	}
+}
+
+// mark lets a reader see which logs have ended early, so that what was received is
+// not in them: a frame of zeros is no record. It takes no room on a full disk.
+func (l *Log) mark() {
+	l.mu.Lock()
+	var ended []*file
+	for _, f := range l.files {
+		if f.f != nil && f.ended.Load() && !f.marked {
+			f.marked = true
+			ended = append(ended, f)
+		}
+	}
+	l.mu.Unlock()
+	for _, f := range ended {
+		err := f.f.Truncate(f.size.Load()) // what was written of a record
+		if err == nil {
+			err = f.f.Truncate(f.size.Load() + frameSize)
+		}
+		if err != nil && !errors.Is(err, os.ErrClosed) { // closed: it is durable meanwhile
+			l.logger.Warn("end of the commit log not marked: after a crash answers may lack samples without a warning, for seconds", "path", f.path, "err", err)
+		}
+	}
 }
 
 // Run writes and syncs until ctx ends, then what is queued, and closes the log.
@@ -578,6 +606,7 @@ func (l *Log) writeQueue() {
 			s.buf = nil // a burst's
 		}
 	}
+	l.mark()
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.spare = queue
@@ -626,9 +655,8 @@ func (l *Log) writeTo(f *file, s *segment) error {
 		err = io.ErrShortWrite
 	}
 	if err != nil {
-		// Whole records would be a hole less; but this is simple, and a reader
-		// takes what stands there as it takes any torn tail.
-		return errors.Join(fmt.Errorf("write at %d: %w", f.size.Load(), err), f.f.Truncate(f.size.Load()))
+		// Whole records would be a hole less; but this is simple.
+		return fmt.Errorf("write at %d: %w", f.size.Load(), err)
 	}
 	f.size.Add(int64(n))
 	f.dirty.Store(true)

@@ -70,8 +70,14 @@ type HoleError struct {
 	Path   string
 	Offset int64 // of the first record that isn't there
 	Size   int64 // of the file
-	Err    error // what was found instead
+	// Torn says that the file ends within a record: a kill may do so. Otherwise the
+	// process before has received what is not in the file.
+	Torn bool
+	Err  error // what was found instead
 }
+
+// errTorn is of a file that ends within a record.
+var errTorn = errors.New("the file ends within a record")
 
 func (e *HoleError) Error() string {
 	return fmt.Sprintf("%s ends at %d of %d bytes: %v", e.Path, e.Offset, e.Size, e.Err)
@@ -116,7 +122,7 @@ func (l *Log) Read(ctx context.Context, generation uint64, begin func(Header), f
 	if err == nil || ctx.Err() != nil {
 		return err
 	}
-	return &HoleError{Path: path, Offset: at, Size: info.Size(), Err: err}
+	return &HoleError{Path: path, Offset: at, Size: info.Size(), Torn: errors.Is(err, errTorn), Err: err}
 }
 
 // Release says that the record and what lies in it is not used any more.
@@ -136,6 +142,9 @@ func read(ctx context.Context, src io.Reader, size int64, generation uint64, beg
 	r := bufio.NewReaderSize(src, 1<<20)
 	b := make([]byte, headerSize)
 	if _, err := io.ReadFull(r, b); err != nil {
+		if errors.Is(err, io.EOF) {
+			err = errTorn // it was just created
+		}
 		return 0, fmt.Errorf("header: %w", err)
 	}
 	h, err := parseHeader(b)
@@ -155,11 +164,14 @@ func read(ctx context.Context, src io.Reader, size int64, generation uint64, beg
 			if errors.Is(err, io.EOF) {
 				return at, nil
 			}
-			return at, fmt.Errorf("frame: %w", err)
+			return at, fmt.Errorf("frame: %w", errTorn)
 		}
 		length, sum := binary.LittleEndian.Uint32(b), binary.LittleEndian.Uint32(b[4:])
-		if length == 0 || length > maxPayload || int64(length) > size-at-frameSize {
+		if length == 0 || length > maxPayload {
 			return at, fmt.Errorf("record of %d bytes", length)
+		}
+		if int64(length) > size-at-frameSize {
+			return at, fmt.Errorf("record of %d bytes: %w", length, errTorn)
 		}
 		rec := pool.Get().(*Record)
 		rec.payload = grown(rec.payload, int(length))
