@@ -13,6 +13,7 @@ import (
 	"github.com/prometheus/prometheus/model/labels"
 	"github.com/prometheus/prometheus/storage"
 	"github.com/prometheus/prometheus/tsdb"
+	"github.com/prometheus/prometheus/tsdb/record"
 )
 
 // promDB is a real head with short blocks in the harness's directory, and what
@@ -176,6 +177,27 @@ func TestBackfill(t *testing.T) {
 			d.all[ls.String()] = map[int64]string{old: fmt.Sprintf("0 %x", math.Float64bits(7))}
 			h.want(d.all, false)
 		})
+	}
+}
+
+// A record that can't be read, of a later Prometheus perhaps, may hold samples.
+func TestGapOfUnreadableRecords(t *testing.T) {
+	for name, rec := range map[string][]byte{
+		"unknown_record_type": {99, 1, 2, 3},
+		"undecodable_record":  {byte(record.Samples), 1},
+	} {
+		h := newHarness(t, 1)
+		w := h.wal()
+		w.series(1, 3)
+		w.scrape(1, 3, 1000)
+		w.log(rec)
+		w.scrape(1, 3, 2000)
+		h.run()
+		h.want(w.all, false)
+		h.stop()
+		if g := h.sidecar.shipper.blocks.gap; g == nil || g.Reason != name {
+			t.Errorf("%s: gap %+v", name, g)
+		}
 	}
 }
 

@@ -22,7 +22,11 @@ func (s *shipper) readTail(ctx context.Context) bool {
 		}
 		if br, ok := errors.AsType[*tail.BreakError](err); ok {
 			s.jumped(ctx, br)
-			return true
+			if br.Moved() {
+				return true
+			}
+			n += br.To.Offset - br.From.Offset
+			continue
 		}
 		if err != nil {
 			s.metrics.readErrors.Inc()
@@ -87,9 +91,12 @@ func (s *shipper) cut(ctx context.Context, next tail.Position) {
 	s.rangeEnd = next
 }
 
-// jumped takes in that the tail goes on at another place.
+// jumped takes in that the tail goes on at another place, or behind a record that
+// it can't read.
 func (s *shipper) jumped(ctx context.Context, b *tail.BreakError) {
-	s.cut(ctx, b.To)
+	if b.Moved() {
+		s.cut(ctx, b.To)
+	}
 	if b.Kind == tail.BreakReplaced {
 		if err := s.dict.fork(b.To, b.Carried); err != nil {
 			s.dictionaryTrouble(err)

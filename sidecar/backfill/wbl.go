@@ -65,7 +65,9 @@ func ReadWBL(ctx context.Context, dir *tail.Dir, logger *slog.Logger, metrics *t
 		b, err := t.Next()
 		var jump *tail.BreakError
 		switch {
-		case errors.Is(err, io.EOF), errors.Is(err, os.ErrNotExist), errors.As(err, &jump):
+		case errors.As(err, &jump) && !jump.Moved():
+			continue // a record that it can't read
+		case errors.Is(err, io.EOF), errors.Is(err, os.ErrNotExist), jump != nil:
 			eofs++
 			continue
 		case err != nil:

@@ -71,8 +71,8 @@ type Tail struct {
 	warned map[string]bool
 }
 
-// BreakError is an error of Tail.Next: reading goes on, but at a place that doesn't
-// follow the one before.
+// BreakError is an error of Tail.Next: reading goes on, but something before To was
+// not read.
 type BreakError struct {
 	Kind     BreakKind
 	From, To Position
@@ -81,15 +81,23 @@ type BreakError struct {
 	Carried bool
 }
 
+// Moved says whether reading goes on in another file. If not, it does so behind a
+// record that can't be read.
+func (b *BreakError) Moved() bool { return !b.From.SameFile(b.To) }
+
 // BreakKind says why a tail jumped.
 type BreakKind string
 
 // Kinds of breaks. What lies between From and To was not read, but for
-// BreakReplaced, where To begins a new epoch.
+// BreakReplaced, where To begins a new epoch. The last two are of a record that may
+// hold samples, or explain some, and go on behind it.
 const (
 	BreakGap      BreakKind = "gap"             // segments were gone before they were read
 	BreakCorrupt  BreakKind = "corrupt_segment" // the rest of a segment can't be read
 	BreakReplaced BreakKind = "replaced"        // the log was rewritten, restored or wiped
+
+	BreakUnknown     BreakKind = "unknown_record_type" // of a later Prometheus
+	BreakUndecodable BreakKind = "undecodable_record"
 )
 
 func (b *BreakError) Error() string {
@@ -156,9 +164,13 @@ func (t *Tail) Next() (*Batch, error) {
 			from := t.pos
 			t.pos.Offset = t.seg.end
 			t.tries = 0
-			if b := t.decode(t.seg.record()); b != nil {
+			b, kind := t.decode(t.seg.record())
+			switch {
+			case b != nil:
 				b.From, b.To = from, t.pos
 				return b, nil
+			case kind != "" && !t.dec.seriesOnly:
+				return nil, &BreakError{Kind: kind, From: from, To: t.pos}
 			}
 			continue
 		}
@@ -397,20 +409,25 @@ func (t *Tail) corrupt(err error) bool {
 	return true
 }
 
-// decode returns nil for records that are left out.
-func (t *Tail) decode(rec []byte) *Batch {
+// decode returns nil for records that are left out, and as which kind of a break
+// if samples may be missing for that.
+func (t *Tail) decode(rec []byte) (b *Batch, kind BreakKind) {
 	b, err := t.dec.decode(rec)
 	switch {
 	case errors.Is(err, errUnknownType):
-		t.trouble("unknown_record_type").Warn("WAL holds records of a type that this version doesn't know", "offset", t.pos.Offset, "err", err)
+		kind = BreakUnknown
+		t.trouble(string(kind)).Warn("WAL holds records of a type that this version doesn't know", "offset", t.pos.Offset, "err", err)
 	case err != nil:
-		t.trouble("undecodable_record").Warn("WAL record can't be decoded", "offset", t.pos.Offset, "err", err)
+		t.trouble(string(BreakUndecodable)).Warn("WAL record can't be decoded", "offset", t.pos.Offset, "err", err)
+		if rt := t.dec.b.Type; rt != record.Exemplars && rt != record.Metadata {
+			kind = BreakUndecodable
+		}
 	}
 	if rt := t.dec.b.Type; t.types[rt] == nil {
 		t.types[rt] = t.metrics.records.WithLabelValues(rt.String())
 	}
 	t.types[t.dec.b.Type].Inc()
-	return b
+	return b, kind
 }
 
 // trouble counts and, the first time for this tail and class, returns a logger
@@ -449,7 +466,7 @@ func ReadRange(ctx context.Context, files *Files, from, to Position, logger *slo
 		}
 		start := t.pos
 		t.pos.Offset = seg.end
-		b := t.decode(seg.record())
+		b, _ := t.decode(seg.record()) // what it can't read opened a gap the first time
 		if b == nil {
 			continue
 		}

@@ -215,6 +215,38 @@ func TestAllRecordTypes(t *testing.T) {
 	}
 }
 
+// A record that may hold samples, and can't be read, is told as a break. Reading goes
+// on behind it.
+func TestUnreadableRecords(t *testing.T) {
+	w := newTestWAL(t, wlog.DefaultSegmentSize, compression.None)
+	w.series(1)
+	w.log([]byte{99, 1, 2, 3}, []byte{byte(record.Samples), 1})
+	w.log([]byte{byte(record.Exemplars), 1}) // no blocks have any
+	w.samples(5000, 1)
+	tl, _ := w.tail()
+	var got []string
+	var at Position
+	for {
+		b, err := tl.Next()
+		if br, ok := errors.AsType[*BreakError](err); ok {
+			if br.Moved() || br.From != at {
+				t.Errorf("%v, was at %v", br, at)
+			}
+			got = append(got, string(br.Kind))
+		} else if errors.Is(err, io.EOF) {
+			break
+		} else if err != nil {
+			t.Fatal(err)
+		} else {
+			got = append(got, b.Type.String())
+		}
+		at = tl.Position()
+	}
+	if d := cmp.Diff([]string{"series", "unknown_record_type", "undecodable_record", "samples"}, got); d != "" {
+		t.Errorf("-want +got:\n%s", d)
+	}
+}
+
 // A tail that follows the writer, however it interleaves, sees each record once,
 // over many segments; and any part of it can be read again by its positions.
 func TestFollowAndReadAgain(t *testing.T) {
