@@ -41,7 +41,7 @@ func (s *session) hearClock(ms int64) {
 
 // clocksDiffer says by how much the source's clock is ahead of now if samples have
 // to wait for that. The caller holds s.mu.
-func (s *session) clocksDiffer(cols *ship.Columns, now time.Time) time.Duration {
+func (s *session) clocksDiffer(cols *ship.Columns, exemplars []*shippb.Exemplar, now time.Time) time.Duration {
 	if s.clock == 0 {
 		return 0
 	}
@@ -54,6 +54,9 @@ func (s *session) clocksDiffer(cols *ship.Columns, now time.Time) time.Duration 
 		if slices.ContainsFunc(ts, func(t int64) bool { return t > ours && t <= theirs }) {
 			return time.Duration(source-now.UnixMilli()) * time.Millisecond
 		}
+	}
+	if slices.ContainsFunc(exemplars, func(e *shippb.Exemplar) bool { return e.T > ours && e.T <= theirs }) {
+		return time.Duration(source-now.UnixMilli()) * time.Millisecond
 	}
 	return 0
 }
@@ -111,8 +114,8 @@ func (r *receiver) clocks() (n int, ahead time.Duration) {
 	return n, ahead
 }
 
-// refuseFuture takes the samples out of a batch that are more than ship.MaxFuture
-// ahead of now. What is left is in cols, and in the batch that is returned: so the
+// refuseFuture takes the samples and exemplars out of a batch that are more than
+// ship.MaxFuture ahead of now. Refs are valid. What is left is in cols, and in the batch that is returned: so the
 // commit log has only what was taken, and a replay refuses nothing.
 func refuseFuture(b *shippb.Batch, cols *ship.Columns, refs *head.Refs, now time.Time) (*shippb.Batch, head.Refusal) {
 	limit := now.Add(ship.MaxFuture).UnixMilli()
@@ -143,12 +146,26 @@ func refuseFuture(b *shippb.Batch, cols *ship.Columns, refs *head.Refs, now time
 	if d := late(fh.Ref, fh.T); d != nil {
 		fh.Ref, fh.T, fh.ST, fh.H = without(fh.Ref, d), without(fh.T, d), without(fh.ST, d), without(fh.H, d)
 	}
+	exemplars := b.Exemplars
+	if slices.ContainsFunc(exemplars, func(e *shippb.Exemplar) bool { return e.T > limit }) {
+		exemplars = nil
+		for _, e := range b.Exemplars {
+			if e.T <= limit {
+				exemplars = append(exemplars, e)
+				continue
+			}
+			if refused.Samples == 0 {
+				refused.Example = refs.Labels(e.Ref)
+			}
+			refused.Samples++
+		}
+	}
 	if refused.Samples == 0 {
 		return b, refused
 	}
 	var enc ship.Encoder // it is rare
 	return &shippb.Batch{
-		Seq: b.Seq, Announce: b.Announce, Columns: enc.Encode(nil, cols), Exemplars: b.Exemplars, Metadata: b.Metadata, Withdraw: b.Withdraw,
+		Seq: b.Seq, Announce: b.Announce, Columns: enc.Encode(nil, cols), Exemplars: exemplars, Metadata: b.Metadata, Withdraw: b.Withdraw,
 	}, refused
 }
 

@@ -1,6 +1,7 @@
 package ingest
 
 import (
+	"math"
 	"slices"
 	"strings"
 	"sync/atomic"
@@ -26,13 +27,29 @@ func TestFutureSamples(t *testing.T) {
 	c := e.mustOpen(h)
 	soon := float64(time.Now().Add(ship.MaxFuture - time.Minute).UnixMilli())
 	late := float64(time.Now().Add(ship.MaxFuture + time.Minute).UnixMilli())
-	c.send(c.batch(1, 0, []string{"x", "y"}, 0, 1000, 1, 1, late, 2, 1, 1000, 3, 0, late, 4, 0, soon, 5))
+	b := c.batch(1, 0, []string{"x", "y"}, 0, 1000, 1, 1, late, 2, 1, 1000, 3, 0, late, 4, 0, soon, 5)
+	for _, at := range []int64{1000, int64(late), int64(soon), math.MaxInt64} {
+		b.Exemplars = append(b.Exemplars, &shippb.Exemplar{Ref: 1, T: at, Labels: []string{"trace", "1"}})
+	}
+	c.send(b)
 	c.send(c.batch(2, 0, nil, 0, late, 6))
 	c.send(c.batch(3, 0, nil, 1, 2000, 7))
 	c.await(3, 0)
 	want := map[string][]float64{`{__name__="x"}`: {1000, 1, soon, 5}, `{__name__="y"}`: {1000, 3, 2000, 7}}
 	if d := cmp.Diff(want, e.inHead("a")); d != "" {
 		t.Error(d)
+	}
+	exemplars := func(e *env) (ts []int64) {
+		found, _ := e.head.Exemplars("a", math.MinInt64, math.MaxInt64, [][]*labels.Matcher{{labels.MustNewMatcher(labels.MatchEqual, "__name__", "y")}})
+		for _, s := range found {
+			for _, x := range s.Exemplars {
+				ts = append(ts, x.Ts)
+			}
+		}
+		return ts
+	}
+	if d := cmp.Diff([]int64{1000, int64(soon)}, exemplars(e)); d != "" {
+		t.Error("exemplars:", d)
 	}
 	got := map[uint64]uint64{}
 	for _, r := range c.refused {
@@ -41,10 +58,10 @@ func TestFutureSamples(t *testing.T) {
 			t.Errorf("refused: %v", r)
 		}
 	}
-	if d := cmp.Diff(map[uint64]uint64{1: 2, 2: 1}, got); d != "" {
+	if d := cmp.Diff(map[uint64]uint64{1: 4, 2: 1}, got); d != "" {
 		t.Errorf("refused by batch: %s", d)
 	}
-	if n := e.counted("epimetheus_ingester_refused_samples_total"); n != 3 {
+	if n := e.counted("epimetheus_ingester_refused_samples_total"); n != 5 {
 		t.Errorf("%v refusals counted", n)
 	}
 
@@ -56,6 +73,9 @@ func TestFutureSamples(t *testing.T) {
 	after := start(t, logged(crash(t, dir)))
 	if d := cmp.Diff(want, after.inHead("a")); d != "" {
 		t.Error("replayed:", d)
+	}
+	if d := cmp.Diff([]int64{1000, int64(soon)}, exemplars(after)); d != "" {
+		t.Error("exemplars replayed:", d)
 	}
 	if w := after.mustOpen(again(h, c, 5, 4)).welcome; !w.Resumed || w.Received != 4 {
 		t.Errorf("welcome %v", w)
@@ -143,8 +163,16 @@ func TestClocksDiffer(t *testing.T) {
 	if cs := e.Health().Conditions(); !slices.ContainsFunc(cs, func(c health.Condition) bool { return strings.Contains(c.What, "1h0m0s ahead") }) {
 		t.Errorf("health says %v", cs)
 	}
+	_, c2 := open(0)
+	b := c2.batch(1, 0, []string{"x"})
+	b.Exemplars = []*shippb.Exemplar{{Ref: 0, T: int64(now)}}
+	c2.send(b)
+	waits(2)
 	behind.Store(0)
 	c.await(1, 0)
+	if c2.await(1, 0); len(c2.refused) > 0 {
+		t.Errorf("refused %v", c2.refused)
+	}
 	waits(0)
 	want := map[string][]float64{`{__name__="x"}`: {1000, 1, now, 2}}
 	if d := cmp.Diff(want, e.inHead("a")); d != "" {

@@ -558,7 +558,7 @@ func (r *receiver) apply(s *session, b *shippb.Batch, dec *ship.Decoder, cols *s
 		return status.Errorf(codes.InvalidArgument, "batch %d: %v", b.Seq, err)
 	}
 	now := r.now()
-	ahead := s.clocksDiffer(cols, now)
+	ahead := s.clocksDiffer(cols, b.Exemplars, now)
 	if r.waits(s, ahead); ahead != 0 {
 		return errClocks
 	}
@@ -582,13 +582,15 @@ func (r *receiver) apply(s *session, b *shippb.Batch, dec *ship.Decoder, cols *s
 	if err := checkRefs(&s.refs, cols, b.Withdraw); err != nil {
 		return err
 	}
-	encoded := len(b.Columns)
-	b, future := refuseFuture(b, cols, &s.refs, now)
-	var invalid head.Refusal
 	for _, e := range b.Exemplars {
 		if !s.refs.Valid(e.Ref) {
 			return unknownRef(e.Ref)
 		}
+	}
+	encoded := len(b.Columns)
+	b, future := refuseFuture(b, cols, &s.refs, now)
+	var invalid head.Refusal
+	for _, e := range b.Exemplars {
 		x, ok := exemplarOf(e)
 		if !ok {
 			invalid.Samples++
