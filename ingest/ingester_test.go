@@ -138,6 +138,10 @@ func TestUnknownSessionEnds(t *testing.T) {
 		t.Error("resumed")
 	}
 	c.ends(codes.NotFound)
+	// Nor is it heard of a source: it would pass for one without replicas.
+	if x := e.receive.sources.coverage("a", time.Now()); len(x) > 0 {
+		t.Errorf("coverage %v", x)
+	}
 	e.receive.mu.Lock()
 	defer e.receive.mu.Unlock()
 	if n := len(e.receive.sessions); n != 0 {

@@ -159,7 +159,6 @@ func (r *receiver) Stream(ss shippb.Ship_StreamServer) error {
 		return err
 	}
 	defer r.detach(s, st)
-	r.sources.hear(s.id.tenant, s.source, nil, time.Now())
 	r.metrics.streams.Inc()
 	defer r.metrics.streams.Dec()
 
@@ -177,6 +176,7 @@ func (r *receiver) Stream(ss shippb.Ship_StreamServer) error {
 	if len(hello.Process) > 0 && !resumed {
 		return status.Error(codes.NotFound, "the session is not known here: begin a new one")
 	}
+	r.sources.hear(s.id.tenant, s.source, nil, time.Now())
 
 	// The answers have a goroutine of their own; this one owns it and waits.
 	answered := make(chan struct{})
