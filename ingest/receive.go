@@ -68,6 +68,7 @@ type receiver struct {
 
 	mu       sync.Mutex
 	sessions map[sessionID]*session
+	bySource map[sourceID][]*session // the same, oldest first
 
 	sources sources
 	awaited awaited
@@ -209,8 +210,8 @@ func (r *receiver) attach(ctx context.Context, hello *shippb.Hello, st *stream) 
 				return &session{id: id, changed: make(chan struct{}, 1), stream: st}, false, nil
 			}
 			s = &session{id: id, source: [16]byte(hello.Source), changed: make(chan struct{}, 1), stream: st}
-			r.sessions[id] = s
 			r.succeed(s)
+			r.add(s)
 			r.mu.Unlock()
 			return s, false, nil
 		}
@@ -244,14 +245,19 @@ func (r *receiver) attach(ctx context.Context, hello *shippb.Hello, st *stream) 
 	}
 }
 
+// add enters a session. The caller holds r.mu.
+func (r *receiver) add(s *session) {
+	r.sessions[s.id] = s
+	of := sourceID{s.id.tenant, s.source}
+	r.bySource[of] = append(r.bySource[of], s)
+	r.announced.Add(s.refs.Bytes())
+}
+
 // succeed takes what a source has said in sessions that it has left behind for
 // outdated: it was started anew, and says again what it has to send again. The
 // caller holds r.mu.
 func (r *receiver) succeed(s *session) {
-	for _, old := range r.sessions {
-		if old == s || old.source != s.source || old.id.tenant != s.id.tenant {
-			continue
-		}
+	for _, old := range r.bySource[sourceID{s.id.tenant, s.source}] {
 		old.mu.Lock()
 		if old.stream == nil {
 			r.setRewinds(old, 0)
@@ -348,6 +354,11 @@ func (r *receiver) remove(s *session) {
 	r.setRewinds(s, 0)
 	r.announced.Add(-s.refs.Bytes())
 	delete(r.sessions, s.id)
+	of := sourceID{s.id.tenant, s.source}
+	left := slices.DeleteFunc(r.bySource[of], func(x *session) bool { return x == s })
+	if r.bySource[of] = left; len(left) == 0 {
+		delete(r.bySource, of)
+	}
 }
 
 // expire forgets sessions without a stream for too long.

@@ -2,7 +2,9 @@ package ingest
 
 import (
 	"context"
+	"encoding/binary"
 	"errors"
+	"fmt"
 	"strings"
 	"testing"
 	"testing/synctest"
@@ -122,5 +124,43 @@ func TestNothingIsTakenDuringTheLastFlush(t *testing.T) {
 	}
 	if n := e.head.Current().Samples(); n != 0 {
 		t.Errorf("%d samples are in no block", n)
+	}
+}
+
+// A new session of a source outdates what it said in those that it has left behind,
+// whoever else is there, and what is kept of sessions goes with them.
+func TestSuccession(t *testing.T) {
+	r := start(t, Options{}).receive
+	attach := func(tenant string, source int) (*session, *stream) {
+		t.Helper()
+		h := hello(tenant)
+		h.Source = binary.BigEndian.AppendUint64(make([]byte, 8), uint64(source))
+		st := &stream{cancel: func(error) {}, done: make(chan struct{})}
+		s, resumed, err := r.attach(t.Context(), h, st)
+		if err != nil || resumed {
+			t.Fatal(resumed, err)
+		}
+		return s, st
+	}
+	gone, st := attach("a", 1)
+	r.beat(gone, &shippb.Heartbeat{OpenRewinds: 3})
+	r.detach(gone, st)
+	there, _ := attach("a", 1_000_000)
+	r.beat(there, &shippb.Heartbeat{OpenRewinds: 3})
+	for i := range 20_000 { // which takes long if each looks at all
+		s, st := attach(fmt.Sprint("t", i), 1)
+		r.detach(s, st)
+	}
+	if n := r.rewinds["a"]; n != 2 {
+		t.Errorf("%d sources send again", n)
+	}
+	attach("a", 1)
+	attach("a", 1_000_000) // beside the other one, which has its stream
+	if n := r.rewinds["a"]; n != 1 || !gone.succeeded || there.succeeded {
+		t.Errorf("%d sources send again", n)
+	}
+	r.expire(time.Now().Add(2 * sessionTTL))
+	if len(r.sessions) != 3 || len(r.bySource) != 2 || len(r.bySource[sourceID{"a", there.source}]) != 2 {
+		t.Errorf("%d sessions of %d sources are left", len(r.sessions), len(r.bySource))
 	}
 }

@@ -268,8 +268,7 @@ func (p *replay) finish(now time.Time) int {
 			x.marks = []mark{{p.generation, s.received}}
 		}
 		x.logged.Store(s.received)
-		r.sessions[id] = x
-		r.announced.Add(x.refs.Bytes())
+		r.add(x)
 		n++
 	}
 	return n

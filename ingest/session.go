@@ -14,6 +14,12 @@ type sessionID struct {
 	id     [16]byte
 }
 
+// sourceID is a source of a tenant.
+type sourceID struct {
+	tenant string
+	source [16]byte
+}
+
 // session is an ordered run of batches from one source.
 type session struct {
 	id     sessionID
