@@ -241,13 +241,14 @@ func (p *DataPage) values(d *decoder, i int, b []byte, n int, dst []float64) ([]
 	var err error
 	if k := &p.chunks[i]; k.base == 0 && !k.isBase {
 		dst, rest, err = d.Floats(dst, b, n)
+		d.rises = d.Rises()
 	} else {
-		sum, base, err2 := d.base(p, i, n)
+		sum, base, rises, err2 := d.base(p, i, n)
 		if err2 != nil {
 			return dst, err2
 		}
-		if dst, rest, err = d.FloatsOn(dst, b, n, sum.ints, base); err == nil {
-			sum.chunk = i
+		if dst, rest, err = d.FloatsOn(dst, b, n, sum.ints, base, rises); err == nil {
+			sum.chunk, sum.rise, d.rises = i, d.IntsRise(), d.Rises()
 		}
 	}
 	if err == nil && len(rest) > 0 {

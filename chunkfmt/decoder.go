@@ -1,6 +1,7 @@
 package chunkfmt
 
 import (
+	"fmt"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -19,6 +20,7 @@ type decoder struct {
 	ints  []chunkInts
 	next  int // of ints, to be overwritten
 	chain []int
+	rises bool // the values that were decoded last are known to
 }
 
 // A decoder remembers the integers of so many chunks, or of fewer if they are more values together. Series have several
@@ -33,6 +35,7 @@ const (
 type chunkInts struct {
 	chunk int
 	ints  []int64
+	rise  bool // they are known to
 }
 
 //nolint:gochecknoglobals // scratch memory, shared by all pages
@@ -74,12 +77,36 @@ type Decoder struct {
 	Pages int
 
 	pages []*decoder // the one used last first
+	rises bool
 }
 
 // Floats is DataPage.Floats of p.
 func (d *Decoder) Floats(p *DataPage, i int, dst *Floats) error {
-	return p.floats(d.of(p), i, dst)
+	one := d.of(p)
+	err := p.floats(one, i, dst)
+	d.rises = one.rises
+	return err
 }
+
+// Values appends the values of chunk i of p, as Floats does, to dst, reusing its capacity, without their times. It reports
+// false, and decodes nothing, of one that has start timestamps, or is none of floats.
+func (d *Decoder) Values(p *DataPage, i int, dst []float64) (out []float64, ok bool, err error) {
+	if p.Kind(i) != KindFloat || p.chunks[i].kind&^(kindMask|chunkBase) != 0 {
+		return dst, false, nil
+	}
+	k := &p.chunks[i]
+	one := d.of(p)
+	out, err = p.values(one, i, p.body[k.from:k.end], p.times[k.times].n, dst)
+	if err != nil {
+		return dst, false, fmt.Errorf("chunk %d: %w", i, err)
+	}
+	d.rises = one.rises
+	return out, true, nil
+}
+
+// Rises reports whether the values that were decoded last are known to rise: each is no less than the one before, and
+// none is NaN.
+func (d *Decoder) Rises() bool { return d.rises }
 
 // of gives the decoder that remembers p, or else the one that was used least recently.
 func (d *Decoder) of(p *DataPage) *decoder {
@@ -132,9 +159,9 @@ func (c *timesColumn) decode(d *codec.Decoder, dst []int64) ([]int64, error) {
 }
 
 // base returns the integers of the chunk that chunk i of p is based on, nil if
-// none, and where those of chunk i itself are to go. The caller notes i there
+// none, whether they are known to rise, and where those of chunk i itself are to go. The caller notes i there
 // once they have.
-func (d *decoder) base(p *DataPage, i, n int) (sum *chunkInts, base []int64, err error) {
+func (d *decoder) base(p *DataPage, i, n int) (sum *chunkInts, base []int64, rises bool, err error) {
 	most := min(max(rememberedInts/max(n, 1), minInts), maxInts)
 	if d.next >= most {
 		d.next = 0
@@ -149,26 +176,27 @@ func (d *decoder) base(p *DataPage, i, n int) (sum *chunkInts, base []int64, err
 		sum.ints = make([]int64, n)
 	}
 	sum.ints = sum.ints[:n]
+	rises = true
 	if p.chunks[i].base == 0 {
-		return sum, nil, nil
+		return sum, nil, rises, nil
 	}
 	d.chain = d.chain[:0]
 	for j := i; p.chunks[j].base != 0 && base == nil; {
 		j -= int(p.chunks[j].base)
 		for k := range d.ints {
 			if d.ints[k].chunk == j {
-				base = d.ints[k].ints
+				base, rises = d.ints[k].ints, d.ints[k].rise
 			}
 		}
 		if base != nil {
 			break
 		}
 		if d.chain = append(d.chain, j); len(d.chain) > maxBases {
-			return nil, nil, corrupt("chunk based on more than %d others", maxBases)
+			return nil, nil, false, corrupt("chunk based on more than %d others", maxBases)
 		}
 	}
 	if len(d.chain) == 0 {
-		return sum, base, nil
+		return sum, base, rises, nil
 	}
 	if base == nil {
 		clear(sum.ints)
@@ -180,12 +208,13 @@ func (d *decoder) base(p *DataPage, i, n int) (sum *chunkInts, base []int64, err
 		b := p.body[c.from:c.end]
 		if c.kind&chunkST != 0 {
 			if _, b, err = d.Ints(nil, b, n); err != nil {
-				return nil, nil, err
+				return nil, nil, false, err
 			}
 		}
-		if err := d.BaseInts(sum.ints, b); err != nil {
-			return nil, nil, err
+		if err := d.BaseInts(sum.ints, b, rises); err != nil {
+			return nil, nil, false, err
 		}
+		rises = d.IntsRise()
 	}
-	return sum, sum.ints, nil
+	return sum, sum.ints, rises, nil
 }

@@ -1306,6 +1306,118 @@ func TestRuns(t *testing.T) {
 	}
 }
 
+// Series that share their times, in one buffer and so decoded without them, give what each gives alone; and what is said
+// to rise does.
+func TestRunsOfSharedTimes(t *testing.T) {
+	r := rand.New(rand.NewPCG(5, 6))
+	shared, again, rising, falling := Buffer{}, 0, 0, 0
+	for range 6 {
+		h := localStores(t).open(t, nil)
+		for block := range int64(3) {
+			var data []*chunkfmt.Series
+			from := block * 100_000
+			if r.IntN(3) == 0 {
+				from -= 20_000 // overlaps the one before
+			}
+			for target := range int64(3) {
+				n := 20 + r.IntN(60)
+				for i := range 8 {
+					x := 0.0
+					s := floats(from+target, 1000, n, func(k int) float64 {
+						x += float64(r.IntN(4) * i)
+						if i == 5 && k == n/2 {
+							x = 0
+						}
+						if i == 6 && k == 3 {
+							return math.NaN()
+						}
+						if i == 7 {
+							return r.NormFloat64()
+						}
+						return x
+					}, "__name__", "m", "target", fmt.Sprint(target), "x", fmt.Sprint(i))
+					if r.IntN(30) == 0 {
+						s.Floats.ST = make([]int64, n)
+						s.Floats.ST[n-1] = 1
+					}
+					if r.IntN(30) > 0 {
+						data = append(data, s)
+					}
+				}
+			}
+			publishWith(t, h, tenantSeries{"a": data}, chunkfmt.WriterOptions{ChunkSamples: 10 + r.IntN(100)})
+		}
+		mint, maxt := int64(0), int64(0)
+		var ms []*labels.Matcher
+		for k := range 20 {
+			if k%4 == 0 {
+				mint = r.Int64N(200_000) - 30_000
+				maxt = mint + r.Int64N(300_000)
+				if ms = nil; k%8 == 0 { // one target, whose times queries have one after the other
+					ms = append(ms, eq("target", "1"))
+				}
+			}
+			snap := snapshot(t, h, "a", -100_000, 400_000)
+			if r.IntN(3) == 0 { // the same pages, but not all of them are read
+				b := &snap.Blocks[r.IntN(len(snap.Blocks))]
+				from, to := b.Ranges[0].MinT, b.Ranges[0].MaxT
+				mid := from + (to-from)/2
+				b.Ranges = []chunkfmt.Range{{MinT: from, MaxT: mid - r.Int64N(5000)}, {MinT: mid + 1 + r.Int64N(5000), MaxT: to}}
+			}
+			set, err := snap.Select(t.Context(), ms, mint, maxt)
+			if err != nil {
+				t.Fatal(err)
+			}
+			for set.Next(t.Context()) {
+				alone := Buffer{}
+				want, err := set.At().Runs(&alone)
+				if err != nil {
+					t.Fatal(err)
+				}
+				number := uint64(0)
+				if len(shared.runs) > 0 {
+					number = shared.runs[0].last.number
+				}
+				got, err := set.At().Runs(&shared)
+				if err != nil {
+					t.Fatal(err)
+				}
+				if d := gocmp.Diff(want, got, cmpSeries); d != "" {
+					t.Fatalf("%s in %d to %d (-want +got):\n%s", set.At().Labels, mint, maxt, d)
+				}
+				if shared.Times() != 0 && shared.Times() == number {
+					again++
+				}
+				if alone.Rises() != shared.Rises() {
+					t.Fatalf("%s in %d to %d: said to rise, %v and %v", set.At().Labels, mint, maxt, alone.Rises(), shared.Rises())
+				}
+				if len(got) != 1 {
+					continue
+				}
+				v, rises := got[0].Floats.V, true
+				for i, x := range v {
+					rises = rises && x == x && (i == 0 || x >= v[i-1])
+				}
+				switch {
+				case shared.Rises() && !rises:
+					t.Fatalf("%s in %d to %d: said to rise: %v", set.At().Labels, mint, maxt, v)
+				case shared.Rises():
+					rising++
+				case !rises:
+					falling++
+				}
+			}
+			if set.Err() != nil {
+				t.Fatal(set.Err())
+			}
+		}
+	}
+	t.Logf("times of %d as before; %d said to rise, %d don't", again, rising, falling)
+	if again < 500 || rising < 300 || falling < 300 {
+		t.Error("not much of a test")
+	}
+}
+
 // Metadata is answered by the name of the family, as Prometheus does.
 func TestMetadataOfFamilies(t *testing.T) {
 	h := localStores(t).open(t, nil)

@@ -312,11 +312,16 @@ type Buffer struct {
 	dec     chunkfmt.Decoder
 	windows windowBuffer
 	times   timesNames
+	rises   bool
 }
 
 // Times names the times of the floats of the one run that Runs gave last: where it is the same, and not 0, they are the
 // same. It is 0 if that isn't known. No two buffers give the same.
 func (b *Buffer) Times() uint64 { return b.times.last }
+
+// Rises reports whether the values of the floats of the one run that Runs gave last are known to rise: each is no less than
+// the one before, and none is NaN.
+func (b *Buffer) Rises() bool { return b.rises }
 
 // timesNames gives numbers to what times are made of, as the series of a target have the same.
 type timesNames struct {
@@ -338,7 +343,7 @@ type knownTimes struct {
 //nolint:gochecknoglobals // of the process
 var timesNumbers atomic.Uint64
 
-// name sets the number of the times of a run that has been decoded.
+// name sets the number of the times of a run.
 func (n *timesNames) name(p *runPlan, mint, maxt int64) {
 	n.of = n.of[:0]
 	for _, pt := range p.parts {
@@ -367,9 +372,85 @@ func (n *timesNames) name(p *runPlan, mint, maxt int64) {
 // runBuffer has room for one run. The columns of the run may become parts of t
 // and v.
 type runBuffer struct {
-	run chunkfmt.Series
-	t   []int64
-	v   []float64
+	run  chunkfmt.Series
+	t    []int64
+	v    []float64
+	last timesOfRun
+}
+
+// timesOfRun is what the times of a run, which lie in its buffer, were made of. A run of another series whose times have
+// the same number has the same, and its values alone are decoded.
+type timesOfRun struct {
+	number uint64 // 0: not known
+	t      []int64
+	parts  []timesOfPart
+	chunks []timesOfChunk // of all parts
+}
+
+type timesOfPart struct {
+	in    []chunkfmt.Range // what of the block is read
+	spans []span           // of all that was decoded, what is in those
+	whole bool             // all is
+}
+
+type timesOfChunk struct {
+	mint, maxt int64
+	samples    int
+}
+
+// note makes it that of a run that has been decoded.
+func (l *timesOfRun) note(number uint64, run *chunkfmt.Series, p *runPlan) {
+	l.chunks = l.chunks[:0]
+	if l.number = number; number == 0 || run.Floats.ST != nil {
+		l.number = 0
+		return
+	}
+	l.t = run.Floats.T
+	for _, pt := range p.parts {
+		for i := range pt.chunks {
+			c := &pt.chunks[i]
+			l.chunks = append(l.chunks, timesOfChunk{c.MinT, c.MaxT, c.Samples})
+		}
+	}
+}
+
+// decode makes a run of values, whose times are those that the buffer has. It reports false if they aren't, or if
+// there is an error: the whole is to be decoded then.
+func (r *runBuffer) decode(buf *Buffer, p *runPlan, mint, maxt int64) bool {
+	l := &r.last
+	if l.number == 0 || l.number != buf.times.last || len(l.parts) != len(p.parts) {
+		return false
+	}
+	k, v, rises := 0, r.v[:0], true
+	for i, pt := range p.parts {
+		known := &l.parts[i]
+		if !slices.Equal(known.in, pt.block.readable(mint, maxt)) {
+			return false
+		}
+		had := len(v)
+		for j := range pt.chunks {
+			c := &pt.chunks[j]
+			if k == len(l.chunks) || l.chunks[k] != (timesOfChunk{c.MinT, c.MaxT, c.Samples}) {
+				return false
+			}
+			k++
+			before := len(v)
+			var ok bool
+			if v, ok, _ = buf.dec.Values(pt.pages[j].data, c.Index, v); !ok {
+				return false
+			}
+			rises = rises && buf.dec.Rises() && (before == 0 || v[before-1] <= v[before])
+		}
+		if !known.whole {
+			v = keep(v, had, known.spans)
+		}
+	}
+	if k != len(l.chunks) || len(v) != len(l.t) {
+		return false
+	}
+	buf.rises = rises
+	r.run.Floats = chunkfmt.Floats{T: l.t, V: v}
+	return true
 }
 
 // rememberedPages is how many of the blocks that a series is in are decoded as fast as one alone.
@@ -381,6 +462,7 @@ func (b *Buffer) run(i, floats int) *chunkfmt.Series {
 		b.runs = append(b.runs, &runBuffer{})
 	}
 	r := b.runs[i]
+	r.last.number, r.last.parts = 0, r.last.parts[:0]
 	if floats > cap(r.t) { // each chunk's number of samples is bounded by the format
 		r.t, r.v = make([]int64, 0, floats), make([]float64, 0, floats)
 	}
@@ -398,15 +480,29 @@ func (b *Buffer) run(i, floats int) *chunkfmt.Series {
 func (s *Series) Runs(buf *Buffer) ([]*chunkfmt.Series, error) {
 	plans := s.plan()
 	out := make([]*chunkfmt.Series, 0, len(plans))
-	buf.times.last, buf.dec.Pages = 0, rememberedPages
+	buf.times.last, buf.rises, buf.dec.Pages = 0, false, rememberedPages
+	if len(plans) == 1 && len(s.hidden) == 0 {
+		buf.times.name(&plans[0], s.mint, s.maxt)
+		if len(buf.runs) > 0 && buf.runs[0].decode(buf, &plans[0], s.mint, s.maxt) {
+			run := &buf.runs[0].run
+			run.Labels = s.Labels
+			s.s.Stats.Samples.Add(int64(len(run.Floats.T)))
+			if len(run.Floats.T) > 0 {
+				out = append(out, run)
+			}
+			return out, nil
+		}
+	}
 	for i, p := range plans {
 		run := buf.run(i, p.floats)
 		run.Labels = s.Labels
+		buf.rises = true
 		for _, pt := range p.parts {
-			if err := pt.decode(&buf.dec, run, s.mint, s.maxt); err != nil {
+			if err := pt.decode(buf, i, s.mint, s.maxt); err != nil {
 				return nil, err
 			}
 		}
+		buf.runs[i].last.note(buf.times.last, run, &p)
 		Cut(run, s.hidden)
 		n := len(run.Floats.T) + len(run.Histograms.T) + len(run.FloatHistograms.T)
 		s.s.Stats.Samples.Add(int64(n))
@@ -414,9 +510,7 @@ func (s *Series) Runs(buf *Buffer) ([]*chunkfmt.Series, error) {
 			out = append(out, run)
 		}
 	}
-	if len(plans) == 1 && len(s.hidden) == 0 {
-		buf.times.name(&plans[0], s.mint, s.maxt)
-	}
+	buf.rises = buf.rises && len(plans) == 1
 	return out, nil
 }
 
@@ -453,22 +547,30 @@ func (s *Series) plan() []runPlan {
 	return out
 }
 
-// decode appends the part's samples in mint to maxt to run, which ends before it
+// decode appends the part's samples in mint to maxt to the i-th run of a buffer, which ends before it
 // starts.
-func (p *part) decode(dec *chunkfmt.Decoder, run *chunkfmt.Series, mint, maxt int64) error {
+func (p *part) decode(buf *Buffer, i int, mint, maxt int64) error {
+	run := &buf.runs[i].run
 	in := subtract(p.block.readable(mint, maxt), p.covered)
 	whole := !slices.ContainsFunc(p.chunks, func(c chunkfmt.Chunk) bool {
 		return !slices.ContainsFunc(in, func(r chunkfmt.Range) bool { return r.MinT <= c.MinT && c.MaxT <= r.MaxT })
 	})
 	floats, hists, floatHists := len(run.Floats.T), len(run.Histograms.T), len(run.FloatHistograms.T)
 	for i := range p.chunks {
-		if err := p.pages[i].decode(dec, &p.chunks[i], run); err != nil {
+		before := len(run.Floats.V)
+		if err := p.pages[i].decode(&buf.dec, &p.chunks[i], run); err != nil {
 			return err
 		}
+		if v := run.Floats.V; p.chunks[i].Kind == chunkfmt.KindFloat {
+			buf.rises = buf.rises && buf.dec.Rises() && (before == 0 || v[before-1] <= v[before])
+		}
 	}
+	var spans []span
 	if !whole {
-		cut(run, in, floats, hists, floatHists)
+		spans = cut(run, in, floats, hists, floatHists)
 	}
+	last := &buf.runs[i].last
+	last.parts = append(last.parts, timesOfPart{in, spans, whole})
 	// A hint speaks of the sample before, which another block may not have seen.
 	if hists > 0 && hists < len(run.Histograms.H) {
 		run.Histograms.H[hists] = unknownHint(run.Histograms.H[hists])
@@ -553,17 +655,18 @@ func (b *Block) readable(mint, maxt int64) []chunkfmt.Range {
 }
 
 // cut leaves of a run, behind its first so many samples, what lies in one of the
-// ranges, which ascend.
-func cut(run *chunkfmt.Series, in []chunkfmt.Range, floats, hists, floatHists int) {
+// ranges, which ascend. It gives the places of the floats that do.
+func cut(run *chunkfmt.Series, in []chunkfmt.Range, floats, hists, floatHists int) []span {
 	f, h, g := &run.Floats, &run.Histograms, &run.FloatHistograms
-	spans := within(f.T[floats:], in)
-	f.T, f.ST, f.V = keep(f.T, floats, spans), keep(f.ST, floats, spans), keep(f.V, floats, spans)
-	spans = within(h.T[hists:], in)
+	ofFloats := within(f.T[floats:], in)
+	f.T, f.ST, f.V = keep(f.T, floats, ofFloats), keep(f.ST, floats, ofFloats), keep(f.V, floats, ofFloats)
+	spans := within(h.T[hists:], in)
 	h.T, h.ST, h.H = keep(h.T, hists, spans), keep(h.ST, hists, spans), keep(h.H, hists, spans)
 	forget(h.H[hists:], spans, unknownHint)
 	spans = within(g.T[floatHists:], in)
 	g.T, g.ST, g.H = keep(g.T, floatHists, spans), keep(g.ST, floatHists, spans), keep(g.H, floatHists, spans)
 	forget(g.H[floatHists:], spans, unknownFloatHint)
+	return ofFloats
 }
 
 // span is a range of indexes, the end excluded.

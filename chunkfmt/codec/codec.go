@@ -45,4 +45,7 @@ type Decoder struct {
 	floats       []float64
 	slack        []byte
 	buf          [blockLen]int64
+
+	fell  bool // integers that were decoded may be less than those before them
+	rises bool // see Rises
 }

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"math"
 	"math/rand/v2"
+	"slices"
 	"testing"
 )
 
@@ -35,6 +36,19 @@ func checkFloats(t testing.TB, e *Encoder, d *Decoder, v []float64) {
 			t.Fatalf("head %#x: value %d is %v, want %v", b[0], i, got[i+1], x)
 		}
 	}
+	if d.Rises() && !ascends(v) {
+		t.Fatalf("head %#x: said to rise: %v", b[0], v)
+	}
+}
+
+// ascends reports whether each value is no less than the one before, and none is NaN.
+func ascends(v []float64) bool {
+	for i, x := range v {
+		if x != x || i > 0 && x < v[i-1] {
+			return false
+		}
+	}
+	return true
 }
 
 func checkTimes(t testing.TB, e *Encoder, d *Decoder, v []int64) {
@@ -146,14 +160,14 @@ func TestFloatsOnBase(t *testing.T) {
 		var sum []int64
 		if base == 0 {
 			sum = make([]int64, n)
-			if err := d.BaseInts(sum, first); err != nil {
+			if err := d.BaseInts(sum, first, true); err != nil {
 				t.Fatal(err)
 			}
 			if _, _, err := d.Floats(nil, second, n); err == nil {
 				t.Fatal("decoded without its base")
 			}
 		}
-		got, _, err := d.FloatsOn(nil, second, n, sum, sum)
+		got, _, err := d.FloatsOn(nil, second, n, sum, sum, d.IntsRise())
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -162,6 +176,79 @@ func TestFloatsOnBase(t *testing.T) {
 				t.Fatal(i, got[i], b[i])
 			}
 		}
+	}
+}
+
+// What is said to rise does, on bases too, and of most counters that do it is said.
+func TestRises(t *testing.T) {
+	var e Encoder
+	var d Decoder
+	r := rand.New(rand.NewPCG(1, 5))
+	seen, said, fell, based := 0, 0, 0, 0
+	for range 4000 {
+		n := 2 + r.IntN(700)
+		busy, resets, scale := 1+r.IntN(30), r.IntN(2), []float64{1, 1, 1, 60, 100, 1e9}[r.IntN(6)]
+		a, b := make([]float64, n), make([]float64, n)
+		x, y := int64(r.IntN(1000)), int64(r.IntN(100))
+		for i := range a {
+			if r.IntN(busy) == 0 {
+				x += int64(r.IntN(500))
+				y += int64(r.IntN(4)) - int64(r.IntN(20)/19)
+			}
+			if resets > 0 && r.IntN(n) == 0 {
+				x, y = int64(r.IntN(5)), 0
+			}
+			if a[i], b[i] = float64(x), float64(x+y); scale > 1 {
+				a[i] /= scale
+			}
+		}
+		if r.IntN(20) == 0 {
+			b[r.IntN(n)] = []float64{math.Float64frombits(staleBits), math.Inf(1), -1}[r.IntN(3)]
+		}
+		checkFloats(t, &e, &d, a)
+		if ascends(a) {
+			if seen++; d.Rises() {
+				said++
+			}
+		}
+		if scale > 1 {
+			continue
+		}
+		first, ints, _ := e.AppendFloatsOn(nil, a, nil)
+		if ints == nil {
+			continue
+		}
+		ints = slices.Clone(ints)
+		second, _, base := e.AppendFloatsOn(nil, b, [][]int64{ints})
+		if base < 0 {
+			continue
+		}
+		sum := make([]int64, n)
+		if err := d.BaseInts(sum, first, true); err != nil {
+			t.Fatal(err)
+		}
+		rises := d.IntsRise()
+		if rises != slices.IsSorted(ints) {
+			t.Fatalf("the base is said to rise, %v: %v", rises, ints)
+		}
+		got, _, err := d.FloatsOn(nil, second, n, sum, sum, rises)
+		if err != nil {
+			t.Fatal(err)
+		}
+		based++
+		if d.Rises() && !ascends(got) || d.IntsRise() && !slices.IsSorted(sum) {
+			t.Fatalf("said to rise: %v, %v", got, sum)
+		}
+		if ascends(got) && !d.Rises() && d.IntsRise() {
+			t.Fatalf("not said to rise: %v", got)
+		}
+		if !ascends(got) {
+			fell++
+		}
+	}
+	t.Logf("%d of %d said to rise; %d on bases, of which %d don't", said, seen, based, fell)
+	if said < seen*3/4 || based < 300 || fell < 50 {
+		t.Error("not much of a test")
 	}
 }
 

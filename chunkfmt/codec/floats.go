@@ -338,13 +338,14 @@ func (e *Encoder) appendExceptions(dst []byte, v []float64) []byte {
 // Floats appends n floats, at most MaxLen, to dst and returns the bytes behind
 // them. A column on a base is refused.
 func (d *Decoder) Floats(dst []float64, b []byte, n int) (out []float64, rest []byte, err error) {
-	return d.FloatsOn(dst, b, n, nil, nil)
+	return d.FloatsOn(dst, b, n, nil, nil, false)
 }
 
 // FloatsOn is Floats for a column on a base whose n integers are given. Those of
 // this column, for use as a base in turn, go to sum, which may be base. Without a
-// base, a column that can't be one is refused.
-func (d *Decoder) FloatsOn(dst []float64, b []byte, n int, sum, base []int64) (out []float64, rest []byte, err error) {
+// base, a column that can't be one is refused. rises: the integers of the base are known to.
+func (d *Decoder) FloatsOn(dst []float64, b []byte, n int, sum, base []int64, rises bool) (out []float64, rest []byte, err error) {
+	d.fell, d.rises = false, false
 	out, added, err := grow(dst, n)
 	if err != nil || n == 0 {
 		return out, b, err
@@ -363,6 +364,7 @@ func (d *Decoder) FloatsOn(dst []float64, b []byte, n int, sum, base []int64) (o
 			return dst, nil, ErrCorrupt
 		}
 		fill(added, math.Float64frombits(bits.ReverseBytes64(v)))
+		d.rises = added[0] == added[0] // or NaN
 		return out, b[k:], nil
 	}
 	kind := head &^ (floatExcept | floatBase)
@@ -372,7 +374,7 @@ func (d *Decoder) FloatsOn(dst []float64, b []byte, n int, sum, base []int64) (o
 	m := mapping{kind: kind}
 	switch {
 	case base != nil:
-		b, err = d.intsOn(added, b, sum, base)
+		b, err = d.intsOn(added, b, sum, base, rises)
 	case sum != nil:
 		if b, err = d.ints(sum, b, levelAny); err == nil {
 			toFloats(added, sum)
@@ -383,22 +385,32 @@ func (d *Decoder) FloatsOn(dst []float64, b []byte, n int, sum, base []int64) (o
 	if err != nil {
 		return dst, nil, err
 	}
+	fell := d.fell
 	if head&floatExcept != 0 {
 		if b, err = d.exceptions(added, b); err != nil {
 			return dst, nil, err
 		}
 	}
+	d.fell, d.rises = fell, !fell && head&floatExcept == 0 && kind <= maxDecimals
 	return out, b, nil
 }
 
+// Rises reports whether the values that Floats or FloatsOn decoded last are known to rise: each is
+// no less than the one before, and none is NaN. It is of use only for what AppendFloats has written.
+func (d *Decoder) Rises() bool { return d.rises }
+
+// IntsRise is Rises for the integers that FloatsOn or BaseInts put into sum.
+func (d *Decoder) IntsRise() bool { return !d.fell }
+
 // BaseInts adds the integers of the column of floats at the start of b to sum,
 // which has as many elements as the column. A column that can't be a base is
-// refused.
-func (d *Decoder) BaseInts(sum []int64, b []byte) error {
+// refused. rises: those of sum are known to.
+func (d *Decoder) BaseInts(sum []int64, b []byte, rises bool) error {
 	if len(b) == 0 || b[0]&^(floatExcept|floatBase) != 0 {
 		return ErrCorrupt
 	}
-	_, err := d.intsOn(nil, b[1:], sum, sum)
+	d.fell = false
+	_, err := d.intsOn(nil, b[1:], sum, sum, rises)
 	return err
 }
 

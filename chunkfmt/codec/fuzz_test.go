@@ -78,9 +78,9 @@ func FuzzDecode(f *testing.F) {
 		check(len(floats), err)
 		if n <= MaxLen {
 			sum := make([]int64, n)
-			floats, _, err = d.FloatsOn(nil, b, n, sum, sum)
+			floats, _, err = d.FloatsOn(nil, b, n, sum, sum, false)
 			check(len(floats), err)
-			_ = d.BaseInts(sum, b)
+			_ = d.BaseInts(sum, b, false)
 		}
 	})
 }

@@ -344,7 +344,9 @@ func (d *Decoder) ints(dst []int64, b []byte, level int) (rest []byte, err error
 		fill(dst, v)
 		return b[k:], nil
 	case form == formPacked:
-		return d.blocks(dst, b)
+		b, err := d.blocks(dst, b)
+		d.fell = d.fell || len(dst) > 1
+		return b, err
 	case form == formDelta:
 		v, k := binary.Varint(b)
 		if k <= 0 {
@@ -364,6 +366,7 @@ func (d *Decoder) ints(dst []int64, b []byte, level int) (rest []byte, err error
 		if b, err = d.ints(dst, b, levelPlain); err != nil {
 			return nil, err
 		}
+		d.fell = d.fell || g < 0
 		for i, q := range dst {
 			dst[i] = off + g*q
 		}
@@ -462,7 +465,9 @@ func (d *Decoder) runLengths(n int, b []byte) (lens []int64, rest []byte, err er
 	if d.lens, lens, err = grow(d.lens[:0], int(m)); err != nil {
 		return nil, nil, err
 	}
+	fell := d.fell
 	b, err = d.ints(lens, b[k:], levelPlain)
+	d.fell = fell // of the values
 	return lens, b, err
 }
 

@@ -116,6 +116,7 @@ func (d *Decoder) mappedScaled(dst []float64, b []byte, m mapping) (rest []byte,
 		if m.off, m.g, b, err = scale(b[1:]); err != nil {
 			return nil, err
 		}
+		d.fell = d.fell || m.g < 0
 	}
 	return d.mappedPlain(dst, b, m)
 }
@@ -149,6 +150,7 @@ func (d *Decoder) mappedPlain(dst []float64, b []byte, m mapping) (rest []byte, 
 		fill(dst, dst[0])
 		return b, nil
 	case formPacked:
+		d.fell = d.fell || len(dst) > 1
 		for len(dst) > 0 {
 			k := min(blockLen, len(dst))
 			if b, err = d.block(d.buf[:k], b); err != nil {
@@ -246,8 +248,8 @@ func sumFloats(dst []float64, deltas []int64, last int64) int64 {
 
 // intsOn decodes a column of integers into sum, adds base to them, and converts
 // them, unless dst is nil. sum and base are of the same length and may be the
-// same.
-func (d *Decoder) intsOn(dst []float64, b []byte, sum, base []int64) (rest []byte, err error) {
+// same. It sets fell of sum; rises is whether base is known to.
+func (d *Decoder) intsOn(dst []float64, b []byte, sum, base []int64, rises bool) (rest []byte, err error) {
 	if len(b) == 0 || len(base) == 0 {
 		return nil, ErrCorrupt
 	}
@@ -255,15 +257,16 @@ func (d *Decoder) intsOn(dst []float64, b []byte, sum, base []int64) (rest []byt
 	switch {
 	case form == formPacked || form == formDelta:
 		b = b[1:]
-		var last int64
+		a := adder{last: least}
 		if form == formDelta {
-			var k int
-			if last, k = binary.Varint(b); k <= 0 {
+			x, k := binary.Varint(b)
+			if k <= 0 {
 				return nil, ErrCorrupt
 			}
 			b = b[k:]
-			d.buf[0] = last
-			dst = addInts(dst, sum[:1], base[:1], d.buf[:1])
+			d.buf[0] = x
+			dst = a.add(dst, sum[:1], base[:1], d.buf[:1])
+			a.delta = x
 			sum, base = sum[1:], base[1:]
 		}
 		for len(base) > 0 {
@@ -272,11 +275,13 @@ func (d *Decoder) intsOn(dst []float64, b []byte, sum, base []int64) (rest []byt
 				return nil, err
 			}
 			if form == formDelta {
-				last = sumInts(d.buf[:k], last)
+				dst = a.addDeltas(dst, sum[:k], base[:k], d.buf[:k])
+			} else {
+				dst = a.add(dst, sum[:k], base[:k], d.buf[:k])
 			}
-			dst = addInts(dst, sum[:k], base[:k], d.buf[:k])
 			sum, base = sum[k:], base[k:]
 		}
+		d.fell = a.fell < 0
 		return b, nil
 	case form == formBitmap && dst != nil:
 		bitmap, ones, b, err := bitmapHead(len(base), b[1:])
@@ -291,6 +296,7 @@ func (d *Decoder) intsOn(dst []float64, b []byte, sum, base []int64) (rest []byt
 			return nil, err
 		}
 		addBitmap(dst, sum, base, bitmap, values)
+		d.fell = d.fell || !rises
 		return b, nil
 	case form == formConst:
 		v, k := binary.Varint(b[1:])
@@ -298,6 +304,7 @@ func (d *Decoder) intsOn(dst []float64, b []byte, sum, base []int64) (rest []byt
 			return nil, ErrCorrupt
 		}
 		addConst(dst, sum, base, v)
+		d.fell = !rises
 		return b[1+k:], nil
 	default:
 		var ints []int64
@@ -307,35 +314,74 @@ func (d *Decoder) intsOn(dst []float64, b []byte, sum, base []int64) (rest []byt
 		if b, err = d.ints(ints, b, levelAny); err != nil {
 			return nil, err
 		}
-		addInts(dst, sum, base, ints)
+		a := adder{last: least}
+		a.add(dst, sum, base, ints)
+		d.fell = a.fell < 0
 		return b, nil
 	}
 }
 
-// addInts makes sum of base and v and writes it to dst as floats, unless that
+// least is less than all integers of floats, by no more than an integer can be.
+const least = -(1 << 62)
+
+// adder adds columns to their bases. fell is negative once a sum is less than the one before.
+type adder struct {
+	last  int64 // sum
+	fell  int64
+	delta int64 // of addDeltas: the last value
+}
+
+// add makes sum of base and v and writes it to dst as floats, unless that
 // is nil. It returns the rest of dst.
-func addInts(dst []float64, sum, base, v []int64) []float64 {
+func (a *adder) add(dst []float64, sum, base, v []int64) []float64 {
 	sum, base = sum[:len(v)], base[:len(v)]
+	last, fell := a.last, a.fell
+	for i, x := range v {
+		x += base[i]
+		fell |= x - last
+		sum[i] = x
+		last = x
+	}
+	a.last, a.fell = last, fell
 	if dst == nil {
-		for i, x := range v {
-			sum[i] = base[i] + x
-		}
 		return nil
 	}
+	toFloats(dst[:len(v)], sum)
+	return dst[len(v):]
+}
+
+// addDeltas is add of the values whose differences v are.
+func (a *adder) addDeltas(dst []float64, sum, base, v []int64) []float64 {
+	sum, base = sum[:len(v)], base[:len(v)]
+	if dst == nil {
+		a.delta = sumInts(v, a.delta)
+		return a.add(nil, sum, base, v)
+	}
 	rest := dst[len(v):]
+	last, delta, fell := a.last, a.delta, a.fell
 	for len(v) >= 4 && len(sum) >= 4 && len(dst) >= 4 && len(base) >= 4 {
-		o, s, a, b := (*[4]float64)(dst), (*[4]int64)(sum), (*[4]int64)(base), (*[4]int64)(v)
-		x0, x1, x2, x3 := a[0]+b[0], a[1]+b[1], a[2]+b[2], a[3]+b[3]
+		o, s, f, d := (*[4]float64)(dst), (*[4]int64)(sum), (*[4]int64)(base), (*[4]int64)(v)
+		d0 := delta + d[0]
+		d1 := d0 + d[1]
+		d2 := d1 + d[2]
+		delta = d2 + d[3]
+		x0, x1, x2, x3 := f[0]+d0, f[1]+d1, f[2]+d2, f[3]+delta
+		fell |= (x0 - last) | (x1 - x0) | (x2 - x1) | (x3 - x2)
+		last = x3
 		s[0], s[1], s[2], s[3] = x0, x1, x2, x3
 		o[0], o[1], o[2], o[3] = float64(x0), float64(x1), float64(x2), float64(x3)
 		dst, sum, base, v = dst[4:], sum[4:], base[4:], v[4:]
 	}
 	dst, sum, base = dst[:len(v)], sum[:len(v)], base[:len(v)]
-	for i, x := range v {
-		x += base[i]
+	for i, d := range v {
+		delta += d
+		x := base[i] + delta
+		fell |= x - last
+		last = x
 		sum[i] = x
 		dst[i] = float64(x)
 	}
+	a.last, a.delta, a.fell = last, delta, fell
 	return rest
 }
 

@@ -392,10 +392,11 @@ func (d *Decoder) block(dst []int64, b []byte) ([]byte, error) {
 		d.unpackBlock(dst, b, n, width, base)
 	}
 	b = b[n:]
+	d.fell = d.fell || base < 0
 	if !patches {
 		return b, nil
 	}
-	return patch(dst, b, base)
+	return d.patch(dst, b, base)
 }
 
 // sumBlock is block, and sumFloats of it. Only behind a block of blockLen values
@@ -406,6 +407,7 @@ func (d *Decoder) sumBlock(dst []float64, b []byte, last int64) (rest []byte, su
 		return nil, 0, err
 	}
 	if !patches && width != 0 && width != wholeWord {
+		d.fell = d.fell || base < 0
 		src := d.withSlack(body, n)
 		if padded := (len(dst) + 7) &^ 7; padded <= cap(dst) {
 			last = unpackSum(dst[:padded], src, width, base, last)
@@ -453,7 +455,7 @@ func (d *Decoder) withSlack(b []byte, n int) []byte {
 	return d.slack
 }
 
-func patch(dst []int64, b []byte, base int64) ([]byte, error) {
+func (d *Decoder) patch(dst []int64, b []byte, base int64) ([]byte, error) {
 	if len(b) < 1 {
 		return nil, ErrCorrupt
 	}
@@ -470,6 +472,7 @@ func patch(dst []int64, b []byte, base int64) ([]byte, error) {
 		}
 		b = b[k:]
 		dst[i] = base + v
+		d.fell = d.fell || base+v < 0
 	}
 	return b, nil
 }

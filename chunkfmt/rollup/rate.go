@@ -1,6 +1,9 @@
 package rollup
 
-import "time"
+import (
+	"math"
+	"time"
+)
 
 // Extrapolation makes a rate of what a series has gone up by between the first and
 // the last sample of a range, as extrapolatedRate of Prometheus's engine does, to the
@@ -94,6 +97,10 @@ type Ranges struct {
 	x      Extrapolation
 	ranges []aRange
 	places []place
+	// Of each range that of its place, so as to be read one after the other.
+	factors []float64
+	// Of places the shortest sampled and the longest toStart.
+	leastSampled, mostToStart float64
 }
 
 // aRange is where in a column the first and the last sample of a range are, and its place.
@@ -101,7 +108,10 @@ type aRange struct{ first, last, place int32 }
 
 // Reset makes r hold none, for rate(), increase() or delta() over ranges of rng ms.
 func (r *Ranges) Reset(function string, rng int64) {
-	*r = Ranges{x: NewExtrapolation(function, rng), ranges: r.ranges[:0], places: r.places[:0]}
+	*r = Ranges{
+		x: NewExtrapolation(function, rng), ranges: r.ranges[:0], places: r.places[:0], factors: r.factors[:0],
+		leastSampled: math.Inf(1),
+	}
 }
 
 // Len is how many there are.
@@ -112,18 +122,31 @@ func (r *Ranges) Len() int { return len(r.ranges) }
 func (r *Ranges) Add(end int64, t []int64, lo, hi int32) {
 	if r.x.at(end, int64(hi-lo), t[lo], t[hi-1]) || len(r.places) == 0 {
 		r.places = append(r.places, r.x.place)
+		r.leastSampled, r.mostToStart = min(r.leastSampled, r.x.sampled), max(r.mostToStart, r.x.toStart)
 	}
+	r.factors = append(r.factors, r.x.factor)
 	r.ranges = append(r.ranges, aRange{lo, hi - 1, int32(len(r.places) - 1)}) //nolint:gosec // no more than ranges
 }
 
+// farFromZero reports whether zero is too far from values that rise to be reached by any of the rates: the first value of
+// all is more, by more than rounding, than what any range could take off. Of greater numbers or less than 1 it says nothing.
+func (r *Ranges) farFromZero(v []float64) bool {
+	if len(r.ranges) == 0 {
+		return false
+	}
+	first, last := v[r.ranges[0].first], v[r.ranges[len(r.ranges)-1].last]
+	return first >= 1 && last < 1e200 && first*r.leastSampled > r.mostToStart*(last-first)*(1+1e-9)
+}
+
 // Results sets dst, of as many elements, to the results for the values of a series. resets are where in v it is less than
-// before, ascending; of those outside of ranges no notice is taken.
-func (r *Ranges) Results(dst, v []float64, resets []int32) {
+// before, ascending; of those outside of ranges no notice is taken. rises: there are no resets, and no value is NaN.
+func (r *Ranges) Results(dst, v []float64, resets []int32, rises bool) {
 	x, ranges, places := &r.x, r.ranges[:len(dst)], r.places
-	if !x.counter {
+	if !x.counter || rises && r.farFromZero(v) {
+		factors := r.factors[:len(dst)]
 		for i := range ranges {
 			at := &ranges[i]
-			dst[i] = (v[at.last] - v[at.first]) * places[at.place].factor
+			dst[i] = (v[at.last] - v[at.first]) * factors[i]
 		}
 		return
 	}

@@ -448,10 +448,15 @@ type Buffer struct {
 	fresh, windows rollup.Windows
 	summariser     rollup.Summariser
 	times          uint64
+	rises          bool
 }
 
 // Times names the times of the floats that Columns gave last: where it is the same, and not 0, they are the same.
 func (b *Buffer) Times() uint64 { return b.times }
+
+// Rises reports whether the values of the floats that Columns gave last are known to rise: each is no less than the one
+// before, and none is NaN.
+func (b *Buffer) Rises() bool { return b.rises }
 
 // headBuffer is what the chunks of one head are decoded into.
 type headBuffer struct {
@@ -472,14 +477,14 @@ func (b *Buffer) head(i int) *headBuffer {
 // aren't to be changed.
 func (s *Series) Columns(buf *Buffer) (*chunkfmt.Series, error) {
 	var runs []*chunkfmt.Series
-	buf.times = 0
+	buf.times, buf.rises = 0, false
 	if s.old != nil {
 		var err error
 		if runs, err = s.old.Runs(&buf.old); err != nil {
 			return nil, err
 		}
 		if len(runs) == 1 && len(s.heads) == 0 {
-			buf.times = buf.old.Times() // they are given as they are
+			buf.times, buf.rises = buf.old.Times(), buf.old.Rises() // they are given as they are
 		}
 	}
 	return s.merged(buf, runs, s.mint, s.maxt, s.hidden)

@@ -124,7 +124,7 @@ func (k *kernel) changes(_ []int64, v []float64, out *points) {
 func (k *kernel) rate(_ []int64, v []float64, out *points) {
 	out.step = append(out.step, k.frame.rateSteps...)
 	out.v = slices.Grow(out.v, len(out.step))[:len(out.step)]
-	k.frame.rates.Results(out.v, v, k.marks)
+	k.frame.rates.Results(out.v, v, k.marks, k.rises)
 }
 
 // instantRate is irate() and idelta(): instantValue.

@@ -94,7 +94,7 @@ func (f *frame) cut() {
 func (f *frame) size() int { return 8*len(f.times) + frameStep*len(f.win.lo) }
 
 // frameStep is what a step takes in a frame, at most, in bytes: two indexes; a rate's step, range and place.
-const frameStep = 2*4 + 4 + 12 + 32
+const frameStep = 2*4 + 4 + 12 + 8 + 32
 
 // uses says what a leaf needs of frames.
 type uses struct {

@@ -35,6 +35,7 @@ type kernel struct {
 	blocks []block   // of sums
 	best   []float64 // of blocks: the greatest or the least
 	marks  []int32
+	rises  bool
 	call   *caller
 }
 
@@ -94,8 +95,8 @@ var kernels = map[string]func(k *kernel, t []int64, v []float64, out *points){
 }
 
 // eval computes the points of one series. cols aren't changed or kept. times names those of the floats, if not 0:
-// see merge.Buffer.
-func (k *kernel) eval(ls labels.Labels, cols *chunkfmt.Series, times uint64, out *points, annos *annotations.Annotations) (err error) {
+// see merge.Buffer. rises: the floats are known to.
+func (k *kernel) eval(ls labels.Labels, cols *chunkfmt.Series, times uint64, rises bool, out *points, annos *annotations.Annotations) (err error) {
 	out.reset()
 	histograms := len(cols.Histograms.T)+len(cols.FloatHistograms.T) > 0
 	switch {
@@ -112,7 +113,10 @@ func (k *kernel) eval(ls labels.Labels, cols *chunkfmt.Series, times uint64, out
 		if k.counter {
 			stale = k.markResets // in the same pass
 		}
-		if stale(v) {
+		k.rises = rises
+		if rises {
+			k.marks = k.marks[:0]
+		} else if stale(v) {
 			t, v = k.withoutStale(t, v)
 			k.frame = k.frames.of(t, 0)
 			if k.counter {

@@ -79,7 +79,7 @@ func (w *worker) eval(s *slot) error {
 	if err != nil {
 		return promql.ErrStorage{Err: err}
 	}
-	return w.k.eval(s.labels, cols, w.buf.Times(), &s.out, &s.annos)
+	return w.k.eval(s.labels, cols, w.buf.Times(), w.buf.Rises(), &s.out, &s.annos)
 }
 
 // run computes a leaf over the series of a set, several at a time.
