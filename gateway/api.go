@@ -111,6 +111,7 @@ type API struct {
 	gatherer   prometheus.Gatherer
 	ours       map[string]http.HandlerFunc // in place of Prometheus's, by method and path below /api/v1
 	gates      gates
+	bodies     bodies
 	rivals     rivals
 	handler    http.Handler
 
@@ -125,7 +126,7 @@ func New(o Options, s Storage, live *ring.Live, logger *slog.Logger, reg prometh
 	o.setDefaults()
 	a := &API{
 		opts: o, storage: tenants{s}, live: live, logger: logger.With("component", "api"), birth: time.Now().UTC(),
-		tenants: map[string]*variant{}, variants: map[string]*variant{}, gatherer: gatherer, gates: gates{all: map[string]*gate{}}, answers: streaming{waiting: map[string]*v1.Response{}},
+		tenants: map[string]*variant{}, variants: map[string]*variant{}, gatherer: gatherer, gates: gates{all: map[string]*gate{}}, bodies: bodies{of: map[string]int{}}, answers: streaming{waiting: map[string]*v1.Response{}},
 		bodyTimeout: bodyTimeout, writeTimeout: writeTimeout,
 	}
 	if err := o.Engine.Validate(); err != nil {
@@ -216,7 +217,7 @@ func (a *API) serveV1(w http.ResponseWriter, r *http.Request) {
 		}
 		with, err := a.withMetadata(r, r.FormValue("metric"))
 		if err != nil {
-			a.wrap(func(w http.ResponseWriter, _ *http.Request) { a.fail(w, err) })(w, r)
+			a.wrap(func(w http.ResponseWriter, _ *http.Request) { fail(w, err) })(w, r)
 			return
 		}
 		r = with
@@ -242,7 +243,7 @@ func (a *API) wrap(h http.HandlerFunc) http.HandlerFunc {
 func (a *API) Work(ctx context.Context, h *history.History, t *plan.Task) ([]byte, error) {
 	e := a.variantOf(ctx, []string{t.Tenant}).engine
 	// The limits of one query are the caller's to keep, memory is ours.
-	ctx, _, done := a.opts.Memory.Open(WithTenant(ctx, t.Tenant), account.Limits{})
+	ctx, _, done := a.opts.Memory.Open(WithTenant(ctx, t.Tenant), t.Tenant, account.Limits{})
 	defer done()
 	return e.Work(ctx, h, t)
 }

@@ -8,6 +8,7 @@ import (
 	"io"
 	"net/http"
 	"os"
+	"sync"
 	"time"
 
 	"github.com/epimetheus-tsdb/epimetheus/gateway/account"
@@ -27,12 +28,56 @@ var (
 	errBodyTooSlow  = errors.New("the body of the request came too slowly")
 )
 
+// maxBodies is how many bodies of requests of a tenant are waited for at a time, at one
+// gateway.
+const maxBodies = 1000
+
+// bodies counts those that are waited for.
+type bodies struct {
+	mu sync.Mutex
+	of map[string]int // by tenant; none is 0
+}
+
+// begin counts one of each tenant until end is called, or gives an error that wraps
+// errTooMany.
+func (b *bodies) begin(tenants []string) (end func(), err error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	for _, t := range tenants {
+		if b.of[t] >= maxBodies {
+			return nil, fmt.Errorf("the bodies of %d requests of the tenant are still to come: %w", maxBodies, errTooMany)
+		}
+	}
+	for _, t := range tenants {
+		b.of[t]++
+	}
+	return func() {
+		b.mu.Lock()
+		defer b.mu.Unlock()
+		for _, t := range tenants {
+			if b.of[t]--; b.of[t] == 0 {
+				delete(b.of, t)
+			}
+		}
+	}, nil
+}
+
 // withBody gives a request whose body is in memory, of the account until the request
-// ends. The error is why the body can't be had.
-func withBody(w http.ResponseWriter, r *http.Request, timeout time.Duration) (*http.Request, error) {
+// ends. After an error, which is why the body can't be had, the connection is to be
+// closed: the rest isn't read.
+func (b *bodies) withBody(w http.ResponseWriter, r *http.Request, tenants []string, timeout time.Duration) (*http.Request, error) {
 	if r.Body == nil || r.Body == http.NoBody {
 		return r, nil
 	}
+	end, err := b.begin(tenants)
+	if err != nil {
+		return nil, err
+	}
+	defer end()
+	return withBody(w, r, timeout)
+}
+
+func withBody(w http.ResponseWriter, r *http.Request, timeout time.Duration) (*http.Request, error) {
 	most := int64(maxBody)
 	if r.URL.Path == "/api/v1/read" {
 		most = maxReadBytes
@@ -56,7 +101,7 @@ func withBody(w http.ResponseWriter, r *http.Request, timeout time.Duration) (*h
 	case !stopped:
 		return nil, cause
 	case err != nil:
-		return nil, fmt.Errorf("body of the request: %w", err)
+		return nil, problem{fmt.Errorf("body of the request: %w", err)}
 	case int64(len(b)) > most:
 		return nil, tooLarge
 	}
@@ -77,22 +122,4 @@ func (r *heldReader) Read(p []byte) (int, error) {
 	n, err := r.Reader.Read(p)
 	r.account.Hold(int64(n))
 	return n, err
-}
-
-// failBody answers where withBody gave an error. The connection ends: the rest of the
-// body isn't read.
-func failBody(w http.ResponseWriter, err error) {
-	w.Header().Set("Connection", "close")
-	switch {
-	case errors.Is(err, errBodyTooLarge):
-		respondError(w, http.StatusRequestEntityTooLarge, "bad_data", err)
-	case errors.Is(err, errBodyTooSlow):
-		respondError(w, http.StatusRequestTimeout, "timeout", err)
-	case errors.Is(err, account.ErrLimit):
-		respondError(w, http.StatusUnprocessableEntity, "execution", err)
-	case errors.Is(err, context.Canceled):
-		respondError(w, statusClientGone, "canceled", err)
-	default:
-		respondError(w, http.StatusBadRequest, "bad_data", err)
-	}
 }

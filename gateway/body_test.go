@@ -10,6 +10,7 @@ import (
 	"net/http/httptest"
 	"net/url"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -172,4 +173,84 @@ func TestSlowReader(t *testing.T) {
 	}
 	require.Greater(t, n, 8<<20)
 	require.Greater(t, time.Since(begin), 800*time.Millisecond)
+}
+
+// A remote read takes no longer than a query may, whether its client stops to take the
+// answer or takes it slowly: another then has the place.
+func TestTimeoutOfRemoteRead(t *testing.T) {
+	const limit = 2 * time.Second
+	api := newAPI(t, fifty(t), gateway.Options{Limits: gateway.Limits{Queries: 1}, QueryTimeout: limit})
+	server := httptest.NewServer(api)
+	defer server.Close()
+	// Longer than what sockets hold.
+	q := &prompb.Query{EndTimestampMs: 3_600_000, Matchers: []*prompb.LabelMatcher{{Name: "__name__", Value: "requests_total"}}}
+	for kind, n := range map[prompb.ReadRequest_ResponseType]int{prompb.ReadRequest_STREAMED_XOR_CHUNKS: 1000, prompb.ReadRequest_SAMPLES: 200} {
+		read := &prompb.ReadRequest{AcceptedResponseTypes: []prompb.ReadRequest_ResponseType{kind}}
+		for range n {
+			read.Queries = append(read.Queries, q)
+		}
+		b, err := read.Marshal()
+		require.NoError(t, err)
+		body := s2.EncodeSnappy(nil, b)
+		ask := func() net.Conn {
+			c, err := (&net.Dialer{}).DialContext(t.Context(), "tcp", server.Listener.Addr().String())
+			require.NoError(t, err)
+			t.Cleanup(func() { _ = c.Close() }) // once more
+			_, err = fmt.Fprintf(c, "POST /api/v1/read HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s", len(body), body)
+			require.NoError(t, err)
+			return c
+		}
+		free := func() {
+			t.Helper()
+			require.Eventually(t, func() bool { return call(t, api, "query", "query", "1").code == http.StatusOK }, 30*time.Second, time.Millisecond)
+		}
+		stalled := ask()
+		_, err = io.ReadFull(stalled, make([]byte, 100)) // it has, or had, the place
+		require.NoError(t, err)
+		free()
+		require.NoError(t, stalled.Close())
+
+		resp, err := http.ReadResponse(bufio.NewReader(ask()), nil)
+		if err == nil && resp.StatusCode == http.StatusOK {
+			for err == nil {
+				_, err = io.CopyN(io.Discard, resp.Body, 16<<10)
+				time.Sleep(10 * time.Millisecond) // what a slow client does
+			}
+			_ = resp.Body.Close() // the rest doesn't come
+		} else if err == nil { // on a slow machine
+			require.Equal(t, http.StatusServiceUnavailable, resp.StatusCode)
+			require.NoError(t, resp.Body.Close())
+			err = io.ErrUnexpectedEOF
+		}
+		require.ErrorIs(t, err, io.ErrUnexpectedEOF)
+		free()
+	}
+}
+
+// So many bodies of a tenant are waited for, and others have theirs.
+func TestManySlowBodies(t *testing.T) {
+	api := newAPI(t, gatewaytest.New(t, gatewaytest.Options{}), gateway.Options{Tenancy: gateway.Header})
+	var wg sync.WaitGroup
+	slow, end := io.Pipe()
+	ask := func(tenant string, body io.Reader) *httptest.ResponseRecorder {
+		r := httptest.NewRequest(http.MethodPost, "/api/v1/query", body)
+		r.Header.Set("Content-Type", "application/x-www-form-urlencoded")
+		r.Header.Set(gateway.TenantHeader, tenant)
+		w := httptest.NewRecorder()
+		api.ServeHTTP(w, r)
+		return w
+	}
+	codes := make(chan int, 1001)
+	for range 1001 {
+		wg.Go(func() { codes <- ask("many", slow).Code })
+	}
+	require.Equal(t, http.StatusTooManyRequests, <-codes)
+	refused := ask("many", strings.NewReader("query=1"))
+	require.Equal(t, http.StatusTooManyRequests, refused.Code)
+	require.Contains(t, refused.Body.String(), "the bodies of 1000 requests of the tenant are still to come")
+	require.Equal(t, "close", refused.Header().Get("Connection"))
+	require.Equal(t, http.StatusOK, ask("few", strings.NewReader("query=1")).Code)
+	require.NoError(t, end.Close())
+	wg.Wait()
+	require.Equal(t, http.StatusOK, ask("many", strings.NewReader("query=1")).Code)
 }

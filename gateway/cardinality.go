@@ -12,12 +12,9 @@ import (
 
 	"github.com/prometheus/common/model"
 	"github.com/prometheus/prometheus/model/labels"
-	"github.com/prometheus/prometheus/promql"
 	"github.com/prometheus/prometheus/storage"
 	"github.com/prometheus/prometheus/util/annotations"
 	v1 "github.com/prometheus/prometheus/web/api/v1"
-
-	"github.com/epimetheus-tsdb/epimetheus/gateway/account"
 )
 
 // headSpan is how far back series count as those of a Prometheus's head, where a
@@ -41,9 +38,6 @@ func (c *cardinality) add(ls labels.Labels) {
 		values[l.Value]++
 	})
 }
-
-// problem is an error that is the client's.
-type problem struct{ error }
 
 func badParam(name string, err error) error {
 	return problem{fmt.Errorf("invalid parameter %q: %w", name, err)}
@@ -121,42 +115,23 @@ func (a *API) eachSeries(r *http.Request, fn func(labels.Labels)) (_ annotations
 	return set.Warnings(), set.Err()
 }
 
-// fail answers with an error.
-func (*API) fail(w http.ResponseWriter, err error) {
-	p, isProblem := errors.AsType[problem](err)
-	_, cancelled := errors.AsType[promql.ErrQueryCanceled](err)
-	_, late := errors.AsType[promql.ErrQueryTimeout](err)
-	switch {
-	case isProblem:
-		respondError(w, http.StatusBadRequest, "bad_data", p.error)
-	case errors.Is(err, account.ErrLimit):
-		respondError(w, http.StatusUnprocessableEntity, "execution", err)
-	case late:
-		respondError(w, http.StatusServiceUnavailable, "timeout", err)
-	case cancelled:
-		respondError(w, statusClientGone, "canceled", err)
-	default:
-		respondError(w, http.StatusInternalServerError, "internal", err)
-	}
-}
-
 // tsdbStatus is status/tsdb, over heads and history. The number of chunks and the
 // first and last time are those of the heads.
 func (a *API) tsdbStatus(w http.ResponseWriter, r *http.Request) {
 	limit, err := limitParam(r)
 	if err != nil {
-		a.fail(w, err)
+		fail(w, err)
 		return
 	}
 	c := cardinality{labels: map[string]map[string]uint64{}}
 	warnings, err := a.eachSeries(r, c.add)
 	if err != nil {
-		a.fail(w, err)
+		fail(w, err)
 		return
 	}
 	heads, ws, err := a.storage.stats(r.Context(), 1)
 	if err != nil {
-		a.fail(w, err)
+		fail(w, err)
 		return
 	}
 	warnings = warnings.Merge(ws)
@@ -220,7 +195,7 @@ type activeSeries struct {
 func (a *API) activeSeries(w http.ResponseWriter, r *http.Request) {
 	limit, err := limitParam(r)
 	if err != nil {
-		a.fail(w, err)
+		fail(w, err)
 		return
 	}
 	out := activeSeries{By: r.FormValue("by")}
@@ -235,7 +210,7 @@ func (a *API) activeSeries(w http.ResponseWriter, r *http.Request) {
 		}
 	})
 	if err != nil {
-		a.fail(w, err)
+		fail(w, err)
 		return
 	}
 	out.NumValues, out.SeriesCount = len(counts), greatest(counts, limit)

@@ -79,7 +79,7 @@ func (a *API) admin(h func(ctx context.Context, tenant string, r *http.Request) 
 		case errors.Is(err, history.ErrNoDeletion):
 			respondError(w, http.StatusNotFound, "not_found", err)
 		case err != nil:
-			a.fail(w, err)
+			fail(w, err)
 		case data == nil:
 			w.WriteHeader(http.StatusNoContent)
 		default:

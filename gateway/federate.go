@@ -19,8 +19,6 @@ import (
 	"github.com/prometheus/prometheus/promql"
 	"github.com/prometheus/prometheus/storage"
 	"github.com/prometheus/prometheus/tsdb/chunkenc"
-
-	"github.com/epimetheus-tsdb/epimetheus/gateway/account"
 )
 
 // federate is Prometheus's /federate: the last sample of each series that is
@@ -41,12 +39,7 @@ func (a *API) federate(w http.ResponseWriter, r *http.Request) {
 	now := time.Now()
 	samples, err := a.lastSamples(r.Context(), sets, now.Add(-v.options.LookbackDelta), now)
 	if err != nil {
-		code := http.StatusInternalServerError
-		if errors.Is(err, account.ErrLimit) {
-			code = http.StatusUnprocessableEntity
-		} else if _, late := errors.AsType[promql.ErrQueryTimeout](err); late {
-			code = http.StatusServiceUnavailable
-		}
+		code, _ := errorClass(err)
 		http.Error(w, err.Error(), code)
 		return
 	}

@@ -2,7 +2,6 @@ package gateway
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"maps"
 	"net/http"
@@ -11,7 +10,6 @@ import (
 	"sync"
 	"time"
 
-	"github.com/prometheus/prometheus/promql"
 	"github.com/prometheus/prometheus/util/annotations"
 	"github.com/prometheus/prometheus/util/stats"
 
@@ -35,6 +33,10 @@ type Prices struct {
 // statusClientGone is Prometheus's code for a client that has gone.
 const statusClientGone = 499
 
+// DefaultQueries is a sane Limits.Queries, that of Prometheus's --query.max-concurrency: a
+// tenant that sends more at a time leaves others their share of a gateway.
+const DefaultQueries = 20
+
 // queuePerQuery is how many queries of a tenant wait for each that may run.
 const queuePerQuery = 10
 
@@ -49,15 +51,8 @@ type gate struct {
 	users int           // that run or wait
 }
 
-// tooManyError is what a tenant gets of which too many queries wait already.
-type tooManyError struct{ running, waiting int }
-
-func (e tooManyError) Error() string {
-	return fmt.Sprintf("%d queries of the tenant are running and %d are waiting (limit gateway.limits.queries is %d): try again later", e.running, e.waiting, e.running)
-}
-
-// enter waits until another query of the tenant may run. It gives a tooManyError, or
-// why ctx has ended.
+// enter waits until another query of the tenant may run. It gives an error that wraps
+// errTooMany if too many wait already, or why ctx has ended.
 func (g *gates) enter(ctx context.Context, tenant string, limit int) (leave func(), err error) {
 	if limit <= 0 {
 		return func() {}, nil
@@ -69,8 +64,9 @@ func (g *gates) enter(ctx context.Context, tenant string, limit int) (leave func
 		g.all[tenant] = one
 	}
 	if one.users >= limit*(1+queuePerQuery) {
+		waiting := one.users - limit
 		g.mu.Unlock()
-		return nil, tooManyError{limit, one.users - limit}
+		return nil, fmt.Errorf("%d queries of the tenant are running and %d are waiting (limit gateway.limits.queries is %d): %w", limit, waiting, limit, errTooMany)
 	}
 	one.users++
 	g.mu.Unlock()
@@ -89,7 +85,7 @@ func (g *gates) enter(ctx context.Context, tenant string, limit int) (leave func
 		}, nil
 	case <-ctx.Done():
 		gone()
-		return nil, context.Cause(ctx)
+		return nil, fmt.Errorf("waiting for other queries of the tenant (limit gateway.limits.queries is %d): %w", limit, context.Cause(ctx))
 	}
 }
 
@@ -155,26 +151,23 @@ func counts(path string) bool {
 }
 
 // timed says whether the time of a request that counts is bounded here. That of a query
-// is the engine's to bound, and a remote read lasts as long as the client takes it.
-func timed(path string) bool {
-	return path != "/api/v1/query" && path != "/api/v1/query_range" && path != "/api/v1/read"
-}
+// is the engine's to bound.
+func timed(path string) bool { return path != "/api/v1/query" && path != "/api/v1/query_range" }
 
 // protect serves a request within the limits of its tenant, and logs it if it was
 // slow.
-func (a *API) protect(w http.ResponseWriter, r *http.Request, h http.Handler) {
+func (a *API) protect(rw *responseWriter, r *http.Request, h http.Handler) {
+	w := http.ResponseWriter(rw)
 	tenants := tenantsOf(r.Context())
 	limits := a.limitsOf(tenants)
 	name := strings.Join(tenants, "|")
-	ctx, acc, done := a.opts.Memory.Open(r.Context(), limits.Limits)
+	ctx, acc, done := a.opts.Memory.Open(r.Context(), name, limits.Limits)
 	defer done()
-	r, err := withBody(w, r.WithContext(ctx), a.bodyTimeout)
+	r, err := a.bodies.withBody(w, r.WithContext(ctx), tenants, a.bodyTimeout)
 	if err != nil {
-		failBody(w, err)
+		w.Header().Set("Connection", "close")
+		fail(w, err)
 		return
-	}
-	if r.URL.Path == "/api/v1/read" {
-		w = &readWriter{w, acc}
 	}
 	if !counts(r.URL.Path) {
 		h.ServeHTTP(w, r)
@@ -185,10 +178,15 @@ func (a *API) protect(w http.ResponseWriter, r *http.Request, h http.Handler) {
 	defer cancel()
 	leave, err := a.enter(bounded, tenants)
 	if err != nil {
-		a.failToEnter(w, limits, err)
+		fail(w, err)
 		return
 	}
 	defer leave()
+	if r.URL.Path == "/api/v1/read" {
+		// Its answer is read while it is sent.
+		rw.until, _ = bounded.Deadline()
+		w = &readWriter{ResponseWriter: rw, account: acc, ended: func() error { return context.Cause(bounded) }}
+	}
 	params := url.Values{}
 	switch r.URL.Path {
 	case "/api/v1/query", "/api/v1/query_range":
@@ -213,38 +211,37 @@ func (a *API) protect(w http.ResponseWriter, r *http.Request, h http.Handler) {
 		"parts_kept", c.PartsKept, "parts_memcached", c.PartsMemcached, "parts_here", c.PartsHere, "parts_elsewhere", c.PartsElsewhere)
 }
 
-// failToEnter answers where enter gave an error.
-func (a *API) failToEnter(w http.ResponseWriter, l Limits, err error) {
-	var many tooManyError
-	var late promql.ErrQueryTimeout
-	switch {
-	case errors.As(err, &many):
-		w.Header().Set("Retry-After", "1")
-		respondError(w, http.StatusTooManyRequests, "too_many_requests", err)
-	case errors.As(err, &late):
-		respondError(w, http.StatusServiceUnavailable, "timeout", fmt.Errorf(
-			"query timed out while it waited for others of the tenant (limit gateway.limits.queries is %d, gateway.query_timeout is %s)", l.Queries, a.opts.QueryTimeout))
-	case errors.Is(err, account.ErrLimit):
-		respondError(w, http.StatusUnprocessableEntity, "execution", err)
-	default:
-		respondError(w, statusClientGone, "canceled", err)
-	}
-}
-
-// readWriter makes it the client's fault if a remote read goes beyond a limit:
-// Prometheus's handler knows no such errors.
+// readWriter gives errors of a remote read the status that they have elsewhere: Prometheus's
+// handler knows no limits.
 type readWriter struct {
 	http.ResponseWriter
 	account *account.Account
+	ended   func() error // why the request has ended; nil: it hasn't
+	begun   bool
 }
 
 // Unwrap is for http.ResponseController.
 func (w *readWriter) Unwrap() http.ResponseWriter { return w.ResponseWriter }
 
+// Write implements http.ResponseWriter. What comes too late is an error, of which the
+// handler then tells.
+func (w *readWriter) Write(p []byte) (int, error) {
+	if err := w.ended(); err != nil && !w.begun {
+		return 0, err
+	}
+	w.begun = true
+	return w.ResponseWriter.Write(p)
+}
+
 // WriteHeader implements http.ResponseWriter.
 func (w *readWriter) WriteHeader(code int) {
-	if code == http.StatusInternalServerError && w.account.Ended() {
-		code = http.StatusUnprocessableEntity
+	w.begun = true
+	if code == http.StatusInternalServerError {
+		if err := w.ended(); w.account.Ended() {
+			code = http.StatusUnprocessableEntity
+		} else if err != nil {
+			code, _ = errorClass(err)
+		}
 	}
 	w.ResponseWriter.WriteHeader(code)
 }

@@ -5,6 +5,7 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"io"
 	"log/slog"
 	"net/http"
 	"net/http/httptest"
@@ -366,7 +367,8 @@ func TestTimeoutOfWaiting(t *testing.T) {
 		a := call(t, api, path, "query", "1")
 		require.Equal(t, http.StatusServiceUnavailable, a.code, a)
 		require.Equal(t, "timeout", a.ErrorType)
-		require.Contains(t, a.Error, "limit gateway.limits.queries is 1, gateway.query_timeout is 100ms")
+		require.Contains(t, a.Error, "limit gateway.limits.queries is 1")
+		require.Contains(t, a.Error, "limit gateway.query_timeout is 100ms")
 	}
 	close(release)
 	wg.Wait()
@@ -467,6 +469,74 @@ func TestConcurrencyOfSeveralTenants(t *testing.T) {
 		api.ServeHTTP(w, r)
 		return w.Code
 	})
+}
+
+// A tenant with 1,000 queries at a time doesn't keep another's dashboard waiting: meanwhile
+// it has about as many answers as the dashboard.
+func TestDashboardBesideManyQueries(t *testing.T) {
+	api := newAPI(t, fifty(t), gateway.Options{Tenancy: gateway.Header, Limits: gateway.Limits{Queries: gateway.DefaultQueries}})
+	server := httptest.NewServer(api)
+	defer server.Close()
+	client := &http.Client{Transport: &http.Transport{MaxIdleConnsPerHost: 1020}}
+	defer client.CloseIdleConnections()
+	ask := func(ctx context.Context, tenant string) (code int) {
+		v := url.Values{"query": {"sum(rate(requests_total[5m])) + sum(requests_total)"}, "start": {"0"}, "end": {"3600"}, "step": {"2"}}
+		r, err := http.NewRequestWithContext(ctx, http.MethodPost, server.URL+"/api/v1/query_range", strings.NewReader(v.Encode()))
+		if err != nil {
+			t.Error(err)
+			return 0
+		}
+		r.Header.Set("Content-Type", "application/x-www-form-urlencoded")
+		r.Header.Set(gateway.TenantHeader, tenant)
+		resp, err := client.Do(r)
+		if err != nil {
+			return 0 // it was cancelled
+		}
+		defer resp.Body.Close()
+		if _, err := io.Copy(io.Discard, resp.Body); err != nil {
+			return 0
+		}
+		return resp.StatusCode
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	var many sync.WaitGroup
+	defer many.Wait()
+	defer cancel()
+	var answers, refused atomic.Int64
+	for range 1000 {
+		many.Go(func() {
+			for ctx.Err() == nil {
+				switch ask(ctx, gateway.DefaultTenant) {
+				case http.StatusOK:
+					answers.Add(1)
+				case http.StatusTooManyRequests:
+					refused.Add(1)
+					select {
+					case <-ctx.Done():
+					case <-time.After(time.Second): // as Retry-After says
+					}
+				}
+			}
+		})
+	}
+	require.Eventually(t, func() bool { return refused.Load() > 0 && answers.Load() > 20 }, time.Minute, time.Millisecond)
+	const panels, refreshes = 20, 3
+	before, began := answers.Load(), time.Now()
+	for range refreshes {
+		var dashboard sync.WaitGroup
+		for range panels {
+			dashboard.Go(func() {
+				if code := ask(ctx, "other"); code != http.StatusOK {
+					t.Errorf("status %d", code)
+				}
+			})
+		}
+		dashboard.Wait()
+	}
+	during := answers.Load() - before
+	t.Logf("%d panels took %s, while the other tenant had %d answers", panels*refreshes, time.Since(began), during)
+	require.Less(t, during, int64(5*panels*refreshes))
 }
 
 // Slow queries are logged with what they read, others aren't.

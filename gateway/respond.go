@@ -301,6 +301,7 @@ type responseWriter struct {
 
 	warnings annotations.Annotations // beside those that the handler knows of
 	timeout  time.Duration           // of a write: the client takes something meanwhile, or has gone
+	until    time.Time               // nothing is written later; zero: there is no such time
 
 	started bool
 	encoder encoder // nil: as it is
@@ -315,15 +316,19 @@ func (w *responseWriter) Unwrap() http.ResponseWriter { return w.ResponseWriter 
 
 // WriteHeader implements http.ResponseWriter.
 func (w *responseWriter) WriteHeader(code int) {
-	if !w.started {
-		w.started = true
-		h := w.Header()
-		if w.encoding != "" && slices.Contains(h.Values("Vary"), "Accept-Encoding") {
-			h.Set("Content-Encoding", w.encoding)
-			h.Del("Content-Length")
-			if code != http.StatusNoContent {
-				w.encoder, w.put = w.encodings.open(w.encoding, patient{w.ResponseWriter, w.timeout})
-			}
+	if w.started {
+		return // a handler has an error after it has begun its answer
+	}
+	w.started = true
+	if code >= http.StatusBadRequest {
+		w.until = time.Time{} // it says that the time is over
+	}
+	h := w.Header()
+	if w.encoding != "" && slices.Contains(h.Values("Vary"), "Accept-Encoding") {
+		h.Set("Content-Encoding", w.encoding)
+		h.Del("Content-Length")
+		if code != http.StatusNoContent {
+			w.encoder, w.put = w.encodings.open(w.encoding, w.patient())
 		}
 	}
 	w.ResponseWriter.WriteHeader(code)
@@ -334,7 +339,7 @@ func (w *responseWriter) Write(p []byte) (int, error) {
 	if !w.started {
 		w.WriteHeader(http.StatusOK)
 	}
-	out := io.Writer(patient{w.ResponseWriter, w.timeout})
+	out := io.Writer(w.patient())
 	if w.encoder != nil {
 		out = w.encoder
 	}
@@ -358,7 +363,7 @@ func (w *responseWriter) Flush() {
 		return // the client has gone
 	}
 	c := http.NewResponseController(w.ResponseWriter)
-	within(c, w.timeout, func() { _ = c.Flush() }) // it can't: nothing is lost
+	w.patient().within(c, func() { _ = c.Flush() }) // it can't: nothing is lost
 }
 
 // close ends the answer.
@@ -380,13 +385,16 @@ const writeTimeout = time.Minute
 type patient struct {
 	http.ResponseWriter
 	timeout time.Duration
+	until   time.Time // as in responseWriter
 }
+
+func (w *responseWriter) patient() patient { return patient{w.ResponseWriter, w.timeout, w.until} }
 
 func (p patient) Write(b []byte) (n int, err error) {
 	c := http.NewResponseController(p.ResponseWriter)
 	for {
 		var k int
-		within(c, p.timeout, func() { k, err = p.ResponseWriter.Write(b[n:min(len(b), n+pieceBytes)]) })
+		p.within(c, func() { k, err = p.ResponseWriter.Write(b[n:min(len(b), n+pieceBytes)]) })
 		if n += k; err != nil || n == len(b) {
 			return n, err
 		}
@@ -395,8 +403,12 @@ func (p patient) Write(b []byte) (n int, err error) {
 
 // within writes with a deadline that doesn't outlast it: over HTTP/2 the answer ends when one
 // passes, though nothing is being written, and the connection may serve other requests.
-func within(c *http.ResponseController, timeout time.Duration, write func()) {
-	_ = c.SetWriteDeadline(time.Now().Add(timeout)) // it can't: it has none
+func (p patient) within(c *http.ResponseController, write func()) {
+	deadline := time.Now().Add(p.timeout)
+	if !p.until.IsZero() && p.until.Before(deadline) {
+		deadline = p.until
+	}
+	_ = c.SetWriteDeadline(deadline) // it can't: it has none
 	write()
 	_ = c.SetWriteDeadline(time.Time{})
 }

@@ -97,27 +97,35 @@ type IngesterConfig struct {
 
 // GatewayConfig is for gateways.
 type GatewayConfig struct {
-	QueryTimeout     duration                       `yaml:"query_timeout,omitempty" doc:"The longest query, and the longest request for series, labels, metadata, exemplars or cardinality."`
+	QueryTimeout     duration                       `yaml:"query_timeout,omitempty" doc:"The longest query, and the longest request for series, labels, metadata, exemplars, cardinality or a remote read, which ends though its client still takes the answer."`
 	LookbackDelta    duration                       `yaml:"lookback_delta,omitempty" doc:"As Prometheus's --query.lookback-delta."`
 	MaxSamples       int                            `yaml:"max_samples,omitempty" doc:"As Prometheus's --query.max-samples: in memory for one query."`
 	CacheBytes       size                           `yaml:"cache_bytes,omitempty" doc:"Memory for pages of blocks."`
 	ResultBytes      size                           `yaml:"result_cache_bytes,omitempty" doc:"Memory for results of parts of long queries."`
 	EnableFeatures   []string                       `yaml:"enable_features,omitempty" doc:"As Prometheus's --enable-feature, of what concerns queries: promql-binop-fill-modifiers, promql-delayed-name-removal, promql-experimental-functions, promql-per-step-stats, promql-unquoted-utf8-names, query-cost, search-api, type-and-unit-labels, use-start-timestamps."`
 	TenantFederation bool                           `yaml:"tenant_federation,omitempty" doc:"Whether a request may be about several tenants, as 'X-Scope-OrgID: a|b'. Series then have the label '__tenant_id__'. The proxy that authenticates must check each of them. Off, a bar is a part of a tenant's name."`
-	Tenants          map[string]GatewayTenantConfig `yaml:"tenants,omitempty" doc:"By tenant: its own 'lookback_delta' and 'enable_features', where those that its sidecar reports aren't wanted, and its own 'limits'. With one of the first two, the other is as above if absent; 'enable_features: []' is none; a tenant with 'limits' has those alone."`
+	Tenants          map[string]GatewayTenantConfig `yaml:"tenants,omitempty" doc:"By tenant: its own 'lookback_delta' and 'enable_features', where those that its sidecar reports aren't wanted, and its own 'limits'. With one of the first two, the other is as above if absent; 'enable_features: []' is none; a tenant with 'limits' has those alone, and the default of 'queries' if they don't say."`
 	Limits           QueryLimits                    `yaml:"limits,omitempty"`
-	QueryMemory      size                           `yaml:"query_memory_bytes,omitempty" doc:"Memory that all queries may hold together (samples of heads, series and pages of blocks, points that the engine makes, results, bodies of requests). Beyond it the query that holds most is ended. 0: no bound."`
+	QueryMemory      size                           `yaml:"query_memory_bytes,omitempty" doc:"Memory that all queries may hold together (samples of heads, series and pages of blocks, points that the engine makes, results, bodies of requests). Beyond it, of the tenant that holds most, the query that holds most is ended. 0: no bound."`
 	SlowQuery        duration                       `yaml:"slow_query,omitempty" doc:"Queries that take so long are logged, with what they read. 0: none are."`
 	Prices           PricesConfig                   `yaml:"prices,omitempty"`
 }
 
 // QueryLimits are of each tenant.
 type QueryLimits struct {
-	Queries     int      `yaml:"queries,omitempty" doc:"Queries, and requests for series, labels, metadata, exemplars or cardinality, of a tenant at a time, at each gateway; ten times as many wait, the next get status 429. 0: no limit."`
+	Queries     int      `yaml:"queries" doc:"Queries, and requests for series, labels, metadata, exemplars or cardinality, of a tenant at a time, at each gateway, so that no tenant takes what others need; ten times as many wait, the next get status 429. 0: no limit."`
 	Range       duration `yaml:"query_range,omitempty" doc:"Time between the first and the last sample that a query may need. 0: no limit."`
 	Series      int64    `yaml:"query_series,omitempty" doc:"Series that a query may read. 0: no limit."`
 	Samples     int64    `yaml:"query_samples,omitempty" doc:"Samples that a query may read. 0: no limit."`
 	AnswerBytes size     `yaml:"answer_bytes,omitempty" doc:"How long an answer may be, about. 0: no limit."`
+}
+
+// UnmarshalYAML lets a tenant with limits of its own have its share of a gateway and no more,
+// where they don't say otherwise.
+func (l *QueryLimits) UnmarshalYAML(unmarshal func(any) error) error {
+	type plain QueryLimits
+	*l = QueryLimits{Queries: gateway.DefaultQueries}
+	return unmarshal((*plain)(l))
 }
 
 func (l *QueryLimits) limits() gateway.Limits {
@@ -309,6 +317,7 @@ func defaultConfig() Config {
 			ResultBytes:   128 * mib,
 			QueryMemory:   2048 * mib,
 			SlowQuery:     duration(10 * time.Second),
+			Limits:        QueryLimits{Queries: gateway.DefaultQueries},
 			Prices:        PricesConfig{MillionObjectGets: 0.4, MillionIndexReads: 0.25},
 		},
 		Compactor: CompactorConfig{Enabled: true, BlockBytes: 512 * mib},

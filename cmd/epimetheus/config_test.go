@@ -5,6 +5,8 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"github.com/epimetheus-tsdb/epimetheus/gateway"
 )
 
 // TestConfigFixtures: each *.bad.yml says in its comments what the error must
@@ -48,5 +50,25 @@ func TestNoConfigFileIsDefault(t *testing.T) {
 	}
 	if err := c.validate(); err != nil {
 		t.Errorf("the defaults are invalid: %v", err)
+	}
+}
+
+// A tenant with limits of its own has no more queries at a time than others, if it doesn't
+// say so.
+func TestLimitsOfATenant(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "c.yml")
+	if err := os.WriteFile(file, []byte("gateway: {tenants: {a: {limits: {query_series: 5}}, b: {limits: {queries: 0}}}}"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	c, err := loadConfig(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	limits := c.Gateway.tenantLimits()
+	if l := limits["a"]; l.Queries != gateway.DefaultQueries || l.Series != 5 || c.Gateway.Limits.Queries != gateway.DefaultQueries {
+		t.Errorf("%+v, %+v", l, c.Gateway.Limits)
+	}
+	if l := limits["b"]; l.Queries != 0 {
+		t.Errorf("%+v", l)
 	}
 }

@@ -8,6 +8,7 @@
 package account
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -45,6 +46,7 @@ func (a *Account) beyond(what, limit string, value any) error {
 
 // Account is what one request reads. It is safe for concurrent use.
 type Account struct {
+	tenant string
 	limits Limits
 	memory *Memory
 	cancel context.CancelCauseFunc
@@ -238,7 +240,7 @@ func NewMemory(max int64, reg prometheus.Registerer) *Memory {
 		max: max, active: map[*Account]struct{}{},
 		ended: prometheus.NewCounter(prometheus.CounterOpts{
 			Name: "epimetheus_gateway_queries_ended_for_memory_total",
-			Help: "Queries that were ended since all queries together held too much memory, and they the most.",
+			Help: "Queries that were ended since all queries together held too much memory, their tenant the most, and they the most of its.",
 		}),
 	}
 	reg.MustRegister(m.ended, prometheus.NewGaugeFunc(prometheus.GaugeOpts{
@@ -249,11 +251,11 @@ func NewMemory(max int64, reg prometheus.Registerer) *Memory {
 	return m
 }
 
-// Open opens the account of a request. The context that it gives is cancelled, with
-// an error that wraps ErrLimit as its cause, if the request has to end for lack of
+// Open opens the account of a request of a tenant. The context that it gives is cancelled,
+// with an error that wraps ErrLimit as its cause, if the request has to end for lack of
 // memory. Call done at the end of the request.
-func (m *Memory) Open(ctx context.Context, l Limits) (_ context.Context, a *Account, done func()) {
-	a = &Account{limits: l, memory: m}
+func (m *Memory) Open(ctx context.Context, tenant string, l Limits) (_ context.Context, a *Account, done func()) {
+	a = &Account{tenant: tenant, limits: l, memory: m}
 	ctx, a.cancel = context.WithCancelCause(ctx)
 	m.mu.Lock()
 	m.active[a] = struct{}{}
@@ -273,19 +275,29 @@ func (m *Memory) add(bytes int64) {
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	// Those that were ended already give theirs back soon.
+	// Those that were ended already give theirs back soon. Of the tenant that holds most the
+	// heaviest ends: many small queries of one cost another none of its own.
+	used, of := int64(0), map[string]int64{}
+	for a := range m.active {
+		if !a.over.Load() {
+			held := a.held.Load()
+			used += held
+			of[a.tenant] += held
+		}
+	}
+	if used <= m.max {
+		return
+	}
 	var heaviest *Account
-	used := int64(0)
 	for a := range m.active {
 		if a.over.Load() {
 			continue
 		}
-		used += a.held.Load()
-		if heaviest == nil || a.held.Load() > heaviest.held.Load() {
+		if heaviest == nil || cmp.Or(cmp.Compare(of[a.tenant], of[heaviest.tenant]), cmp.Compare(a.held.Load(), heaviest.held.Load())) > 0 {
 			heaviest = a
 		}
 	}
-	if heaviest == nil || used <= m.max {
+	if heaviest == nil {
 		return
 	}
 	m.ended.Inc()
@@ -293,6 +305,6 @@ func (m *Memory) add(bytes int64) {
 	heaviest.over.Store(true)
 	heaviest.ended.Store(true)
 	heaviest.cancel(&limitError{fmt.Sprintf(
-		"the query held %d bytes of memory, the most of all, when queries together held more than gateway.query_memory_bytes (%d): ask for fewer series or less time",
-		held, m.max)})
+		"the query held %d bytes of memory, the most of its tenant's, which held %d, when queries together held more than gateway.query_memory_bytes (%d): ask for fewer series or less time",
+		held, of[heaviest.tenant], m.max)})
 }

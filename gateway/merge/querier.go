@@ -288,6 +288,10 @@ func (s *seriesSet) readHistory(ctx context.Context, snap *history.Snapshot, ms 
 func (s *seriesSet) Next() bool {
 	<-s.ready
 	for s.err == nil && s.left != 0 {
+		if err := s.ctx.Err(); err != nil { // who takes them may be slow
+			s.err = class(s.ctx, err)
+			return false
+		}
 		ls, ok := s.least()
 		if !ok {
 			return false

@@ -313,7 +313,7 @@ func TestAgreement(t *testing.T) {
 		}
 		var read map[string]int64
 		run := func(ng promql.QueryEngine) (*promql.Result, string) {
-			ctx, acc, done := account.NewMemory(0, prometheus.NewRegistry()).Open(t.Context(), account.Limits{})
+			ctx, acc, done := account.NewMemory(0, prometheus.NewRegistry()).Open(t.Context(), "", account.Limits{})
 			defer done()
 			defer func() { windows += acc.Cost().Windows }()
 			ctx, cancel := context.WithTimeout(ctx, time.Minute)
@@ -451,7 +451,7 @@ func TestPartsCount(t *testing.T) {
 	here := plan.New(inner, o, plan.Tight(plan.Spread{TenantOf: tenantOf, Results: r}))
 	run := func(e *plan.Engine, series int64) (account.Cost, int64, error) {
 		reg := prometheus.NewRegistry()
-		ctx, acc, done := account.NewMemory(0, reg).Open(t.Context(), account.Limits{Series: series})
+		ctx, acc, done := account.NewMemory(0, reg).Open(t.Context(), "", account.Limits{Series: series})
 		defer done()
 		q, err := e.NewRangeQuery(ctx, old, nil, `rate(requests_total[5m])`, time.UnixMilli(0), time.UnixMilli(4*3_600_000), 5*time.Second)
 		if err != nil {

@@ -349,7 +349,7 @@ func BenchmarkSummaries(b *testing.B) {
 		b.Run(expr, func(b *testing.B) {
 			windows := int64(0)
 			run := func() {
-				ctx, acc, done := account.NewMemory(0, prometheus.NewRegistry()).Open(b.Context(), account.Limits{})
+				ctx, acc, done := account.NewMemory(0, prometheus.NewRegistry()).Open(b.Context(), "", account.Limits{})
 				defer done()
 				q, err := e.NewRangeQuery(ctx, c.Storage, nil, expr, time.UnixMilli(start).Add(time.Hour), time.UnixMilli(start+weeks*week), time.Hour)
 				if err != nil {

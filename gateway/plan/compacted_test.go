@@ -107,7 +107,7 @@ func TestCompactedSummaries(t *testing.T) {
 				if ask {
 					var acc *account.Account
 					var done func()
-					ctx, acc, done = memory.Open(ctx, account.Limits{})
+					ctx, acc, done = memory.Open(ctx, "", account.Limits{})
 					defer func() { windows += acc.Cost().Windows; done() }()
 				}
 				q, err := e.NewRangeQuery(ctx, c.Storage, nil, expr, time.Unix(0, 0), time.Unix(days*24*3600, 0), time.Hour)

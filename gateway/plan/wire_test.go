@@ -108,7 +108,7 @@ func TestMemoryOfResults(t *testing.T) {
 		require.Less(t, after.TotalAlloc-before.TotalAlloc, uint64(2*most), name)
 	}
 	reg := prometheus.NewRegistry()
-	ctx, acc, done := account.NewMemory(1<<26, reg).Open(t.Context(), account.Limits{})
+	ctx, acc, done := account.NewMemory(1<<26, reg).Open(t.Context(), "", account.Limits{})
 	defer done()
 	_, err = received(ctx, make(n, 0, []byte{2, 0, 0, 0}), g, 1)
 	require.ErrorIs(t, err, account.ErrLimit)

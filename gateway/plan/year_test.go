@@ -139,7 +139,7 @@ func (y *yearOf) run(b *testing.B, q yearQuery) {
 				if cold {
 					h = y.fresh()
 				}
-				ctx, acc, done := account.NewMemory(0, prometheus.NewRegistry()).Open(b.Context(), account.Limits{})
+				ctx, acc, done := account.NewMemory(0, prometheus.NewRegistry()).Open(b.Context(), "", account.Limits{})
 				defer done()
 				p, err := planned.NewRangeQuery(ctx, y.storage(h), nil, q.expr, from, to, q.step)
 				if err != nil {
