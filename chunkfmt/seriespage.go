@@ -477,14 +477,29 @@ func (p *SeriesPage) Matching(ms []*labels.Matcher) (n int) {
 // in mint to maxt, both included, in order of metric name, then labels. Each
 // matcher is evaluated once for each distinct value in the page.
 func (p *SeriesPage) Select(ms []*labels.Matcher, mint, maxt int64) []Entry {
-	keep := p.match(ms)
+	return p.SelectSome(ms, mint, maxt, nil)
+}
+
+// SelectSome is Select of the series that keep picks, and of those of which samples are gone
+// in that time. nil: of all.
+func (p *SeriesPage) SelectSome(ms []*labels.Matcher, mint, maxt int64, keep func(labels.Labels) bool) []Entry {
+	match := p.match(ms)
+	n := 0
+	for _, ok := range match {
+		if ok {
+			n++
+		}
+	}
 	var out []Entry
 	var builder labels.ScratchBuilder
-	for i, ok := range keep {
+	for i, ok := range match {
 		if !ok {
 			continue
 		}
-		if e, ok := p.Entry(i, mint, maxt, &builder); ok {
+		if e, ok := p.entry(i, mint, maxt, &builder, keep); ok {
+			if out == nil && keep == nil {
+				out = make([]Entry, 0, n)
+			}
 			out = append(out, e)
 		}
 	}
@@ -569,6 +584,11 @@ func (p *SeriesPage) Entry(i int, mint, maxt int64, builder *labels.ScratchBuild
 	if i < 0 || i >= p.series {
 		return Entry{}, false
 	}
+	return p.entry(i, mint, maxt, builder, nil)
+}
+
+// entry is Entry of series that there are, and that SelectSome wants.
+func (p *SeriesPage) entry(i int, mint, maxt int64, builder *labels.ScratchBuilder, keep func(labels.Labels) bool) (Entry, bool) {
 	e := Entry{Chunks: p.chunks.select1(i, mint, maxt), Exemplars: p.exemplars.select1(i, mint, maxt)}
 	if p.goneOf != nil {
 		if _, some := p.goneIn(i, mint, maxt); some {
@@ -579,6 +599,9 @@ func (p *SeriesPage) Entry(i int, mint, maxt int64, builder *labels.ScratchBuild
 		return Entry{}, false
 	}
 	e.Labels = p.labels(i, builder)
+	if keep != nil && e.Gone == nil && !keep(e.Labels) {
+		return Entry{}, false
+	}
 	if p.metaOf != nil && p.metaOf[i] > 0 {
 		e.Metadata = p.metas[p.metaOf[i]-1]
 		if p.families != nil {

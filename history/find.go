@@ -106,7 +106,7 @@ func (t *tally) release() { t.add(-t.bytes) }
 
 // find returns the series that match all of ms and have samples or exemplars in
 // mint to maxt, or summaries of windows whose samples are gone, for each block, but for
-// what is hidden. seriesRuns bounds the GETs of series pages of one block; 0 is no bound.
+// what is hidden, and for those that aren't kept, as far as nothing of them is gone. seriesRuns bounds the GETs of series pages of one block; 0 is no bound.
 func (s *Snapshot) find(ctx context.Context, bs []*Block, ms []*labels.Matcher, mint, maxt int64, seriesRuns int, hidden func(labels.Labels) []chunkfmt.Range) ([]found, error) {
 	out := make([]found, len(bs))
 	for i, b := range bs {
@@ -116,7 +116,9 @@ func (s *Snapshot) find(ctx context.Context, bs []*Block, ms []*labels.Matcher, 
 	defer held.release()
 	err := s.seriesPages(ctx, bs, ms, mint, maxt, seriesRuns, func(i int, p *chunkfmt.SeriesPage, lo, hi int64) {
 		before := out[i].bytes
-		for _, e := range p.Select(ms, lo, hi) {
+		es := p.SelectSome(ms, lo, hi, s.keep)
+		out[i].entries = slices.Grow(out[i].entries, len(es))
+		for _, e := range es {
 			if bs[i].holds(&e, lo, hi) && shows(&e, lo, hi, hidden(e.Labels)) {
 				out[i].entries = append(out[i].entries, e)
 				out[i].bytes += bytesOf(e.Labels, len(e.Chunks)+len(e.Exemplars))

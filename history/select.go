@@ -113,7 +113,7 @@ func (s *Snapshot) seriesSet(fs []found, mint, maxt int64) *SeriesSet {
 		for i := range f.entries {
 			e := &f.entries[i]
 			out.gone = max(out.gone, goneUntil(e.Gone, mint, maxt))
-			if len(e.Chunks) == 0 || !s.keeps(e.Labels) {
+			if len(e.Chunks) == 0 || e.Gone != nil && !s.keeps(e.Labels) {
 				continue // only exemplars in that time, or summaries
 			}
 			at, added := sets.add(e.Labels)
