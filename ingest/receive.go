@@ -470,6 +470,16 @@ func (r *receiver) answer(ctx context.Context, ss shippb.Ship_StreamServer, s *s
 	}
 }
 
+// decoder is memory to decode batches in. An idle stream has none: there are tens of
+// thousands.
+type decoder struct {
+	ship.Decoder
+	cols ship.Columns
+}
+
+//nolint:gochecknoglobals // scratch memory
+var decoders = sync.Pool{New: func() any { return new(decoder) }}
+
 // receive applies batches until the stream ends.
 func (r *receiver) receive(ctx context.Context, ss shippb.Ship_StreamServer, s *session) error {
 	msgs := make(chan *shippb.ToIngester)
@@ -492,8 +502,6 @@ func (r *receiver) receive(ctx context.Context, ss shippb.Ship_StreamServer, s *
 	}()
 	silence := time.NewTimer(silenceLimit)
 	defer silence.Stop()
-	var dec ship.Decoder
-	var cols ship.Columns
 	for {
 		select {
 		case <-ctx.Done():
@@ -520,7 +528,9 @@ func (r *receiver) receive(ctx context.Context, ss shippb.Ship_StreamServer, s *
 						return err
 					}
 				}
-				err := r.applyWhenClocksAgree(ctx, s, m.Batch, &dec, &cols)
+				w := decoders.Get().(*decoder)
+				err := r.applyWhenClocksAgree(ctx, s, m.Batch, &w.Decoder, &w.cols)
+				decoders.Put(w)
 				if errors.Is(err, errClosed) {
 					<-ctx.Done() // it is for another owner; the stream stays, for what is told
 					return context.Cause(ctx)

@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"runtime"
 	"strings"
 	"testing"
 	"testing/synctest"
@@ -163,4 +164,40 @@ func TestSuccession(t *testing.T) {
 	if len(r.sessions) != 3 || len(r.bySource) != 2 || len(r.bySource[sourceID{"a", there.source}]) != 2 {
 		t.Errorf("%d sessions of %d sources are left", len(r.sessions), len(r.bySource))
 	}
+}
+
+// A stream that has nothing to say takes little memory, whatever it sent before.
+func TestIdleStreams(t *testing.T) {
+	e := start(t, Options{})
+	heap := func() int64 {
+		for range 3 { // pools let go of their memory at the second
+			runtime.GC()
+		}
+		var m runtime.MemStats
+		runtime.ReadMemStats(&m)
+		return int64(m.HeapAlloc)
+	}
+	const n = 30
+	var cs []*client
+	for i := range n {
+		c := e.mustOpen(hello(fmt.Sprint("t", i)))
+		c.send(c.batch(1, 0, []string{"x"}, 0, 1000, 1))
+		c.await(1, 0)
+		cs = append(cs, c)
+	}
+	var cols ship.Columns
+	for range 21_000 { // what a sidecar puts into a batch of 256 KiB
+		cols.Floats.Ref, cols.Floats.T, cols.Floats.V = append(cols.Floats.Ref, 0), append(cols.Floats.T, 1000), append(cols.Floats.V, 1)
+	}
+	var enc ship.Encoder
+	columns := enc.Encode(nil, &cols)
+	before := heap()
+	for _, c := range cs {
+		c.send(&shippb.Batch{Seq: 2, Columns: columns})
+		c.await(2, 0)
+	}
+	if grown := (heap() - before) / n; grown > 200<<10 {
+		t.Errorf("%d bytes more for each stream", grown)
+	}
+	runtime.KeepAlive(cs)
 }
