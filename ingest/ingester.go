@@ -125,7 +125,7 @@ func New(o Options, publisher Publisher, logger *slog.Logger, reg prometheus.Reg
 	i.head, i.fetch = h, newFetcher(h, reg)
 	i.receive = &receiver{
 		process: process, member: o.Member, head: h, log: i.log, window: 4 << 20, limits: o.Limits, logger: logger, now: time.Now,
-		metrics: newReceiveMetrics(reg), sessions: map[sessionID]*session{}, bySource: map[sourceID][]*session{}, rewinds: map[string]int{}, sources: sources{tenants: map[string][]source{}}, admit: i.admit,
+		metrics: newReceiveMetrics(reg), sessions: map[sessionID]*session{}, bySource: map[sourceID][]*session{}, ofTenant: map[string]int{}, rewinds: map[string]int{}, sources: sources{tenants: map[string][]source{}}, admit: i.admit,
 	}
 	i.receive.durable.Store(&durability{generation: first - 1})
 	i.receive.starting.Store(i.log != nil)
@@ -145,7 +145,7 @@ func New(o Options, publisher Publisher, logger *slog.Logger, reg prometheus.Reg
 	gauge("epimetheus_ingester_head_samples", "Samples in the head, frozen generations included.", func(s head.Size) float64 { return float64(s.Samples) })
 	gauge("epimetheus_ingester_head_bytes", "Memory of the head, as it counts itself.", func(s head.Size) float64 { return float64(s.Bytes) })
 	reg.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{
-		Name: "epimetheus_ingester_announced_bytes", Help: "Memory of what sources have announced, about; with that of the head it is bounded by ingester.max_bytes.",
+		Name: "epimetheus_ingester_announced_bytes", Help: "Memory of sessions and of what sources have announced, about; with that of the head it is bounded by ingester.max_bytes.",
 	}, func() float64 { return float64(i.receive.announced.Load()) }))
 	gauge("epimetheus_ingester_head_generations", "Generations that are readable.", func(s head.Size) float64 { return float64(s.Generations) })
 	gauge("epimetheus_ingester_head_tenants", "Tenants of the current generation.", func(s head.Size) float64 { return float64(s.Tenants) })

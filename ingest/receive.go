@@ -37,6 +37,9 @@ const (
 	silenceLimit = 30 * time.Second // a stream without any message is ended
 	maxRefs      = 16 << 20         // of a session
 	maxTenant    = 150              // bytes
+	maxSessions  = 10_000           // of a tenant
+	maxOfSource  = 100              // sessions of a source
+	sessionBytes = 1 << 10          // beside its refs, about
 )
 
 // errStarting is the answer to streams and requests before the commit log has
@@ -69,6 +72,7 @@ type receiver struct {
 	mu       sync.Mutex
 	sessions map[sessionID]*session
 	bySource map[sourceID][]*session // the same, oldest first
+	ofTenant map[string]int          // how many
 
 	sources sources
 	awaited awaited
@@ -154,15 +158,36 @@ func (r *receiver) Stream(ss shippb.Ship_StreamServer) error {
 	ctx, cancel := context.WithCancelCause(ss.Context())
 	defer cancel(nil)
 	st := &stream{cancel: cancel, done: make(chan struct{})}
-	defer close(st.done)
 	s, resumed, err := r.attach(ctx, hello, st)
 	if err != nil {
 		return err
 	}
-	defer r.detach(s, st)
 	r.metrics.streams.Inc()
 	defer r.metrics.streams.Dec()
+	if err := r.welcome(ss, hello, s, resumed); err != nil {
+		r.letGo(s, st)
+		return err
+	}
+	received := make(chan struct{})
+	// The answers have a goroutine of their own, which ends with the stream. This one
+	// doesn't wait for it: to a client that reads nothing an answer is sent until
+	// this one has returned. The session has no other stream before both have ended.
+	go func() {
+		if err := r.answer(ctx, ss, s); err != nil {
+			cancel(err)
+		}
+		<-received
+		r.letGo(s, st)
+	}()
+	s.wake() // there may be more to say than the welcome did
+	err = r.receive(ctx, ss, s)
+	cancel(err)
+	close(received)
+	return err
+}
 
+// welcome answers the hello. An error ends the stream.
+func (r *receiver) welcome(ss shippb.Ship_StreamServer, hello *shippb.Hello, s *session, resumed bool) error {
 	s.mu.Lock()
 	s.hearClock(hello.Clock)
 	welcome := &shippb.Welcome{
@@ -173,25 +198,11 @@ func (r *receiver) Stream(ss shippb.Ship_StreamServer) error {
 	if err := ss.Send(&shippb.ToSidecar{Message: &shippb.ToSidecar_Welcome{Welcome: welcome}}); err != nil {
 		return err
 	}
-
 	if len(hello.Process) > 0 && !resumed {
 		return status.Error(codes.NotFound, "the session is not known here: begin a new one")
 	}
 	r.sources.hear(s.id.tenant, s.source, nil, time.Now())
-
-	// The answers have a goroutine of their own; this one owns it and waits.
-	answered := make(chan struct{})
-	go func() {
-		defer close(answered)
-		if err := r.answer(ctx, ss, s); err != nil {
-			cancel(err)
-		}
-	}()
-	s.wake() // there may be more to say than the welcome did
-	err = r.receive(ctx, ss, s)
-	cancel(err)
-	<-answered
-	return err
+	return nil
 }
 
 // attach finds or makes the session and makes st its stream; the stream that it
@@ -210,10 +221,13 @@ func (r *receiver) attach(ctx context.Context, hello *shippb.Hello, st *stream) 
 				return &session{id: id, changed: make(chan struct{}, 1), stream: st}, false, nil
 			}
 			s = &session{id: id, source: [16]byte(hello.Source), changed: make(chan struct{}, 1), stream: st}
-			r.succeed(s)
-			r.add(s)
+			err := r.room(s)
+			if err == nil {
+				r.succeed(s)
+				r.add(s)
+			}
 			r.mu.Unlock()
-			return s, false, nil
+			return s, false, err
 		}
 		r.mu.Unlock()
 		s.mu.Lock()
@@ -245,12 +259,36 @@ func (r *receiver) attach(ctx context.Context, hello *shippb.Hello, st *stream) 
 	}
 }
 
+// room makes room for a session, or says that there is none. The caller holds r.mu.
+func (r *receiver) room(s *session) error {
+	if n := r.ofTenant[s.id.tenant]; n >= maxSessions {
+		return status.Errorf(codes.Unavailable, "the tenant has %d sessions here, which is the limit; those of sidecars that are gone end after %s", n, sessionTTL)
+	}
+	of := r.bySource[sourceID{s.id.tenant, s.source}]
+	if len(of) < maxOfSource {
+		return nil
+	}
+	for _, old := range of {
+		old.mu.Lock()
+		gone := old.stream == nil
+		if gone {
+			r.remove(old) // a source has one
+		}
+		old.mu.Unlock()
+		if gone {
+			return nil
+		}
+	}
+	return status.Errorf(codes.Unavailable, "the source has %d streams here, which is the limit: is its directory in use by several sidecars?", len(of))
+}
+
 // add enters a session. The caller holds r.mu.
 func (r *receiver) add(s *session) {
 	r.sessions[s.id] = s
 	of := sourceID{s.id.tenant, s.source}
 	r.bySource[of] = append(r.bySource[of], s)
-	r.announced.Add(s.refs.Bytes())
+	r.ofTenant[s.id.tenant]++
+	r.announced.Add(sessionBytes + s.refs.Bytes())
 }
 
 // succeed takes what a source has said in sessions that it has left behind for
@@ -267,18 +305,23 @@ func (r *receiver) succeed(s *session) {
 	}
 }
 
-func (r *receiver) detach(s *session, st *stream) {
+// letGo takes a stream from its session.
+func (r *receiver) letGo(s *session, st *stream) {
 	s.mu.Lock()
-	defer s.mu.Unlock()
 	if s.stream == st {
 		s.stream, s.lastSeen = nil, time.Now()
 	}
+	s.mu.Unlock()
+	close(st.done)
 }
 
 // beat notes what the source says of itself.
 func (r *receiver) beat(s *session, b *shippb.Heartbeat) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if s.removed {
+		return
+	}
 	s.lag = time.Duration(b.LagMs) * time.Millisecond
 	s.hearClock(b.Clock)
 	r.sources.hear(s.id.tenant, s.source, b, time.Now())
@@ -352,8 +395,12 @@ func (r *receiver) forget(s *session) {
 // remove takes a session out. The caller holds r.mu and s.mu.
 func (r *receiver) remove(s *session) {
 	r.setRewinds(s, 0)
-	r.announced.Add(-s.refs.Bytes())
+	s.removed = true
+	r.announced.Add(-sessionBytes - s.refs.Bytes())
 	delete(r.sessions, s.id)
+	if r.ofTenant[s.id.tenant]--; r.ofTenant[s.id.tenant] == 0 {
+		delete(r.ofTenant, s.id.tenant)
+	}
 	of := sourceID{s.id.tenant, s.source}
 	left := slices.DeleteFunc(r.bySource[of], func(x *session) bool { return x == s })
 	if r.bySource[of] = left; len(left) == 0 {
@@ -398,6 +445,8 @@ func (r *receiver) flushed(d *durability) {
 	}
 }
 
+var errEnded = status.Error(codes.NotFound, "what the session has received can't be made durable: begin a new one")
+
 // endSessions ends a tenant's sessions for good.
 func (r *receiver) endSessions(tenant string) {
 	r.mu.Lock()
@@ -408,7 +457,7 @@ func (r *receiver) endSessions(tenant string) {
 		}
 		s.mu.Lock()
 		if s.stream != nil {
-			s.stream.cancel(status.Error(codes.NotFound, "what the session has received can't be made durable: begin a new one"))
+			s.stream.cancel(errEnded)
 		}
 		r.remove(s)
 		s.mu.Unlock()
@@ -568,6 +617,9 @@ func (r *receiver) apply(s *session, b *shippb.Batch, dec *ship.Decoder, cols *s
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if s.removed {
+		return errEnded
+	}
 	if b.Seq <= s.received {
 		r.metrics.batches.WithLabelValues("repeated").Inc()
 		return nil

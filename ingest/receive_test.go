@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"io"
 	"runtime"
 	"strings"
 	"testing"
@@ -145,12 +146,12 @@ func TestSuccession(t *testing.T) {
 	}
 	gone, st := attach("a", 1)
 	r.beat(gone, &shippb.Heartbeat{OpenRewinds: 3})
-	r.detach(gone, st)
+	r.letGo(gone, st)
 	there, _ := attach("a", 1_000_000)
 	r.beat(there, &shippb.Heartbeat{OpenRewinds: 3})
 	for i := range 20_000 { // which takes long if each looks at all
 		s, st := attach(fmt.Sprint("t", i), 1)
-		r.detach(s, st)
+		r.letGo(s, st)
 	}
 	if n := r.rewinds["a"]; n != 2 {
 		t.Errorf("%d sources send again", n)
@@ -200,4 +201,112 @@ func TestIdleStreams(t *testing.T) {
 		t.Errorf("%d bytes more for each stream", grown)
 	}
 	runtime.KeepAlive(cs)
+}
+
+// What ends a session ends what is counted of it, though its stream has more to say.
+func TestEndedSession(t *testing.T) {
+	e := start(t, Options{})
+	h := hello("a")
+	c := e.mustOpen(h)
+	c.send(c.batch(1, 0, []string{"x"}, 0, 1000, 1))
+	c.await(1, 0)
+	r := e.receive
+	r.mu.Lock()
+	s := r.sessions[sessionID{"a", [16]byte(h.Session)}]
+	r.mu.Unlock()
+	r.endSessions("a")
+	r.beat(s, &shippb.Heartbeat{OpenRewinds: 1})
+	if r.resending("a") {
+		t.Error("a session that has ended is sending again")
+	}
+	if err := r.apply(s, c.batch(2, 1, []string{"y"}, 1, 1000, 1), &ship.Decoder{}, &ship.Columns{}); status.Code(err) != codes.NotFound {
+		t.Errorf("a batch for it came to %v", err)
+	}
+	if n := r.announced.Load(); n != 0 {
+		t.Errorf("%d bytes are announced", n)
+	}
+	c.ends(codes.NotFound)
+}
+
+// Sessions are bounded, counted, and those of others don't suffer.
+func TestSessionsAreBounded(t *testing.T) {
+	r := start(t, Options{}).receive
+	attach := func(tenant string, source byte, gone bool) error {
+		h := hello(tenant)
+		h.Source[0] = source
+		st := &stream{cancel: func(error) {}, done: make(chan struct{})}
+		s, _, err := r.attach(t.Context(), h, st)
+		if err == nil && gone {
+			r.letGo(s, st)
+		}
+		return err
+	}
+	for range 3 * maxOfSource { // a sidecar that crashes all the time
+		if err := attach("a", 1, true); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if n := r.announced.Load(); len(r.sessions) != maxOfSource || n != maxOfSource*sessionBytes {
+		t.Errorf("%d sessions take %d bytes", len(r.sessions), n)
+	}
+	for range maxOfSource {
+		if err := attach("a", 1, false); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := attach("a", 1, false); status.Code(err) != codes.Unavailable || !strings.Contains(err.Error(), "100 streams") {
+		t.Errorf("more streams of a source: %v", err)
+	}
+	if err := attach("a", 2, false); err != nil {
+		t.Errorf("another source: %v", err)
+	}
+	r.ofTenant["a"] = maxSessions
+	if err := attach("a", 3, false); status.Code(err) != codes.Unavailable || !strings.Contains(err.Error(), "10000 sessions") {
+		t.Errorf("more sessions of a tenant: %v", err)
+	}
+	if err := attach("b", 1, false); err != nil {
+		t.Errorf("another tenant: %v", err)
+	}
+}
+
+// deaf is a stream of a client that neither reads nor speaks.
+type deaf struct {
+	quiet
+	stuck chan struct{} // closed when the stream has ended, as gRPC does
+}
+
+func (d *deaf) Context() context.Context { return d.ctx }
+
+func (d *deaf) Send(m *shippb.ToSidecar) error {
+	if m.GetWelcome() != nil {
+		return nil
+	}
+	<-d.stuck
+	return io.ErrClosedPipe
+}
+
+// A client that reads nothing doesn't keep its session for ever.
+func TestDeafClient(t *testing.T) {
+	e := start(t, Options{})
+	synctest.Test(t, func(t *testing.T) {
+		r := e.receive
+		ctx, cancel := context.WithCancel(t.Context())
+		d := &deaf{quiet{msgs: make(chan *shippb.ToIngester, 1), ctx: ctx}, make(chan struct{})}
+		d.msgs <- &shippb.ToIngester{Message: &shippb.ToIngester_Hello{Hello: hello("a")}}
+		if err := r.Stream(d); status.Code(err) != codes.DeadlineExceeded {
+			t.Errorf("the stream ended with %v", err)
+		}
+		synctest.Wait()
+		r.expire(time.Now().Add(time.Hour))
+		if len(r.sessions) != 1 {
+			t.Error("expired while an answer is sent")
+		}
+		close(d.stuck)
+		cancel()
+		synctest.Wait()
+		r.expire(time.Now().Add(time.Hour))
+		if n := len(r.sessions); n != 0 {
+			t.Errorf("%d sessions are kept", n)
+		}
+	})
 }

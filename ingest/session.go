@@ -36,6 +36,7 @@ type session struct {
 	marks    []mark // ascending in both
 	stream   *stream
 	lastSeen time.Time // of the end of the last stream
+	removed  bool      // it has ended
 	lag      time.Duration
 	rewinds  uint32
 	// succeeded: its source has begun another session while it had no stream.
