@@ -65,6 +65,8 @@ const (
 	dictionaryMagic = "EPIDICT1"
 	recordHeader    = 8
 	maxRecordBytes  = 16 << 20
+	// Of labels as Prometheus wrote them: relabelling may make them shorter.
+	maxKeptLabelsBytes = 1 << 20
 
 	kindSeries   = 1
 	kindMetadata = 2
@@ -370,6 +372,7 @@ func (d *dictionary) insert(ref uint64, i uint32, from tail.Position) {
 // define enters what a series record at from says. It returns the slot, and
 // whether it is a new one.
 func (d *dictionary) define(ref uint64, ls labels.Labels, from tail.Position) (uint32, bool, error) {
+	ls = keptLabels(ls)
 	if i, ok := d.lookup(ref, from); ok {
 		same, err := d.says(i, ls)
 		if err != nil {
@@ -397,6 +400,15 @@ func (d *dictionary) define(ref uint64, ls labels.Labels, from tail.Position) (u
 	s.off, s.seen = off, seenIn(from)
 	d.insert(ref, i, from)
 	return i, true, nil
+}
+
+// keptLabels are the labels that the dictionary has of a series: none, as no series
+// of a Prometheus has, where they are too long.
+func keptLabels(ls labels.Labels) labels.Labels {
+	if ls.ByteSize() > maxKeptLabelsBytes {
+		return labels.EmptyLabels()
+	}
+	return ls
 }
 
 // seenIn is the number of the segment, or WAL checkpoint, that p is in.

@@ -300,6 +300,10 @@ func (s *shipper) sendBlockSeries(ctx context.Context, x *backfill.Series, parts
 	}
 	for i, t := range x.Histograms.T {
 		h := x.Histograms.V[i]
+		if histogramParts(h) > maxHistogramParts {
+			c.large++
+			continue
+		}
 		if ss, ref := to(t); ss != nil {
 			h = h.Copy() // the reader goes on
 			ss.histogram(ref, startTime(x.Histograms.ST, i), t, h)
@@ -311,6 +315,10 @@ func (s *shipper) sendBlockSeries(ctx context.Context, x *backfill.Series, parts
 		}
 	}
 	for i, t := range x.FloatHistograms.T {
+		if floatHistogramParts(x.FloatHistograms.V[i]) > maxHistogramParts {
+			c.large++
+			continue
+		}
 		if ss, ref := to(t); ss != nil {
 			h := x.FloatHistograms.V[i].Copy()
 			ss.floatHistogram(ref, startTime(x.FloatHistograms.ST, i), t, h)

@@ -68,6 +68,9 @@ type labelVersionFile struct {
 // apply returns the labels under which a series is sent, its token, or why it is
 // not sent.
 func (v *labelVersion) apply(raw labels.Labels) (labels.Labels, uint32, dropReason) {
+	if raw.IsEmpty() {
+		return raw, 0, dropTooLong // see keptLabels
+	}
 	// What Prometheus wrote is sorted; a log from elsewhere may not be.
 	prev, reason := "", dropNot
 	raw.Range(func(l labels.Label) {

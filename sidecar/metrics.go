@@ -79,7 +79,7 @@ func newMetrics(reg prometheus.Registerer) *metrics {
 		resent:       counter("resent_samples_total", "Samples that were read and sent again because an ingester was lost."),
 		dropped: f.NewCounterVec(prometheus.CounterOpts{
 			Name: "epimetheus_sidecar_dropped_samples_total",
-			Help: "Samples in the WAL that were not sent, by reason: of a series without a name or with invalid or too long labels, of a series that relabelling drops, of a ref that no series record explained, with the timestamp of the sample before, of a time for which another replica is chosen, or from an agent's WAL checkpoint, whose samples are placeholders.",
+			Help: "Samples in the WAL that were not sent, by reason: of a series without a name or with invalid or too long labels, of a series that relabelling drops, of a ref that no series record explained, with the timestamp of the sample before, of a time for which another replica is chosen, too large (a histogram, an exemplar or metadata, which can't be sent in one batch), or from an agent's WAL checkpoint, whose samples are placeholders.",
 		}, []string{"reason"}),
 		refused: f.NewCounterVec(prometheus.CounterOpts{
 			Name: "epimetheus_sidecar_refused_samples_total",
@@ -138,7 +138,7 @@ func newMetrics(reg prometheus.Registerer) *metrics {
 	for _, k := range []string{"claim", "ask"} {
 		m.claims.WithLabelValues(k)
 	}
-	for _, r := range []string{"unknown_ref", "equal_timestamp", "agent_checkpoint", "other_replica"} {
+	for _, r := range []string{"unknown_ref", "equal_timestamp", "agent_checkpoint", "other_replica", "too_large"} {
 		m.dropped.WithLabelValues(r)
 	}
 	return m

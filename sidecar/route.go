@@ -19,7 +19,7 @@ import (
 // bumped once per sample.
 type sampleCounts struct {
 	floats, histograms, floatHistograms, exemplars, metadata int
-	unknown, equal, placeholder, other                       int
+	unknown, equal, placeholder, other, large                int
 	drop                                                     [dropReasons]int
 }
 
@@ -34,13 +34,14 @@ func (s *shipper) samples(ctx context.Context, b *tail.Batch) {
 	}
 	for i := range b.Series {
 		x := &b.Series[i]
-		slot, isNew, err := s.dict.define(uint64(x.Ref), x.Labels, b.From)
+		raw := keptLabels(x.Labels)
+		slot, isNew, err := s.dict.define(uint64(x.Ref), raw, b.From)
 		if err != nil {
 			s.dictionaryTrouble(err)
 			continue
 		}
 		if isNew && s.rewind == nil {
-			s.resolve(slot, s.dict.at(slot), x.Labels)
+			s.resolve(slot, s.dict.at(slot), raw)
 		}
 	}
 	for i := range b.Samples {
@@ -79,6 +80,10 @@ func (s *shipper) samples(ctx context.Context, b *tail.Batch) {
 	}
 	for i := range b.Histograms {
 		x := &b.Histograms[i]
+		if histogramParts(x.H) > maxHistogramParts {
+			c.large++
+			continue
+		}
 		if ss, ref, _ := s.route(ctx, uint64(x.Ref), x.T, b.From, kindHistogram); ss != nil {
 			ss.histogram(ref, x.ST, x.T, x.H)
 			for _, o := range s.more {
@@ -90,6 +95,10 @@ func (s *shipper) samples(ctx context.Context, b *tail.Batch) {
 	}
 	for i := range b.FloatHistograms {
 		x := &b.FloatHistograms[i]
+		if floatHistogramParts(x.FH) > maxHistogramParts {
+			c.large++
+			continue
+		}
 		if ss, ref, _ := s.route(ctx, uint64(x.Ref), x.T, b.From, kindFloatHistogram); ss != nil {
 			ss.floatHistogram(ref, x.ST, x.T, x.FH)
 			for _, o := range s.more {
@@ -101,6 +110,10 @@ func (s *shipper) samples(ctx context.Context, b *tail.Batch) {
 	}
 	for i := range b.Exemplars {
 		x := &b.Exemplars[i]
+		if x.Labels.ByteSize() > maxExemplarBytes {
+			c.large++
+			continue
+		}
 		if ss, ref, _ := s.route(ctx, uint64(x.Ref), x.T, b.From, kindNone); ss != nil {
 			e := &shippb.Exemplar{Ref: ref, T: x.T, Value: math.Float64bits(x.V), Labels: pairs(x.Labels)}
 			ss.exemplar(e)
@@ -113,6 +126,10 @@ func (s *shipper) samples(ctx context.Context, b *tail.Batch) {
 	}
 	for i := range b.Metadata {
 		x := &b.Metadata[i]
+		if len(x.Unit)+len(x.Help) > maxFamilyEntryBytes {
+			c.large++
+			continue
+		}
 		slot, ok := s.dict.lookup(uint64(x.Ref), b.From)
 		if ok && s.rewind == nil {
 			if err := s.dict.describe(slot, uint64(x.Ref), *x); err != nil {
@@ -165,6 +182,7 @@ func (s *shipper) count() {
 	drop("equal_timestamp", c.equal)
 	drop("agent_checkpoint", c.placeholder)
 	drop("other_replica", c.other)
+	drop("too_large", c.large)
 	for r := dropRelabelled; r < dropReasons; r++ {
 		drop(r.String(), c.drop[r])
 	}
@@ -356,7 +374,8 @@ func (s *shipper) resolve(i uint32, sl *slot, raw labels.Labels) {
 	sl.version, sl.owner = s.version.id, 0
 	sl.name = nameHash(raw.Get(model.MetricNameLabel))
 	if sl.drop != dropNot && sl.drop != dropRelabelled {
-		s.once(sl.drop.String()).Warn("series is not sent", "reason", sl.drop.String(), "series", raw.String())
+		text := raw.String()
+		s.once(sl.drop.String()).Warn("series is not sent", "reason", sl.drop.String(), "series", text[:min(len(text), 1000)])
 	}
 }
 

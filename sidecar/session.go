@@ -66,9 +66,29 @@ type session struct {
 	began    time.Time
 }
 
-// batchBytes is at what size a batch is sent; the protocol's limit is 1 MiB as
-// encoded.
-const batchBytes = 256 << 10
+// batchBytes is at what size, about, a batch is sent. The protocol's limit is 1 MiB
+// as encoded, and an ingester takes no message of more than 4 MiB, however often it
+// is sent. So all that goes into a batch as a whole has a bound: labels
+// (maxLabelsBytes), metadata (maxFamilyEntryBytes, maxFamilyEntries), and these.
+const (
+	batchBytes = 256 << 10
+	// Of a histogram, buckets and what else there is a number of: of 10 bytes each,
+	// at most.
+	maxHistogramParts = 20_000
+	// Of an exemplar's labels. Prometheus takes 128 characters.
+	maxExemplarBytes = 4 << 10
+	// In one batch. What is more goes with the next.
+	maxWithdrawals  = 32_000
+	withdrawalBytes = 4 // about
+)
+
+func histogramParts(h *histogram.Histogram) int {
+	return len(h.PositiveSpans) + len(h.NegativeSpans) + len(h.PositiveBuckets) + len(h.NegativeBuckets) + len(h.CustomValues)
+}
+
+func floatHistogramParts(h *histogram.FloatHistogram) int {
+	return len(h.PositiveSpans) + len(h.NegativeSpans) + len(h.PositiveBuckets) + len(h.NegativeBuckets) + len(h.CustomValues)
+}
 
 // newRef returns a ref for a series to be announced.
 func (ss *session) newRef() uint32 {
@@ -91,7 +111,7 @@ func (ss *session) say(ls labels.Labels) uint32 {
 
 func (ss *session) drop(ref uint32) {
 	ss.withdraw = append(ss.withdraw, ref)
-	ss.bytes += 4
+	ss.bytes += withdrawalBytes
 }
 
 func (ss *session) float(ref uint32, st, t int64, v float64) {
@@ -153,13 +173,16 @@ func (ss *session) full() bool {
 
 // take returns the batch being filled and begins another.
 func (ss *session) take(enc *ship.Encoder) *shippb.Batch {
+	n := min(len(ss.withdraw), maxWithdrawals)
 	b := &shippb.Batch{
-		Announce: ss.announce, Withdraw: ss.withdraw, Columns: enc.Encode(nil, &ss.cols),
+		Announce: ss.announce, Withdraw: ss.withdraw[:n:n], Columns: enc.Encode(nil, &ss.cols),
 		Exemplars: ss.exemplars, Metadata: ss.metadata,
 	}
-	ss.free = append(ss.free, ss.withdraw...)
+	ss.free = append(ss.free, b.Withdraw...)
 	ss.cols.Reset()
-	ss.announce, ss.withdraw, ss.exemplars, ss.metadata, ss.bytes = nil, nil, nil, nil, 0
+	ss.announce, ss.exemplars, ss.metadata = nil, nil, nil
+	ss.withdraw = ss.withdraw[n:]
+	ss.bytes = withdrawalBytes * len(ss.withdraw)
 	return b
 }
 

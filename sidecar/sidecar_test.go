@@ -38,6 +38,8 @@ import (
 	"github.com/prometheus/prometheus/tsdb/wlog"
 	"github.com/prometheus/prometheus/util/compression"
 	"go.uber.org/goleak"
+
+	"github.com/epimetheus-tsdb/epimetheus/ingest/ship"
 )
 
 func TestMain(m *testing.M) {
@@ -760,6 +762,65 @@ func TestWhatIsNotSent(t *testing.T) {
 	h.ingesters[0].kill()
 	h.ingesters[0].start()
 	h.want(map[string]map[int64]string{`{__name__="good"}`: {1000: fmt.Sprintf("0 %x", math.Float64bits(1)), 500: fmt.Sprintf("0 %x", math.Float64bits(3))}}, false)
+}
+
+// What doesn't fit into a message is left out, and doesn't stop the rest.
+func TestTooLarge(t *testing.T) {
+	h := newHarness(t, 1)
+	w := h.wal()
+	w.series(1, 3)
+	long := strings.Repeat("x", maxRecordBytes/2)
+	w.log(w.enc.Series([]record.RefSeries{{Ref: 9, Labels: labels.FromStrings("__name__", "m", "a", long, "b", long)}}, nil))
+	w.log(w.enc.Metadata([]record.RefMetadata{{Ref: 1, Type: 1, Help: strings.Repeat("x", 5<<20)}, {Ref: 2, Type: 1, Help: "h"}}, nil))
+	n := 600_000
+	ints := &histogram.Histogram{PositiveSpans: []histogram.Span{{Length: uint32(n)}}, PositiveBuckets: make([]int64, n)}
+	floats := &histogram.FloatHistogram{PositiveSpans: []histogram.Span{{Length: uint32(n)}}, PositiveBuckets: make([]float64, n)}
+	for i := range n {
+		ints.PositiveBuckets[i] = w.rnd.Int63()
+		floats.PositiveBuckets[i] = w.rnd.Float64()
+	}
+	rec, _ := w.enc.HistogramSamples([]record.RefHistogramSample{{Ref: 1, T: 1000, H: ints}}, nil)
+	w.log(rec)
+	rec, _ = w.enc.FloatHistogramSamples([]record.RefFloatHistogramSample{{Ref: 2, T: 1000, FH: floats}}, nil)
+	w.log(rec)
+	w.log(w.enc.Exemplars([]record.RefExemplar{{Ref: 1, T: 1000, Labels: labels.FromStrings("l", strings.Repeat("x", 5<<20))}}, nil))
+	w.log(w.enc.Samples([]record.RefSample{{Ref: 9, T: 2000, V: 1}}, nil))
+	w.scrape(1, 3, 2000)
+	for range 2 {
+		h.run()
+		h.want(w.all, false)
+		h.ingesters[0].set(func() {
+			if d := cmp.Diff(map[string]string{w.lsets[2]: "counter  h"}, h.ingesters[0].metadata); d != "" || len(h.ingesters[0].exemplars) > 0 {
+				t.Errorf("exemplars %d, metadata (-want +got):\n%.1000s", len(h.ingesters[0].exemplars), d)
+			}
+		})
+		for reason, n := range map[string]float64{"too_large": 4, "labels_too_long": 1, "unknown_ref": 0} {
+			eventually(t, fmt.Sprint(n, " are counted as ", reason), func() bool { return h.metric("epimetheus_sidecar_dropped_samples_total", reason) == n })
+		}
+		h.stop()
+	}
+}
+
+// A batch has a bound for withdrawals too: the rest goes with the next.
+func TestManyWithdrawals(t *testing.T) {
+	ss := &session{}
+	for i := range uint32(2*maxWithdrawals + 1) {
+		ss.drop(i)
+	}
+	var enc ship.Encoder
+	next := uint32(0)
+	for _, n := range []int{maxWithdrawals, maxWithdrawals, 1, 0} {
+		b := ss.take(&enc)
+		if len(b.Withdraw) != n || len(ss.free) != int(next)+n || ss.bytes != withdrawalBytes*len(ss.withdraw) {
+			t.Fatalf("%d withdrawals, want %d; %d refs free; %d bytes left", len(b.Withdraw), n, len(ss.free), ss.bytes)
+		}
+		for _, ref := range b.Withdraw {
+			if ref != next {
+				t.Fatalf("ref %d, want %d", ref, next)
+			}
+			next++
+		}
+	}
 }
 
 // A ref that is issued anew means the new series from there on, and the old one

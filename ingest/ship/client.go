@@ -453,7 +453,8 @@ func (s *Session) class(ctx context.Context, err error) error {
 		err = cause
 	}
 	switch status.Code(err) {
-	case codes.InvalidArgument, codes.FailedPrecondition, codes.PermissionDenied, codes.Unauthenticated, codes.Unimplemented:
+	// ResourceExhausted: a message is larger than the ingester takes, and stays so.
+	case codes.ResourceExhausted, codes.InvalidArgument, codes.FailedPrecondition, codes.PermissionDenied, codes.Unauthenticated, codes.Unimplemented:
 		return fmt.Errorf("%w: %s: %w", ErrSessionEnded, s.opts.Address, err)
 	}
 	return err

@@ -243,7 +243,11 @@ func TestSessionEnds(t *testing.T) {
 		"ack of the unsent":    {acks(2, 0)},
 		"durable of unsent":    {acks(0, 2)},
 		"refused version":      {func(*shippb.Hello, stream) error { return status.Error(codes.FailedPrecondition, "version") }},
-		"refused tenant":       {func(*shippb.Hello, stream) error { return status.Error(codes.PermissionDenied, "tenant") }},
+		"message too large": {func(_ *shippb.Hello, st stream) error {
+			welcome(st, &shippb.Welcome{})
+			return status.Error(codes.ResourceExhausted, "received message larger than max")
+		}},
+		"refused tenant": {func(*shippb.Hello, stream) error { return status.Error(codes.PermissionDenied, "tenant") }},
 	} {
 		t.Run(name, func(t *testing.T) {
 			s, _, ended := startSession(t, serveScript(t, streams...), nil)
