@@ -2,7 +2,6 @@ package chunkfmt
 
 import (
 	"encoding/binary"
-	"math"
 	"slices"
 
 	"github.com/epimetheus-tsdb/epimetheus/chunkfmt/codec"
@@ -276,27 +275,10 @@ func (p *windowBuilder) scaled(w *rollup.Windows, i, j int, scale byte) bool {
 	if p.lastV, ok = codec.ScaledInts(p.lastV[:0], w.LastV[i:j], scale); !ok {
 		return false
 	}
-	// The others are most often the same as one of these.
-	same := func(dst []int64, v []float64) ([]int64, bool) {
-		dst = dst[:0]
-		for k, x := range v {
-			switch b := math.Float64bits(x); b {
-			case math.Float64bits(w.FirstV[i+k]):
-				dst = append(dst, p.first[k])
-			case math.Float64bits(w.LastV[i+k]):
-				dst = append(dst, p.lastV[k])
-			default:
-				if dst, ok = codec.ScaledInts(dst, v[k:k+1], scale); !ok {
-					return dst, false
-				}
-			}
-		}
-		return dst, true
-	}
-	if p.least, ok = same(p.least, w.Min[i:j]); !ok {
+	if p.least, ok = codec.ScaledInts(p.least[:0], w.Min[i:j], scale); !ok {
 		return false
 	}
-	if p.most, ok = same(p.most, w.Max[i:j]); !ok {
+	if p.most, ok = codec.ScaledInts(p.most[:0], w.Max[i:j], scale); !ok {
 		return false
 	}
 	if p.prev, ok = codec.ScaledInts(p.prev[:0], w.PrevV[i:j], scale); !ok {
@@ -317,44 +299,54 @@ func (p *windowBuilder) scaled(w *rollup.Windows, i, j int, scale byte) bool {
 // appendScaled appends a part of a chunk whose values are integers.
 func (p *windowBuilder) appendScaled(b []byte, part int, scale byte, w *rollup.Windows, i, j int) []byte {
 	n := j - i
-	column := func(value func(k int) int64) []int64 {
-		p.deltas = p.deltas[:0]
-		for k := range n {
-			p.deltas = append(p.deltas, value(k))
-		}
-		return p.deltas
-	}
+	d := slices.Grow(p.deltas[:0], n)[:n]
+	p.deltas = d
+	first, last, prev, least, most := p.first[:n], p.lastV[:n], p.prev[:n], p.least[:n], p.most[:n]
 	switch part {
 	case partEnds:
-		b = binary.AppendVarint(b, p.first[0])
-		b = p.enc.AppendNoise(b, column(func(k int) int64 {
-			if k == 0 {
-				return 0
-			}
-			return p.first[k] - p.lastV[k-1]
-		})[1:])
-		return p.enc.AppendNoise(b, column(func(k int) int64 { return p.lastV[k] - p.first[k] }))
+		b = binary.AppendVarint(b, first[0])
+		for k, x := range first[1:] {
+			d[k] = x - last[k]
+		}
+		b = p.enc.AppendNoise(b, d[:n-1])
+		for k, x := range last {
+			d[k] = x - first[k]
+		}
+		return p.enc.AppendNoise(b, d)
 	case partReset:
-		return p.appendForm(b, scale, w.Reset[i:j], func(int) int64 { return 0 })
+		clear(d)
+		return p.appendForm(b, scale, w.Reset[i:j], d)
 	case partPrev:
-		return p.enc.AppendNoise(b, column(func(k int) int64 { return p.lastV[k] - p.prev[k] }))
+		for k, x := range last {
+			d[k] = x - prev[k]
+		}
+		return p.enc.AppendNoise(b, d)
 	case partExtrema:
-		b = p.enc.AppendNoise(b, column(func(k int) int64 { return min(p.first[k], p.lastV[k]) - p.least[k] }))
-		return p.enc.AppendNoise(b, column(func(k int) int64 { return p.most[k] - max(p.first[k], p.lastV[k]) }))
+		for k, x := range least {
+			d[k] = min(first[k], last[k]) - x
+		}
+		b = p.enc.AppendNoise(b, d)
+		for k, x := range most {
+			d[k] = x - max(first[k], last[k])
+		}
+		return p.enc.AppendNoise(b, d)
 	case partSum:
-		return p.appendForm(b, scale, w.Sum[i:j], func(k int) int64 { return expectedSum(w.Count[i+k], p.least[k], p.most[k]) })
+		for k, count := range w.Count[i:j] {
+			d[k] = expectedSum(count, least[k], most[k])
+		}
+		return p.appendForm(b, scale, w.Sum[i:j], d)
 	}
 	return p.appendApart(b, part, w, i, j)
 }
 
 // appendForm appends a column as integers less what is expected, if its values are
 // decimals of the scale, as floats otherwise.
-func (p *windowBuilder) appendForm(b []byte, scale byte, v []float64, expected func(k int) int64) []byte {
+func (p *windowBuilder) appendForm(b []byte, scale byte, v []float64, expected []int64) []byte {
 	if scale != codec.BitsScale {
 		var ok bool
 		if p.ints, ok = codec.ScaledInts(p.ints[:0], v, scale); ok {
-			for k := range p.ints {
-				p.ints[k] -= expected(k)
+			for k, x := range expected {
+				p.ints[k] -= x
 			}
 			return p.enc.AppendNoise(append(b, formInts), p.ints)
 		}

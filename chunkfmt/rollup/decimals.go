@@ -16,10 +16,14 @@ func (s *Summariser) integers(w *Windows, i int, t []int64, v []float64, decimal
 	if decimals < 0 {
 		return false
 	}
-	ints := slices.Grow(s.ints[:0], n)[:n]
+	some := v // that tell of all
+	if equal(v) {
+		some = v[:1]
+	}
+	ints := slices.Grow(s.ints[:0], len(some))[:len(some)]
 	s.ints = ints
 	power := powersOf10[decimals]
-	if decimals == 0 && !wholes(ints, v) || decimals > 0 && !scaled(ints, v, power) {
+	if decimals == 0 && !wholes(ints, some) || decimals > 0 && !scaled(ints, some, power) {
 		return false
 	}
 	changes, resets, lost := steps(ints)
@@ -28,7 +32,7 @@ func (s *Summariser) integers(w *Windows, i int, t []int64, v []float64, decimal
 	if resets > 0 {
 		least, greatest = span(ints)
 	} else {
-		greatest = ints[n-1]
+		greatest = ints[len(ints)-1]
 	}
 	if changes > 0 {
 		off, squares = sums(ints)
@@ -60,19 +64,47 @@ func (s *Summariser) integers(w *Windows, i int, t []int64, v []float64, decimal
 
 // Each of these loops is a function of its own, and not inlined, for what it needs to stay in registers.
 
+// equal says whether all have the same bits.
+func equal(v []float64) bool {
+	first := math.Float64bits(v[0])
+	for len(v) >= 4 {
+		x := (*[4]float64)(v)
+		if (math.Float64bits(x[0])^first)|(math.Float64bits(x[1])^first)|(math.Float64bits(x[2])^first)|(math.Float64bits(x[3])^first) != 0 {
+			return false
+		}
+		v = v[4:]
+	}
+	for _, x := range v {
+		if math.Float64bits(x) != first {
+			return false
+		}
+	}
+	return true
+}
+
 // steps counts the integers that differ from the one before, and those that are less, and gives the sum of those
 // before these.
 //
 //go:noinline
 func steps(ints []int64) (changes, resets, lost int64) {
 	before := ints[0]
-	for _, x := range ints {
-		d := x - before
+	for len(ints) >= 2 { // two at a time are faster than one
+		x := (*[2]int64)(ints)
+		x0, x1 := x[0], x[1]
+		d, e := x0-before, x1-x0
+		fell, fell2 := d>>63, e>>63
+		lost += before&fell + x0&fell2
+		resets -= fell + fell2
+		changes -= (d|-d)>>63 + (e|-e)>>63
+		before = x1
+		ints = ints[2:]
+	}
+	if len(ints) > 0 {
+		d := ints[0] - before
 		fell := d >> 63
 		lost += before & fell
 		resets -= fell
 		changes -= (d | -d) >> 63
-		before = x
 	}
 	return changes, resets, lost
 }
