@@ -259,13 +259,20 @@ func (c *Compactor) survey(ctx context.Context, v *view, x *cleaner) error {
 			}
 		}
 	}
-	if len(errs) == 0 {
-		x.noted, x.looked = noted, now
-		if full {
-			x.full = now
-		}
+	err = errors.Join(errs...)
+	if slices.ContainsFunc(errs, func(err error) bool { return !ofOneBlock(err) }) {
+		return err
 	}
-	return errors.Join(errs...)
+	if err != nil && ctx.Err() == nil {
+		// To look at all again at once, for one of them, would be of no use.
+		c.metrics.failures.Inc()
+		c.logger.Warn("what is deleted or past the retention in some blocks can't be found out, the next survey tries again", "err", err)
+	}
+	x.noted, x.looked = noted, now
+	if full {
+		x.full = now
+	}
+	return ctx.Err()
 }
 
 func anyOf(a, b map[ulid.ULID]bool) bool {
@@ -462,8 +469,11 @@ func (c *Compactor) surveyBlocks(ctx context.Context, v *view, x *cleaner) error
 			due[b.Block] = at
 			continue
 		}
-		if state, err := c.o.Index.GuardState(ctx, b.Block); err != nil || state != index.Published {
+		state, err := c.o.Index.GuardState(ctx, b.Block)
+		if err != nil {
 			errs = append(errs, err)
+		}
+		if state != index.Published {
 			continue
 		}
 		f, err := readFooter(ctx, c.o.Objects, b)

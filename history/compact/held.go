@@ -7,6 +7,7 @@ import (
 
 	"github.com/oklog/ulid/v2"
 
+	"github.com/epimetheus-tsdb/epimetheus/history"
 	"github.com/epimetheus-tsdb/epimetheus/history/index"
 )
 
@@ -20,18 +21,18 @@ const (
 	maxHeldPause = 10 * time.Minute
 )
 
-// heldError is that of a job that waits for block rows.
+// heldError is that of a job that waits.
 type heldError struct{ err error }
 
 func (e *heldError) Error() string { return e.err.Error() }
 func (e *heldError) Unwrap() error { return e.err }
 
-// ofOneJob says whether an error is of the job alone.
-func ofOneJob(err error) bool {
-	if _, ok := errors.AsType[*heldError](err); ok {
+// ofOneBlock says whether an error is of one block or row, and of no other.
+func ofOneBlock(err error) bool {
+	if _, ok := errors.AsType[*BlockError](err); ok {
 		return true
 	}
-	if _, ok := errors.AsType[*BlockError](err); ok {
+	if _, ok := errors.AsType[*history.PageError](err); ok {
 		return true
 	}
 	_, ok := errors.AsType[*index.RowError](err)
@@ -61,7 +62,7 @@ func (c *Compactor) carryOn(ctx context.Context, v *view, j index.Job) error {
 		return nil
 	}
 	err := c.advance(ctx, j)
-	if !ofOneJob(err) || ctx.Err() != nil {
+	if _, held := errors.AsType[*heldError](err); !held && !ofOneBlock(err) || ctx.Err() != nil {
 		if err == nil && h != nil {
 			c.setHeld(j.ID, nil)
 		}

@@ -145,6 +145,9 @@ func (c *Compactor) run(ctx context.Context, j *index.Job, g *group) (bool, erro
 		// Others may have come since it was surveyed.
 		all, thin, err := c.closed(ctx, v, sources, g.thin)
 		if err != nil {
+			if ofOneBlock(err) {
+				delete(c.cleaner.todo, g.sources[0].Block) // until the next survey
+			}
 			return false, err
 		}
 		if len(all) > len(sources) || len(thin) < len(g.thin) {
@@ -582,7 +585,7 @@ func (c *Compactor) removeObjects(ctx context.Context, j index.Job) error {
 			return err
 		}
 		if err := c.o.Objects.Delete(ctx, s.Object); err != nil {
-			return fmt.Errorf("replaced block %s: %w", s.Block, err)
+			return &heldError{fmt.Errorf("replaced block %s: %w", s.Block, err)} // who may not delete may compact
 		}
 		if err := c.deleteWork(ctx, s); err != nil {
 			return fmt.Errorf("work row of block %s: %w", s.Block, err)

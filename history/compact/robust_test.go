@@ -417,3 +417,74 @@ func TestOrphansOfShortLives(t *testing.T) {
 		t.Errorf("left: %v", left)
 	}
 }
+
+// TestSurveysOfTrouble: an orphan, and a block that can't be read, have no survey begin again
+// in each round.
+func TestSurveysOfTrouble(t *testing.T) {
+	for _, what := range []string{"nothing", "orphan", "denied"} {
+		t.Run(what, func(t *testing.T) {
+			objects := &historytest.MemoryObjects{}
+			w := newWorld(t, objects, &historytest.MemoryRows{})
+			w.c.o.Retentions = func() *history.Retentions {
+				return &history.Retentions{Default: history.Retention{Raw: 1000 * time.Hour}}
+			}
+			r := rand.New(rand.NewPCG(1, 27))
+			w.flushes(t, r, 4, "a")
+			w.tryOn(t, 4*time.Hour, 10*time.Minute)
+			lists, denied := 0, ""
+			w.c.o.Objects = &historytest.FaultyObjects{Store: objects, Decide: func(op, key string) historytest.Fault {
+				if op == "List" {
+					lists++
+				}
+				if op == "GetRange" && key == denied {
+					return historytest.Before
+				}
+				return historytest.None
+			}}
+			switch what {
+			case "orphan":
+				id := ulid.MustNew(ulid.Timestamp(w.now), ulid.DefaultEntropy())
+				if err := objects.Put(t.Context(), history.ObjectKey(id), strings.NewReader("x"), 1); err != nil {
+					t.Fatal(err)
+				}
+			case "denied":
+				rows, err := w.index.AllBlocks(t.Context(), "a")
+				if err != nil || len(rows) != 1 {
+					t.Fatal(rows, err)
+				}
+				denied = rows[0].Object
+				w.c.cleaner.due = nil
+			}
+			w.tryOn(t, 12*time.Hour, 10*time.Minute)
+			if lists > 4 {
+				t.Errorf("objects were listed %d times in 12 hours", lists)
+			}
+		})
+	}
+}
+
+// TestDeleteDenied: who may not delete objects compacts all the same.
+func TestDeleteDenied(t *testing.T) {
+	objects := &historytest.MemoryObjects{}
+	w := newWorld(t, objects, &historytest.MemoryRows{})
+	r := rand.New(rand.NewPCG(1, 28))
+	denied := true
+	w.c.o.Objects = &historytest.FaultyObjects{Store: objects, Decide: func(op, _ string) historytest.Fault {
+		if op == "Delete" && denied {
+			return historytest.Before
+		}
+		return historytest.None
+	}}
+	start := w.now
+	for day := range 3 { // the same slot each time
+		w.now = start.Add(time.Duration(day) * 24 * time.Hour)
+		w.flushes(t, r, 2, fmt.Sprint("t", day))
+		w.tryOn(t, 4*time.Hour, time.Minute)
+		if got := w.levels(t, fmt.Sprint("t", day)); got[0] != 0 {
+			t.Errorf("day %d: rows by level %v", day, got)
+		}
+	}
+	denied = false
+	w.tryOn(t, 2*time.Hour, time.Minute)
+	w.idle(t)
+}
