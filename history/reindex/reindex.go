@@ -17,7 +17,8 @@
 // deleted in the last minutes may be there again.
 //
 // Where rows are left they are believed: a condemned block stays so, sources and
-// outputs of a compaction under way are left to it, and no row is written over.
+// outputs of a compaction under way are left to it, and no row is written over but block
+// rows that can't be read.
 package reindex
 
 import (
@@ -74,7 +75,7 @@ const (
 	Repair     Action = "repair"     // it is published, and lacks rows, which it gets
 	Keep       Action = "keep"       // it has its rows
 	Leave      Action = "leave"      // it is condemned, or part of a compaction under way
-	Unreadable Action = "unreadable" // it isn't whole, or has no footer
+	Unreadable Action = "unreadable" // it isn't whole, has no footer, or its guard row can't be read
 )
 
 // Result counts blocks by what happens to them.
@@ -106,8 +107,9 @@ func Run(ctx context.Context, o Options) (Result, error) {
 	if err != nil {
 		return nil, err
 	}
+	// Of a job that can't be read the blocks get rows too: what is there twice counts once.
 	jobs, err := o.Index.Jobs(ctx)
-	if err != nil {
+	if _, some := errors.AsType[index.RowErrors](err); err != nil && !some {
 		return nil, err
 	}
 	busy := map[ulid.ULID]bool{}
@@ -121,11 +123,17 @@ func Run(ctx context.Context, o Options) (Result, error) {
 	}
 	if err := each(ctx, blocks, func(ctx context.Context, b *block) (err error) {
 		b.busy = busy[b.ref.Block]
-		if b.guard, err = o.Index.GuardState(ctx, b.ref.Block); err != nil {
+		b.guard, err = o.Index.GuardState(ctx, b.ref.Block)
+		_, damaged := errors.AsType[*index.RowError](err)
+		if err != nil && !damaged {
 			return err
 		}
+		guardErr := err
 		b.what, err = inspect.Open(ctx, o.Objects, b.ref, func(f *inspect.Fault) { b.err = fmt.Errorf("%s at offset %d: %w", f.Page, f.Offset, f.Err) })
 		b.level = index.Level(b.what.Level) //nolint:gosec // a byte
+		if damaged {
+			b.err = guardErr // nobody knows whether it is to be seen
+		}
 		return err
 	}); err != nil {
 		return nil, err
@@ -274,11 +282,16 @@ func (o *Options) block(ctx context.Context, b *block) (Action, error) {
 	return Repair, err
 }
 
-// missing are the rows that a published block should have and hasn't.
+// missing are the rows that a published block should have and hasn't, or that can't be read.
 func (o *Options) missing(ctx context.Context, b *block) ([]index.BlockRow, error) {
 	var out []index.BlockRow
 	for _, want := range b.what.Rows(b.level) {
 		rows, err := o.Index.Blocks(ctx, want.Tenant, want.MaxT, want.MaxT, true)
+		if _, damaged := errors.AsType[*index.RowError](err); damaged {
+			// It, or another of about that time. What a row says beside what follows from its
+			// block is of a compaction under way, and this block isn't part of one.
+			rows, err = nil, nil
+		}
 		if err != nil {
 			return nil, err
 		}

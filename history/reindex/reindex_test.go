@@ -405,3 +405,46 @@ func TestSweepOfLostIndex(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// TestDamaged: of an index with damaged rows those of blocks are written anew, and what
+// can't be decided is named.
+func TestDamaged(t *testing.T) {
+	objects, rows := &historytest.MemoryObjects{}, &historytest.MemoryRows{}
+	x := index.New(rows)
+	h, err := history.New(history.Options{Objects: objects, Index: x})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i := range 4 {
+		flush(t, h, now.UnixMilli()-int64(3-i)*hour)
+	}
+	want := all(t, objects, x, "a")
+	found, err := x.AllBlocks(t.Context(), "a")
+	if err != nil || len(found) != 4 {
+		t.Fatal(found, err)
+	}
+	j := index.Job{Level: 1, Slot: 3, State: index.JobMerging, ID: found[0].Block}
+	if err := x.SwapJob(t.Context(), index.Job{Level: 1, Slot: 3}, j); err != nil {
+		t.Fatal(err)
+	}
+	for _, hash := range []string{"b/a", "compaction/jobs", "g/" + found[2].Block.String()} {
+		items, err := rows.Query(t.Context(), index.Query{Hash: hash, Consistent: true})
+		if err != nil || len(items) == 0 {
+			t.Fatal(items, err)
+		}
+		items[0].Value[1] ^= 1
+		if err := rows.Put(t.Context(), items[:1]); err != nil {
+			t.Fatal(err)
+		}
+	}
+	o := Options{Objects: objects, Index: x, Write: true, NotEmpty: true}
+	if r := run(t, o); r[Unreadable] != 1 || r[Repair] == 0 {
+		t.Errorf("%v", r)
+	}
+	if d := cmp.Diff(want, all(t, objects, x, "a")); d != "" {
+		t.Errorf("(-want +got):\n%s", d)
+	}
+	if r := run(t, o); r[Unreadable] != 1 || r[Keep] != 3 {
+		t.Errorf("again: %v", r)
+	}
+}
