@@ -2,6 +2,9 @@
 // Thanos and Mimir, which share a format: Import takes such blocks into the history
 // of a tenant, Export writes them from it.
 //
+// An export writes the series of a block into a file first, and then the blocks one after
+// the other: Prometheus's writers take much memory for each.
+//
 // Both stream: what they hold in memory depends on how many series there are, not
 // on how many samples. An import keeps in the index how far it is, so that it can
 // be killed at any point and goes on where it was, on any machine; a block that was

@@ -1,11 +1,14 @@
 package transfer
 
 import (
+	"bufio"
 	"context"
 	"crypto/rand"
+	"encoding/binary"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"maps"
 	"math"
@@ -74,9 +77,8 @@ const (
 	minExportRange     = 2 * time.Hour
 	// maxExportRange is what Prometheus compacts to at the most.
 	maxExportRange = 31 * 24 * time.Hour
-	// openBlocks is how many are written at the same time; each takes 20 MiB for
-	// buffers alone.
-	openBlocks = 12
+	// openBlocks is how many are begun at the same time: a week of the shortest.
+	openBlocks = 84
 )
 
 // Validate reports what is missing or impossible.
@@ -178,6 +180,11 @@ type exporter struct {
 	open      []*blockWriter      // ascending by time
 	share     float64
 	result    ExportResult
+
+	// Of the series at hand.
+	encode chunks.Iterator
+	metas  []chunks.Meta
+	record []byte
 }
 
 // pass exports the samples of mint to maxt, both included.
@@ -214,7 +221,7 @@ func (e *exporter) pass(ctx context.Context, mint, maxt int64) (err error) {
 	}
 	for len(e.open) > 0 {
 		b := e.open[0]
-		done, err := b.close()
+		done, err := b.close(ctx)
 		if err != nil {
 			return err
 		}
@@ -266,7 +273,7 @@ func (e *exporter) write(ctx context.Context, snap *history.Snapshot, mint, maxt
 		if err != nil {
 			return done, err
 		}
-		if err := e.series(ctx, s.Labels, chunkfmt.Merge(runs...), symbols); err != nil {
+		if err := e.series(s.Labels, chunkfmt.Merge(runs...), symbols); err != nil {
 			return done, fmt.Errorf("series %s: %w", s.Labels, err)
 		}
 		key := e.exported(s.Labels)
@@ -319,7 +326,7 @@ func (e *exporter) symbols(ctx context.Context, snap *history.Snapshot) ([]strin
 }
 
 // series adds a series to the blocks that it has samples for.
-func (e *exporter) series(ctx context.Context, ls labels.Labels, s *chunkfmt.Series, symbols []string) error {
+func (e *exporter) series(ls labels.Labels, s *chunkfmt.Series, symbols []string) error {
 	ls = e.exported(ls)
 	it := &samples{s: s}
 	for {
@@ -333,37 +340,45 @@ func (e *exporter) series(ctx context.Context, ls labels.Labels, s *chunkfmt.Ser
 			return int(max(-1, min(1, b.meta.MinTime-start)))
 		})
 		if !ok {
-			b, err := e.create(ctx, start, symbols)
+			b, err := e.create(start, symbols)
 			if err != nil {
 				return err
 			}
 			e.open = slices.Insert(e.open, i, b)
 		}
-		if err := e.open[i].add(ls, it); err != nil {
+		if err := e.add(e.open[i], ls, it); err != nil {
 			return err
 		}
 	}
 }
 
-// blockWriter writes a block, series by series.
+// blockWriter writes a block, series by series. Until it is closed their chunks are in a
+// file of its own: Prometheus's writers take 20 MiB for buffers, and so there is one of
+// them at a time, however many blocks are begun.
 type blockWriter struct {
 	parent, tmp string
 	external    map[string]string
+	symbols     []string
 	meta        tsdb.BlockMeta
-	chunks      *chunks.Writer
-	index       *tsdbindex.Writer
-	encode      chunks.Iterator
-	metas       []chunks.Meta
+	file        *os.File
+	buf         *bufio.Writer
 }
 
-func (e *exporter) create(ctx context.Context, start int64, symbols []string) (_ *blockWriter, err error) {
+// seriesFile has the series of a block that is being written: each with the number of its labels,
+// these, the number of its chunks, and of each chunk times, encoding, size and bytes.
+const (
+	seriesFile   = "series.tmp"
+	seriesBuffer = 64 << 10 // bytes
+)
+
+func (e *exporter) create(start int64, symbols []string) (*blockWriter, error) {
 	id, err := ulid.New(ulid.Now(), rand.Reader)
 	if err != nil {
 		return nil, fmt.Errorf("id of a block: %w", err)
 	}
 	b := &blockWriter{
 		// Prometheus removes what has such a name.
-		parent: e.o.Dir, tmp: filepath.Join(e.o.Dir, id.String()+".tmp-for-creation"), external: e.o.External,
+		parent: e.o.Dir, tmp: filepath.Join(e.o.Dir, id.String()+".tmp-for-creation"), external: e.o.External, symbols: symbols,
 		meta: tsdb.BlockMeta{
 			ULID: id, MinTime: start, MaxTime: start + e.width, Version: 1,
 			Compaction: tsdb.BlockMetaCompaction{Level: 1, Sources: []ulid.ULID{id}},
@@ -372,48 +387,46 @@ func (e *exporter) create(ctx context.Context, start int64, symbols []string) (_
 	if err := os.Mkdir(b.tmp, 0o755); err != nil {
 		return nil, err
 	}
-	defer func() {
-		if err != nil {
-			err = errors.Join(err, b.abandon())
-		}
-	}()
-	if b.chunks, err = chunks.NewWriter(filepath.Join(b.tmp, "chunks")); err != nil {
-		return nil, err
+	if b.file, err = os.Create(filepath.Join(b.tmp, seriesFile)); err != nil {
+		return nil, errors.Join(err, b.abandon())
 	}
-	if b.index, err = tsdbindex.NewWriter(ctx, filepath.Join(b.tmp, "index")); err != nil {
-		return nil, err
-	}
-	for _, s := range symbols {
-		if err := b.index.AddSymbol(s); err != nil {
-			return nil, err
-		}
-	}
+	b.buf = bufio.NewWriterSize(b.file, seriesBuffer)
 	return b, nil
 }
 
-// add adds the samples that it gives next.
-func (b *blockWriter) add(ls labels.Labels, it *samples) error {
+// add adds the samples that it gives next to a block.
+func (e *exporter) add(b *blockWriter, ls labels.Labels, it *samples) error {
 	series := &storage.SeriesEntry{
 		Lset: ls, SampleIteratorFn: func(chunkenc.Iterator) chunkenc.Iterator { return it },
 	}
-	b.encode = storage.NewSeriesToChunkEncoder(series).Iterator(b.encode)
-	b.metas = b.metas[:0]
-	for b.encode.Next() {
-		b.metas = append(b.metas, b.encode.At())
+	e.encode = storage.NewSeriesToChunkEncoder(series).Iterator(e.encode)
+	e.metas = e.metas[:0]
+	for e.encode.Next() {
+		e.metas = append(e.metas, e.encode.At())
 	}
-	if err := b.encode.Err(); err != nil {
+	if err := e.encode.Err(); err != nil {
 		return err
 	}
-	if err := b.chunks.WriteChunks(b.metas...); err != nil {
-		return err
+	text := func(s string) { e.record = append(binary.AppendUvarint(e.record, uint64(len(s))), s...) }
+	e.record = binary.AppendUvarint(e.record[:0], uint64(ls.Len())) //nolint:gosec // not negative
+	ls.Range(func(l labels.Label) {
+		text(l.Name)
+		text(l.Value)
+	})
+	e.record = binary.AppendUvarint(e.record, uint64(len(e.metas)))
+	for _, m := range e.metas {
+		e.record = binary.AppendVarint(binary.AppendVarint(e.record, m.MinTime), m.MaxTime)
+		data := m.Chunk.Bytes()
+		e.record = binary.AppendUvarint(binary.AppendUvarint(e.record, uint64(m.Chunk.Encoding())), uint64(len(data)))
+		e.record = append(e.record, data...)
 	}
-	if err := b.index.AddSeries(storage.SeriesRef(b.meta.Stats.NumSeries), ls, b.metas...); err != nil { //nolint:gosec // below 2^32
+	if _, err := b.buf.Write(e.record); err != nil {
 		return err
 	}
 	st := &b.meta.Stats
 	st.NumSeries++
-	st.NumChunks += uint64(len(b.metas))
-	for _, m := range b.metas {
+	st.NumChunks += uint64(len(e.metas))
+	for _, m := range e.metas {
 		n := uint64(m.Chunk.NumSamples()) //nolint:gosec // not negative
 		st.NumSamples += n
 		switch m.Chunk.Encoding() {
@@ -424,6 +437,110 @@ func (b *blockWriter) add(ls labels.Labels, it *samples) error {
 		}
 	}
 	return nil
+}
+
+// write puts the series into the files of a block.
+func (b *blockWriter) write(ctx context.Context) (err error) {
+	if err := b.buf.Flush(); err != nil {
+		return err
+	}
+	if _, err := b.file.Seek(0, io.SeekStart); err != nil {
+		return err
+	}
+	cw, err := chunks.NewWriter(filepath.Join(b.tmp, "chunks"))
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, cw.Close()) }()
+	iw, err := tsdbindex.NewWriter(ctx, filepath.Join(b.tmp, "index"))
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, iw.Close()) }()
+	for _, s := range b.symbols {
+		if err := iw.AddSymbol(s); err != nil {
+			return err
+		}
+	}
+	r := &seriesReader{r: bufio.NewReaderSize(b.file, seriesBuffer)}
+	for n := range b.meta.Stats.NumSeries {
+		if err := ctx.Err(); err != nil {
+			return context.Cause(ctx)
+		}
+		ls, metas := r.next()
+		if r.err != nil {
+			return fmt.Errorf("%s: %w", seriesFile, r.err)
+		}
+		if err := cw.WriteChunks(metas...); err != nil {
+			return err
+		}
+		if err := iw.AddSeries(storage.SeriesRef(n), ls, metas...); err != nil { //nolint:gosec // below 2^32
+			return err
+		}
+	}
+	return nil
+}
+
+// seriesReader reads a series file. Its first error sticks.
+type seriesReader struct {
+	r       *bufio.Reader
+	err     error
+	builder labels.ScratchBuilder
+	metas   []chunks.Meta
+	data    []byte // of the chunks
+}
+
+func (r *seriesReader) uvarint() uint64 {
+	if r.err != nil {
+		return 0
+	}
+	var v uint64
+	v, r.err = binary.ReadUvarint(r.r)
+	return v
+}
+
+func (r *seriesReader) varint() int64 {
+	if r.err != nil {
+		return 0
+	}
+	var v int64
+	v, r.err = binary.ReadVarint(r.r)
+	return v
+}
+
+// bytes appends a length and as many bytes to dst.
+func (r *seriesReader) bytes(dst []byte) []byte {
+	n := r.uvarint()
+	if r.err != nil {
+		return dst
+	}
+	at := len(dst)
+	dst = slices.Grow(dst, int(n))[:at+int(n)] //nolint:gosec // this process has written it
+	_, r.err = io.ReadFull(r.r, dst[at:])
+	return dst
+}
+
+// next gives a series; its chunks are good until the next call.
+func (r *seriesReader) next() (labels.Labels, []chunks.Meta) {
+	r.builder.Reset()
+	for range r.uvarint() {
+		name := string(r.bytes(nil))
+		r.builder.Add(name, string(r.bytes(nil)))
+	}
+	r.metas, r.data = r.metas[:0], r.data[:0]
+	for range r.uvarint() {
+		m := chunks.Meta{MinTime: r.varint(), MaxTime: r.varint()}
+		encoding := chunkenc.Encoding(r.uvarint()) //nolint:gosec // a byte
+		at := len(r.data)
+		if r.data = r.bytes(r.data); r.err != nil {
+			break
+		}
+		if m.Chunk, r.err = chunkenc.FromData(encoding, r.data[at:len(r.data):len(r.data)]); r.err != nil {
+			break
+		}
+		r.metas = append(r.metas, m)
+	}
+	return r.builder.Labels(), r.metas
 }
 
 // thanosMeta is what Thanos adds to meta.json.
@@ -437,13 +554,12 @@ type thanosMeta struct {
 }
 
 // close finishes the block and gives it its name.
-func (b *blockWriter) close() (_ Exported, err error) {
-	for _, c := range []interface{ Close() error }{b.chunks, b.index} {
-		if err := c.Close(); err != nil {
-			return Exported{}, fmt.Errorf("block %s: %w", b.meta.ULID, err)
-		}
+func (b *blockWriter) close(ctx context.Context) (_ Exported, err error) {
+	if err := b.write(ctx); err != nil {
+		return Exported{}, fmt.Errorf("block %s: %w", b.meta.ULID, err)
 	}
-	b.chunks, b.index = nil, nil
+	err = errors.Join(b.file.Close(), os.Remove(b.file.Name()))
+	b.file = nil
 	meta := struct {
 		tsdb.BlockMeta
 		Thanos *thanosMeta `json:"thanos,omitempty"`
@@ -451,7 +567,10 @@ func (b *blockWriter) close() (_ Exported, err error) {
 	if len(b.external) > 0 {
 		meta.Thanos = &thanosMeta{Version: 1, Labels: b.external, Source: "epimetheus"}
 	}
-	raw, err := json.MarshalIndent(meta, "", "\t")
+	var raw []byte
+	if err == nil {
+		raw, err = json.MarshalIndent(meta, "", "\t")
+	}
 	if err == nil {
 		err = os.WriteFile(filepath.Join(b.tmp, metaFile), raw, 0o644) //nolint:gosec // as Prometheus's
 	}
@@ -472,11 +591,8 @@ func (b *blockWriter) close() (_ Exported, err error) {
 
 // abandon removes what there is of the block.
 func (b *blockWriter) abandon() error {
-	if b.chunks != nil {
-		_ = b.chunks.Close() // what it has written goes
-	}
-	if b.index != nil {
-		_ = b.index.Close()
+	if b.file != nil {
+		_ = b.file.Close() // what it has written goes
 	}
 	return os.RemoveAll(b.tmp)
 }

@@ -348,6 +348,10 @@ func TestRoundTrip(t *testing.T) {
 						t.Errorf("%+v, want %d samples in %d blocks", e, want.samples(), blocks)
 					}
 					same(t, "exported", want, inBlocks(t, out))
+					files, err := filepath.Glob(filepath.Join(out, "*", "*"))
+					if err != nil || len(files) != 4*e.Blocks {
+						t.Errorf("files %v, %v", files, err)
+					}
 					if s := promtool(t, "tsdb", "list", out); strings.Count(s, "\n") != e.Blocks+1 {
 						t.Errorf("promtool lists:\n%s", s)
 					}

@@ -1,7 +1,6 @@
 package bench
 
 import (
-	"bufio"
 	"context"
 	"encoding/json"
 	"fmt"
@@ -100,22 +99,26 @@ func children(tb testing.TB) time.Duration {
 // memory is a field of /proc/PID/status in bytes: VmRSS or VmHWM.
 func (r *role) memory(tb testing.TB, field string) float64 {
 	tb.Helper()
-	f, err := os.Open(fmt.Sprintf("/proc/%d/status", r.PID()))
+	n, err := memoryOf(r.PID(), field)
 	if err != nil {
 		tb.Fatal(err)
 	}
-	defer f.Close()
-	for sc := bufio.NewScanner(f); sc.Scan(); {
-		if v, ok := strings.CutPrefix(sc.Text(), field+":"); ok {
+	return n
+}
+
+// memoryOf is memory of a process.
+func memoryOf(pid int, field string) (float64, error) {
+	raw, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
+	if err != nil {
+		return 0, err
+	}
+	for line := range strings.Lines(string(raw)) {
+		if v, ok := strings.CutPrefix(line, field+":"); ok {
 			kb, err := strconv.ParseFloat(strings.Fields(v)[0], 64)
-			if err != nil {
-				tb.Fatal(err)
-			}
-			return kb * 1024
+			return kb * 1024, err
 		}
 	}
-	tb.Fatalf("no %s in the status of process %d", field, r.PID())
-	return 0
+	return 0, fmt.Errorf("no %s in the status of process %d", field, pid)
 }
 
 func (r *role) get(ctx context.Context, path string) ([]byte, error) {

@@ -1,6 +1,7 @@
 package bench
 
 import (
+	"bytes"
 	"encoding/json"
 	"flag"
 	"math"
@@ -8,8 +9,8 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
-	"syscall"
 	"testing"
+	"time"
 
 	"github.com/oklog/ulid/v2"
 	"github.com/prometheus/common/model"
@@ -38,13 +39,31 @@ func BenchmarkTransfer(b *testing.B) {
 	samples := writeTSDBBlock(b, filepath.Join(blocks, ulid.Make().String()), c)
 	run := func(b *testing.B, args ...string) {
 		b.Helper()
+		var out bytes.Buffer
 		cmd := exec.CommandContext(b.Context(), bin, append([]string{"tool"}, args...)...)
-		if out, err := cmd.CombinedOutput(); err != nil {
-			b.Fatalf("%q: %v\n%s", args, err, out)
+		cmd.Stdout, cmd.Stderr = &out, &out
+		if err := cmd.Start(); err != nil {
+			b.Fatal(err)
 		}
-		s := cmd.ProcessState
-		b.ReportMetric(float64(samples)/(s.UserTime()+s.SystemTime()).Seconds()/1e6, "Msamples/cpu-s")
-		b.ReportMetric(float64(s.SysUsage().(*syscall.Rusage).Maxrss)/1024, "MiB-max-rss")
+		ended := make(chan error, 1)
+		go func() { ended <- cmd.Wait() }() // it is waited for below
+		// What the system tells at the end counts what this process had when it began that one.
+		peak, look := 0.0, time.NewTicker(20*time.Millisecond)
+		defer look.Stop()
+		for running := true; running; {
+			select {
+			case err := <-ended:
+				if running = false; err != nil {
+					b.Fatalf("%q: %v\n%s", args, err, out.Bytes())
+				}
+			case <-look.C:
+				if n, err := memoryOf(cmd.Process.Pid, "VmHWM"); err == nil { // else it has ended
+					peak = max(peak, n)
+				}
+			}
+		}
+		b.ReportMetric(float64(samples)/(cmd.ProcessState.UserTime()+cmd.ProcessState.SystemTime()).Seconds()/1e6, "Msamples/cpu-s")
+		b.ReportMetric(peak/(1<<20), "MiB-max-rss")
 	}
 	kept := b.TempDir() // outlives the parts of the benchmark
 	var data string
