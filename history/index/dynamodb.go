@@ -14,17 +14,15 @@ import (
 
 	"github.com/aws/aws-sdk-go-v2/aws"
 	awsmiddleware "github.com/aws/aws-sdk-go-v2/aws/middleware"
-	"github.com/aws/aws-sdk-go-v2/aws/ratelimit"
 	"github.com/aws/aws-sdk-go-v2/aws/retry"
-	awshttp "github.com/aws/aws-sdk-go-v2/aws/transport/http"
-	"github.com/aws/aws-sdk-go-v2/config"
-	"github.com/aws/aws-sdk-go-v2/credentials"
 	"github.com/aws/aws-sdk-go-v2/service/dynamodb"
 	"github.com/aws/aws-sdk-go-v2/service/dynamodb/types"
 	"github.com/aws/smithy-go"
 	"github.com/aws/smithy-go/middleware"
 	"github.com/prometheus/client_golang/prometheus"
 	"golang.org/x/sync/errgroup"
+
+	"github.com/epimetheus-tsdb/epimetheus/internal/awsclient"
 )
 
 // DynamoDBOptions say where a table is. Credentials come from the AWS SDK's own chain.
@@ -94,45 +92,19 @@ func NewDynamoDB(ctx context.Context, o DynamoDBOptions, reg prometheus.Register
 	if o.Timeout == 0 {
 		o.Timeout = defaultTimeout
 	}
-	load := []func(*config.LoadOptions) error{
-		config.WithHTTPClient(awshttp.NewBuildableClient().WithTransportOptions(func(t *http.Transport) {
-			t.ResponseHeaderTimeout = min(attemptTimeout, o.Timeout)
-			t.MaxIdleConnsPerHost = 32
-		})),
-		config.WithRetryer(func() aws.Retryer {
-			return retry.NewStandard(func(r *retry.StandardOptions) {
-				r.MaxAttempts = maxAttempts
-				r.Backoff = retry.BackoffDelayerFunc(func(attempt int, _ error) (time.Duration, error) { return backoff(attempt), nil })
-				// The deadline of a call bounds its attempts; a token bucket
-				// would make one throttled minute fail the next.
-				r.RateLimiter = ratelimit.None
-			})
-		}),
-	}
-	if o.Region != "" {
-		load = append(load, config.WithRegion(o.Region))
-	}
-	if o.AccessKey != "" {
-		load = append(load, config.WithCredentialsProvider(credentials.NewStaticCredentialsProvider(o.AccessKey, o.SecretKey, "")))
-	}
-	cfg, err := config.LoadDefaultConfig(ctx, load...)
+	cfg, err := awsclient.Load(ctx, awsclient.Options{
+		Endpoint: o.Endpoint, Region: o.Region, AccessKey: o.AccessKey, SecretKey: o.SecretKey,
+		HTTPClient: o.HTTPClient, HeaderTimeout: min(attemptTimeout, o.Timeout), MaxConnections: 32,
+		Retry: func(r *retry.StandardOptions) {
+			r.MaxAttempts = maxAttempts
+			r.Backoff = retry.BackoffDelayerFunc(func(attempt int, _ error) (time.Duration, error) { return backoff(attempt), nil })
+		},
+	})
 	if err != nil {
 		return nil, fmt.Errorf("dynamodb: %w", err)
 	}
-	if cfg.Region == "" {
-		if o.Endpoint == "" {
-			return nil, errors.New("dynamodb: no region given, neither in the configuration nor in AWS_REGION")
-		}
-		cfg.Region = "us-east-1"
-	}
 	m := newMetrics(reg)
 	client := dynamodb.NewFromConfig(cfg, func(c *dynamodb.Options) {
-		if o.HTTPClient != nil {
-			c.HTTPClient = o.HTTPClient
-		}
-		if o.Endpoint != "" {
-			c.BaseEndpoint = aws.String(o.Endpoint)
-		}
 		c.APIOptions = append(c.APIOptions, m.countAttempts)
 	})
 	return &DynamoDB{client: client, o: o, metrics: m}, nil

@@ -11,17 +11,16 @@ import (
 
 	"github.com/aws/aws-sdk-go-v2/aws"
 	awsmiddleware "github.com/aws/aws-sdk-go-v2/aws/middleware"
-	"github.com/aws/aws-sdk-go-v2/aws/ratelimit"
 	"github.com/aws/aws-sdk-go-v2/aws/retry"
 	awshttp "github.com/aws/aws-sdk-go-v2/aws/transport/http"
-	"github.com/aws/aws-sdk-go-v2/config"
-	"github.com/aws/aws-sdk-go-v2/credentials"
 	"github.com/aws/aws-sdk-go-v2/service/s3"
 	"github.com/aws/aws-sdk-go-v2/service/s3/types"
 	"github.com/aws/smithy-go"
 	"github.com/aws/smithy-go/middleware"
 	"github.com/prometheus/client_golang/prometheus"
 	"golang.org/x/sync/errgroup"
+
+	"github.com/epimetheus-tsdb/epimetheus/internal/awsclient"
 )
 
 // S3Options say where a bucket is. Credentials come from the AWS SDK's own chain.
@@ -98,45 +97,17 @@ func NewS3(ctx context.Context, o S3Options, reg prometheus.Registerer) (*S3, er
 	if o.Timeout == 0 {
 		o.Timeout = defaultTimeout
 	}
-	load := []func(*config.LoadOptions) error{
-		config.WithHTTPClient(awshttp.NewBuildableClient().WithTransportOptions(func(t *http.Transport) {
-			t.ResponseHeaderTimeout = o.Timeout
-			t.MaxIdleConnsPerHost = 64
-		})),
-		config.WithRetryer(func() aws.Retryer {
-			return retry.NewStandard(func(r *retry.StandardOptions) {
-				r.MaxAttempts, r.MaxBackoff = maxAttempts, maxBackoff
-				// Our callers back off and retry for as long as it takes; a
-				// token bucket would make one slow minute fail the next.
-				r.RateLimiter = ratelimit.None
-			})
-		}),
-	}
-	if o.Region != "" {
-		load = append(load, config.WithRegion(o.Region))
-	}
-	if o.AccessKey != "" {
-		load = append(load, config.WithCredentialsProvider(credentials.NewStaticCredentialsProvider(o.AccessKey, o.SecretKey, "")))
-	}
-	cfg, err := config.LoadDefaultConfig(ctx, load...)
+	cfg, err := awsclient.Load(ctx, awsclient.Options{
+		Endpoint: o.Endpoint, Region: o.Region, AccessKey: o.AccessKey, SecretKey: o.SecretKey,
+		HTTPClient: o.HTTPClient, HeaderTimeout: o.Timeout, MaxConnections: 64,
+		Retry: func(r *retry.StandardOptions) { r.MaxAttempts, r.MaxBackoff = maxAttempts, maxBackoff },
+	})
 	if err != nil {
 		return nil, fmt.Errorf("s3: %w", err)
-	}
-	if cfg.Region == "" {
-		if o.Endpoint == "" {
-			return nil, errors.New("s3: no region given, neither in the configuration nor in AWS_REGION")
-		}
-		cfg.Region = "us-east-1"
 	}
 	m := newMetrics(reg)
 	client := s3.NewFromConfig(cfg, func(c *s3.Options) {
 		c.UsePathStyle = o.PathStyle
-		if o.HTTPClient != nil {
-			c.HTTPClient = o.HTTPClient
-		}
-		if o.Endpoint != "" {
-			c.BaseEndpoint = aws.String(o.Endpoint)
-		}
 		// Ranged reads carry no checksum of the range; pages have their own.
 		c.DisableLogOutputChecksumValidationSkipped = true
 		c.APIOptions = append(c.APIOptions, m.countAttempts)
