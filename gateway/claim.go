@@ -23,6 +23,17 @@ const (
 	claimTimeout  = 10 * time.Second
 )
 
+// posted reads what a sidecar sends of one tenant, in at most so many bytes.
+func posted(w http.ResponseWriter, r *http.Request, maxBytes int64, to any) error {
+	if err := json.NewDecoder(http.MaxBytesReader(w, r.Body, maxBytes)).Decode(to); err != nil {
+		return err
+	}
+	if n := len(tenantsOf(r.Context())); n > 1 {
+		return fmt.Errorf("it is for %d tenants: name one in %s", n, TenantHeader)
+	}
+	return nil
+}
+
 // claim is POST ha/claim, as docs/protocols/ha.md says.
 func (a *API) claim(w http.ResponseWriter, r *http.Request) {
 	if a.opts.Choices == nil {
@@ -30,12 +41,8 @@ func (a *API) claim(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	var q choice.Request
-	if err := json.NewDecoder(http.MaxBytesReader(w, r.Body, maxClaimBytes)).Decode(&q); err != nil {
+	if err := posted(w, r, maxClaimBytes, &q); err != nil {
 		respondError(w, http.StatusBadRequest, "bad_data", fmt.Errorf("claim of a replica: %w", err))
-		return
-	}
-	if n := len(tenantsOf(r.Context())); n > 1 {
-		respondError(w, http.StatusBadRequest, "bad_data", fmt.Errorf("claim of a replica for %d tenants: name one in %s", n, TenantHeader))
 		return
 	}
 	if len(q.Source) > choice.MaxSource {

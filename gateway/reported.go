@@ -2,7 +2,6 @@ package gateway
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -211,12 +210,8 @@ func (a *API) engine(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	var q EngineReport
-	if err := json.NewDecoder(http.MaxBytesReader(w, r.Body, maxReportBytes)).Decode(&q); err != nil {
+	if err := posted(w, r, maxReportBytes, &q); err != nil {
 		respondError(w, http.StatusBadRequest, "bad_data", fmt.Errorf("report of engine options: %w", err))
-		return
-	}
-	if n := len(tenantsOf(r.Context())); n > 1 {
-		respondError(w, http.StatusBadRequest, "bad_data", fmt.Errorf("report of engine options for %d tenants: name one in %s", n, TenantHeader))
 		return
 	}
 	slices.Sort(q.EnableFeatures)
