@@ -660,7 +660,7 @@ func cpuSeconds(b *testing.B) float64 {
 // times their size, until it is seen that it isn't there.
 func TestHostileWindowPage(t *testing.T) {
 	const size = 1 << 20
-	for group := allColumns; group < windowGroups; group++ {
+	for group := range windowGroups {
 		for _, shapes := range []bool{true, false} {
 			var body []byte
 			if group != allColumns {

@@ -31,10 +31,10 @@ func (w *world) tryOn(t *testing.T, d, every time.Duration) {
 	}
 }
 
-// samples counts what a query sees of a tenant.
-func (w *world) samples(t *testing.T, tenant string) (n int) {
+// samples counts what a query sees of tenant a.
+func (w *world) samples(t *testing.T) (n int) {
 	t.Helper()
-	snap, err := w.history.Snapshot(t.Context(), tenant, math.MinInt64, math.MaxInt64, nil, time.Time{})
+	snap, err := w.history.Snapshot(t.Context(), "a", math.MinInt64, math.MaxInt64, nil, time.Time{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -99,7 +99,7 @@ func TestOutputLost(t *testing.T) {
 			w.c.o.OrphanAge = 24 * time.Hour
 			r := rand.New(rand.NewPCG(1, 21))
 			w.flushes(t, r, 4, "a", "b")
-			want := w.samples(t, "a")
+			want := w.samples(t)
 			failing = how == "missing, half of the rows written"
 			lost := ""
 			w.c.o.Objects = &historytest.FaultyObjects{Store: objects, Decide: func(op, key string) historytest.Fault {
@@ -158,7 +158,7 @@ func TestOutputLost(t *testing.T) {
 					t.Errorf("rows by level %v", got)
 				}
 			}
-			if got := w.samples(t, "a"); got != want || got == 0 {
+			if got := w.samples(t); got != want || got == 0 {
 				t.Errorf("%d samples, want %d", got, want)
 			}
 			id := ulid.MustParse(strings.TrimPrefix(lost, "blocks/"))
@@ -176,7 +176,7 @@ func TestOutputLostLater(t *testing.T) {
 	w := newWorld(t, objects, &historytest.MemoryRows{})
 	r := rand.New(rand.NewPCG(1, 22))
 	w.flushes(t, r, 3, "a")
-	want := w.samples(t, "a")
+	want := w.samples(t)
 	var keep []byte
 	var key string
 	for end := w.now.Add(4 * time.Hour); w.now.Before(end); w.now = w.now.Add(time.Minute) {
@@ -217,7 +217,7 @@ func TestOutputLostLater(t *testing.T) {
 	}
 	w.tryOn(t, 2*time.Hour, time.Minute)
 	w.idle(t)
-	if got := w.samples(t, "a"); got != want {
+	if got := w.samples(t); got != want {
 		t.Errorf("%d samples, want %d", got, want)
 	}
 }

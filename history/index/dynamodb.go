@@ -22,7 +22,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"golang.org/x/sync/errgroup"
 
-	"github.com/epimetheus-tsdb/epimetheus/internal/awsclient"
+	"github.com/epimetheus-tsdb/epimetheus/history/awsclient"
 )
 
 // DynamoDBOptions say where a table is. Credentials come from the AWS SDK's own chain.

@@ -1,4 +1,4 @@
-// Package awsclient configures clients of AWS services, and of servers that speak their
+// Package awsclient configures the clients of S3 and DynamoDB, and of servers that speak their
 // protocols.
 package awsclient
 
