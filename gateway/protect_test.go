@@ -268,7 +268,7 @@ func TestMemoryOfLabels(t *testing.T) {
 		c.SetState(m, ring.Left)
 	}
 	for _, path := range []string{
-		"series?match[]=requests_total", "labels?match[]={i=~\".%2b\"}", "label/i/values?match[]={i=~\".%2b\"}", "status/active_series?start=0&end=3600",
+		"labels", "label/i/values", "series?match[]=requests_total", "labels?match[]={i=~\".%2b\"}", "label/i/values?match[]={i=~\".%2b\"}", "status/active_series?start=0&end=3600",
 		"query?query=requests_total&time=600", "query_exemplars?query=requests_total",
 	} {
 		for max, want := range map[int64]int{2000: http.StatusUnprocessableEntity, 0: http.StatusOK} {

@@ -81,22 +81,32 @@ func (w *want) error(err error) error {
 	return &PageError{Object: w.object, Page: w.kind.String(), Offset: w.at.Offset, Size: w.at.Size, Err: err}
 }
 
+// memory is about how many bytes the page takes when it is parsed, as far as that is known
+// before.
+func (w *want) memory() int64 {
+	switch w.kind {
+	case directoryPage, seriesPage:
+		return 4 * w.at.Size
+	case labelPage, labelValuesPage:
+		return 8 * w.at.Size // strings, unpacked
+	default:
+		return w.at.Size
+	}
+}
+
 // parse verifies a page and says about how many bytes of memory it takes.
 func (w *want) parse(b []byte) (p page, size int64, err error) {
-	size = int64(len(b))
+	size = w.memory()
 	switch w.kind {
 	case directoryPage:
 		p.directory, err = chunkfmt.ParseDirectory(b)
-		size *= 4
 	case labelPage:
 		p.labels, err = chunkfmt.ParseLabelPage(b)
-		size *= 8 // strings, unpacked
 	case labelValuesPage:
 		p.values, err = w.labels.ParseValues(b)
-		size *= 8
 	case seriesPage:
 		if p.series, err = chunkfmt.ParseSeriesPage(b); err == nil {
-			size = 4*size + 80*int64(p.series.Len())
+			size += 80 * int64(p.series.Len())
 		}
 	case windowPage:
 		if p.windows, err = chunkfmt.ParseWindowPage(b); err == nil {

@@ -21,14 +21,15 @@ func (b *Block) want(kind pageKind, at chunkfmt.Location) (want, error) {
 	return w, nil
 }
 
-// directories fetches those of all blocks.
-func (s *Snapshot) directories(ctx context.Context, bs []*Block) ([]*chunkfmt.Directory, error) {
+// directories fetches those of all blocks, and holds them.
+func (s *Snapshot) directories(ctx context.Context, bs []*Block, held *tally) ([]*chunkfmt.Directory, error) {
 	wants := make([]want, len(bs))
 	for i, b := range bs {
 		var err error
 		if wants[i], err = b.want(directoryPage, b.Directory); err != nil {
 			return nil, err
 		}
+		held.add(wants[i].memory())
 	}
 	pages, err := s.fetch(ctx, 0, wants)
 	if err != nil {
@@ -42,8 +43,8 @@ func (s *Snapshot) directories(ctx context.Context, bs []*Block) ([]*chunkfmt.Di
 }
 
 // labelPages fetches the label page of each block that has one and that pick
-// picks; nil for others.
-func (s *Snapshot) labelPages(ctx context.Context, bs []*Block, dirs []*chunkfmt.Directory, pick func(i int) bool) ([]*chunkfmt.LabelPage, error) {
+// picks, and holds them; nil for others.
+func (s *Snapshot) labelPages(ctx context.Context, bs []*Block, dirs []*chunkfmt.Directory, held *tally, pick func(i int) bool) ([]*chunkfmt.LabelPage, error) {
 	var wants []want
 	var of []int
 	for i, b := range bs {
@@ -54,6 +55,7 @@ func (s *Snapshot) labelPages(ctx context.Context, bs []*Block, dirs []*chunkfmt
 		if err != nil {
 			return nil, err
 		}
+		held.add(w.memory())
 		wants, of = append(wants, w), append(of, i)
 	}
 	pages, err := s.fetch(ctx, 0, wants)
@@ -75,8 +77,6 @@ type found struct {
 }
 
 const (
-	// pageFactor is how many bytes a series page takes, about, for each that it has.
-	pageFactor = 4
 	// entryBytes is about what a series of a block takes beside labels and chunks.
 	entryBytes = 256
 	chunkBytes = 64
@@ -106,39 +106,48 @@ func (t *tally) release() { t.add(-t.bytes) }
 
 // find returns the series that match all of ms and have samples or exemplars in
 // mint to maxt, or summaries of windows whose samples are gone, for each block, but for
-// what is hidden, and for those that aren't kept, as far as nothing of them is gone. seriesRuns bounds the GETs of series pages of one block; 0 is no bound.
-func (s *Snapshot) find(ctx context.Context, bs []*Block, ms []*labels.Matcher, mint, maxt int64, seriesRuns int, hidden func(labels.Labels) []chunkfmt.Range) ([]found, error) {
+// what is hidden, and for those that aren't kept, as far as nothing of them is gone. It holds
+// them.
+func (s *Snapshot) find(ctx context.Context, bs []*Block, ms []*labels.Matcher, mint, maxt int64, held *tally) ([]found, error) {
 	out := make([]found, len(bs))
 	for i, b := range bs {
 		out[i].block = b
 	}
-	held := tally{s: s}
-	defer held.release()
-	err := s.seriesPages(ctx, bs, ms, mint, maxt, seriesRuns, func(i int, p *chunkfmt.SeriesPage, lo, hi int64) {
+	err := s.entries(ctx, bs, ms, mint, maxt, 0, s.Hidden.Of, func(i int, es []chunkfmt.Entry) {
 		before := out[i].bytes
-		es := p.SelectSome(ms, lo, hi, s.keep)
-		out[i].entries = slices.Grow(out[i].entries, len(es))
-		for _, e := range es {
-			if bs[i].holds(&e, lo, hi) && shows(&e, lo, hi, hidden(e.Labels)) {
-				out[i].entries = append(out[i].entries, e)
-				out[i].bytes += bytesOf(e.Labels, len(e.Chunks)+len(e.Exemplars))
-				s.Stats.Series.Add(1)
-			}
+		for k := range es {
+			out[i].bytes += bytesOf(es[k].Labels, len(es[k].Chunks)+len(es[k].Exemplars))
 		}
+		out[i].entries = append(out[i].entries, es...)
 		held.add(out[i].bytes - before)
 	})
-	if err != nil {
-		return nil, err
-	}
-	return out, nil
+	return out, err
+}
+
+// entries calls read with such series, those of one page at a time, and which of bs they are
+// of, in order. seriesRuns is as for fetch.
+func (s *Snapshot) entries(ctx context.Context, bs []*Block, ms []*labels.Matcher, mint, maxt int64, seriesRuns int, hidden func(labels.Labels) []chunkfmt.Range, read func(i int, es []chunkfmt.Entry)) error {
+	return s.seriesPages(ctx, bs, ms, mint, maxt, seriesRuns, func(i int, p *chunkfmt.SeriesPage, lo, hi int64) {
+		es, n := p.SelectSome(ms, lo, hi, s.keep), 0
+		for k := range es {
+			if bs[i].holds(&es[k], lo, hi) && shows(&es[k], lo, hi, hidden(es[k].Labels)) {
+				es[n] = es[k]
+				n++
+			}
+		}
+		s.Stats.Series.Add(int64(n))
+		read(i, es[:n])
+	})
 }
 
 // seriesPages calls read for each series page that may have series that match all
 // of ms in mint to maxt, and which of bs it is of, in order; lo to hi is what of that
-// time is to be read from the block. seriesRuns is as for find.
+// time is to be read from the block. seriesRuns is as for fetch.
 func (s *Snapshot) seriesPages(ctx context.Context, bs []*Block, ms []*labels.Matcher, mint, maxt int64, seriesRuns int, read func(i int, p *chunkfmt.SeriesPage, lo, hi int64)) error {
 	mint, maxt = max(mint, s.MinT), min(maxt, s.MaxT)
-	dirs, err := s.directories(ctx, bs)
+	held := tally{s: s}
+	defer held.release()
+	dirs, err := s.directories(ctx, bs, &held)
 	if err != nil {
 		return err
 	}
@@ -152,7 +161,7 @@ func (s *Snapshot) seriesPages(ctx context.Context, bs []*Block, ms []*labels.Ma
 	}
 	var wants []want
 	var of []int
-	size := int64(0)
+	memory := int64(0)
 	for i, b := range bs {
 		for _, r := range refs[i] {
 			w, err := b.want(seriesPage, r.Location)
@@ -161,12 +170,10 @@ func (s *Snapshot) seriesPages(ctx context.Context, bs []*Block, ms []*labels.Ma
 			}
 			w.bytes = r.Bytes
 			wants, of = append(wants, w), append(of, i)
-			size += w.at.Size
+			memory += w.memory()
 		}
 	}
-	held := tally{s: s}
-	defer held.release()
-	held.add(pageFactor * size)
+	held.add(memory)
 	pages, err := s.fetch(ctx, seriesRuns, wants)
 	if err != nil {
 		return err
@@ -197,7 +204,9 @@ func (s *Snapshot) Estimate(ctx context.Context, ms []*labels.Matcher, mint, max
 func (s *Snapshot) estimate(ctx context.Context, ms []*labels.Matcher, mint, maxt int64, add func(r *chunkfmt.PageRef, part float64), clear func()) error {
 	return s.attempt(ctx, mint, maxt, func(bs []*Block) error {
 		clear()
-		dirs, err := s.directories(ctx, bs)
+		held := tally{s: s}
+		defer held.release()
+		dirs, err := s.directories(ctx, bs, &held)
 		if err != nil {
 			return err
 		}
@@ -218,7 +227,9 @@ const sharePages = 16
 // match all of ms, 0 to 1: as of the series in some of the pages that they count.
 func (s *Snapshot) Share(ctx context.Context, ms []*labels.Matcher, mint, maxt int64) (share float64, err error) {
 	err = s.attempt(ctx, mint, maxt, func(bs []*Block) error {
-		dirs, err := s.directories(ctx, bs)
+		held := tally{s: s}
+		defer held.release()
+		dirs, err := s.directories(ctx, bs, &held)
 		if err != nil {
 			return err
 		}
@@ -237,6 +248,7 @@ func (s *Snapshot) Share(ctx context.Context, ms []*labels.Matcher, mint, maxt i
 		n := min(len(all), sharePages)
 		for i := range n {
 			some = append(some, all[i*len(all)/n])
+			held.add(some[i].memory())
 		}
 		pages, err := s.fetch(ctx, 0, some)
 		if err != nil {
@@ -303,7 +315,9 @@ func (s *Snapshot) prune(ctx context.Context, bs []*Block, dirs []*chunkfmt.Dire
 	}
 	// A label page costs a round trip before the series pages can be asked for.
 	const tooSmall = 128 << 10
-	lps, err := s.labelPages(ctx, bs, dirs, func(i int) bool {
+	held := tally{s: s}
+	defer held.release()
+	lps, err := s.labelPages(ctx, bs, dirs, &held, func(i int) bool {
 		var size int64
 		for _, r := range refs[i] {
 			size += r.Size

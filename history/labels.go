@@ -23,20 +23,23 @@ const labelReadRuns = 1
 func (s *Snapshot) Series(ctx context.Context, ms []*labels.Matcher, mint, maxt int64) ([]labels.Labels, error) {
 	var out []labels.Labels
 	err := s.attempt(ctx, mint, maxt, func(bs []*Block) error {
-		fs, err := s.find(ctx, bs, ms, mint, maxt, labelReadRuns, s.Hidden.OfAll)
-		if err != nil {
-			return err
-		}
+		held := tally{s: s}
+		defer held.release()
 		var set labelSets
-		for _, f := range fs {
-			for i := range f.entries {
-				if len(f.entries[i].Chunks)+len(f.entries[i].Gone) > 0 {
-					set.add(f.entries[i].Labels)
+		err := s.entries(ctx, bs, ms, mint, maxt, labelReadRuns, s.Hidden.OfAll, func(_ int, es []chunkfmt.Entry) {
+			bytes := int64(0)
+			for i := range es {
+				if len(es[i].Chunks)+len(es[i].Gone) == 0 {
+					continue
+				}
+				if _, added := set.add(es[i].Labels); added {
+					bytes += textBytes + 2*int64(es[i].Labels.ByteSize()) //nolint:gosec // bytes in memory
 				}
 			}
-		}
+			held.add(bytes)
+		})
 		out = set.sorted()
-		return nil
+		return err
 	})
 	return out, err
 }
@@ -69,70 +72,85 @@ func (l *labelSets) sorted() []labels.Labels {
 	return l.all
 }
 
+// texts collects strings, each once, and holds them.
+type texts struct {
+	held tally
+	set  map[string]struct{}
+	more int64 // bytes that the tally wasn't told of yet
+}
+
+// textBytes is about what a string in a set, and in a slice, takes beside its text.
+const textBytes = 80
+
+func (t *texts) add(text string) {
+	if _, ok := t.set[text]; !ok {
+		t.set[strings.Clone(text)] = struct{}{} // it may be part of a larger one
+		t.more += textBytes + int64(len(text))
+	}
+}
+
+// tell tells the tally of what was added.
+func (t *texts) tell() {
+	t.held.add(t.more)
+	t.more = 0
+}
+
+func (t *texts) sorted() []string {
+	out := make([]string, 0, len(t.set))
+	for k := range t.set {
+		out = append(out, k)
+	}
+	slices.Sort(out)
+	return out
+}
+
+// texts gives, sorted and each once, what read adds.
+func (s *Snapshot) texts(ctx context.Context, mint, maxt int64, read func(bs []*Block, into *texts) error) ([]string, error) {
+	var out []string
+	err := s.attempt(ctx, mint, maxt, func(bs []*Block) error {
+		into := texts{held: tally{s: s}, set: map[string]struct{}{}}
+		defer into.held.release()
+		err := read(bs, &into)
+		out = into.sorted()
+		return err
+	})
+	return out, err
+}
+
 // LabelNames returns the names of the labels of the series that match all of ms,
 // sorted; with no matchers, of all series in blocks of that time.
 func (s *Snapshot) LabelNames(ctx context.Context, ms []*labels.Matcher, mint, maxt int64) ([]string, error) {
-	var out []string
-	err := s.attempt(ctx, mint, maxt, func(bs []*Block) error {
-		set := map[string]struct{}{}
+	return s.texts(ctx, mint, maxt, func(bs []*Block, into *texts) error {
 		if len(ms) > 0 {
-			fs, err := s.find(ctx, bs, ms, mint, maxt, labelReadRuns, s.Hidden.OfAll)
-			if err != nil {
-				return err
-			}
-			for _, f := range fs {
-				for i := range f.entries {
-					f.entries[i].Labels.Range(func(l labels.Label) { set[l.Name] = struct{}{} })
+			return s.textsOf(ctx, bs, ms, mint, maxt, into, func(ls labels.Labels) {
+				ls.Range(func(l labels.Label) { into.add(l.Name) })
+			})
+		}
+		return s.labelPagesOfAll(ctx, bs, func(_ []*Block, lps []*chunkfmt.LabelPage) error {
+			for _, lp := range lps {
+				for _, name := range lp.Names() {
+					into.add(name)
 				}
 			}
-			out = sortedKeys(set)
+			into.tell()
 			return nil
-		}
-		lps, err := s.allLabelPages(ctx, bs)
-		if err != nil {
-			return err
-		}
-		for _, lp := range lps {
-			if lp == nil {
-				continue
-			}
-			for _, name := range lp.Names() {
-				set[name] = struct{}{}
-			}
-		}
-		out = sortedKeys(set)
-		return nil
+		})
 	})
-	return out, err
 }
 
 // LabelValues returns the values of a label among the series that match all of
 // ms, sorted; with no matchers, among all series in blocks of that time.
 func (s *Snapshot) LabelValues(ctx context.Context, name string, ms []*labels.Matcher, mint, maxt int64) ([]string, error) {
-	var out []string
-	err := s.attempt(ctx, mint, maxt, func(bs []*Block) error {
-		set := map[string]struct{}{}
+	return s.texts(ctx, mint, maxt, func(bs []*Block, into *texts) error {
 		metric, byPages := onlyMetric(ms)
 		if !byPages {
-			fs, err := s.find(ctx, bs, ms, mint, maxt, labelReadRuns, s.Hidden.OfAll)
-			if err != nil {
-				return err
-			}
-			for _, f := range fs {
-				for i := range f.entries {
-					if v := f.entries[i].Labels.Get(name); v != "" {
-						set[v] = struct{}{}
-					}
+			return s.textsOf(ctx, bs, ms, mint, maxt, into, func(ls labels.Labels) {
+				if v := ls.Get(name); v != "" {
+					into.add(v)
 				}
-			}
-			out = sortedKeys(set)
-			return nil
+			})
 		}
-		values, err := s.allLabelValues(ctx, bs, name)
-		if err != nil {
-			return err
-		}
-		for _, v := range values {
+		add := func(v *chunkfmt.LabelValues) {
 			vs := v.Values()
 			switch {
 			case metric == "":
@@ -146,13 +164,44 @@ func (s *Snapshot) LabelValues(ctx context.Context, name string, ms []*labels.Ma
 				}
 			}
 			for _, value := range vs {
-				set[value] = struct{}{}
+				into.add(value)
 			}
+			into.tell()
 		}
-		out = sortedKeys(set)
-		return nil
+		return s.labelPagesOfAll(ctx, bs, func(bs []*Block, lps []*chunkfmt.LabelPage) error {
+			var wants []want
+			for i, lp := range lps {
+				values, at := lp.Values(name)
+				switch {
+				case values != nil:
+					add(values)
+				case at.Size > 0: // in pages of their own
+					w, err := bs[i].want(labelValuesPage, at)
+					if err != nil {
+						return err
+					}
+					w.labels = lp
+					wants = append(wants, w)
+				}
+			}
+			return s.inBatches(ctx, wants, func(_ int, pages []page) error {
+				for i := range pages {
+					add(pages[i].values)
+				}
+				return nil
+			})
+		})
 	})
-	return out, err
+}
+
+// textsOf calls add with the labels of the series that match all of ms.
+func (s *Snapshot) textsOf(ctx context.Context, bs []*Block, ms []*labels.Matcher, mint, maxt int64, into *texts, add func(labels.Labels)) error {
+	return s.entries(ctx, bs, ms, mint, maxt, labelReadRuns, s.Hidden.OfAll, func(_ int, es []chunkfmt.Entry) {
+		for i := range es {
+			add(es[i].Labels)
+		}
+		into.tell()
+	})
 }
 
 // onlyMetric says whether label pages can answer for the matchers: there are
@@ -168,84 +217,70 @@ func onlyMetric(ms []*labels.Matcher) (metric string, ok bool) {
 	}
 }
 
-// allLabelPages gives a label page for each block: its own, or that of its only
-// series page; nil if it has none, which only an empty block does.
-func (s *Snapshot) allLabelPages(ctx context.Context, bs []*Block) ([]*chunkfmt.LabelPage, error) {
-	dirs, err := s.directories(ctx, bs)
+// labelPagesOfAll calls read with label pages and the blocks that they are of, some at a
+// time: of each block its own, or that of its only series page. An empty block has none.
+func (s *Snapshot) labelPagesOfAll(ctx context.Context, bs []*Block, read func(bs []*Block, lps []*chunkfmt.LabelPage) error) error {
+	held := tally{s: s}
+	defer held.release()
+	dirs, err := s.directories(ctx, bs, &held)
 	if err != nil {
-		return nil, err
-	}
-	lps, err := s.labelPages(ctx, bs, dirs, func(int) bool { return true })
-	if err != nil {
-		return nil, err
+		return err
 	}
 	var wants []want
-	var of []int
+	var of []*Block
 	for i, b := range bs {
-		if lps[i] != nil {
+		if at := dirs[i].Labels; at.Size > 0 {
+			w, err := b.want(labelPage, at)
+			if err != nil {
+				return err
+			}
+			wants, of = append(wants, w), append(of, b)
 			continue
 		}
 		for _, r := range dirs[i].Pages(nil, b.Ranges[0].MinT, b.Ranges[len(b.Ranges)-1].MaxT) { // one at most
 			w, err := b.want(seriesPage, r.Location)
 			if err != nil {
-				return nil, err
+				return err
 			}
 			w.bytes = r.Bytes
-			wants, of = append(wants, w), append(of, i)
+			wants, of = append(wants, w), append(of, b)
 		}
 	}
-	pages, err := s.fetch(ctx, labelReadRuns, wants)
-	if err != nil {
-		return nil, err
-	}
-	for j, i := range of {
-		lps[i] = pages[j].series.LabelPage()
-	}
-	return lps, nil
-}
-
-// allLabelValues gives what each block knows of a label's values.
-func (s *Snapshot) allLabelValues(ctx context.Context, bs []*Block, name string) ([]*chunkfmt.LabelValues, error) {
-	lps, err := s.allLabelPages(ctx, bs)
-	if err != nil {
-		return nil, err
-	}
-	var out []*chunkfmt.LabelValues
-	var wants []want
-	for i, lp := range lps {
-		if lp == nil {
-			continue
-		}
-		values, at := lp.Values(name)
-		switch {
-		case values != nil:
-			out = append(out, values)
-		case at.Size > 0: // in pages of their own
-			w, err := bs[i].want(labelValuesPage, at)
-			if err != nil {
-				return nil, err
+	return s.inBatches(ctx, wants, func(from int, pages []page) error {
+		lps := make([]*chunkfmt.LabelPage, len(pages))
+		for i := range pages {
+			if lps[i] = pages[i].labels; lps[i] == nil {
+				lps[i] = pages[i].series.LabelPage()
 			}
-			w.labels = lp
-			wants = append(wants, w)
 		}
-	}
-	pages, err := s.fetch(ctx, 0, wants)
-	if err != nil {
-		return nil, err
-	}
-	for i := range pages {
-		out = append(out, pages[i].values)
-	}
-	return out, nil
+		return read(of[from:from+len(pages)], lps)
+	})
 }
 
-func sortedKeys(set map[string]struct{}) []string {
-	out := make([]string, 0, len(set))
-	for k := range set {
-		out = append(out, k)
+// inBatches fetches pages and calls read with some at a time, of about 64 MiB of memory, which
+// it holds meanwhile, and with the index of the first.
+func (s *Snapshot) inBatches(ctx context.Context, wants []want, read func(from int, pages []page) error) error {
+	for from := 0; from < len(wants); {
+		held := tally{s: s}
+		to, memory := from, int64(0)
+		for ; to < len(wants) && (to == from || memory+wants[to].memory() <= 2*s.h.batchBytes); to++ {
+			memory += wants[to].memory()
+		}
+		held.add(memory)
+		pages, err := s.fetch(ctx, labelReadRuns, wants[from:to])
+		if err == nil {
+			err = read(from, pages)
+		}
+		if err == nil && ctx.Err() != nil { // perhaps for what has been read
+			err = context.Cause(ctx)
+		}
+		held.release()
+		if err != nil {
+			return err
+		}
+		from = to
 	}
-	slices.Sort(out)
-	return out
+	return nil
 }
 
 // MetricMetadata is what a source said of a metric.
@@ -264,14 +299,13 @@ func (s *Snapshot) Metadata(ctx context.Context, metric string, mint, maxt int64
 	}
 	var out []MetricMetadata
 	err := s.attempt(ctx, mint, maxt, func(bs []*Block) error {
-		fs, err := s.find(ctx, bs, ms, mint, maxt, labelReadRuns, s.Hidden.OfAll)
-		if err != nil {
-			return err
-		}
+		held := tally{s: s}
+		defer held.release()
 		set := map[MetricMetadata]struct{}{}
-		for _, f := range fs {
-			for i := range f.entries {
-				e := &f.entries[i]
+		err := s.entries(ctx, bs, ms, mint, maxt, labelReadRuns, s.Hidden.OfAll, func(_ int, es []chunkfmt.Entry) {
+			bytes := int64(0)
+			for i := range es {
+				e := &es[i]
 				if e.Metadata.IsEmpty() {
 					continue
 				}
@@ -279,11 +313,16 @@ func (s *Snapshot) Metadata(ctx context.Context, metric string, mint, maxt int64
 				if m.Metric == "" {
 					m.Metric = e.Labels.Get(model.MetricNameLabel)
 				}
-				if metric == "" || m.Metric == metric {
+				if metric != "" && m.Metric != metric {
+					continue
+				}
+				if _, ok := set[m]; !ok {
 					set[m] = struct{}{}
+					bytes += textBytes + int64(len(m.Metric)+len(m.Unit)+len(m.Help))
 				}
 			}
-		}
+			held.add(bytes)
+		})
 		out = make([]MetricMetadata, 0, len(set))
 		for m := range set {
 			out = append(out, m)
@@ -291,7 +330,7 @@ func (s *Snapshot) Metadata(ctx context.Context, metric string, mint, maxt int64
 		slices.SortFunc(out, func(a, b MetricMetadata) int {
 			return cmp.Or(cmp.Compare(a.Metric, b.Metric), cmp.Compare(a.Type, b.Type), cmp.Compare(a.Unit, b.Unit), cmp.Compare(a.Help, b.Help))
 		})
-		return nil
+		return err
 	})
 	return out, err
 }

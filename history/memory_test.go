@@ -149,3 +149,68 @@ func TestHoldReads(t *testing.T) {
 		}
 	}
 }
+
+// TestHoldLabels: what label reads hold is about what they give and some pages, not the pages
+// of all blocks; and all is given back.
+func TestHoldLabels(t *testing.T) {
+	const blocks, series = 6, 4000
+	st := localStores(t)
+	w := st.open(t, nil)
+	for b := range blocks {
+		var all []*chunkfmt.Series
+		for i := range series {
+			all = append(all, floats(int64(b)*Window+1, 1000, 2, constant(1), "__name__", fmt.Sprint("m", i%3), "of", fmt.Sprintf("block %d", b), "pod", fmt.Sprintf("pod-%x-%08d", i*i, i)))
+		}
+		publishWith(t, w, tenantSeries{"a": all}, chunkfmt.WriterOptions{PageSeries: 256})
+	}
+	text := int64(0) // of all pods
+	for i := range series {
+		text += int64(len(fmt.Sprintf("pod-%x-%08d", i*i, i)))
+	}
+	read := func(s *Snapshot, ms []*labels.Matcher) map[string]func() (int, error) {
+		return map[string]func() (int, error){
+			"values": func() (int, error) {
+				vs, err := s.LabelValues(t.Context(), "pod", ms, 0, blocks*Window)
+				return len(vs), err
+			},
+			"names": func() (int, error) {
+				vs, err := s.LabelNames(t.Context(), ms, 0, blocks*Window)
+				return len(vs), err
+			},
+			"series": func() (int, error) {
+				ls, err := s.Series(t.Context(), ms, 0, blocks*Window)
+				return len(ls), err
+			},
+		}
+	}
+	want := map[string]int{"values": series, "names": 3, "series": blocks * series}
+	least := map[string]int64{"values": text, "series": blocks * text} // of what is given
+	for _, ms := range [][]*labels.Matcher{nil, {eq("__name__", "m1")}, {labels.MustNewMatcher(labels.MatchRegexp, "pod", "pod-.*")}} {
+		most := map[int64]int64{} // of values, by the size of batches
+		for _, batch := range []int64{batchBytes, 1} {
+			h := st.open(t, func(o *Options) { o.PageCacheBytes = -1 })
+			h.batchBytes = batch
+			s := snapshot(t, h, "a", 0, blocks*Window)
+			var m meter
+			s.Hold = m.hold
+			for name, read := range read(s, ms) {
+				m.most.Store(0)
+				n, err := read()
+				if all := len(ms) == 0 || ms[0].Name == "pod"; err != nil || all && n != want[name] || n == 0 {
+					t.Errorf("%s of %v: %d, %v, want %d", name, ms, n, err, want[name])
+				} else if most := m.most.Load(); all && most < least[name] {
+					t.Errorf("%s of %v: %d bytes were held, which is less than the text", name, ms, most)
+				}
+				if name == "values" {
+					most[batch] = m.most.Load()
+				}
+				if n := m.now.Load(); n != 0 {
+					t.Errorf("%s of %v: %d bytes are held in the end", name, ms, n)
+				}
+			}
+		}
+		if _, byPages := onlyMetric(ms); byPages && most[1] > most[batchBytes]*2/3 {
+			t.Errorf("values of %v: %d bytes were held at the most block by block, %d together", ms, most[1], most[batchBytes])
+		}
+	}
+}

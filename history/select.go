@@ -85,7 +85,9 @@ func (s *Snapshot) SelectOrdered(ctx context.Context, ms []*labels.Matcher, mint
 	var set *SeriesSet
 	mint = s.samplesFrom(mint)
 	err := s.attempt(ctx, mint, maxt, func(bs []*Block) error {
-		fs, err := s.find(ctx, bs, ms, mint, maxt, 0, s.Hidden.Of)
+		held := tally{s: s}
+		defer held.release()
+		fs, err := s.find(ctx, bs, ms, mint, maxt, &held)
 		if err != nil {
 			return err
 		}
@@ -731,8 +733,10 @@ func (s *Snapshot) Exemplars(ctx context.Context, sets [][]*labels.Matcher, mint
 		var wants []want
 		seen := map[pageKey]map[int]bool{} // by page: chunks; matcher sets may overlap
 		sizes := map[pageKey]int64{}
+		held := tally{s: s}
+		defer held.release()
 		for _, ms := range sets {
-			fs, err := s.find(ctx, bs, ms, mint, maxt, 0, s.Hidden.Of)
+			fs, err := s.find(ctx, bs, ms, mint, maxt, &held)
 			if err != nil {
 				return err
 			}
@@ -757,8 +761,6 @@ func (s *Snapshot) Exemplars(ctx context.Context, sets [][]*labels.Matcher, mint
 				}
 			}
 		}
-		held := tally{s: s}
-		defer held.release()
 		for page := range seen {
 			held.add(sizes[page])
 		}

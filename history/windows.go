@@ -536,7 +536,9 @@ func (s *Series) Raw(ctx context.Context, buf *Buffer, mint, maxt int64) ([]*chu
 func (s *Snapshot) Gone(ctx context.Context) (bool, error) {
 	some := false
 	err := s.attempt(ctx, s.MinT, s.MaxT, func(bs []*Block) error {
-		dirs, err := s.directories(ctx, bs)
+		held := tally{s: s}
+		defer held.release()
+		dirs, err := s.directories(ctx, bs, &held)
 		some = slices.ContainsFunc(dirs, func(d *chunkfmt.Directory) bool { return d.Gone }) || s.OnlySummaries(s.MinT, s.MaxT, 0)
 		return err
 	})
@@ -550,7 +552,9 @@ func (s *Snapshot) HasGone(ctx context.Context, ms []*labels.Matcher, mint, maxt
 	wide := widen(all, rollup.Long)
 	some := false
 	err := s.attempt(ctx, wide.MinT, wide.MaxT, func(bs []*Block) error {
-		dirs, err := s.directories(ctx, bs)
+		held := tally{s: s}
+		defer held.release()
+		dirs, err := s.directories(ctx, bs, &held)
 		if err != nil {
 			return err
 		}
