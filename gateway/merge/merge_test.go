@@ -3,6 +3,7 @@ package merge_test
 import (
 	"context"
 	"encoding/hex"
+	"errors"
 	"fmt"
 	"maps"
 	"math"
@@ -16,6 +17,8 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/prometheus/client_golang/prometheus"
+	dto "github.com/prometheus/client_model/go"
 	"github.com/prometheus/prometheus/model/exemplar"
 	"github.com/prometheus/prometheus/model/histogram"
 	"github.com/prometheus/prometheus/model/labels"
@@ -29,6 +32,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	"github.com/epimetheus-tsdb/epimetheus/gateway"
+	"github.com/epimetheus-tsdb/epimetheus/gateway/account"
 	"github.com/epimetheus-tsdb/epimetheus/gateway/gatewaytest"
 	"github.com/epimetheus-tsdb/epimetheus/ingest/fetch/fetchpb"
 	"github.com/epimetheus-tsdb/epimetheus/ingest/ring"
@@ -467,6 +471,64 @@ func TestLabels(t *testing.T) {
 		check(what+" values of absent", none, err, "")
 		if err := q.Close(); err != nil {
 			t.Error(err)
+		}
+	}
+}
+
+// TestLabelsHeld: labels that are given count to the request's end.
+func TestLabelsHeld(t *testing.T) {
+	c := gatewaytest.New(t, gatewaytest.Options{})
+	var all []gatewaytest.Sample
+	text := 0
+	for i := range 100 {
+		pod := fmt.Sprintf("%03d%s", i, strings.Repeat("x", 1000))
+		text += len(pod)
+		all = append(all, floats(ls("__name__", "m", "pod", pod), 1000)...)
+	}
+	setup(t, c, all, nil)
+	for name, read := range map[string]func(ctx context.Context, q storage.Querier) (int, error){
+		"values": func(ctx context.Context, q storage.Querier) (int, error) {
+			vs, _, err := q.LabelValues(ctx, "pod", nil)
+			return len(vs), err
+		},
+		"series": func(ctx context.Context, q storage.Querier) (int, error) {
+			n := 0
+			set := q.Select(ctx, true, &storage.SelectHints{Start: 0, End: 10_000, Func: "series"}, equal("__name__", "m"))
+			for set.Next() {
+				n++
+			}
+			return n, set.Err()
+		},
+	} {
+		for _, limit := range []int64{0, int64(text)} {
+			reg := prometheus.NewRegistry()
+			held := func() float64 {
+				ms, err := reg.Gather()
+				if err != nil {
+					t.Fatal(err)
+				}
+				i := slices.IndexFunc(ms, func(m *dto.MetricFamily) bool { return m.GetName() == "epimetheus_gateway_query_memory_bytes" })
+				return ms[i].GetMetric()[0].GetGauge().GetValue()
+			}
+			ctx, _, done := account.NewMemory(limit, reg).Open(t.Context(), gateway.DefaultTenant, account.Limits{})
+			q, err := c.Storage.Querier(0, 10_000)
+			if err != nil {
+				t.Fatal(err)
+			}
+			switch n, err := read(ctx, q); {
+			case limit > 0 && !errors.Is(err, account.ErrLimit):
+				t.Errorf("%s: %v, though %d bytes are more than the limit", name, err, text)
+			case limit == 0 && (err != nil || n != len(all)):
+				t.Errorf("%s: %d, %v", name, n, err)
+			case limit == 0 && held() < float64(text):
+				t.Errorf("%s: %v bytes are held of %d", name, held(), text)
+			}
+			if err := q.Close(); err != nil {
+				t.Error(err)
+			}
+			if done(); held() != 0 {
+				t.Errorf("%s: %v bytes are held in the end", name, held())
+			}
 		}
 	}
 }

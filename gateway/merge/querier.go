@@ -151,6 +151,9 @@ func (q *Querier) LabelNames(ctx context.Context, hints *storage.LabelHints, ms 
 	})
 }
 
+// textBytes is what a string takes beside its text.
+const textBytes = 16
+
 func (q *Querier) labels(ctx context.Context, name string, hints *storage.LabelHints, ms []*labels.Matcher, old func(*history.Snapshot) ([]string, error)) ([]string, annotations.Annotations, error) {
 	fq := fetch.Query{Tenant: q.s.tenantOf(ctx), MinT: q.mint, MaxT: q.maxt, Matchers: ms}
 	if hints != nil {
@@ -174,6 +177,14 @@ func (q *Querier) labels(ctx context.Context, name string, hints *storage.LabelH
 		for _, a := range as {
 			out = append(out, a.value...)
 		}
+	}
+	bytes := int64(0)
+	for _, text := range out {
+		bytes += textBytes + int64(len(text))
+	}
+	account.From(ctx).Hold(bytes) // to the request's end: the caller keeps them
+	if ctx.Err() != nil {
+		return nil, nil, class(ctx, ctx.Err())
 	}
 	slices.Sort(out)
 	out = slices.Compact(out)

@@ -259,9 +259,14 @@ func (s *Selection) read(ctx context.Context, set *seriesSet, mint, maxt int64) 
 			set.err = class(ctx, err)
 			return
 		}
-		var old []fetch.Series
+		old := make([]fetch.Series, 0, len(lss))
 		for _, ls := range lss {
 			old = append(old, fetch.Series{Labels: ls})
+			set.held += seriesBytes + int64(ls.ByteSize()) //nolint:gosec // bytes in memory
+		}
+		set.account.Hold(set.held) // until Release, or the request's end: the caller keeps labels
+		if set.err = class(ctx, ctx.Err()); set.err != nil {
+			return
 		}
 		if len(old) > 0 {
 			set.heads = append(set.heads, old)
