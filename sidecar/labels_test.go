@@ -2,11 +2,13 @@ package sidecar
 
 import (
 	"encoding/json"
+	"fmt"
 	"math"
 	"net/http"
 	"net/http/httptest"
 	"os"
 	"path/filepath"
+	"slices"
 	"testing"
 	"time"
 
@@ -14,6 +16,8 @@ import (
 	"github.com/prometheus/common/model"
 	"github.com/prometheus/prometheus/model/labels"
 	"github.com/prometheus/prometheus/model/relabel"
+
+	"github.com/epimetheus-tsdb/epimetheus/sidecar/tail"
 )
 
 // Changed labels hold from when Prometheus took them, but not for what was sent
@@ -114,4 +118,41 @@ func TestKilledBetweenCheckpoints(t *testing.T) {
 	eventually(t, "it has caught up", func() bool { st := h.sidecar.Status(); return !st.Time.IsZero() && st.LagBytes == 0 })
 	w.scrape(1, 3, time.Now().Add(-time.Second).UnixMilli()) // comes after all that is sent again
 	h.want(w.all, false)
+}
+
+// A series whose slot is given away is withdrawn under all versions of the labels
+// that it was announced under, and no other.
+func TestReleaseSlot(t *testing.T) {
+	d := openTestDictionary(t, t.TempDir())
+	vs := &labelVersions{}
+	for i := range 3 {
+		vs.add(int64(i), labels.FromStrings("v", fmt.Sprint(i)), "", nil)
+	}
+	a := &session{index: 1, extra: map[extraKey]uint32{{1, 1}: 10, {1, 2}: 11, {2, 1}: 12}}
+	b := &session{index: 2, extra: map[extraKey]uint32{{1, 2}: 20, {3, 2}: 21}}
+	s := &shipper{
+		dict: d, versions: vs, opts: Options{Replicas: 1}, sessions: []*session{nil, a, b},
+		others: map[extraKey]resolved{{1, 1}: {}, {2, 1}: {}},
+	}
+	i, _, err := d.define(1, seriesLabels(1), tail.Position{})
+	if err != nil || i != 1 {
+		t.Fatal(i, err)
+	}
+	d.at(i).session, d.at(i).ref = 2, 22
+	s.releaseSlot(i)
+	slices.Sort(a.withdraw)
+	type state struct {
+		A, B           map[extraKey]uint32
+		Others         map[extraKey]resolved
+		FromA, FromB   []uint32
+		StillAnnounced uint16
+	}
+	want := state{
+		A: map[extraKey]uint32{{2, 1}: 12}, B: map[extraKey]uint32{{3, 2}: 21}, Others: map[extraKey]resolved{{2, 1}: {}},
+		FromA: []uint32{10, 11}, FromB: []uint32{22, 20},
+	}
+	got := state{a.extra, b.extra, s.others, a.withdraw, b.withdraw, d.at(i).session}
+	if d := cmp.Diff(want, got, cmp.AllowUnexported(extraKey{}, resolved{})); d != "" {
+		t.Errorf("-want +got:\n%s", d)
+	}
 }

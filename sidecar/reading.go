@@ -149,17 +149,14 @@ func (s *shipper) collect(ctx context.Context) {
 func (s *shipper) releaseSlot(i uint32) {
 	sl := s.dict.at(i)
 	s.withdraw(i, sl)
-	if len(s.others) > 0 {
-		for _, v := range s.versions.list {
-			delete(s.others, extraKey{i, v.id})
-		}
-	}
-	for _, ss := range s.sessions {
-		if ss == nil || len(ss.extra) == 0 {
-			continue
-		}
-		for key, ref := range ss.extra {
-			if key.slot == i {
+	for _, v := range s.versions.list {
+		key := extraKey{i, v.id}
+		delete(s.others, key)
+		for _, ss := range s.sessions {
+			if ss == nil {
+				continue
+			}
+			if ref, ok := ss.extra[key]; ok {
 				ss.drop(ref)
 				delete(ss.extra, key)
 			}
