@@ -18,7 +18,8 @@ import (
 
 // Head holds the generations of an ingester. See the package comment.
 type Head struct {
-	maxSeries int // of a tenant in a generation; 0: no limit
+	maxSeries int          // of a tenant in a generation; 0: no limit
+	metadata  atomic.Int64 // bytes about, of all tenants: it is the generations' together
 
 	// A batch is appended under mu held for reading, so that Rotate, which
 	// holds it for writing, puts a batch into one generation.
@@ -66,7 +67,8 @@ func (g *Generation) tenant(name string) *tenantHead {
 	return g.tenants[name]
 }
 
-func (g *Generation) getOrCreateTenant(name string) (_ *tenantHead, created bool) {
+// tenant finds or makes a tenant in a generation. The caller holds h.mu for reading.
+func (h *Head) tenant(g *Generation, name string) (_ *tenantHead, created bool) {
 	if t := g.tenant(name); t != nil {
 		return t, false
 	}
@@ -79,6 +81,7 @@ func (g *Generation) getOrCreateTenant(name string) (_ *tenantHead, created bool
 			previous = g.previous.tenant(name)
 		}
 		t = newTenantHead(uint32(g.id), previous)
+		h.metadata.Add(int64(t.metadata.retain()))
 		g.tenants[name] = t
 		created = true
 	}
@@ -211,7 +214,7 @@ func (h *Head) Append(tenant string, refs *Refs, b *Batch) Result {
 	h.mu.RLock()
 	defer h.mu.RUnlock()
 	g := h.generations[len(h.generations)-1]
-	t, created := g.getOrCreateTenant(tenant)
+	t, created := h.tenant(g, tenant)
 	a := appender{g: g, t: t, refs: refs, maxSeries: h.maxSeries, result: Result{Generation: g.id, NewTenant: created}}
 	if b.Replayed {
 		a.maxSeries = 0
@@ -247,11 +250,11 @@ func (h *Head) Append(tenant string, refs *Refs, b *Batch) Result {
 	}
 	for _, m := range b.Metadata {
 		ls := refs.Labels(m.Ref)
-		grown, ok := a.t.addMetadata(ls.Get(model.MetricNameLabel), m.Family, m.Metadata)
+		grown, ok := a.t.metadata.add(ls.Get(model.MetricNameLabel), m.Family, m.Metadata)
 		if !ok {
 			a.refuse(ReasonMetadataLimit, ls)
 		}
-		a.grown += grown
+		h.metadata.Add(int64(grown))
 	}
 	if a.any {
 		a.t.observe(a.mint, a.maxt)
@@ -485,6 +488,7 @@ func (h *Head) Drop(g *Generation, keep func(tenant string) bool) {
 			l.Unlock()
 		}
 		t.mu.RUnlock()
+		h.metadata.Add(int64(t.metadata.release()))
 		g.bytes.Add(-t.bytes.Load())
 		g.samples.Add(-t.samples.Load())
 	}
@@ -517,7 +521,7 @@ type Size struct {
 
 // Size adds up all generations.
 func (h *Head) Size() Size {
-	var s Size
+	s := Size{Bytes: h.metadata.Load()}
 	gens := h.readable()
 	for _, g := range gens {
 		s.Generations++

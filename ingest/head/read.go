@@ -313,34 +313,6 @@ func (h *Head) Exemplars(tenant string, mint, maxt int64, sets [][]*labels.Match
 	return out, hd
 }
 
-// Metadata gives the metadata of a metric family, or of all if metric is empty,
-// sorted by name; limit bounds the families, 0 means none. One may have several
-// entries, the newest last.
-func (h *Head) Metadata(tenant, metric string, limit int) ([]fetch.MetricMetadata, fetch.Header) {
-	ts, hd := h.view(tenant)
-	var out []fetch.MetricMetadata
-	if len(ts) == 0 {
-		return nil, hd
-	}
-	// A generation takes over what the one before knew.
-	t := ts[len(ts)-1]
-	t.mu.RLock()
-	defer t.mu.RUnlock()
-	names := []string{metric}
-	if metric == "" {
-		names = slices.Sorted(maps.Keys(t.metadata))
-	}
-	for i, n := range names {
-		if limit > 0 && i >= limit {
-			break
-		}
-		for _, m := range t.metadata[n] {
-			out = append(out, fetch.MetricMetadata{Metric: n, Metadata: m})
-		}
-	}
-	return out, hd
-}
-
 // Count is a name with a number.
 type Count struct {
 	Name  string
@@ -456,7 +428,7 @@ func (g *Generation) Walk(tenant string, fn func(*chunkfmt.Series) error) error 
 			return err
 		}
 		out.Labels, out.Exemplars = k.s.labels, exemplars
-		out.Metadata, out.Family = t.newestMetadata(k.metric)
+		out.Metadata, out.Family = t.metadata.newest(k.metric)
 		if err := fn(out); err != nil {
 			return err
 		}
