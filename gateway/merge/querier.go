@@ -221,25 +221,29 @@ type seriesSet struct {
 
 	at *Series
 
-	// What follows is memory for the next series.
-	room   []Series
-	chunks [][]fetch.Chunk
+	// What follows is memory for series.
+	room [][]Series
+	used int // of the series in room
 }
 
 // next gives an empty series.
 func (s *seriesSet) next() *Series {
 	const atOnce = 32
-	if len(s.room) == 0 {
-		s.room = make([]Series, atOnce)
+	if s.used == atOnce*len(s.room) {
+		few, chunks := make([]Series, atOnce), make([][]fetch.Chunk, atOnce*len(s.heads))
+		for i := range few {
+			few[i].heads, chunks = chunks[:0:len(s.heads)], chunks[len(s.heads):]
+		}
+		s.room = append(s.room, few)
 	}
-	at := &s.room[0]
-	s.room = s.room[1:]
-	if n := len(s.heads); cap(s.chunks)-len(s.chunks) < n {
-		s.chunks = make([][]fetch.Chunk, 0, n*atOnce)
-	}
-	at.heads = s.chunks[len(s.chunks):]
+	at := &s.room[s.used/atOnce][s.used%atOnce]
+	s.used++
+	*at = Series{heads: at.heads[:0]}
 	return at
 }
+
+// Forget says that the series so far aren't used any more: their memory is for the next ones.
+func (s *seriesSet) Forget() { s.used = 0 }
 
 // hold tells the account what is held of history.
 func (s *seriesSet) hold() {
@@ -328,7 +332,6 @@ func (s *seriesSet) Next() bool {
 				s.heads[i] = h[1:]
 			}
 		}
-		s.chunks = s.chunks[:len(s.chunks)+len(at.heads)]
 		if s.more && labels.Equal(s.old.At().Labels, ls) {
 			at.old = s.old.At()
 			if s.more = s.old.Next(s.ctx); !s.more {
@@ -336,13 +339,8 @@ func (s *seriesSet) Next() bool {
 			}
 			s.hold()
 		}
-		if elsewhere && len(at.heads) == 0 && at.old == nil {
-			continue
-		}
-		if s.shards > 0 && labels.StableHash(ls)%s.shards != s.shard {
-			continue
-		}
-		if ok, s.hash = s.wants(ls, s.hash); !ok {
+		if ok, s.hash = s.wants(ls, s.hash); !ok || elsewhere && len(at.heads) == 0 && at.old == nil {
+			s.used--
 			continue
 		}
 		if s.left > 0 {
@@ -358,9 +356,12 @@ func (s *seriesSet) Next() bool {
 	return false
 }
 
-// wants says whether a series is in one of the shards that are wanted. buf is scratch
+// wants says whether a series is in the shard of the hints, and in one of those that are wanted. buf is scratch
 // memory.
 func (s *seriesSet) wants(ls labels.Labels, buf []byte) (bool, []byte) {
+	if s.shards > 0 && labels.StableHash(ls)%s.shards != s.shard {
+		return false, buf
+	}
 	n := uint64(len(s.in))
 	if n == 0 {
 		return true, buf

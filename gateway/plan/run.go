@@ -174,6 +174,9 @@ func runOver(ctx context.Context, l *Leaf, o options, set storage.SeriesSet, sum
 			frames += int64(ws[i].k.frames.bytes)
 		}
 		hold(base + frames + r.bytes())
+		if f, ok := set.(interface{ Forget() }); ok {
+			f.Forget() // the slots
+		}
 	}
 	if err := set.Err(); err != nil {
 		return &partial{annos: r.annos}, fmt.Errorf("expanding series: %w", err)

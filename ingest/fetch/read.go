@@ -20,18 +20,18 @@ type Columns struct {
 	Refs       []uint32
 	Counts     []uint32 // of chunks, by series; nil: there are no chunks
 	Chunks     []Chunk  // one series after the other
+	Data       []byte   // of all chunks, one after the other, of columns that are sent
 }
 
 // Fill makes p the message for columns of which all chunks begin at, or after, about
-// mint. It uses the memory of p.
+// mint. It uses the memory of p, and p that of the columns.
 func (c *Columns) Fill(p *fetchpb.ReadResponse, mint int64) {
-	p.Generation, p.Refs, p.Chunks = c.Generation, c.Refs, c.Counts
-	p.Encodings, p.Mint, p.Span, p.Sizes, p.Data = p.Encodings[:0], p.Mint[:0], p.Span[:0], p.Sizes[:0], p.Data[:0]
+	p.Generation, p.Refs, p.Chunks, p.Data = c.Generation, c.Refs, c.Counts, c.Data
+	p.Encodings, p.Mint, p.Span, p.Sizes = p.Encodings[:0], p.Mint[:0], p.Span[:0], p.Sizes[:0]
 	for i := range c.Chunks {
 		x := &c.Chunks[i]
 		p.Encodings, p.Mint = append(p.Encodings, byte(x.Encoding)), append(p.Mint, x.MinT-mint)
 		p.Span, p.Sizes = append(p.Span, uint64(x.MaxT-x.MinT)), append(p.Sizes, uint32(len(x.Data))) //nolint:gosec // as in the message
-		p.Data = append(p.Data, x.Data...)
 		mint = x.MinT
 	}
 }
@@ -102,7 +102,7 @@ func (c *Client) read(ctx context.Context, q Query) ([][]Series, Header, error) 
 		return nil, Header{}, err
 	}
 	var hd Header
-	var lists []list
+	var found []*Columns
 	for first := true; ; first = false {
 		m, err := stream.Recv()
 		if errors.Is(err, io.EOF) && !first {
@@ -124,18 +124,24 @@ func (c *Client) read(ctx context.Context, q Query) ([][]Series, Header, error) 
 		if err != nil {
 			return nil, hd, err
 		}
-		if n := len(lists); n == 0 || lists[n-1].generation != cols.Generation {
-			lists = append(lists, list{generation: cols.Generation})
-		}
-		l := &lists[len(lists)-1]
-		l.refs, l.series = append(l.refs, cols.Refs...), cols.Append(l.series, nil)
+		found = append(found, cols)
 	}
-	out := make([][]Series, len(lists))
-	for i := range lists {
-		if err := c.name(ctx, string(hd.Start), q.Tenant, &lists[i]); err != nil {
+	var out [][]Series
+	for len(found) > 0 {
+		l := list{generation: found[0].Generation}
+		n, series := 0, 0
+		for ; n < len(found) && found[n].Generation == l.generation; n++ {
+			series += len(found[n].Refs)
+		}
+		l.refs, l.series = make([]uint32, 0, series), make([]Series, 0, series)
+		for _, cols := range found[:n] {
+			l.refs, l.series = append(l.refs, cols.Refs...), cols.Append(l.series, nil)
+		}
+		found = found[n:]
+		if err := c.name(ctx, string(hd.Start), q.Tenant, &l); err != nil {
 			return nil, hd, err
 		}
-		out[i] = lists[i].series
+		out = append(out, l.series)
 	}
 	return out, hd, nil
 }

@@ -51,6 +51,9 @@ func (i *ingester) Read(req *fetchpb.ReadRequest, ss fetchpb.Fetch_ReadServer) e
 		{Generation: 1, Refs: []uint32{3}, Counts: []uint32{0}},
 		{Generation: 2, Refs: []uint32{1, 4}, Counts: []uint32{0, 0}},
 	} {
+		for _, x := range c.Chunks {
+			c.Data = append(c.Data, x.Data...)
+		}
 		m := &fetchpb.ReadResponse{}
 		c.Fill(m, req.Mint)
 		if i.spoil != nil {

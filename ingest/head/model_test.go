@@ -297,13 +297,14 @@ func readNewest(t *testing.T, h *Head, tenant string, mint, maxt int64, bytes in
 		if c.Generation != generation {
 			generation, last = c.Generation, labels.EmptyLabels()
 		}
-		i, from := 0, uint32(0)
+		i, from, data := 0, uint32(0), c.Data // from which they are sent
 		err := h.Series(tenant, c.Generation, c.Refs, func(ls labels.Labels) error {
 			if labels.Compare(last, ls) >= 0 {
 				t.Fatalf("%s after %s", ls, last)
 			}
 			for _, x := range c.Chunks[from : from+c.Counts[i]] {
-				x.Data = slices.Clone(x.Data)
+				n := len(x.Data)
+				x.Data, data = slices.Clone(data[:n]), data[n:]
 				chunks[ls.String()] = append(chunks[ls.String()], x)
 			}
 			from += c.Counts[i]

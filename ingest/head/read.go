@@ -9,6 +9,7 @@ import (
 	"math"
 	"slices"
 	"strings"
+	"sync"
 
 	"github.com/prometheus/common/model"
 	"github.com/prometheus/prometheus/model/labels"
@@ -127,8 +128,17 @@ func (t *tenantHead) all() []*memSeries {
 	return t.series
 }
 
+// scratch is memory for columns that are sent.
+type scratch struct {
+	columns fetch.Columns
+	mem     slab
+}
+
+//nolint:gochecknoglobals // scratch memory
+var scratches = sync.Pool{New: func() any { return &scratch{mem: slab{joined: true}} }}
+
 // read gives what the tenant has for a query, as columns of about so many bytes of
-// chunks; 0: all at once.
+// chunks; 0: all at once, to be kept.
 func (t *tenantHead) read(ctx context.Context, q fetch.Query, bytes int) iter.Seq2[*fetch.Columns, error] {
 	return func(yield func(*fetch.Columns, error) bool) {
 		if mint, maxt, ok := t.timeRange(); !ok || mint > q.MaxT || maxt < q.MinT {
@@ -140,18 +150,20 @@ func (t *tenantHead) read(ctx context.Context, q fetch.Query, bytes int) iter.Se
 		t.mu.RUnlock()
 		left := q.Limit
 		refs = t.order.sort(refs, all, series)
-		var mem slab
-		c := &fetch.Columns{Generation: uint64(t.generation), Refs: make([]uint32, 0, len(refs))}
+		to := &scratch{columns: fetch.Columns{Refs: make([]uint32, 0, len(refs))}}
 		if bytes > 0 {
-			c.Refs = make([]uint32, 0, min(len(refs), readSeries))
+			to, _ = scratches.Get().(*scratch)
+			defer scratches.Put(to)
 		}
-		if !q.LabelsOnly {
-			c.Counts, c.Chunks = make([]uint32, 0, cap(c.Refs)), make([]fetch.Chunk, 0, cap(c.Refs)+cap(c.Refs)/4)
+		c, mem := &to.columns, &to.mem
+		c.Generation = uint64(t.generation)
+		if q.LabelsOnly {
+			c.Counts = nil
 		}
 		for len(refs) > 0 {
 			c.Refs, c.Counts, c.Chunks, mem.free = c.Refs[:0], c.Counts[:0], c.Chunks[:0], mem.free[:0]
-			size, n := 0, 0
-			for n < len(refs) && (bytes == 0 || size < bytes && len(c.Refs) < readSeries) && (q.Limit == 0 || left > 0) {
+			n := 0
+			for n < len(refs) && (bytes == 0 || len(mem.free)+chunkBytes*len(c.Chunks) < bytes && len(c.Refs) < readSeries) && (q.Limit == 0 || left > 0) {
 				if n%1024 == 0 && ctx.Err() != nil {
 					yield(nil, context.Cause(ctx))
 					return
@@ -166,26 +178,33 @@ func (t *tenantHead) read(ctx context.Context, q fetch.Query, bytes int) iter.Se
 					continue
 				}
 				before := len(c.Chunks)
-				if err := t.chunks(c, series[ref], &q, &mem); err != nil {
+				if err := t.chunks(c, series[ref], &q, mem); err != nil {
 					yield(nil, err)
 					return
 				}
 				if len(c.Chunks) == before {
 					continue
 				}
-				for i := range c.Chunks[before:] {
-					size += len(c.Chunks[before+i].Data) + 16
-				}
 				c.Refs, c.Counts = append(c.Refs, ref), append(c.Counts, uint32(len(c.Chunks)-before))
 				left--
+				if bytes == 0 && len(c.Refs) == someSeries { // the others have about as many
+					rest := len(refs) - n
+					c.Counts, c.Chunks = slices.Grow(c.Counts, rest), slices.Grow(c.Chunks, rest*len(c.Chunks)/someSeries+rest/16)
+				}
 			}
-			refs = refs[n:]
+			refs, c.Data = refs[n:], mem.free
 			if len(c.Refs) > 0 && !yield(c, nil) || q.Limit > 0 && left <= 0 {
 				return
 			}
 		}
 	}
 }
+
+// someSeries tell how many chunks those of a tenant have.
+const someSeries = 64
+
+// chunkBytes is about what a chunk takes beside its data, in columns that are sent.
+const chunkBytes = 16
 
 // readSeries bounds the series of columns.
 const readSeries = 16 << 10

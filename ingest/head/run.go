@@ -223,26 +223,44 @@ const (
 )
 
 // slab is memory for what is copied; without one each copy has its own.
-type slab struct{ free []byte }
+type slab struct {
+	free []byte
+	// joined: what is given lies in one piece, one after the other, which is what free has in the end. So
+	// closed chunks are copied too.
+	joined bool
+}
 
-const slabBytes = 64 << 10
+// A slab begins small, as most reads want few series, and takes more at a time as it goes on, in bytes.
+const (
+	firstSlab = 512
+	slabBytes = 64 << 10
+)
 
 func (s *slab) clone(b []byte) []byte {
 	if s == nil {
 		return bytes.Clone(b)
 	}
-	if cap(s.free)-len(s.free) < len(b) {
-		s.free = make([]byte, 0, max(slabBytes, len(b)))
+	if !s.joined && cap(s.free)-len(s.free) < len(b) {
+		s.free = make([]byte, 0, max(firstSlab, min(2*cap(s.free), slabBytes), len(b)))
 	}
 	n := len(s.free)
 	s.free = append(s.free, b...)
 	return s.free[n:len(s.free):len(s.free)]
 }
 
+// closed gives a chunk that doesn't change any more.
+func (s *slab) closed(c fetch.Chunk) fetch.Chunk {
+	if s != nil && s.joined {
+		c.Data = s.clone(c.Data)
+	}
+	return c
+}
+
 // newest appends, of the chunks that overlap [mint, maxt], the last one, or just the
 // last sample before maxt.
 func (r *run) newest(dst []fetch.Chunk, mint, maxt int64, mem *slab) []fetch.Chunk {
-	if f := &r.floats; f.n > 0 && f.t <= maxt {
+	f := &r.floats
+	if f.n > 0 && f.t <= maxt {
 		if f.t >= mint {
 			var b [8]byte
 			binary.BigEndian.PutUint64(b[:], math.Float64bits(f.newest()))
@@ -250,10 +268,19 @@ func (r *run) newest(dst []fetch.Chunk, mint, maxt int64, mem *slab) []fetch.Chu
 		}
 		return dst
 	}
-	n := len(dst)
-	if dst = r.chunks(dst, mint, maxt, mem); len(dst) > n {
-		dst[n] = dst[len(dst)-1] // they ascend
-		dst = dst[:n+1]
+	if f.overlaps(mint, maxt) {
+		return append(dst, f.copied(mem))
+	}
+	if r.more == nil {
+		return dst
+	}
+	if r.more.overlaps(mint, maxt) {
+		return append(dst, r.more.copied(mem))
+	}
+	for i := len(r.more.done) - 1; i >= 0; i-- {
+		if c := r.more.done[i]; c.MinT <= maxt && c.MaxT >= mint {
+			return append(dst, mem.closed(c))
+		}
 	}
 	return dst
 }
@@ -261,35 +288,45 @@ func (r *run) newest(dst []fetch.Chunk, mint, maxt int64, mem *slab) []fetch.Chu
 // chunks appends the chunks that overlap [mint, maxt], ascending, the open one copied.
 func (r *run) chunks(dst []fetch.Chunk, mint, maxt int64, mem *slab) []fetch.Chunk {
 	if r.more != nil {
-		for _, c := range r.more.done {
-			if c.MinT <= maxt && c.MaxT >= mint {
-				dst = append(dst, c)
+		for i := range r.more.done {
+			if c := &r.more.done[i]; c.MinT <= maxt && c.MaxT >= mint {
+				dst = append(dst, mem.closed(*c))
 			}
 		}
-		if o := r.more.open; o != nil && o.mint <= maxt && r.more.maxt >= mint {
-			dst = append(dst, fetch.Chunk{Encoding: o.chunk.Encoding(), MinT: o.mint, MaxT: r.more.maxt, Data: mem.clone(o.chunk.Bytes())})
+		if r.more.overlaps(mint, maxt) {
+			dst = append(dst, r.more.copied(mem))
 		}
 	}
-	if f := &r.floats; f.n > 0 {
-		if first := f.mint(); first <= maxt && f.t >= mint {
-			dst = append(dst, fetch.Chunk{Encoding: chunkenc.EncXOR2, MinT: first, MaxT: f.t, Data: mem.clone(f.bytes())})
-		}
+	if r.floats.overlaps(mint, maxt) {
+		dst = append(dst, r.floats.copied(mem))
 	}
 	return dst
 }
 
+// overlaps says whether the open chunk overlaps [mint, maxt].
+func (m *more) overlaps(mint, maxt int64) bool {
+	return m.open != nil && m.open.mint <= maxt && m.maxt >= mint
+}
+
+// copied is the open chunk.
+func (m *more) copied(mem *slab) fetch.Chunk {
+	return fetch.Chunk{Encoding: m.open.chunk.Encoding(), MinT: m.open.mint, MaxT: m.maxt, Data: mem.clone(m.open.chunk.Bytes())}
+}
+
+// overlaps says whether the chunk, if there is one, overlaps [mint, maxt].
+func (f *floats) overlaps(mint, maxt int64) bool {
+	return f.n > 0 && f.t >= mint && f.mint() <= maxt
+}
+
+// copied is the chunk.
+func (f *floats) copied(mem *slab) fetch.Chunk {
+	return fetch.Chunk{Encoding: chunkenc.EncXOR2, MinT: f.mint(), MaxT: f.t, Data: mem.clone(f.bytes())}
+}
+
 // overlaps says whether a chunk overlaps [mint, maxt].
 func (r *run) overlaps(mint, maxt int64) bool {
-	if f := &r.floats; f.n > 0 && f.t >= mint && f.mint() <= maxt {
-		return true
-	}
-	if r.more == nil {
-		return false
-	}
-	if o := r.more.open; o != nil && o.mint <= maxt && r.more.maxt >= mint {
-		return true
-	}
-	return slices.ContainsFunc(r.more.done, func(c fetch.Chunk) bool { return c.MinT <= maxt && c.MaxT >= mint })
+	return r.floats.overlaps(mint, maxt) || r.more != nil && (r.more.overlaps(mint, maxt) ||
+		slices.ContainsFunc(r.more.done, func(c fetch.Chunk) bool { return c.MinT <= maxt && c.MaxT >= mint }))
 }
 
 // count is the number of chunks.

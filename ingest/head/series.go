@@ -135,7 +135,7 @@ func (m *memSeries) chunks(dst []fetch.Chunk, mint, maxt int64, mem *slab) ([]fe
 	}
 	for _, c := range m.late.done {
 		if c.MinT <= maxt && c.MaxT >= mint {
-			out = append(out, c)
+			out = append(out, mem.closed(c))
 		}
 	}
 	var r run
