@@ -84,8 +84,22 @@ type querier struct {
 	s          Storage
 	mint, maxt int64
 
+	alone bool // see merge.Querier.Alone
+
 	mu sync.Mutex
 	of map[string]storage.Querier // by tenant
+}
+
+// Alone is as that of merge.Querier. Several tenants are read at the same time all the same.
+func (q *querier) Alone() { q.alone = true }
+
+// only gives the querier of a request's only tenant.
+func (q *querier) only(tenant string) (storage.Querier, error) {
+	one, err := q.tenant(tenant)
+	if m, ok := one.(*merge.Querier); ok && q.alone {
+		m.Alone()
+	}
+	return one, err
 }
 
 func (q *querier) tenant(name string) (storage.Querier, error) {
@@ -108,7 +122,7 @@ func (q *querier) Selection(ctx context.Context, newest bool, hints *storage.Sel
 	if len(all) != 1 {
 		return nil
 	}
-	one, err := q.tenant(all[0])
+	one, err := q.only(all[0])
 	if err != nil {
 		return nil // the engine runs into it
 	}
@@ -148,7 +162,7 @@ func (q *querier) Select(ctx context.Context, sorted bool, hints *storage.Select
 	}
 	all := tenantsOf(ctx)
 	if len(all) == 1 {
-		one, err := q.tenant(all[0])
+		one, err := q.only(all[0])
 		if err != nil {
 			return storage.ErrSeriesSet(err)
 		}

@@ -34,22 +34,26 @@ type fetcher struct {
 	start     []byte
 	ring      *ring.Live // nil: none
 	sources   *sources
-	requests  *prometheus.CounterVec
+	requests  map[string]prometheus.Counter // by kind
 }
 
 func newFetcher(h *head.Head, reg prometheus.Registerer) *fetcher {
-	f := &fetcher{head: h, requests: prometheus.NewCounterVec(prometheus.CounterOpts{
+	requests := prometheus.NewCounterVec(prometheus.CounterOpts{
 		Name: "epimetheus_ingester_fetch_requests_total",
 		Help: "Requests of gateways, by kind.",
-	}, []string{"kind"})}
-	reg.MustRegister(f.requests)
+	}, []string{"kind"})
+	reg.MustRegister(requests)
+	f := &fetcher{head: h, requests: map[string]prometheus.Counter{}}
+	for _, kind := range []string{"select", "read", "series", "local", "labels", "exemplars", "metadata", "stats"} {
+		f.requests[kind] = requests.WithLabelValues(kind)
+	}
 	return f
 }
 
 // begin counts a request, and refuses it while the head isn't what it was before
 // the restart.
 func (f *fetcher) begin(kind string) error {
-	f.requests.WithLabelValues(kind).Inc()
+	f.requests[kind].Inc()
 	if f.starting.Load() {
 		return errStarting
 	}

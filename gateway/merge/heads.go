@@ -163,6 +163,7 @@ func ask[T any](ctx context.Context, h *Heads, tenant string, fn func(context.Co
 		c.missing[keyOf(&m)] = m.ID
 		missing.Add(err)
 	}
+	var last func()
 	for _, m := range members {
 		if m.State == ring.Left {
 			continue
@@ -177,7 +178,10 @@ func ask[T any](ctx context.Context, h *Heads, tenant string, fn func(context.Co
 			// It may be out of reach for others only.
 			limit = min(limit, lostTimeout)
 		}
-		wg.Go(func() {
+		if last != nil {
+			wg.Go(last)
+		}
+		last = func() {
 			ctx, cancel := context.WithTimeout(ctx, limit)
 			defer cancel()
 			asked := time.Now()
@@ -209,7 +213,10 @@ func ask[T any](ctx context.Context, h *Heads, tenant string, fn func(context.Co
 			resending = resending || hd.Resending
 			c.headers[m.ID], c.asked[keyOf(&m)] = hd, m.ID
 			out = append(out, answer[T]{m.ID, v, hd})
-		})
+		}
+	}
+	if last != nil { // here: where there is one ingester nobody has to be woken
+		last()
 	}
 	wg.Wait()
 	since = r.Since()

@@ -34,7 +34,28 @@ type Querier struct {
 	cancels []context.CancelFunc
 	selects sync.WaitGroup
 	closed  bool
+	alone   bool
 }
+
+// Alone says that the query has one selector: nothing goes on beside its reading, so whoever waits for it
+// does it. To wake another goroutine takes a good part of what a small query does. Call it before the others.
+func (q *Querier) Alone() { q.alone = true }
+
+// begin has fn read, and gives what waits for that. The caller holds q.mu.
+func (q *Querier) begin(fn func()) (wait func()) {
+	if q.alone {
+		return sync.OnceFunc(fn)
+	}
+	ready := make(chan struct{})
+	q.selects.Go(func() {
+		defer close(ready)
+		fn()
+	})
+	return func() { <-ready }
+}
+
+// done waits for nothing.
+func done() {}
 
 // snapshot is taken once, after the first heads have answered. Heads that are
 // asked later in the query need no newer one: a generation that they don't show
@@ -70,7 +91,7 @@ func (q *Querier) Close() error {
 
 var errClosed = errors.New("querier is closed")
 
-// Select starts to read at once; the set waits for it. The selectors of a query
+// Select starts to read at once, see Alone; the set waits for it. The selectors of a query
 // are so read at the same time.
 func (q *Querier) Select(ctx context.Context, _ bool, hints *storage.SelectHints, ms ...*labels.Matcher) storage.SeriesSet {
 	ctx, cancel := context.WithCancel(ctx)
@@ -82,15 +103,15 @@ func (q *Querier) Select(ctx context.Context, _ bool, hints *storage.SelectHints
 	}
 	q.cancels = append(q.cancels, cancel)
 	sel := newSelection(ctx, q, hints, ms)
-	set := &seriesSet{ctx: ctx, ready: make(chan struct{}), account: account.From(ctx)}
-	q.selects.Go(func() {
+	set := &seriesSet{ctx: ctx, account: account.From(ctx)}
+	set.wait = q.begin(func() {
 		sel.open(ctx)
 		sel.read(ctx, set, sel.mint, sel.maxt)
 	})
 	return set
 }
 
-// Selection asks the heads at once; the series are read when Set is called. The
+// Selection asks the heads at once, see Alone; the series are read when Set is called. The
 // selection is good until the Querier is closed. With newest, of each series only the
 // newest sample is wanted, and heads may give no others.
 func (q *Querier) Selection(ctx context.Context, newest bool, hints *storage.SelectHints, ms ...*labels.Matcher) *Selection {
@@ -101,12 +122,11 @@ func (q *Querier) Selection(ctx context.Context, newest bool, hints *storage.Sel
 	defer q.mu.Unlock()
 	if q.closed {
 		cancel()
-		sel.err = errClosed
-		close(sel.ready)
+		sel.err, sel.wait = errClosed, done
 		return sel
 	}
 	q.cancels = append(q.cancels, cancel)
-	q.selects.Go(func() { sel.open(ctx) })
+	sel.wait = q.begin(func() { sel.open(ctx) })
 	return sel
 }
 
@@ -196,8 +216,8 @@ func (q *Querier) labels(ctx context.Context, name string, hints *storage.LabelH
 
 // seriesSet merges what heads and history have, by labels.
 type seriesSet struct {
-	ctx   context.Context //nolint:containedctx // storage.SeriesSet has no other place for it
-	ready chan struct{}   // closed when the fields below are set
+	ctx  context.Context //nolint:containedctx // storage.SeriesSet has no other place for it
+	wait func()          // until the fields below are set
 
 	err           error
 	warnings      annotations.Annotations
@@ -259,7 +279,7 @@ func (s *seriesSet) hold() {
 // Release lets go of pages that the set holds. It is for a set that is not read to its
 // end, and of no more use afterwards.
 func (s *seriesSet) Release() {
-	<-s.ready
+	s.wait()
 	s.account.Hold(-s.held)
 	s.held, s.old, s.more, s.left = 0, nil, false, 0
 }
@@ -301,7 +321,7 @@ func (s *seriesSet) readHistory(ctx context.Context, snap *history.Snapshot, ms 
 }
 
 func (s *seriesSet) Next() bool {
-	<-s.ready
+	s.wait()
 	for s.err == nil && s.left != 0 {
 		if err := s.ctx.Err(); err != nil { // who takes them may be slow
 			s.err = class(s.ctx, err)
@@ -395,12 +415,12 @@ func (s *seriesSet) least() (least labels.Labels, ok bool) {
 func (s *seriesSet) At() storage.Series { return s.at }
 
 func (s *seriesSet) Err() error {
-	<-s.ready
+	s.wait()
 	return s.err
 }
 
 func (s *seriesSet) Warnings() annotations.Annotations {
-	<-s.ready
+	s.wait()
 	return s.warnings
 }
 

@@ -28,7 +28,7 @@ type Selection struct {
 	mint, maxt int64 // inclusive, ms
 	newest     bool  // of each series only the newest sample is wanted
 
-	ready    chan struct{} // closed when the fields below are set
+	wait     func() // until the fields below are set
 	err      error
 	warnings annotations.Annotations
 	heads    [][]fetch.Series // of the ingesters, each ascending in labels
@@ -40,7 +40,7 @@ type Selection struct {
 
 func newSelection(ctx context.Context, q *Querier, hints *storage.SelectHints, ms []*labels.Matcher) *Selection {
 	// Matchers may be used by their owner as soon as the caller returns.
-	s := &Selection{q: q, ctx: ctx, matchers: slices.Clone(ms), mint: q.mint, maxt: q.maxt, ready: make(chan struct{})}
+	s := &Selection{q: q, ctx: ctx, matchers: slices.Clone(ms), mint: q.mint, maxt: q.maxt}
 	if hints != nil {
 		s.hints = *hints
 		s.mint, s.maxt = max(s.mint, hints.Start), min(s.maxt, hints.End)
@@ -53,7 +53,6 @@ func (s *Selection) labelsOnly() bool { return s.hints.Func == "series" }
 
 // open asks the heads, and then lists the blocks.
 func (s *Selection) open(ctx context.Context) {
-	defer close(s.ready)
 	if s.mint > s.maxt {
 		return
 	}
@@ -133,7 +132,7 @@ const seriesBytes = 128
 // Wait waits until the heads have answered and the blocks are listed, and gives
 // why they can't be.
 func (s *Selection) Wait() error {
-	<-s.ready
+	s.wait()
 	return s.err
 }
 
@@ -221,21 +220,21 @@ func (s *Selection) AddSeries(series, samples int64) error {
 
 // Set gives the series that have samples in mint to maxt, inclusive, in ms, or
 // summaries of those, if any are wanted. The caller keeps none of them. It begins to
-// read at once.
+// read at once, see Querier.Alone.
 func (s *Selection) Set(mint, maxt int64, sums *history.Summaries) storage.SeriesSet {
 	return s.ShardSet(mint, maxt, sums, Shards{})
 }
 
 // ShardSet is Set of some shards of the series.
 func (s *Selection) ShardSet(mint, maxt int64, sums *history.Summaries, shards Shards) storage.SeriesSet {
-	set := &seriesSet{ctx: s.ctx, ready: make(chan struct{}), account: account.From(s.ctx), of: s, streams: true, sums: sums, in: shards.In}
+	set := &seriesSet{ctx: s.ctx, account: account.From(s.ctx), of: s, streams: true, sums: sums, in: shards.In}
 	s.q.mu.Lock()
 	defer s.q.mu.Unlock()
 	if s.q.closed {
 		return storage.ErrSeriesSet(errClosed)
 	}
-	s.q.selects.Go(func() {
-		<-s.ready
+	set.wait = s.q.begin(func() {
+		s.wait()
 		s.read(s.ctx, set, max(mint, s.mint), min(maxt, s.maxt))
 	})
 	return set
@@ -243,7 +242,6 @@ func (s *Selection) ShardSet(mint, maxt int64, sums *history.Summaries, shards S
 
 // read fills in a set.
 func (s *Selection) read(ctx context.Context, set *seriesSet, mint, maxt int64) {
-	defer close(set.ready)
 	set.mint, set.maxt, set.shard, set.shards, set.left = mint, maxt, s.hints.ShardIndex, s.hints.ShardCount, s.hints.Limit
 	if s.hints.Limit <= 0 {
 		set.left = -1
@@ -281,10 +279,9 @@ func (s *Selection) read(ctx context.Context, set *seriesSet, mint, maxt int64) 
 // any are wanted. It begins to read before it returns.
 func Historical(ctx context.Context, snap *history.Snapshot, mint, maxt int64, sums *history.Summaries, shards Shards, heads [][]HeadSeries, ms []*labels.Matcher) storage.SeriesSet {
 	set := &seriesSet{
-		ctx: ctx, ready: make(chan struct{}), mint: mint, maxt: maxt, left: -1, account: account.From(ctx), streams: true, sums: sums,
+		ctx: ctx, wait: done, mint: mint, maxt: maxt, left: -1, account: account.From(ctx), streams: true, sums: sums,
 		in: shards.In, heads: slices.Clone(heads), snap: snap,
 	}
-	close(set.ready)
 	set.readHistory(ctx, snap, ms)
 	return set
 }

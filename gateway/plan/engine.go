@@ -98,6 +98,7 @@ func (e *Engine) plan(inner promql.Query, one *snapshot, opts promql.QueryOpts) 
 	}
 	q.grid = g
 	one.mint, one.maxt = promql.FindMinMaxTime(stmt)
+	one.alone = len(parser.ExtractSelectors(stmt.Expr)) == 1
 	p := &planner{lookback: stmt.LookbackDelta.Milliseconds(), noStep: e.opts.NoStepSubqueryIntervalFn}
 	// The limits of the feature query-cost count what the engine reads itself.
 	if g.bounded() && !e.opts.EnableQueryCost {
@@ -428,14 +429,24 @@ func (q *query) leavePlain(ctx context.Context, s selector) error {
 type snapshot struct {
 	storage.Queryable
 	mint, maxt int64
+	alone      bool // the query has one selector
 
 	querier storage.Querier // nil: not open
 	hold    *engineHold     // nil: nobody keeps account
 }
 
 func (s *snapshot) open() (err error) {
-	s.querier, err = s.Queryable.Querier(s.mint, s.maxt)
+	s.querier, err = s.made(s.mint, s.maxt)
 	return err
+}
+
+// made makes a querier.
+func (s *snapshot) made(mint, maxt int64) (storage.Querier, error) {
+	q, err := s.Queryable.Querier(mint, maxt)
+	if a, ok := q.(interface{ Alone() }); ok && s.alone {
+		a.Alone()
+	}
+	return q, err
 }
 
 func (s *snapshot) close() {
@@ -446,7 +457,7 @@ func (s *snapshot) close() {
 // Querier implements storage.Queryable.
 func (s *snapshot) Querier(mint, maxt int64) (storage.Querier, error) {
 	if s.querier == nil { // there are no leaves
-		q, err := s.Queryable.Querier(mint, maxt)
+		q, err := s.made(mint, maxt)
 		if err != nil {
 			return nil, err
 		}

@@ -255,25 +255,24 @@ func mergeSeries(a, b []fetch.Series) []fetch.Series {
 // matchers the range is compared with that of whole generations only.
 func (h *Head) Labels(ctx context.Context, q fetch.Query, name string) ([]string, fetch.Header, error) {
 	ts, hd := h.view(q.Tenant)
+	ts = slices.DeleteFunc(ts, func(t *tenantHead) bool {
+		mint, maxt, ok := t.timeRange()
+		return !ok || mint > q.MaxT || maxt < q.MinT
+	})
+	if len(ts) == 1 && len(q.Matchers) == 0 {
+		out := ts[0].names(name)
+		slices.Sort(out)
+		return limited(out, q.Limit), hd, nil
+	}
 	set := map[string]struct{}{}
 	for _, t := range ts {
-		if mint, maxt, ok := t.timeRange(); !ok || mint > q.MaxT || maxt < q.MinT {
+		if len(q.Matchers) == 0 {
+			for _, n := range t.names(name) {
+				set[n] = struct{}{}
+			}
 			continue
 		}
 		t.mu.RLock()
-		if len(q.Matchers) == 0 {
-			if name == "" {
-				for n := range t.postings {
-					set[n] = struct{}{}
-				}
-			} else {
-				for v := range t.postings[name] {
-					set[v] = struct{}{}
-				}
-			}
-			t.mu.RUnlock()
-			continue
-		}
 		found := t.match(q.Matchers)
 		t.mu.RUnlock()
 		for i, s := range found {
@@ -293,11 +292,26 @@ func (h *Head) Labels(ctx context.Context, q fetch.Query, name string) ([]string
 			}
 		}
 	}
-	out := slices.Sorted(maps.Keys(set))
-	if q.Limit > 0 && len(out) > q.Limit {
-		out = out[:q.Limit]
+	return limited(slices.Sorted(maps.Keys(set)), q.Limit), hd, nil
+}
+
+// names gives the label names (name empty) or the values of the label name of all series, in no order.
+func (t *tenantHead) names(name string) []string {
+	t.mu.RLock()
+	defer t.mu.RUnlock()
+	if name == "" {
+		return slices.AppendSeq(make([]string, 0, len(t.postings)), maps.Keys(t.postings))
 	}
-	return out, hd, nil
+	values := t.postings[name]
+	return slices.AppendSeq(make([]string, 0, len(values)), maps.Keys(values))
+}
+
+// limited gives so many at most; 0: all.
+func limited(out []string, limit int) []string {
+	if limit > 0 && len(out) > limit {
+		return out[:limit]
+	}
+	return out
 }
 
 // Exemplars gives the exemplars in the time range of series that match all
