@@ -488,3 +488,123 @@ func TestDeleteDenied(t *testing.T) {
 	w.tryOn(t, 2*time.Hour, time.Minute)
 	w.idle(t)
 }
+
+// whileMerged lets something happen when a merge has read its sources, before it commits.
+func (w *world) whileMerged(t *testing.T, happen func()) {
+	t.Helper()
+	done := false
+	w.c.o.Objects = &historytest.FaultyObjects{Store: w.objects, Decide: func(op, _ string) historytest.Fault {
+		if op == "Put" && !done {
+			done = true
+			happen()
+		}
+		return historytest.None
+	}}
+	w.pass(t, 4*time.Hour, 10*time.Minute)
+	if !done {
+		t.Fatal("nothing was merged")
+	}
+}
+
+// TestDeletedWhileMerged: what is deleted between the reading of the sources and the commit
+// is never seen, though it gets into the new block; then it goes from there too. What is
+// deleted and cancelled in that time stays.
+func TestDeletedWhileMerged(t *testing.T) {
+	for _, cancelled := range []bool{false, true} {
+		w := newWorld(t, &historytest.MemoryObjects{}, &historytest.MemoryRows{})
+		r := rand.New(rand.NewPCG(1, 31))
+		w.flushes(t, r, 4, "a", "b")
+		all := w.samplesOf(t, "a")
+		w.whileMerged(t, func() {
+			id, err := w.history.Delete(t.Context(), "a", math.MinInt64, w.now.UnixMilli())
+			if err == nil && cancelled {
+				err = w.history.Cancel(t.Context(), "a", id)
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+		})
+		want := all
+		if !cancelled {
+			want = 0
+		}
+		if got := w.samples(t); got != want {
+			t.Errorf("cancelled %v: %d samples are seen, want %d", cancelled, got, want)
+		}
+		if got := w.samplesOf(t, "a"); got != all {
+			t.Errorf("cancelled %v: the new block has %d samples, want all %d: the deletion wasn't made in between", cancelled, got, all)
+		}
+		w.pass(t, 14*24*time.Hour, 6*time.Hour)
+		if got := w.samplesOf(t, "a"); got != want {
+			t.Errorf("cancelled %v: %d samples are in blocks, want %d", cancelled, got, want)
+		}
+		if ds := w.deletions(t, "a"); !cancelled && (len(ds) != 1 || ds[0].Gone == 0) {
+			t.Errorf("deletions %+v", ds)
+		}
+	}
+}
+
+// TestLapsedWhileMerged: all that a tenant has gets past its retention while it is merged, by
+// another configuration. It isn't seen, goes from the new block, and the other tenant's stays.
+func TestLapsedWhileMerged(t *testing.T) {
+	w := newWorld(t, &historytest.MemoryObjects{}, &historytest.MemoryRows{})
+	r := rand.New(rand.NewPCG(1, 32))
+	var rs *history.Retentions
+	w.c.o.Retentions = func() *history.Retentions { return rs }
+	w.flushes(t, r, 4, "a", "b")
+	b := w.samplesOf(t, "b")
+	w.whileMerged(t, func() {
+		rs = &history.Retentions{Tenants: map[string]history.Retention{"a": {Raw: time.Hour}}}
+	})
+	if w.samplesOf(t, "a") == 0 {
+		t.Error("it was dropped by the merge: the retention wasn't changed in between")
+	}
+	w.pass(t, 14*24*time.Hour, 6*time.Hour)
+	if got := w.traces(t, "a"); len(got) != 0 {
+		t.Errorf("left: %+v", got)
+	}
+	if got := w.samplesOf(t, "b"); got != b {
+		t.Errorf("the other tenant has %d samples, want %d", got, b)
+	}
+}
+
+// TestOnlyLate: all that tenants send is old: of days years apart, of the same week as what
+// is compacted, past the retention when it comes. It ends in blocks of the last level, one
+// for each week, or nowhere.
+func TestOnlyLate(t *testing.T) {
+	w := newWorld(t, &historytest.MemoryObjects{}, &historytest.MemoryRows{})
+	w.c.o.Retentions = func() *history.Retentions {
+		return &history.Retentions{Tenants: map[string]history.Retention{"gone": {Raw: 30 * 24 * time.Hour}}}
+	}
+	r := rand.New(rand.NewPCG(1, 33))
+	want := 0
+	year := 365 * 24 * hour
+	for round := range 3 {
+		for _, age := range []int64{2 * year, 5*year + 3*24*hour, 10 * 24 * hour} {
+			at := w.now.UnixMilli() - age - int64(round)*hour
+			c := content{}
+			for i := range 3 {
+				s := someSeries(r, "m", i, at-10*minute, at)
+				want += len(s.Floats.T)
+				c.add("a", s)
+			}
+			if age > year {
+				c.add("gone", someSeries(r, "m", 1, at-10*minute, at))
+			}
+			w.flush(t, c)
+			w.now = w.now.Add(time.Minute)
+		}
+		w.pass(t, 36*time.Hour, time.Hour)
+	}
+	w.pass(t, 21*24*time.Hour, 6*time.Hour)
+	if got := w.levels(t, "a"); len(got) != 1 || got[3] < 3 || got[3] > 5 {
+		t.Errorf("rows by level %v", got)
+	}
+	if got := w.samplesOf(t, "a"); got != want {
+		t.Errorf("%d samples, want %d", got, want)
+	}
+	if got := w.traces(t, "gone"); len(got) != 0 {
+		t.Errorf("left: %+v", got)
+	}
+	w.idle(t)
+}
