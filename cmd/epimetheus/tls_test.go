@@ -181,6 +181,71 @@ func TestGatewaySANs(t *testing.T) {
 	}
 }
 
+// received is an ingester that takes every hello.
+type received struct{ shippb.UnimplementedShipServer }
+
+func (received) Stream(s shippb.Ship_StreamServer) error {
+	if _, err := s.Recv(); err != nil {
+		return err
+	}
+	return status.Error(codes.Aborted, "taken")
+}
+
+// With grpc_tls.tenant_certificate_field a certificate is good for sending as the tenants that
+// it names.
+func TestTenantOfCertificate(t *testing.T) {
+	cert, key := testenv.SelfSigned(t, t.TempDir())
+	for _, c := range []struct {
+		field, tenant string
+		want          codes.Code
+	}{
+		{"", "team-c", codes.Aborted},
+		{commonName, "epimetheus test", codes.Aborted},
+		{commonName, "team-a", codes.PermissionDenied},
+		{organization, "team-a", codes.Aborted},
+		{organization, "team-b", codes.Aborted},
+		{organization, "team-c", codes.PermissionDenied},
+		{organization, "", codes.PermissionDenied},
+		{organizationalUnit, "team-a", codes.PermissionDenied}, // it has none
+	} {
+		p := &process{config: Config{GRPCTLS: TLSConfig{CertFile: cert, KeyFile: key, CAFile: cert, TenantCertificateField: c.field}}}
+		var err error
+		if p.asServer, p.asClient, err = p.config.GRPCTLS.credentials(); err != nil {
+			t.Fatal(err)
+		}
+		l, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			t.Fatal(err)
+		}
+		s := p.newGRPCServer()
+		shippb.RegisterShipServer(s, received{})
+		done := make(chan struct{})
+		go func() {
+			defer close(done)
+			_ = s.Serve(l) // ends with Stop
+		}()
+		conn, err := grpc.NewClient(l.Addr().String(), p.dialOptions()...)
+		if err != nil {
+			t.Fatal(err)
+		}
+		stream, err := shippb.NewShipClient(conn).Stream(t.Context())
+		if err == nil {
+			err = stream.Send(&shippb.ToIngester{Message: &shippb.ToIngester_Hello{Hello: &shippb.Hello{Tenant: c.tenant}}})
+		}
+		if err == nil {
+			_, err = stream.Recv()
+		}
+		if status.Code(err) != c.want {
+			t.Errorf("%s, %q: %v, want %s", c.field, c.tenant, err, c.want)
+		}
+		if err := conn.Close(); err != nil {
+			t.Error(err)
+		}
+		s.Stop()
+		<-done
+	}
+}
+
 // Each kind of name counts.
 func TestSANs(t *testing.T) {
 	u, err := url.Parse("spiffe://example.org/gateway")
