@@ -56,10 +56,16 @@ func start(tb testing.TB, binary string, args ...string) *role {
 // startAt is start with a web address that is known before.
 func startAt(tb testing.TB, web, binary string, args ...string) *role {
 	tb.Helper()
+	return startWith(tb, nil, web, binary, args...)
+}
+
+// startWith is startAt with more in the environment.
+func startWith(tb testing.TB, env []string, web, binary string, args ...string) *role {
+	tb.Helper()
 	r := &role{url: "http://" + web}
 	began := time.Now()
 	r.Process = testenv.Start(tb, testenv.Command{
-		Path: binary, Args: append(args, "--web.listen-address="+web), Ready: testenv.Answering(r.url + "/-/ready"),
+		Path: binary, Args: append(args, "--web.listen-address="+web), Env: env, Ready: testenv.Answering(r.url + "/-/ready"),
 	})
 	r.ready = time.Since(began)
 	return r

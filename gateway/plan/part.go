@@ -17,6 +17,7 @@ import (
 // parting says how large parts of leaves are.
 type parting struct {
 	samples int64   // that a part reads, about: enough for what goes with a part to be little beside it
+	shard   int64   // that a shard reads at least, about: whoever computes one looks up all series
 	far     int64   // that a task for another gateway reads, about: a request costs some milliseconds, of both and of the caches of processors
 	spans   []int64 // times that parts may have, ms; few, so that the same parts come back when a query of another time comes
 	// A part has so many times the range of windows, which reach into the part
@@ -26,7 +27,7 @@ type parting struct {
 
 //nolint:gochecknoglobals // a constant
 var usual = parting{
-	samples: 1 << 20, far: 1 << 23, spans: []int64{3 * hour / 2, 6 * hour, 24 * hour, 4 * 24 * hour, 16 * 24 * hour, 64 * 24 * hour},
+	samples: 1 << 20, far: 1 << 23, shard: 1 << 25, spans: []int64{3 * hour / 2, 6 * hour, 24 * hour, 4 * 24 * hour, 16 * 24 * hour, 64 * 24 * hour},
 	ranges: 8, steps: 4,
 }
 

@@ -84,7 +84,7 @@ func (w *work) shards(tenant string, cost int64) []shard {
 	if sp.Workers == nil || !w.l.shardable() || w.l.Grid.Len() > maxShardSteps {
 		return nil
 	}
-	n := min(int64(sp.Workers.Size()), cost/max(1, w.q.opts.parting.far))
+	n := min(int64(sp.Workers.Size()), cost/max(1, w.q.opts.parting.shard))
 	if n < 2 || w.sel.HeadBytes() > maxShardBytes*n {
 		return nil
 	}
