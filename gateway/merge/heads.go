@@ -21,6 +21,7 @@ import (
 	"github.com/epimetheus-tsdb/epimetheus/ingest/fetch"
 	"github.com/epimetheus-tsdb/epimetheus/ingest/fetch/fetchpb"
 	"github.com/epimetheus-tsdb/epimetheus/ingest/ring"
+	"github.com/epimetheus-tsdb/epimetheus/internal/dial"
 )
 
 // headTimeout bounds one request to an ingester: a query is not held up by one
@@ -53,7 +54,7 @@ const maxNames = 256 << 20
 type Heads struct {
 	names   *fetch.Names
 	live    *ring.Live
-	dial    []grpc.DialOption
+	conns   *dial.Conns
 	logger  *slog.Logger
 	failed  prometheus.Counter
 	seconds prometheus.Histogram
@@ -62,17 +63,16 @@ type Heads struct {
 
 	mu    sync.Mutex
 	local map[string]fetch.Local      // by address
-	conns map[string]*grpc.ClientConn // by address; nil once closed
 	heard map[string]map[string]heard // by tenant and member; of tenants with several replicas
 	known map[uint32]time.Time        // digests of members, and when they were last on the ring
 }
 
-// NewHeads uses dial for each connection: transport security goes there.
-func NewHeads(live *ring.Live, logger *slog.Logger, reg prometheus.Registerer, dial ...grpc.DialOption) *Heads {
+// NewHeads uses the options for each connection: transport security goes there.
+func NewHeads(live *ring.Live, logger *slog.Logger, reg prometheus.Registerer, options ...grpc.DialOption) *Heads {
 	h := &Heads{
 		names: fetch.NewNames(maxNames, reg),
-		live:  live, dial: append(dial, grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxAnswer))),
-		logger: logger, local: map[string]fetch.Local{}, conns: map[string]*grpc.ClientConn{}, heard: map[string]map[string]heard{}, known: map[uint32]time.Time{},
+		live:  live, conns: dial.New(logger, append(options, grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxAnswer)))...),
+		logger: logger, local: map[string]fetch.Local{}, heard: map[string]map[string]heard{}, known: map[uint32]time.Time{},
 		failed: prometheus.NewCounter(prometheus.CounterOpts{
 			Name: "epimetheus_gateway_head_failures_total",
 			Help: "Requests to ingesters that failed; the answers carried a warning, if no replicas had all.",
@@ -98,44 +98,20 @@ func (h *Heads) AddLocal(address string, l fetch.Local) {
 }
 
 // Close closes the connections. Requests after it fail.
-func (h *Heads) Close() error {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	var errs []error
-	for _, c := range h.conns {
-		errs = append(errs, c.Close())
-	}
-	h.conns = nil
-	return errors.Join(errs...)
-}
-
-var errHeadsClosed = errors.New("connections to ingesters are closed")
+func (h *Heads) Close() error { return h.conns.Close() }
 
 // client gives the client for an address, and closes connections to addresses
 // that are no longer on the ring.
 func (h *Heads) client(address string, members []ring.Member) (*fetch.Client, error) {
+	conn, err := h.conns.To(address, func(a string) bool {
+		return slices.ContainsFunc(members, func(m ring.Member) bool { return m.Address == a })
+	})
+	if err != nil {
+		return nil, err
+	}
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	if h.conns == nil {
-		return nil, errHeadsClosed
-	}
-	for a, c := range h.conns {
-		if !slices.ContainsFunc(members, func(m ring.Member) bool { return m.Address == a }) {
-			if err := c.Close(); err != nil {
-				h.logger.Warn("connection not closed", "addr", a, "err", err)
-			}
-			delete(h.conns, a)
-		}
-	}
-	c := h.conns[address]
-	if c == nil {
-		var err error
-		if c, err = grpc.NewClient(address, h.dial...); err != nil {
-			return nil, err
-		}
-		h.conns[address] = c
-	}
-	return fetch.NewClient(c, h.names, h.local[address]), nil
+	return fetch.NewClient(conn, h.names, h.local[address]), nil
 }
 
 // answer is what one ingester said.

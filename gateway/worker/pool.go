@@ -17,6 +17,7 @@ import (
 
 	"github.com/epimetheus-tsdb/epimetheus/gateway/plan"
 	"github.com/epimetheus-tsdb/epimetheus/gateway/worker/workpb"
+	"github.com/epimetheus-tsdb/epimetheus/internal/dial"
 )
 
 // maxResult bounds the result of a part, in bytes.
@@ -32,7 +33,7 @@ type Peer struct {
 type Pool struct {
 	self  string
 	peers func() []Peer
-	dial  []grpc.DialOption
+	conns *dial.Conns
 
 	logger   *slog.Logger
 	requests *prometheus.CounterVec
@@ -40,16 +41,15 @@ type Pool struct {
 	seconds  prometheus.Histogram
 
 	mu    sync.Mutex
-	conns map[string]*grpc.ClientConn // by address; nil once closed
-	usual time.Duration               // that a part takes: a moving average
+	usual time.Duration // that a part takes: a moving average
 }
 
 // NewPool makes a pool for the gateway self. peers gives all gateways that are
 // there, with or without self.
-func NewPool(self string, peers func() []Peer, logger *slog.Logger, reg prometheus.Registerer, dial ...grpc.DialOption) *Pool {
+func NewPool(self string, peers func() []Peer, logger *slog.Logger, reg prometheus.Registerer, options ...grpc.DialOption) *Pool {
 	p := &Pool{
-		self: self, peers: peers, conns: map[string]*grpc.ClientConn{}, logger: logger,
-		dial: append(dial, grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxResult+1<<10))),
+		self: self, peers: peers, logger: logger,
+		conns: dial.New(logger, append(options, grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxResult+1<<10)))...),
 		requests: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "epimetheus_gateway_worker_requests_total",
 			Help: "Parts of queries that other gateways were asked for, by outcome: ok, declined (the engine has to see the data, or versions differ), failed.",
@@ -69,16 +69,7 @@ func NewPool(self string, peers func() []Peer, logger *slog.Logger, reg promethe
 }
 
 // Close closes the connections.
-func (p *Pool) Close() error {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	var errs []error
-	for _, c := range p.conns {
-		errs = append(errs, c.Close())
-	}
-	p.conns = nil
-	return errors.Join(errs...)
-}
+func (p *Pool) Close() error { return p.conns.Close() }
 
 // inLine gives the gateways in the order in which a part falls to them.
 func (p *Pool) inLine(key plan.Key) []Peer {
@@ -192,7 +183,8 @@ func (p *Pool) slow() time.Duration {
 
 // one asks one gateway.
 func (p *Pool) one(ctx context.Context, peer Peer, req *workpb.RunRequest) ([]byte, error) {
-	c, err := p.conn(peer.Address)
+	peers := p.peers()
+	c, err := p.conns.To(peer.Address, func(a string) bool { return slices.ContainsFunc(peers, func(x Peer) bool { return x.Address == a }) })
 	if err != nil {
 		return nil, err
 	}
@@ -233,34 +225,4 @@ func (p *Pool) tookLonger(than time.Duration) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.usual += max(0, than-p.usual) / 16
-}
-
-var errClosed = errors.New("connections to gateways are closed")
-
-// conn gives the connection to an address, and closes those to gateways that are
-// no longer there.
-func (p *Pool) conn(address string) (*grpc.ClientConn, error) {
-	peers := p.peers()
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	if p.conns == nil {
-		return nil, errClosed
-	}
-	for a, c := range p.conns {
-		if a != address && !slices.ContainsFunc(peers, func(x Peer) bool { return x.Address == a }) {
-			if err := c.Close(); err != nil {
-				p.logger.Warn("connection not closed", "addr", a, "err", err)
-			}
-			delete(p.conns, a)
-		}
-	}
-	c := p.conns[address]
-	if c == nil {
-		var err error
-		if c, err = grpc.NewClient(address, p.dial...); err != nil {
-			return nil, err
-		}
-		p.conns[address] = c
-	}
-	return c, nil
 }
