@@ -49,6 +49,8 @@ type reports struct {
 }
 
 type report struct {
+	writing sync.Mutex // held while the row is written: what is known is what was written last
+
 	mu    sync.Mutex      // held while the row is read
 	known bool            // it has been read, or written
 	bad   bool            // it couldn't be read the last time
@@ -116,14 +118,16 @@ func (s *reports) note(tenant string, err error, was bool) {
 	s.failing = err != nil
 }
 
-// put stores what a sidecar reports.
+// put stores what a sidecar reports. Queries don't wait for that.
 func (s *reports) put(ctx context.Context, row index.EngineRow) error {
 	r := s.of(row.Tenant)
-	r.mu.Lock()
-	defer r.mu.Unlock()
+	r.writing.Lock()
+	defer r.writing.Unlock()
 	if err := s.index.PutEngine(ctx, row); err != nil {
 		return err
 	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
 	if !r.row.Equal(row) {
 		s.logger.Info("engine options of the tenant's Prometheus reported", "tenant", row.Tenant,
 			"lookback_delta", time.Duration(row.LookbackDelta)*time.Millisecond, "enable_features", row.Features)

@@ -133,6 +133,48 @@ func TestUnknownEngine(t *testing.T) {
 	})
 }
 
+// TestReportWaits: while a report can't be written yet, queries are answered as before.
+func TestReportWaits(t *testing.T) {
+	answered := make(chan string)
+	var query func() string
+	wait := false
+	x := index.New(&historytest.FaultyRows{Store: &historytest.MemoryRows{}, Decide: func(op, _ string) historytest.Fault {
+		if op == "Put" && wait { // the write takes as long as a query
+			go func() { answered <- query() }()
+			select {
+			case got := <-answered:
+				if !strings.Contains(got, `"query.lookback-delta":"30s"`) {
+					t.Errorf("while another report is written: %s", got)
+				}
+			case <-time.After(10 * time.Second):
+				t.Error("a query waits for the write of a report")
+				go func() { <-answered }()
+			}
+		}
+		return historytest.None
+	}})
+	reg := prometheus.NewRegistry()
+	api, err := gateway.New(gateway.Options{Index: x}, nothing{}, &ring.Live{}, slog.New(slog.DiscardHandler), reg, reg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	do := func(method, path, body string) string {
+		w := httptest.NewRecorder()
+		api.ServeHTTP(w, httptest.NewRequestWithContext(t.Context(), method, "/api/v1/"+path, strings.NewReader(body)))
+		return w.Body.String()
+	}
+	query = func() string { return do(http.MethodGet, "status/flags", "") }
+	for _, lookback := range []string{"30s", "1m"} {
+		if got := do(http.MethodPost, "engine", `{"lookback_delta":"`+lookback+`"}`); !strings.Contains(got, "success") {
+			t.Fatal(got)
+		}
+		wait = true
+	}
+	if got := query(); !strings.Contains(got, `"query.lookback-delta":"1m"`) {
+		t.Errorf("after the report: %s", got)
+	}
+}
+
 // TestUnknownEngineLogged: one tenant's row that can't be read is told of once, though others are
 // read between.
 func TestUnknownEngineLogged(t *testing.T) {
