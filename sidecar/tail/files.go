@@ -149,6 +149,45 @@ func (x *Files) get(p Position) (*kept, error) {
 	return k, nil
 }
 
+// hold keeps all files of the WAL checkpoint that p lies in, from p's on: Prometheus
+// deletes it as a whole once there is a newer one. It returns the number of the last.
+// A checkpoint that isn't there, or may be about to go, gives fs.ErrNotExist.
+func (x *Files) hold(p Position) (last int, err error) {
+	last = -1
+	for k := range x.kept {
+		if k.InCheckpoint && k.Epoch == p.Epoch && k.Checkpoint == p.Checkpoint {
+			last = max(last, k.Segment)
+		}
+	}
+	if last >= p.Segment {
+		return last, nil // by hold
+	}
+	_, last, err = wlog.Segments(filepath.Dir(x.dir.File(p)))
+	var held []*kept
+	// The last one first: where a crash leaves the link to one, it leaves those to
+	// all behind it.
+	for n := last; err == nil && n >= p.Segment; n-- {
+		var k *kept
+		if k, err = x.get(Position{Epoch: p.Epoch, InCheckpoint: true, Checkpoint: p.Checkpoint, Segment: n}); err == nil {
+			held = append(held, k)
+		}
+	}
+	if err == nil {
+		// While it is the newest, nobody has begun to delete it.
+		var newest int
+		if newest, err = x.dir.LastCheckpoint(); err == nil && (newest != p.Checkpoint || last < p.Segment) {
+			err = fmt.Errorf("WAL checkpoint %d: %w", p.Checkpoint, fs.ErrNotExist)
+		}
+	}
+	if err != nil {
+		for _, k := range held {
+			x.drop(k)
+		}
+		return -1, err
+	}
+	return last, nil
+}
+
 // has says whether a file is kept.
 func (x *Files) has(p Position) bool { return x.kept[fileOf(p)] != nil }
 
@@ -545,6 +584,13 @@ func (x *Files) Verify(pos Position, remembered []Known) (start Position, carrie
 				k.read = r.Bytes
 			}
 			continue // truncated
+		}
+		if r.File.InCheckpoint {
+			if _, err := x.hold(r.File); errors.Is(err, fs.ErrNotExist) {
+				continue // made way for a newer one
+			} else if err != nil {
+				return pos, false, fmt.Errorf("keep WAL checkpoint: %w", err)
+			}
 		}
 		linked := x.kept[r.File]
 		f, err := os.Open(x.dir.File(r.File))

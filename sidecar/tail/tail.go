@@ -60,6 +60,7 @@ type Tail struct {
 	file *kept    // that seg reads
 	pos  Position // in seg: the end of the last whole record returned or left out
 	next bool     // a newer segment was seen since the last read of seg
+	last int      // number of the last file of the WAL checkpoint that pos is in
 	// tries counts how often reading failed at pos, since a live file may be
 	// read in mid-write.
 	tries int
@@ -283,7 +284,14 @@ func (t *Tail) other() (bool, error) {
 
 // open opens the file at pos, or moves pos to where reading can go on.
 func (t *Tail) open() error {
-	k, err := t.files.get(t.pos)
+	var err error
+	if t.pos.InCheckpoint {
+		t.last, err = t.files.hold(t.pos)
+	}
+	var k *kept
+	if err == nil {
+		k, err = t.files.get(t.pos)
+	}
 	if err == nil {
 		seg, err := newSegment(k.f, t.pos.Offset, t.logger, t.metrics.live)
 		if err != nil {
@@ -362,10 +370,8 @@ func (t *Tail) gap() error {
 func (t *Tail) leave() {
 	p := fileOf(t.pos)
 	p.Segment++
-	if p.InCheckpoint {
-		if _, err := os.Stat(t.dir.File(p)); err != nil {
-			p = Position{Epoch: p.Epoch, Segment: p.Checkpoint + 1}
-		}
+	if p.InCheckpoint && p.Segment > t.last {
+		p = Position{Epoch: p.Epoch, Segment: p.Checkpoint + 1}
 	}
 	t.move(p)
 }

@@ -542,6 +542,90 @@ func TestWALCheckpoint(t *testing.T) {
 	})
 }
 
+// A WAL checkpoint of several files is read to its end, over a restart too, though a
+// newer one has taken its place. What can't be is told.
+func TestWALCheckpointGone(t *testing.T) {
+	for _, c := range []struct {
+		name     string
+		maxBytes int64
+		restart  bool
+		want     string
+	}{
+		{"kept", 1 << 30, false, "1 2 3 4 "},
+		{"kept over a restart", 1 << 30, true, "1 2 3 4 "},
+		{"let go", 1, false, "1 gap 4 "},
+		{"not kept over a restart", 1, true, "1 gap 4 "},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			w := newTestWAL(t, wlog.DefaultSegmentSize, compression.None)
+			folder := wlog.CheckpointDir(w.dir.WAL(), 2)
+			if err := os.Mkdir(folder, 0o755); err != nil {
+				t.Fatal(err)
+			}
+			for i := range 3 {
+				w.samples(int64(i+1), 1)
+				w.wl.NextSegment()
+				if err := os.Rename(wlog.SegmentName(w.dir.WAL(), i), wlog.SegmentName(folder, i)); err != nil {
+					t.Fatal(err)
+				}
+			}
+			w.samples(4, 1)
+			links := t.TempDir()
+			open := func() *Files {
+				x, err := NewFiles(w.dir, links, c.maxBytes, promslog.NewNopLogger(), NewMetrics(nil))
+				if err != nil {
+					t.Fatal(err)
+				}
+				t.Cleanup(x.Close)
+				return x
+			}
+			pos, err := w.dir.Start(0)
+			if err != nil {
+				t.Fatal(err)
+			}
+			files := open()
+			tl := New(files, pos, promslog.NewNopLogger(), NewMetrics(nil))
+			got := ""
+			for {
+				b, err := tl.Next()
+				if br, ok := errors.AsType[*BreakError](err); ok {
+					got += string(br.Kind) + " "
+				} else if err != nil {
+					break
+				} else {
+					got += fmt.Sprint(b.Samples[0].T, " ")
+				}
+				if got != "1 " {
+					continue
+				}
+				tl.Note()
+				known, err := files.Known(tl.Position())
+				if err != nil {
+					t.Fatal(err)
+				}
+				if err := os.RemoveAll(folder); err != nil {
+					t.Fatal(err)
+				}
+				if err := files.Keep(tl.Position()); err != nil {
+					t.Fatal(err)
+				}
+				if c.restart {
+					files.Close()
+					files = open()
+					pos, _, err := files.Verify(tl.Position(), known)
+					if err != nil {
+						t.Fatal(err)
+					}
+					tl = New(files, pos, promslog.NewNopLogger(), NewMetrics(nil))
+				}
+			}
+			if got != c.want {
+				t.Errorf("read %q, want %q", got, c.want)
+			}
+		})
+	}
+}
+
 // Prometheus repairs a torn WAL by writing the segment anew under its name.
 func TestReplaced(t *testing.T) {
 	w := newTestWAL(t, wlog.DefaultSegmentSize, compression.None)
