@@ -190,7 +190,7 @@ func (h *Heads) remember(tenant string, c *coverage, now time.Time) map[string]h
 		if !ok {
 			continue
 		}
-		if x.gone.IsZero() && !c.holder(key) {
+		if x.gone.IsZero() && len(c.newest) > 0 && !c.holder(key) {
 			x.gone = now
 			all[key] = x
 		}
