@@ -61,15 +61,22 @@ func (s *session) clocksDiffer(cols *ship.Columns, exemplars []*shippb.Exemplar,
 	return 0
 }
 
-// applyWhenClocksAgree is apply for as long as it waits for clocks.
+// applyWhenClocksAgree is apply for as long as it waits for clocks, or for the next
+// generation.
 func (r *receiver) applyWhenClocksAgree(ctx context.Context, s *session, b *shippb.Batch, dec *ship.Decoder, cols *ship.Columns) error {
-	end := time.Now().Add(clockWait)
+	end, warned := time.Now().Add(clockWait), false
 	for {
 		err := r.apply(s, b, dec, cols)
 		s.mu.Lock()
 		ahead := s.waiting
 		s.mu.Unlock()
-		if !errors.Is(err, errClocks) {
+		switch {
+		case errors.Is(err, errWindows):
+			if !warned {
+				r.logger.Warn("samples of a tenant are from too many weeks: what follows waits for the next flush", "tenant", s.id.tenant, "limit", maxWindows)
+			}
+			end, warned = time.Now().Add(clockWait), true
+		case !errors.Is(err, errClocks):
 			return err
 		}
 		if time.Now().After(end) {
@@ -119,14 +126,19 @@ func (r *receiver) clocks() (n int, ahead time.Duration) {
 // commit log has only what was taken, and a replay refuses nothing.
 func refuseFuture(b *shippb.Batch, cols *ship.Columns, refs *head.Refs, now time.Time) (*shippb.Batch, head.Refusal) {
 	limit := now.Add(ship.MaxFuture).UnixMilli()
+	return refuseTimes(b, cols, refs, func(t int64) bool { return t > limit })
+}
+
+// refuseTimes is refuseFuture for times that are bad.
+func refuseTimes(b *shippb.Batch, cols *ship.Columns, refs *head.Refs, bad func(t int64) bool) (*shippb.Batch, head.Refusal) {
 	var refused head.Refusal
 	late := func(ref []uint32, ts []int64) []bool {
-		if len(ts) == 0 || slices.Max(ts) <= limit {
+		if !slices.ContainsFunc(ts, bad) {
 			return nil
 		}
 		out := make([]bool, len(ts))
 		for i, t := range ts {
-			if out[i] = t > limit; !out[i] {
+			if out[i] = bad(t); !out[i] {
 				continue
 			}
 			if refused.Samples == 0 {
@@ -147,10 +159,10 @@ func refuseFuture(b *shippb.Batch, cols *ship.Columns, refs *head.Refs, now time
 		fh.Ref, fh.T, fh.ST, fh.H = without(fh.Ref, d), without(fh.T, d), without(fh.ST, d), without(fh.H, d)
 	}
 	exemplars := b.Exemplars
-	if slices.ContainsFunc(exemplars, func(e *shippb.Exemplar) bool { return e.T > limit }) {
+	if slices.ContainsFunc(exemplars, func(e *shippb.Exemplar) bool { return bad(e.T) }) {
 		exemplars = nil
 		for _, e := range b.Exemplars {
-			if e.T <= limit {
+			if !bad(e.T) {
 				exemplars = append(exemplars, e)
 				continue
 			}

@@ -125,7 +125,7 @@ func New(o Options, publisher Publisher, logger *slog.Logger, reg prometheus.Reg
 	i.head, i.fetch = h, newFetcher(h, reg)
 	i.receive = &receiver{
 		process: process, member: o.Member, head: h, log: i.log, window: 4 << 20, limits: o.Limits, logger: logger, now: time.Now,
-		metrics: newReceiveMetrics(reg), sessions: map[sessionID]*session{}, bySource: map[sourceID][]*session{}, ofTenant: map[string]int{}, rewinds: map[string]int{}, sources: sources{tenants: map[string][]source{}}, admit: i.admit,
+		metrics: newReceiveMetrics(reg), sessions: map[sessionID]*session{}, bySource: map[sourceID][]*session{}, ofTenant: map[string]int{}, windows: windows{width: o.RowWidth}, rewinds: map[string]int{}, sources: sources{tenants: map[string][]source{}}, admit: i.admit,
 	}
 	i.receive.durable.Store(&durability{generation: first - 1})
 	i.receive.starting.Store(i.log != nil)

@@ -76,6 +76,7 @@ type receiver struct {
 
 	sources sources
 	awaited awaited
+	windows windows
 
 	rewindsMu sync.Mutex
 	rewinds   map[string]int // sessions with ranges to send again, by tenant; 0 is left out
@@ -635,6 +636,13 @@ func (r *receiver) apply(s *session, b *shippb.Batch, dec *ship.Decoder, cols *s
 	if r.waits(s, ahead); ahead != 0 {
 		return errClocks
 	}
+	var found []int64
+	all := true
+	if r.windows.width > 0 {
+		if found, all = r.windows.of(cols, b.Exemplars); !r.windows.take(s.id.tenant, r.head.Current().ID(), found) {
+			return errWindows
+		}
+	}
 	known, announced := s.refs.Len(), s.refs.Bytes()
 	defer func() { r.announced.Add(s.refs.Bytes() - announced) }()
 	var refused []uint32
@@ -662,6 +670,13 @@ func (r *receiver) apply(s *session, b *shippb.Batch, dec *ship.Decoder, cols *s
 	}
 	encoded := len(b.Columns)
 	b, future := refuseFuture(b, cols, &s.refs, now)
+	var outside head.Refusal
+	if !all {
+		b, outside = refuseTimes(b, cols, &s.refs, func(t int64) bool {
+			_, in := slices.BinarySearch(found, r.windows.window(t))
+			return !in
+		})
+	}
 	var invalid head.Refusal
 	for _, e := range b.Exemplars {
 		x, ok := exemplarOf(e)
@@ -679,7 +694,7 @@ func (r *receiver) apply(s *session, b *shippb.Batch, dec *ship.Decoder, cols *s
 		batch.Metadata = append(batch.Metadata, metadataOf(m))
 	}
 	res := r.head.Append(s.id.tenant, &s.refs, &batch)
-	for reason, f := range map[head.Reason]head.Refusal{reasonFuture: future, reasonExemplar: invalid} {
+	for reason, f := range map[head.Reason]head.Refusal{reasonFuture: future, reasonExemplar: invalid, reasonWindows: outside} {
 		if f.Samples > 0 {
 			if res.Refused == nil {
 				res.Refused = map[head.Reason]head.Refusal{}
