@@ -24,6 +24,7 @@ type labelEntry struct {
 	name   string
 	values *LabelValues
 	at     Location
+	of     func() *LabelValues // in place of values; nil: there is none
 }
 
 // LabelValues are the values of one label and the metrics that carry them. It
@@ -119,6 +120,9 @@ func (p *LabelPage) Values(name string) (v *LabelValues, at Location) {
 	i := sort.Search(len(p.names), func(i int) bool { return p.names[i].name >= name })
 	if i == len(p.names) || p.names[i].name != name {
 		return nil, Location{}
+	}
+	if of := p.names[i].of; of != nil {
+		return of(), Location{}
 	}
 	return p.names[i].values, p.names[i].at
 }
@@ -226,8 +230,13 @@ func (v *LabelValues) Of(metric string) []string {
 }
 
 // LabelPage tells of the labels of this page alone: all of a tenant's, if the
-// tenant has one series page and so no label page.
+// tenant has one series page and so no label page. It is kept with the page, beside which it takes little.
 func (p *SeriesPage) LabelPage() *LabelPage {
+	p.labelsOnce.Do(func() { p.labelPage = p.makeLabelPage() })
+	return p.labelPage
+}
+
+func (p *SeriesPage) makeLabelPage() *LabelPage {
 	out := &LabelPage{metrics: []string{""}, names: make([]labelEntry, 0, len(p.names))}
 	metrics := p.metricColumn()
 	nameless := metrics == nil || metrics.lacking(p.series)
@@ -237,42 +246,42 @@ func (p *SeriesPage) LabelPage() *LabelPage {
 	case metrics != nil:
 		out.metrics = metrics.values
 	}
-	metricOf := func(series int) uint32 { // index into out.metrics
-		switch {
-		case metrics == nil:
-			return 0
-		case nameless:
-			return metrics.id(series) // absent is the first
-		default:
-			return metrics.id(series) - 1
-		}
+	first := uint32(0) // id of the first of out.metrics, where absent is one
+	if metrics != nil && !nameless {
+		first = 1
 	}
-	values := make([]LabelValues, len(p.names))
 	for i := range p.names {
-		l, v := &p.names[i], &values[i]
-		if l.name == model.MetricNameLabel {
-			continue
+		if l := &p.names[i]; l.name != model.MetricNameLabel {
+			out.names = append(out.names, labelEntry{name: l.name, of: func() *LabelValues { return p.labelValues(l, metrics, out.metrics, first) }})
 		}
-		v.metrics, v.values = out.metrics, l.values
-		v.find = func() {
-			v.sets, v.setOf = make([][]uint32, len(l.values)), make([]uint32, len(l.values))
-			for s := range p.series {
-				id := l.id(s)
-				if id == absent {
-					continue
-				}
-				metric, set := metricOf(s), v.sets[id-1]
-				if len(set) == 0 || set[len(set)-1] != metric {
-					v.sets[id-1] = append(set, metric)
-				}
-			}
-			for j := range v.setOf {
-				v.setOf[j] = uint32(j)
-			}
-		}
-		out.names = append(out.names, labelEntry{name: l.name, values: v})
 	}
 	return out
+}
+
+// labelValues are those of a label. Which metrics carry them is found when it is asked for, and not kept with the page:
+// it may take more than that.
+func (p *SeriesPage) labelValues(l, names *labelColumn, metrics []string, first uint32) *LabelValues {
+	v := &LabelValues{metrics: metrics, values: l.values}
+	v.find = func() {
+		v.sets, v.setOf = make([][]uint32, len(l.values)), make([]uint32, len(l.values))
+		for s := range p.series {
+			id := l.id(s)
+			if id == absent {
+				continue
+			}
+			metric, set := uint32(0), v.sets[id-1]
+			if names != nil {
+				metric = names.id(s) - first
+			}
+			if len(set) == 0 || set[len(set)-1] != metric {
+				v.sets[id-1] = append(set, metric)
+			}
+		}
+		for j := range v.setOf {
+			v.setOf[j] = uint32(j)
+		}
+	}
+	return v
 }
 
 func (p *SeriesPage) metricColumn() *labelColumn {

@@ -7,6 +7,7 @@ import (
 	"math"
 	"slices"
 	"sort"
+	"sync"
 
 	"github.com/prometheus/common/model"
 	"github.com/prometheus/prometheus/model/labels"
@@ -75,6 +76,9 @@ type SeriesPage struct {
 	metaOf    []uint32 // per series, 0 for none, else index+1 into metas
 	gone      [][]Range
 	goneOf    []uint32 // per series, 0 for none, else index+1 into gone; nil: none is
+
+	labelsOnce sync.Once
+	labelPage  *LabelPage // once it was asked for
 }
 
 type labelColumn struct {
