@@ -236,6 +236,10 @@ func (q *query) takeQuantiles(ctx context.Context, l *Leaf, p *partial) error {
 	if series, ok := l.quantiles(ctx, p.series); ok {
 		p.series, l.over.Expr = series, l.copied
 		q.points = points
+		if p.slab != nil && pointBytes*cap(*p.slab) <= maxColumns {
+			slabs.Put(p.slab) // nothing has the points any more
+			p.slab = nil
+		}
 	}
 	return nil
 }

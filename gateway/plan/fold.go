@@ -29,6 +29,8 @@ type fold struct {
 	phi      float64 // of QUANTILE
 	top      *top    // of TOPK, BOTTOMK and LIMITK
 	held     int64   // points in groups' columns and heaps
+
+	slab *[]promql.FPoint // that the results lie in; nil: they have memory of their own
 }
 
 // group has, for each step, what has been put together so far.
@@ -358,15 +360,35 @@ func (f *fold) finish(dropName bool) ([]partialSeries, error) {
 		if f.leaf.Agg.Op == parser.QUANTILE {
 			g.quantiles(f.phi)
 		}
-		if floats := g.floats(f.leaf); len(floats) > 0 {
+		if floats := g.floats(f.leaf, f.room()); len(floats) > 0 {
 			out = append(out, partialSeries{promql.Series{Metric: g.labels, DropName: dropName, Floats: floats}, g.first})
 		}
 	}
 	return out, nil
 }
 
-// floats gives the results at the steps that have one.
-func (g *group) floats(l *Leaf) []promql.FPoint {
+// slabs are memory of results that quantiles were made of.
+//
+//nolint:gochecknoglobals // scratch memory
+var slabs = sync.Pool{New: func() any { return new([]promql.FPoint) }}
+
+// room gives memory for the points of the next group; nil, if results are kept.
+func (f *fold) room() []promql.FPoint {
+	if f.leaf.over == nil {
+		return nil
+	}
+	if f.slab == nil {
+		f.slab, _ = slabs.Get().(*[]promql.FPoint)
+		*f.slab = slices.Grow((*f.slab)[:0], len(f.groups)*f.steps)
+	}
+	s := *f.slab
+	n := len(s) + f.steps
+	*f.slab = s[:n]
+	return s[len(s):len(s):n]
+}
+
+// floats gives the results at the steps that have one, in room if that isn't nil.
+func (g *group) floats(l *Leaf, room []promql.FPoint) []promql.FPoint {
 	steps := 0
 	for _, n := range g.n {
 		if n > 0 {
@@ -376,7 +398,10 @@ func (g *group) floats(l *Leaf) []promql.FPoint {
 	if steps == 0 {
 		return nil
 	}
-	floats := make([]promql.FPoint, 0, steps)
+	floats := room
+	if floats == nil {
+		floats = make([]promql.FPoint, 0, steps)
+	}
 	t := l.Grid.Start
 	if l.Agg.Op == parser.SUM { // most are
 		vs, cs := g.v[:len(g.n)], g.c[:len(g.n)]

@@ -162,6 +162,8 @@ type partial struct {
 	// of the step before, for the first step too.
 	counts counts
 	annos  annotations.Annotations
+	// slab, if not nil, is memory that all points of series lie in, and nothing else does: see takeQuantiles.
+	slab *[]promql.FPoint
 }
 
 type partialSeries struct {

@@ -188,7 +188,11 @@ func runOver(ctx context.Context, l *Leaf, o options, set storage.SeriesSet, sum
 		total.merge(&ws[i].k.counts)
 	}
 	series, err := r.finish()
-	return &partial{series: series, counts: total, annos: r.annos}, err
+	out := &partial{series: series, counts: total, annos: r.annos}
+	if r.fold != nil {
+		out.slab = r.fold.slab
+	}
+	return out, err
 }
 
 // recovered is deferred in goroutines: as in the engine, a bug ends a query and not
