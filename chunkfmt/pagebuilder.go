@@ -50,7 +50,7 @@ func (p *pageBuilder) size() int { return len(p.heads) + len(p.bodies) + p.bytes
 
 // timestamps returns the index of the column t, which is stored once.
 func (p *pageBuilder) timestamps(t []int64) int {
-	if p.last < len(p.times) && slices.Equal(p.times[p.last].t, t) {
+	if p.last < len(p.times) && sameTimes(p.times[p.last].t, t) {
 		return p.last
 	}
 	h := uint64(len(t))
@@ -58,7 +58,7 @@ func (p *pageBuilder) timestamps(t []int64) int {
 		h = (h ^ uint64(x)) * 0x9e3779b97f4a7c15
 	}
 	for _, i := range p.known[h] {
-		if slices.Equal(p.times[i].t, t) {
+		if sameTimes(p.times[i].t, t) {
 			p.last = i
 			return i
 		}
@@ -72,6 +72,20 @@ func (p *pageBuilder) timestamps(t []int64) int {
 	p.bytes += len(p.times[i].b) + 4
 	p.last = i
 	return i
+}
+
+// sameTimes is slices.Equal, a few times as fast: arrays are compared in one step.
+func sameTimes(a, b []int64) bool {
+	if len(a) != len(b) {
+		return false
+	}
+	for len(a) >= 64 && len(b) >= 64 {
+		if *(*[64]int64)(a) != *(*[64]int64)(b) {
+			return false
+		}
+		a, b = a[64:], b[64:]
+	}
+	return slices.Equal(a, b)
 }
 
 // add appends a chunk; values appends its encoded values.
