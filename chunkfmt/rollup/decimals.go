@@ -28,12 +28,11 @@ func (s *Summariser) integers(w *Windows, i int, t []int64, v []float64, decimal
 	}
 	changes, resets, lost := steps(ints)
 	first := ints[0]
-	least, greatest, off, squares := first, first, int64(0), int64(0)
+	least, greatest := first, ints[len(ints)-1]
 	if resets > 0 {
 		least, greatest = span(ints)
-	} else {
-		greatest = ints[len(ints)-1]
 	}
+	var off, squares int64
 	if changes > 0 {
 		off, squares = sums(ints)
 	}
@@ -42,7 +41,7 @@ func (s *Summariser) integers(w *Windows, i int, t []int64, v []float64, decimal
 		limit = math.MaxInt64 / 4 / int64(n)
 	}
 	sum := int64(n)*first + off
-	if least <= -limit || greatest >= limit || decimals > 0 && !(exactInt(sum) && exactInt(lost)) {
+	if least <= -limit || greatest >= limit || decimals > 0 && (!exactInt(sum) || !exactInt(lost)) {
 		return false // of as many as decimalSum does without, or some more
 	}
 	w.ends(i, t, v)
