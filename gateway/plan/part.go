@@ -4,6 +4,7 @@ import (
 	"crypto/sha256"
 	"encoding/binary"
 	"fmt"
+	"math"
 	"slices"
 
 	"github.com/prometheus/common/model"
@@ -152,7 +153,18 @@ func (l *Leaf) reads(span, number int64) (mint, maxt int64) {
 // numbers calls fn with the parts that a sample, or samples of mint to maxt, may
 // matter to.
 func (l *Leaf) numbers(span, mint, maxt int64) (first, last int64) {
-	return floorDiv(mint+l.offset(), span), floorDiv(maxt+l.offset()+l.Range-1, span)
+	return floorDiv(plus(mint, l.offset()), span), floorDiv(plus(plus(maxt, l.offset()), l.Range-1), span)
+}
+
+// plus adds up times in ms; what would overflow is the first or the last of all.
+func plus(a, b int64) int64 {
+	switch {
+	case b < 0 && a < math.MinInt64-b:
+		return math.MinInt64
+	case b > 0 && a > math.MaxInt64-b:
+		return math.MaxInt64
+	}
+	return a + b
 }
 
 // partial is what a leaf, or a part of it, gives.

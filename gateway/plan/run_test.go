@@ -2,6 +2,7 @@ package plan
 
 import (
 	"log/slog"
+	"math"
 	"strings"
 	"testing"
 	"time"
@@ -22,6 +23,20 @@ func TestPanicEndsQuery(t *testing.T) {
 	err := evaluate(t.Context(), slog.New(slog.DiscardHandler), ws, slots, (*worker).eval)
 	require.ErrorContains(t, err, "unexpected error")
 	require.False(t, strings.Contains(err.Error(), "\n"))
+}
+
+// A sample matters to parts up to its own, however absurd its time is.
+func TestNumbersOfAbsurdTimes(t *testing.T) {
+	const span = 3_600_000
+	for _, offset := range []time.Duration{-time.Hour, 0, time.Hour} {
+		l := &Leaf{Range: 300_000, Selector: &parser.VectorSelector{Offset: offset}}
+		for _, times := range [][2]int64{{math.MinInt64, math.MaxInt64}, {math.MinInt64 + 5, 0}, {0, math.MaxInt64 - 5}, {-5, 5}} {
+			first, last := l.numbers(span, times[0], times[1])
+			if own := offset.Milliseconds() / span; first > own || last < own-1 || first > last {
+				t.Errorf("%d to %d, offset %s: parts %d to %d", times[0], times[1], offset, first, last)
+			}
+		}
+	}
 }
 
 // Series of a storage that has no columns are the engine's.
