@@ -7,9 +7,11 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 
+	"github.com/oklog/ulid/v2"
 	"github.com/prometheus/prometheus/tsdb/record"
 	"github.com/prometheus/prometheus/tsdb/wlog"
 )
@@ -79,9 +81,17 @@ func (d *Dir) OutOfOrder() *Dir { return &Dir{path: d.path, log: wlog.WblDirName
 
 // Agent says whether the directory belongs to a Prometheus agent: one with a WAL
 // but without a head's memory-mapped chunks, which a server makes as soon as it
-// has a WAL.
+// has a WAL, and without blocks: somebody may have removed these chunks, to have
+// the server make them anew.
 func (d *Dir) Agent() bool {
-	return isDir(d.WAL()) && !isDir(filepath.Join(d.path, "chunks_head"))
+	if !isDir(d.WAL()) || isDir(filepath.Join(d.path, "chunks_head")) {
+		return false
+	}
+	entries, err := os.ReadDir(d.path)
+	return err == nil && !slices.ContainsFunc(entries, func(e fs.DirEntry) bool {
+		_, err := ulid.ParseStrict(e.Name())
+		return err == nil && e.IsDir()
+	})
 }
 
 // Start returns the position at which a first start begins: in the newest WAL

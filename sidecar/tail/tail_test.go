@@ -699,6 +699,14 @@ func TestOpenDir(t *testing.T) {
 	if !d.Agent() || s.Agent() || e.Agent() {
 		t.Error("agent not told from server")
 	}
+	// Its memory-mapped chunks were removed, to repair it.
+	if err := os.Remove(filepath.Join(server, "chunks_head")); err != nil {
+		t.Fatal(err)
+	}
+	mk("server", "01ARZ3NDEKTSV4RRFFQ69G5FAV")
+	if s.Agent() {
+		t.Error("a server with blocks is taken for an agent")
+	}
 	if _, err := e.Start(0); !errors.Is(err, ErrNoWAL) {
 		t.Error(err)
 	}
