@@ -70,7 +70,8 @@ func TestCoalesce(t *testing.T) {
 		{"over gaps", row(0, 16*page, 6), []get{{at: chunkfmt.Location{Size: 81 * page}, pages: 6}}},
 		{"far apart", []chunkfmt.Location{at(100 << 20), at(220 << 20)}, []get{{at: at(100 << 20), pages: 1}, {at: at(220 << 20), pages: 1}}},
 		{
-			"the nearest first", []chunkfmt.Location{at(0), at(6 << 20), at(8 << 20), at(9 << 20)},
+			"the nearest first",
+			[]chunkfmt.Location{at(0), at(6 << 20), at(8 << 20), at(9 << 20)},
 			[]get{{at: at(0), pages: 1}, {at: chunkfmt.Location{Offset: 6 << 20, Size: 3<<20 + page}, pages: 3}},
 		},
 		{

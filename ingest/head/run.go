@@ -277,8 +277,8 @@ func (r *run) newest(dst []fetch.Chunk, mint, maxt int64, mem *slab) []fetch.Chu
 	if r.more.overlaps(mint, maxt) {
 		return append(dst, r.more.copied(mem))
 	}
-	for i := len(r.more.done) - 1; i >= 0; i-- {
-		if c := r.more.done[i]; c.MinT <= maxt && c.MaxT >= mint {
+	for _, c := range slices.Backward(r.more.done) {
+		if c.MinT <= maxt && c.MaxT >= mint {
 			return append(dst, mem.closed(c))
 		}
 	}
