@@ -15,12 +15,14 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"net"
 	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strconv"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -65,17 +67,44 @@ func Tool(t testing.TB, name string) string {
 	return path
 }
 
+// Ports of FreeAddr: below those that systems give to connections (Linux from
+// 32768 on), or one of these might have taken it before the server does. Each
+// process begins anywhere, and gives none twice until it has been around.
+const firstPort, ports = 10_000, 22_000
+
+var nextPort = func() *atomic.Uint32 {
+	var n atomic.Uint32
+	n.Store(rand.Uint32N(ports))
+	return &n
+}()
+
 // FreeAddr is an address on the loopback interface that nobody listens on at the
-// time of the call.
+// time of the call, for TCP or UDP.
 func FreeAddr(t testing.TB) string {
 	t.Helper()
+	var err error
+	for range ports {
+		addr := fmt.Sprintf("127.0.0.1:%d", firstPort+nextPort.Add(1)%ports)
+		if err = free(t.Context(), addr); err == nil {
+			return addr
+		}
+	}
+	t.Fatal(err)
+	return ""
+}
+
+func free(ctx context.Context, addr string) error {
 	var lc net.ListenConfig
-	l, err := lc.Listen(t.Context(), "tcp", "127.0.0.1:0")
+	l, err := lc.Listen(ctx, "tcp", addr)
 	if err != nil {
-		t.Fatal(err)
+		return err
 	}
 	defer l.Close()
-	return l.Addr().String()
+	p, err := lc.ListenPacket(ctx, "udp", addr)
+	if err != nil {
+		return err
+	}
+	return p.Close()
 }
 
 // Command says how to start a process.
