@@ -50,7 +50,7 @@ func (p *pageBuilder) size() int { return len(p.heads) + len(p.bodies) + p.bytes
 
 // timestamps returns the index of the column t, which is stored once.
 func (p *pageBuilder) timestamps(t []int64) int {
-	if p.last < len(p.times) && sameTimes(p.times[p.last].t, t) {
+	if p.last < len(p.times) && SameTimes(p.times[p.last].t, t) {
 		return p.last
 	}
 	h := uint64(len(t))
@@ -58,7 +58,7 @@ func (p *pageBuilder) timestamps(t []int64) int {
 		h = (h ^ uint64(x)) * 0x9e3779b97f4a7c15
 	}
 	for _, i := range p.known[h] {
-		if sameTimes(p.times[i].t, t) {
+		if SameTimes(p.times[i].t, t) {
 			p.last = i
 			return i
 		}
@@ -74,8 +74,8 @@ func (p *pageBuilder) timestamps(t []int64) int {
 	return i
 }
 
-// sameTimes is slices.Equal, a few times as fast: arrays are compared in one step.
-func sameTimes(a, b []int64) bool {
+// SameTimes is slices.Equal, a few times as fast: arrays are compared in one step.
+func SameTimes(a, b []int64) bool {
 	if len(a) != len(b) {
 		return false
 	}

@@ -174,8 +174,8 @@ func (p *windowBuilder) add(w *rollup.Windows, i, j int) {
 func (p *windowBuilder) shape(w *rollup.Windows, i, j int) int {
 	same := func(k int) bool {
 		s := &p.shapes[k].w
-		return sameTimes(s.End, w.End[i:j]) && slices.Equal(s.Count, w.Count[i:j]) && slices.Equal(s.Flags, w.Flags[i:j]) &&
-			sameTimes(s.FirstT, w.FirstT[i:j]) && sameTimes(s.PrevT, w.PrevT[i:j]) && sameTimes(s.LastT, w.LastT[i:j])
+		return SameTimes(s.End, w.End[i:j]) && slices.Equal(s.Count, w.Count[i:j]) && slices.Equal(s.Flags, w.Flags[i:j]) &&
+			SameTimes(s.FirstT, w.FirstT[i:j]) && SameTimes(s.PrevT, w.PrevT[i:j]) && SameTimes(s.LastT, w.LastT[i:j])
 	}
 	if p.last < len(p.shapes) && same(p.last) {
 		return p.last

@@ -694,14 +694,18 @@ func (r *receiver) apply(s *session, b *shippb.Batch, dec *ship.Decoder, cols *s
 		batch.Metadata = append(batch.Metadata, metadataOf(m))
 	}
 	res := r.head.Append(s.id.tenant, &s.refs, &batch)
-	for reason, f := range map[head.Reason]head.Refusal{reasonFuture: future, reasonExemplar: invalid, reasonWindows: outside} {
-		if f.Samples > 0 {
-			if res.Refused == nil {
-				res.Refused = map[head.Reason]head.Refusal{}
-			}
-			res.Refused[reason] = f
+	refuse := func(reason head.Reason, f head.Refusal) {
+		if f.Samples == 0 {
+			return
 		}
+		if res.Refused == nil {
+			res.Refused = map[head.Reason]head.Refusal{}
+		}
+		res.Refused[reason] = f
 	}
+	refuse(reasonFuture, future)
+	refuse(reasonExemplar, invalid)
+	refuse(reasonWindows, outside)
 	b.Refused = refusals(b.Seq, res.Refused)
 	s.untold.add(b.Refused)
 	if r.log != nil {

@@ -34,14 +34,13 @@ func (s *shipper) samples(ctx context.Context, b *tail.Batch) {
 	}
 	for i := range b.Series {
 		x := &b.Series[i]
-		raw := keptLabels(x.Labels)
-		slot, isNew, err := s.dict.define(uint64(x.Ref), raw, b.From)
+		slot, isNew, err := s.dict.define(uint64(x.Ref), x.Labels, b.From)
 		if err != nil {
 			s.dictionaryTrouble(err)
 			continue
 		}
 		if isNew && s.rewind == nil {
-			s.resolve(slot, s.dict.at(slot), raw)
+			s.resolve(slot, s.dict.at(slot), keptLabels(x.Labels))
 		}
 	}
 	for i := range b.Samples {

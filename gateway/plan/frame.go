@@ -1,8 +1,7 @@
 package plan
 
 import (
-	"slices"
-
+	"github.com/epimetheus-tsdb/epimetheus/chunkfmt"
 	"github.com/epimetheus-tsdb/epimetheus/chunkfmt/rollup"
 )
 
@@ -143,7 +142,7 @@ func (s *frames) of(times []int64, name uint64) *frame {
 }
 
 func (s *frames) find(times []int64) *frame {
-	if s.last != nil && equal(s.last.times, times) {
+	if s.last != nil && chunkfmt.SameTimes(s.last.times, times) {
 		return s.last
 	}
 	var key frameKey
@@ -151,7 +150,7 @@ func (s *frames) find(times []int64) *frame {
 		key = frameKey{n, times[0], times[n-1]}
 	}
 	f := s.index[key]
-	if f != nil && equal(f.times, times) {
+	if f != nil && chunkfmt.SameTimes(f.times, times) {
 		s.last = f
 		return f
 	}
@@ -173,21 +172,6 @@ func (s *frames) find(times []int64) *frame {
 	s.bytes += f.size()
 	s.last = f
 	return f
-}
-
-// equal is slices.Equal by blocks, each of which is one comparison of memory.
-func equal(a, b []int64) bool {
-	const block = 32
-	if len(a) != len(b) {
-		return false
-	}
-	for len(a) >= block {
-		if *(*[block]int64)(a) != *(*[block]int64)(b) {
-			return false
-		}
-		a, b = a[block:], b[block:]
-	}
-	return slices.Equal(a, b)
 }
 
 // count adds what the series of a frame count for.
