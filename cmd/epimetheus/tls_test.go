@@ -120,6 +120,37 @@ func TestTLS(t *testing.T) {
 	}
 }
 
+// dialed is a connection to a server with such TLS; stop ends both.
+func dialed(t *testing.T, config TLSConfig, register func(s *grpc.Server)) (conn *grpc.ClientConn, stop func()) {
+	t.Helper()
+	p := &process{config: Config{GRPCTLS: config}}
+	var err error
+	if p.asServer, p.asClient, err = p.config.GRPCTLS.credentials(); err != nil {
+		t.Fatal(err)
+	}
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := p.newGRPCServer()
+	register(s)
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		_ = s.Serve(l) // ends with Stop
+	}()
+	if conn, err = grpc.NewClient(l.Addr().String(), p.dialOptions()...); err != nil {
+		t.Fatal(err)
+	}
+	return conn, func() {
+		if err := conn.Close(); err != nil {
+			t.Error(err)
+		}
+		s.Stop()
+		<-done
+	}
+}
+
 // With grpc_tls.gateway_sans a certificate without such a name is good for sending alone.
 func TestGatewaySANs(t *testing.T) {
 	cert, key := testenv.SelfSigned(t, t.TempDir()) // for 127.0.0.1
@@ -131,35 +162,18 @@ func TestGatewaySANs(t *testing.T) {
 		{[]string{"gateway", "127.0.0.1"}, codes.Unimplemented},
 		{[]string{"gateway", "127.0.0.2", "spiffe://example.org/gateway"}, codes.PermissionDenied},
 	} {
-		p := &process{config: Config{GRPCTLS: TLSConfig{CertFile: cert, KeyFile: key, CAFile: cert, GatewaySANs: c.sans}}}
-		var err error
-		if p.asServer, p.asClient, err = p.config.GRPCTLS.credentials(); err != nil {
-			t.Fatal(err)
-		}
-		l, err := net.Listen("tcp", "127.0.0.1:0")
-		if err != nil {
-			t.Fatal(err)
-		}
-		s := p.newGRPCServer()
-		workpb.RegisterWorkServer(s, workpb.UnimplementedWorkServer{})
-		fetchpb.RegisterFetchServer(s, fetchpb.UnimplementedFetchServer{})
-		shippb.RegisterShipServer(s, shippb.UnimplementedShipServer{})
-		done := make(chan struct{})
-		go func() {
-			defer close(done)
-			_ = s.Serve(l) // ends with Stop
-		}()
-		conn, err := grpc.NewClient(l.Addr().String(), p.dialOptions()...)
-		if err != nil {
-			t.Fatal(err)
-		}
+		conn, stop := dialed(t, TLSConfig{CertFile: cert, KeyFile: key, CAFile: cert, GatewaySANs: c.sans}, func(s *grpc.Server) {
+			workpb.RegisterWorkServer(s, workpb.UnimplementedWorkServer{})
+			fetchpb.RegisterFetchServer(s, fetchpb.UnimplementedFetchServer{})
+			shippb.RegisterShipServer(s, shippb.UnimplementedShipServer{})
+		})
 		check := func(what string, want codes.Code, err error) {
 			t.Helper()
 			if status.Code(err) != want {
 				t.Errorf("%v, %s: %v, want %s", c.sans, what, err, want)
 			}
 		}
-		_, err = workpb.NewWorkClient(conn).Run(t.Context(), &workpb.RunRequest{})
+		_, err := workpb.NewWorkClient(conn).Run(t.Context(), &workpb.RunRequest{})
 		check("work", c.want, err)
 		_, err = fetchpb.NewFetchClient(conn).Stats(t.Context(), &fetchpb.StatsRequest{})
 		check("fetch", c.want, err)
@@ -173,11 +187,7 @@ func TestGatewaySANs(t *testing.T) {
 			_, err = stream.Recv()
 		}
 		check("ship", codes.Unimplemented, err)
-		if err := conn.Close(); err != nil {
-			t.Error(err)
-		}
-		s.Stop()
-		<-done
+		stop()
 	}
 }
 
@@ -208,26 +218,9 @@ func TestTenantOfCertificate(t *testing.T) {
 		{organization, "", codes.PermissionDenied},
 		{organizationalUnit, "team-a", codes.PermissionDenied}, // it has none
 	} {
-		p := &process{config: Config{GRPCTLS: TLSConfig{CertFile: cert, KeyFile: key, CAFile: cert, TenantCertificateField: c.field}}}
-		var err error
-		if p.asServer, p.asClient, err = p.config.GRPCTLS.credentials(); err != nil {
-			t.Fatal(err)
-		}
-		l, err := net.Listen("tcp", "127.0.0.1:0")
-		if err != nil {
-			t.Fatal(err)
-		}
-		s := p.newGRPCServer()
-		shippb.RegisterShipServer(s, received{})
-		done := make(chan struct{})
-		go func() {
-			defer close(done)
-			_ = s.Serve(l) // ends with Stop
-		}()
-		conn, err := grpc.NewClient(l.Addr().String(), p.dialOptions()...)
-		if err != nil {
-			t.Fatal(err)
-		}
+		conn, stop := dialed(t, TLSConfig{CertFile: cert, KeyFile: key, CAFile: cert, TenantCertificateField: c.field}, func(s *grpc.Server) {
+			shippb.RegisterShipServer(s, received{})
+		})
 		stream, err := shippb.NewShipClient(conn).Stream(t.Context())
 		if err == nil {
 			err = stream.Send(&shippb.ToIngester{Message: &shippb.ToIngester_Hello{Hello: &shippb.Hello{Tenant: c.tenant}}})
@@ -238,11 +231,7 @@ func TestTenantOfCertificate(t *testing.T) {
 		if status.Code(err) != c.want {
 			t.Errorf("%s, %q: %v, want %s", c.field, c.tenant, err, c.want)
 		}
-		if err := conn.Close(); err != nil {
-			t.Error(err)
-		}
-		s.Stop()
-		<-done
+		stop()
 	}
 }
 
