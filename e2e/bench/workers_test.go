@@ -125,6 +125,7 @@ func BenchmarkWorkers(b *testing.B) {
 // samples: since the offset isn't a multiple of windows, summaries of those don't do.
 func heavy(span time.Duration) []asked {
 	const hour, buckets = time.Hour, "http_request_duration_seconds_bucket"
+	const many = "http_request_duration_seconds_bucket|node_cpu_seconds_total|http_requests_total|kube_pod_status_phase|kube_pod_container_resource_requests"
 	all := int(span.Seconds()) - 15
 	var out []asked
 	for _, q := range queries(span) {
@@ -142,5 +143,6 @@ func heavy(span time.Duration) []asked {
 		asked{name: "inst-increase-samples", expr: fmt.Sprintf(`sum by (job) (increase(http_requests_total[%ds]))`, all)},
 		asked{name: "inst-increase-buckets-samples", expr: fmt.Sprintf(`sum by (job, le) (increase(%s[%ds]))`, buckets, all)},
 		asked{name: "inst-changes-buckets-samples", expr: fmt.Sprintf(`changes(%s[%ds])`, buckets, all)},
+		asked{name: "inst-changes-half-samples", expr: fmt.Sprintf(`sum by (job) (changes({__name__=~"%s"}[%ds]))`, many, all)}, // of all samples, about
 	)
 }
