@@ -61,9 +61,9 @@ func (s *session) clocksDiffer(cols *ship.Columns, exemplars []*shippb.Exemplar,
 	return 0
 }
 
-// applyWhenClocksAgree is apply for as long as it waits for clocks, or for the next
+// applyWhenPossible is apply, again while it waits for clocks, or for the next
 // generation.
-func (r *receiver) applyWhenClocksAgree(ctx context.Context, s *session, b *shippb.Batch, dec *ship.Decoder, cols *ship.Columns) error {
+func (r *receiver) applyWhenPossible(ctx context.Context, s *session, b *shippb.Batch, dec *ship.Decoder, cols *ship.Columns) error {
 	end, warned := time.Now().Add(clockWait), false
 	for {
 		err := r.apply(s, b, dec, cols)

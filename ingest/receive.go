@@ -579,7 +579,7 @@ func (r *receiver) receive(ctx context.Context, ss shippb.Ship_StreamServer, s *
 					}
 				}
 				w := decoders.Get().(*decoder)
-				err := r.applyWhenClocksAgree(ctx, s, m.Batch, &w.Decoder, &w.cols)
+				err := r.applyWhenPossible(ctx, s, m.Batch, &w.Decoder, &w.cols)
 				decoders.Put(w)
 				if errors.Is(err, errClosed) {
 					<-ctx.Done() // it is for another owner; the stream stays, for what is told
