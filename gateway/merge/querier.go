@@ -35,6 +35,8 @@ type Querier struct {
 	selects sync.WaitGroup
 	closed  bool
 	alone   bool
+	kept    []func() // give back the memory of what heads gave
+	left    bool     // others may use that for longer
 }
 
 // Alone says that the query has one selector: nothing goes on beside its reading, so whoever waits for it
@@ -77,7 +79,8 @@ func (q *Querier) snapshot(ctx context.Context, must []ulid.ULID, since time.Tim
 	return q.snap, nil
 }
 
-// Close ends what Select has started.
+// Close ends what Select has started. No series is used after it: memory that they lie in is
+// for other queries then.
 func (q *Querier) Close() error {
 	q.mu.Lock()
 	q.closed = true
@@ -86,7 +89,29 @@ func (q *Querier) Close() error {
 	}
 	q.mu.Unlock()
 	q.selects.Wait()
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if !q.left {
+		for _, release := range q.kept {
+			release()
+		}
+	}
+	q.kept = nil
 	return nil
+}
+
+// keep is fetch.Query's Keep.
+func (q *Querier) keep(release func()) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	q.kept = append(q.kept, release)
+}
+
+// leave leaves the memory of what heads gave to the garbage collector.
+func (q *Querier) leave() {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	q.left = true
 }
 
 var errClosed = errors.New("querier is closed")

@@ -97,6 +97,7 @@ func (s *Selection) ask(ctx context.Context, q fetch.Query) (must []ulid.ULID, s
 		coming.Add(bytes)
 		acc.Hold(bytes)
 	}
+	q.Keep = s.q.keep
 	as, since, warnings, err := ask(ctx, s.q.s.heads, q.Tenant, func(ctx context.Context, c *fetch.Client) ([][]fetch.Series, fetch.Header, error) {
 		return c.Select(ctx, q)
 	})
@@ -152,8 +153,11 @@ type HeadSeries = fetch.Series
 // HeadBytes is about what the heads have given, in bytes. Wait first.
 func (s *Selection) HeadBytes() int64 { return s.bytes }
 
-// HeadShards gives what heads have of each of n shards. Wait first.
+// HeadShards gives what heads have of each of n shards. Wait first. It is good for longer
+// than the Querier: requests to other gateways may still be read from when nobody waits for
+// them any more.
 func (s *Selection) HeadShards(n uint64) [][][]HeadSeries {
+	s.q.leave()
 	out := make([][][]HeadSeries, n)
 	var buf []byte
 	for _, list := range s.heads {

@@ -72,6 +72,10 @@ type Query struct {
 	// Took is told, while Select goes on, of bytes of memory that the answer takes, about;
 	// nil: nobody wants to know.
 	Took func(bytes int64)
+	// Keep is told of memory that chunks, and lists of series, lie in: whoever asks is to call
+	// release, once, when it uses none of them any more, and may leave it. Label sets and what
+	// was decoded don't lie there. nil: nobody says when.
+	Keep func(release func())
 	// Newest: of each series only the newest of its samples in the time range is
 	// wanted. There may be more of them.
 	Newest bool

@@ -418,3 +418,65 @@ func TestInvalidHistogram(t *testing.T) {
 		t.Errorf("%d samples, %v", n, err)
 	}
 }
+
+// TestKeep: what a query has not released stays as it is, whatever others release.
+func TestKeep(t *testing.T) {
+	h := New(0)
+	w := newWriter(t, h, "a")
+	for i := range 300 {
+		for k := range 130 { // a closed chunk, and an open one
+			w.floats(ls("__name__", "m", "i", fmt.Sprint(i)), float64(1000*k), float64(i*k))
+		}
+	}
+	h.Rotate()
+	for i := range 200 {
+		w.floats(ls("__name__", "m", "i", fmt.Sprint(i)), 200_000, float64(i))
+	}
+	type answer struct {
+		lists   [][]fetch.Series
+		release []func()
+	}
+	ask := func(of string, newest bool) (a answer) {
+		var err error
+		a.lists, _, err = h.Lists(t.Context(), fetch.Query{
+			Tenant: "a", MinT: math.MinInt64, MaxT: math.MaxInt64, Newest: newest,
+			Matchers: []*labels.Matcher{labels.MustNewMatcher(labels.MatchRegexp, "i", of)},
+			Keep:     func(release func()) { a.release = append(a.release, release) },
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return a
+	}
+	text := func(a answer) string { return fmt.Sprint(a.lists) }
+	kinds := []func() answer{
+		func() answer { return ask(".*", false) },
+		func() answer { return ask("1.*", false) },
+		func() answer { return ask(".*", true) },
+		func() answer { return ask("2.*|17", true) },
+	}
+	var want []string
+	for _, kind := range kinds {
+		want = append(want, text(kind()))
+	}
+	rng := rand.New(rand.NewPCG(1, 2))
+	open := map[int][]answer{}
+	for range 200 {
+		k := rng.IntN(len(kinds))
+		if as := open[k]; len(as) > 0 && rng.IntN(2) == 0 {
+			if got := text(as[0]); got != want[k] {
+				t.Fatalf("kind %d changed", k)
+			}
+			for _, release := range as[0].release {
+				release()
+			}
+			open[k] = as[1:]
+			continue
+		}
+		a := kinds[k]()
+		if got := text(a); got != want[k] {
+			t.Fatalf("kind %d is another at first", k)
+		}
+		open[k] = append(open[k], a)
+	}
+}

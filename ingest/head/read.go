@@ -63,13 +63,14 @@ func (h *Head) Lists(ctx context.Context, q fetch.Query) ([][]fetch.Series, fetc
 	ts, hd := h.view(q.Tenant)
 	var out [][]fetch.Series
 	for _, t := range ts {
-		for c, err := range t.read(ctx, q, 0) { // once
+		for s, err := range t.read(ctx, q, 0) { // once
 			if err != nil {
 				return nil, hd, err
 			}
 			series := t.all()
 			of := func(ref uint32) labels.Labels { return series[ref].labels }
-			out = append(out, c.Append(make([]fetch.Series, 0, len(c.Refs)), of))
+			s.series = s.columns.Append(slices.Grow(s.series[:0], len(s.columns.Refs)), of)
+			out = append(out, s.series)
 		}
 	}
 	return out, hd, nil
@@ -82,8 +83,12 @@ func (h *Head) Read(ctx context.Context, q fetch.Query, bytes int) (fetch.Header
 	ts, hd := h.view(q.Tenant)
 	return hd, func(yield func(*fetch.Columns, error) bool) {
 		for _, t := range ts {
-			for c, err := range t.read(ctx, q, bytes) {
-				if !yield(c, err) || err != nil {
+			for s, err := range t.read(ctx, q, bytes) {
+				if err != nil {
+					yield(nil, err)
+					return
+				}
+				if !yield(&s.columns, nil) {
 					return
 				}
 			}
@@ -128,19 +133,42 @@ func (t *tenantHead) all() []*memSeries {
 	return t.series
 }
 
-// scratch is memory for columns that are sent.
+// scratch is memory for what is read.
 type scratch struct {
 	columns fetch.Columns
 	mem     slab
+	series  []fetch.Series
 }
 
+// Scratch memory of columns that were sent, and of series that were kept for a while.
+//
 //nolint:gochecknoglobals // scratch memory
-var scratches = sync.Pool{New: func() any { return &scratch{mem: slab{joined: true}} }}
+var (
+	sent = sync.Pool{New: func() any { return &scratch{mem: slab{joined: true}} }}
+	kept = sync.Pool{New: func() any { return new(scratch) }}
+)
+
+// maxKept bounds what one query leaves to the next, in bytes: more than a million
+// samples take of a head.
+const maxKept = 16 << 20
+
+// release leaves what was kept to the next query.
+func (s *scratch) release() {
+	const series, chunk = 48, 48
+	if series*cap(s.series)+chunk*cap(s.columns.Chunks)+slabBytes*len(s.mem.pieces) > maxKept {
+		return
+	}
+	// No chunk or label set of a generation that is gone is to stay for this.
+	clear(s.series)
+	clear(s.columns.Chunks)
+	s.mem.reset()
+	kept.Put(s)
+}
 
 // read gives what the tenant has for a query, as columns of about so many bytes of
 // chunks; 0: all at once, to be kept.
-func (t *tenantHead) read(ctx context.Context, q fetch.Query, bytes int) iter.Seq2[*fetch.Columns, error] {
-	return func(yield func(*fetch.Columns, error) bool) {
+func (t *tenantHead) read(ctx context.Context, q fetch.Query, bytes int) iter.Seq2[*scratch, error] {
+	return func(yield func(*scratch, error) bool) {
 		if mint, maxt, ok := t.timeRange(); !ok || mint > q.MaxT || maxt < q.MinT {
 			return
 		}
@@ -150,18 +178,28 @@ func (t *tenantHead) read(ctx context.Context, q fetch.Query, bytes int) iter.Se
 		t.mu.RUnlock()
 		left := q.Limit
 		refs = t.order.sort(refs, all, series)
-		to := &scratch{columns: fetch.Columns{Refs: make([]uint32, 0, len(refs))}}
-		if bytes > 0 {
-			to, _ = scratches.Get().(*scratch)
-			defer scratches.Put(to)
+		var to *scratch
+		switch {
+		case bytes > 0:
+			to, _ = sent.Get().(*scratch)
+			defer sent.Put(to)
+		case q.Keep != nil:
+			to, _ = kept.Get().(*scratch)
+			q.Keep(to.release)
+		default:
+			to = new(scratch)
 		}
 		c, mem := &to.columns, &to.mem
+		if bytes == 0 {
+			c.Refs = slices.Grow(c.Refs[:0], len(refs))
+		}
 		c.Generation = uint64(t.generation)
 		if q.LabelsOnly {
 			c.Counts = nil
 		}
 		for len(refs) > 0 {
-			c.Refs, c.Counts, c.Chunks, mem.free = c.Refs[:0], c.Counts[:0], c.Chunks[:0], mem.free[:0]
+			c.Refs, c.Counts, c.Chunks = c.Refs[:0], c.Counts[:0], c.Chunks[:0]
+			mem.reset()
 			n := 0
 			for n < len(refs) && (bytes == 0 || len(mem.free)+chunkBytes*len(c.Chunks) < bytes && len(c.Refs) < readSeries) && (q.Limit == 0 || left > 0) {
 				if n%1024 == 0 && ctx.Err() != nil {
@@ -193,7 +231,7 @@ func (t *tenantHead) read(ctx context.Context, q fetch.Query, bytes int) iter.Se
 				}
 			}
 			refs, c.Data = refs[n:], mem.free
-			if len(c.Refs) > 0 && !yield(c, nil) || q.Limit > 0 && left <= 0 {
+			if len(c.Refs) > 0 && !yield(to, nil) || q.Limit > 0 && left <= 0 {
 				return
 			}
 		}
@@ -447,7 +485,8 @@ func (g *Generation) Walk(tenant string, fn func(*chunkfmt.Series) error) error 
 	every := fetch.Query{MinT: math.MinInt64, MaxT: math.MaxInt64}
 	var mem slab
 	for _, k := range order {
-		c.Chunks, mem.free = c.Chunks[:0], mem.free[:0]
+		c.Chunks = c.Chunks[:0]
+		mem.reset()
 		if err := t.chunks(&c, k.s, &every, &mem); err != nil {
 			return err
 		}

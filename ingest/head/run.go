@@ -225,6 +225,9 @@ const (
 // slab is memory for what is copied; without one each copy has its own.
 type slab struct {
 	free []byte
+	// pieces are all there is, and the next of them that is used when free is full.
+	pieces [][]byte
+	next   int
 	// joined: what is given lies in one piece, one after the other, which is what free has in the end. So
 	// closed chunks are copied too.
 	joined bool
@@ -236,16 +239,40 @@ const (
 	slabBytes = 64 << 10
 )
 
+// reset makes all memory free again: nothing that was given is used any more.
+func (s *slab) reset() {
+	s.free, s.next = s.free[:0], 0
+	if len(s.pieces) > 0 {
+		s.free, s.next = s.pieces[0], 1
+	}
+}
+
 func (s *slab) clone(b []byte) []byte {
 	if s == nil {
 		return bytes.Clone(b)
 	}
 	if !s.joined && cap(s.free)-len(s.free) < len(b) {
-		s.free = make([]byte, 0, max(firstSlab, min(2*cap(s.free), slabBytes), len(b)))
+		if len(b) > slabBytes {
+			return bytes.Clone(b)
+		}
+		s.more(len(b))
 	}
 	n := len(s.free)
 	s.free = append(s.free, b...)
 	return s.free[n:len(s.free):len(s.free)]
+}
+
+// more gives a piece with room for so many bytes.
+func (s *slab) more(size int) {
+	for s.next < len(s.pieces) {
+		s.free = s.pieces[s.next]
+		if s.next++; cap(s.free) >= size {
+			return
+		}
+	}
+	s.free = make([]byte, 0, max(firstSlab, min(2*cap(s.free), slabBytes), size))
+	s.pieces = append(s.pieces, s.free)
+	s.next = len(s.pieces)
 }
 
 // closed gives a chunk that doesn't change any more.
