@@ -284,9 +284,11 @@ func limited(names []string, hints *storage.LabelHints) []string {
 func (q *querier) LabelValues(ctx context.Context, name string, hints *storage.LabelHints, ms ...*labels.Matcher) ([]string, annotations.Annotations, error) {
 	all := tenantsOf(ctx)
 	if len(all) == 1 {
-		return q.each(ctx, all, func(ctx context.Context, one storage.Querier) ([]string, annotations.Annotations, error) {
-			return one.LabelValues(ctx, name, hints, ms...)
-		})
+		one, err := q.only(all[0])
+		if err != nil {
+			return nil, nil, err
+		}
+		return one.LabelValues(ctx, name, hints, ms...)
 	}
 	chosen, rest := choose(all, ms)
 	out, warnings, err := q.each(ctx, chosen, func(ctx context.Context, one storage.Querier) ([]string, annotations.Annotations, error) {
@@ -309,13 +311,17 @@ func (q *querier) LabelValues(ctx context.Context, name string, hints *storage.L
 // LabelNames implements storage.LabelQuerier.
 func (q *querier) LabelNames(ctx context.Context, hints *storage.LabelHints, ms ...*labels.Matcher) ([]string, annotations.Annotations, error) {
 	all := tenantsOf(ctx)
-	chosen, rest := all, ms
-	if len(all) > 1 {
-		chosen, rest = choose(all, ms)
+	if len(all) == 1 {
+		one, err := q.only(all[0])
+		if err != nil {
+			return nil, nil, err
+		}
+		return one.LabelNames(ctx, hints, ms...)
 	}
+	chosen, rest := choose(all, ms)
 	out, warnings, err := q.each(ctx, chosen, func(ctx context.Context, one storage.Querier) ([]string, annotations.Annotations, error) {
 		names, warnings, err := one.LabelNames(ctx, hints, rest...)
-		if len(all) > 1 && len(names) > 0 {
+		if len(names) > 0 {
 			if slices.Contains(names, TenantLabel) {
 				names = append(names, originalTenantLabel)
 			}

@@ -136,7 +136,7 @@ func encode(w io.Writer, r *v1.Response) error {
 		list(len(data), func(i int) { s.WriteVal(data[i]) })
 	case []string:
 		head()
-		list(len(data), func(i int) { s.WriteVal(data[i]) })
+		list(len(data), func(i int) { s.WriteStringWithHTMLEscaped(data[i]) })
 	default:
 		s.WriteVal(r)
 		return s.Flush()
@@ -344,8 +344,10 @@ func (w *responseWriter) Write(p []byte) (int, error) {
 		out = w.encoder
 	}
 	if r := w.answers.take(p); r != nil {
-		texts, _ := w.warnings.AsStrings("", 10, 10)
-		r.Warnings = append(r.Warnings, texts...)
+		if len(w.warnings) > 0 {
+			texts, _ := w.warnings.AsStrings("", 10, 10)
+			r.Warnings = append(r.Warnings, texts...)
+		}
 		if err := encode(out, r); err != nil {
 			return 0, err
 		}

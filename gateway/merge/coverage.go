@@ -2,6 +2,7 @@ package merge
 
 import (
 	"encoding/hex"
+	"maps"
 	"slices"
 	"time"
 
@@ -39,15 +40,16 @@ type heard struct {
 // coverage is what is known of one request to all members.
 type coverage struct {
 	members []ring.Member
-	headers map[string]fetch.Header // of those that answered, by member
-	asked   map[string]string       // members that answered, by keyOf
-	missing map[string]string       // those that should have
+	answers []heading     // of those that answered
+	missing []ring.Member // those that should have
 	newest  map[uint64]fetch.Coverage
 	single  bool // a source sends each series to one ingester only
 }
 
-func newCoverage(members []ring.Member) *coverage {
-	return &coverage{members: members, headers: map[string]fetch.Header{}, asked: map[string]string{}, missing: map[string]string{}}
+// heading is what a member said beside its answer.
+type heading struct {
+	member ring.Member
+	fetch.Header
 }
 
 // keyOf tells a member from what it was before it lost its memory.
@@ -55,8 +57,8 @@ func keyOf(m *ring.Member) string { return m.ID + "\x00" + m.Memory }
 
 // collect finds what each source said last.
 func (c *coverage) collect() {
-	for _, h := range c.headers {
-		for _, x := range h.Coverage {
+	for i := range c.answers {
+		for _, x := range c.answers[i].Coverage {
 			if x.ReplicationFactor < 2 {
 				c.single = true
 				continue
@@ -87,8 +89,9 @@ func (c *coverage) gone(x *fetch.Coverage) (members, zones int) {
 				m = c.members[i]
 			}
 		}
-		h, ok := c.headers[o.Member]
-		if ok && (string(h.Process) == o.Process || len(h.Process) == 0 && len(c.missing) == 0) {
+		if slices.ContainsFunc(c.answers, func(h heading) bool {
+			return h.member.ID == o.Member && (string(h.Process) == o.Process || len(h.Process) == 0 && len(c.missing) == 0)
+		}) {
 			continue
 		}
 		if m.State == ring.Left {
@@ -106,8 +109,8 @@ func (c *coverage) covers(what map[string]heard, now time.Time) bool {
 	if !c.replicated() {
 		return false
 	}
-	for key := range c.missing {
-		h, ok := what[key]
+	for i := range c.missing {
+		h, ok := what[keyOf(&c.missing[i])]
 		if !ok || now.Sub(h.at) > rememberFor {
 			return false
 		}
@@ -180,12 +183,13 @@ func (h *Heads) remember(tenant string, c *coverage, now time.Time) map[string]h
 			all = map[string]heard{}
 			h.heard[tenant] = all
 		}
-		for key, id := range c.asked {
-			all[key] = heard{at: now, coverage: c.headers[id].Coverage}
+		for i := range c.answers {
+			all[keyOf(&c.answers[i].member)] = heard{at: now, coverage: c.answers[i].Coverage}
 		}
 	}
 	out := map[string]heard{}
-	for key := range c.missing {
+	for i := range c.missing {
+		key := keyOf(&c.missing[i])
 		x, ok := all[key]
 		if !ok {
 			continue
@@ -200,11 +204,14 @@ func (h *Heads) remember(tenant string, c *coverage, now time.Time) map[string]h
 		}
 	}
 	if len(all) > 2*len(c.members)+8 {
-		for key := range all {
-			if c.asked[key] == "" && c.missing[key] == "" {
-				delete(all, key)
-			}
+		now := map[string]bool{}
+		for i := range c.answers {
+			now[keyOf(&c.answers[i].member)] = true
 		}
+		for i := range c.missing {
+			now[keyOf(&c.missing[i])] = true
+		}
+		maps.DeleteFunc(all, func(key string, _ heard) bool { return !now[key] })
 	}
 	return out
 }

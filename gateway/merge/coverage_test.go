@@ -1,6 +1,7 @@
 package merge
 
 import (
+	"slices"
 	"testing"
 	"time"
 
@@ -50,13 +51,12 @@ func (w *world) say(id string, cs ...fetch.Coverage) *world {
 }
 
 func (w *world) miss(ids ...string) *coverage {
-	c := newCoverage(w.members)
-	for _, id := range ids {
-		c.missing[id+"\x00"] = id
-	}
-	for id, h := range w.heads {
-		if c.missing[id+"\x00"] == "" {
-			c.headers[id], c.asked[id+"\x00"] = h, id
+	c := &coverage{members: w.members}
+	for _, m := range w.members {
+		if slices.Contains(ids, m.ID) {
+			c.missing = append(c.missing, m)
+		} else if h, ok := w.heads[m.ID]; ok {
+			c.answers = append(c.answers, heading{m, h})
 		}
 	}
 	c.collect()

@@ -64,7 +64,8 @@ type Heads struct {
 	mu    sync.Mutex
 	local map[string]fetch.Local      // by address
 	heard map[string]map[string]heard // by tenant and member; of tenants with several replicas
-	known map[uint32]time.Time        // digests of members, and when they were last on the ring
+	noted *ring.Ring                  // whose members are in known
+	known map[uint32]time.Time        // digests of members, and when they came to the ring or left it
 }
 
 // NewHeads uses the options for each connection: transport security goes there.
@@ -130,13 +131,13 @@ func ask[T any](ctx context.Context, h *Heads, tenant string, fn func(context.Co
 	var mu sync.Mutex
 	var wg sync.WaitGroup
 	var out []answer[T]
-	c := newCoverage(members)
+	c := coverage{members: members}
 	var missing annotations.Annotations
 	resending, restarted := false, false
 	miss := func(m ring.Member, err error) {
 		mu.Lock()
 		defer mu.Unlock()
-		c.missing[keyOf(&m)] = m.ID
+		c.missing = append(c.missing, m)
 		missing.Add(err)
 	}
 	var last func()
@@ -177,17 +178,16 @@ func ask[T any](ctx context.Context, h *Heads, tenant string, fn func(context.Co
 				miss(m, fmt.Errorf("ingester %s did not answer, fresh samples may be missing: %w", m.ID, err))
 				return
 			}
-			if process := hex.EncodeToString(hd.Process); m.Memory != "" && process != "" && process != m.Memory {
+			if other(m.Memory, hd.Process) {
 				// The ring will soon say so too. What it has now counts.
 				miss(m, errLost(m))
-				m.Memory = process
+				m.Memory = hex.EncodeToString(hd.Process)
 			}
-			start := hex.EncodeToString(hd.Start)
 			mu.Lock()
 			defer mu.Unlock()
-			restarted = restarted || m.Process != "" && start != "" && start != m.Process
+			restarted = restarted || other(m.Process, hd.Start)
 			resending = resending || hd.Resending
-			c.headers[m.ID], c.asked[keyOf(&m)] = hd, m.ID
+			c.answers = append(c.answers, heading{m, hd})
 			out = append(out, answer[T]{m.ID, v, hd})
 		}
 	}
@@ -201,10 +201,10 @@ func ask[T any](ctx context.Context, h *Heads, tenant string, fn func(context.Co
 	}
 	now := time.Now()
 	c.collect()
-	if len(c.headers)+len(c.missing) == 0 {
+	if len(c.answers)+len(c.missing) == 0 {
 		warnings.Add(errors.New("this gateway knows no ingester: fresh samples may be missing"))
 	}
-	before, unknown := h.remember(tenant, c, now), h.unknown(c, now)
+	before, unknown := h.remember(tenant, &c, now), h.unknown(r, c.answers, now)
 	if len(c.missing) > 0 {
 		if c.covers(before, now) {
 			h.covered.Inc()
@@ -234,23 +234,35 @@ func ask[T any](ctx context.Context, h *Heads, tenant string, fn func(context.Co
 	return out, since, warnings, nil
 }
 
+// other says whether an id, in hex, is not that which an ingester gave, if both are known.
+func other(id string, given []byte) bool {
+	var buf [2 * 16]byte // an id of the protocol
+	return id != "" && len(given) > 0 && string(hex.AppendEncode(buf[:0], given)) != id
+}
+
 // unknown says whether ingesters know of a member that this process has never heard
-// of.
-func (h *Heads) unknown(c *coverage, now time.Time) bool {
+// of. r is the ring by which they were asked.
+func (h *Heads) unknown(r *ring.Ring, answers []heading, now time.Time) bool {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	for i := range c.members {
-		h.known[c.members[i].Digest()] = now
+	if h.noted != r {
+		for _, one := range []*ring.Ring{h.noted, r} {
+			if one == nil {
+				continue
+			}
+			for _, m := range one.Snapshot().Members {
+				h.known[m.Digest()] = now
+			}
+		}
+		h.noted = r
+		maps.DeleteFunc(h.known, func(_ uint32, at time.Time) bool { return now.Sub(at) > rememberFor })
 	}
-	for _, hd := range c.headers {
-		for _, d := range hd.Members {
+	for i := range answers {
+		for _, d := range answers[i].Members {
 			if _, ok := h.known[d]; !ok {
 				return true
 			}
 		}
-	}
-	if len(h.known) > 2*len(c.members)+100 {
-		maps.DeleteFunc(h.known, func(_ uint32, at time.Time) bool { return now.Sub(at) > rememberFor })
 	}
 	return false
 }

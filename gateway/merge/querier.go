@@ -20,6 +20,7 @@ import (
 	"github.com/epimetheus-tsdb/epimetheus/gateway/account"
 	"github.com/epimetheus-tsdb/epimetheus/history"
 	"github.com/epimetheus-tsdb/epimetheus/ingest/fetch"
+	"github.com/epimetheus-tsdb/epimetheus/internal/sorted"
 )
 
 // Querier is one query: all its selectors read one snapshot of history. It is a
@@ -200,11 +201,12 @@ func (q *Querier) LabelNames(ctx context.Context, hints *storage.LabelHints, ms 
 const textBytes = 16
 
 func (q *Querier) labels(ctx context.Context, name string, hints *storage.LabelHints, ms []*labels.Matcher, old func(*history.Snapshot) ([]string, error)) ([]string, annotations.Annotations, error) {
-	fq := fetch.Query{Tenant: q.s.tenantOf(ctx), MinT: q.mint, MaxT: q.maxt, Matchers: ms}
+	tenant := q.s.tenantOf(ctx)
+	fq := fetch.Query{Tenant: tenant, MinT: q.mint, MaxT: q.maxt, Matchers: ms}
 	if hints != nil {
 		fq.Limit = hints.Limit
 	}
-	as, since, warnings, err := ask(ctx, q.s.heads, q.s.tenantOf(ctx), func(ctx context.Context, c *fetch.Client) ([]string, fetch.Header, error) {
+	as, since, warnings, err := ask(ctx, q.s.heads, tenant, func(ctx context.Context, c *fetch.Client) ([]string, fetch.Header, error) {
 		return c.Labels(ctx, fq, name)
 	})
 	if err != nil {
@@ -219,9 +221,11 @@ func (q *Querier) labels(ctx context.Context, name string, hints *storage.LabelH
 		return nil, nil, class(ctx, err)
 	}
 	if !snap.Hidden.All(q.mint, q.maxt) {
+		lists := [][]string{out}
 		for _, a := range as {
-			out = append(out, a.value...)
+			lists = append(lists, a.value)
 		}
+		out = sorted.Union(lists...)
 	}
 	bytes := int64(0)
 	for _, text := range out {
@@ -231,8 +235,6 @@ func (q *Querier) labels(ctx context.Context, name string, hints *storage.LabelH
 	if ctx.Err() != nil {
 		return nil, nil, class(ctx, ctx.Err())
 	}
-	slices.Sort(out)
-	out = slices.Compact(out)
 	if fq.Limit > 0 && len(out) > fq.Limit {
 		out = out[:fq.Limit]
 	}

@@ -16,6 +16,7 @@ import (
 
 	"github.com/epimetheus-tsdb/epimetheus/chunkfmt"
 	"github.com/epimetheus-tsdb/epimetheus/ingest/fetch"
+	"github.com/epimetheus-tsdb/epimetheus/internal/sorted"
 )
 
 // view is a tenant's part of the readable generations.
@@ -297,19 +298,15 @@ func (h *Head) Labels(ctx context.Context, q fetch.Query, name string) ([]string
 		mint, maxt, ok := t.timeRange()
 		return !ok || mint > q.MaxT || maxt < q.MinT
 	})
-	if len(ts) == 1 && len(q.Matchers) == 0 {
-		out := ts[0].names(name)
-		slices.Sort(out)
-		return limited(out, q.Limit), hd, nil
+	if len(q.Matchers) == 0 {
+		var lists [][]string
+		for _, t := range ts {
+			lists = append(lists, t.names(name))
+		}
+		return slices.Clone(limited(sorted.Union(lists...), q.Limit)), hd, nil
 	}
 	set := map[string]struct{}{}
 	for _, t := range ts {
-		if len(q.Matchers) == 0 {
-			for _, n := range t.names(name) {
-				set[n] = struct{}{}
-			}
-			continue
-		}
 		t.mu.RLock()
 		found := t.match(q.Matchers)
 		t.mu.RUnlock()
@@ -333,15 +330,35 @@ func (h *Head) Labels(ctx context.Context, q fetch.Query, name string) ([]string
 	return limited(slices.Sorted(maps.Keys(set)), q.Limit), hd, nil
 }
 
-// names gives the label names (name empty) or the values of the label name of all series, in no order.
+// names gives the label names (name empty) or the values of the label name of all series, sorted. The result is not
+// to be changed.
 func (t *tenantHead) names(name string) []string {
 	t.mu.RLock()
-	defer t.mu.RUnlock()
-	if name == "" {
-		return slices.AppendSeq(make([]string, 0, len(t.postings)), maps.Keys(t.postings))
+	n := len(t.postings)
+	if name != "" {
+		n = len(t.postings[name])
 	}
-	values := t.postings[name]
-	return slices.AppendSeq(make([]string, 0, len(values)), maps.Keys(values))
+	if known := t.sorted[name]; len(known) == n { // names and values only come: as many are the same
+		t.mu.RUnlock()
+		return known
+	}
+	out := make([]string, 0, n)
+	if name == "" {
+		out = slices.AppendSeq(out, maps.Keys(t.postings))
+	} else {
+		out = slices.AppendSeq(out, maps.Keys(t.postings[name]))
+	}
+	t.mu.RUnlock()
+	slices.Sort(out)
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.sorted == nil {
+		t.sorted = map[string][]string{}
+	}
+	if len(t.sorted[name]) < len(out) {
+		t.sorted[name] = out
+	}
+	return out
 }
 
 // limited gives so many at most; 0: all.

@@ -24,6 +24,7 @@ type tenantHead struct {
 	series   []*memSeries                   // by ref, in order of creation
 	postings map[string]map[string][]uint32 // label name → value → refs, ascending
 	pairs    int                            // distinct label pairs
+	sorted   map[string][]string            // label name → values, and "" → label names, as of when they were asked for
 	order    order                          // of series by labels
 
 	exemplars     map[uint32][]chunkfmt.Exemplar // by ref
