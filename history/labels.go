@@ -6,6 +6,7 @@ import (
 	"regexp"
 	"slices"
 	"strings"
+	"unicode/utf8"
 
 	"github.com/prometheus/common/model"
 	"github.com/prometheus/prometheus/model/labels"
@@ -295,6 +296,9 @@ type MetricMetadata struct {
 func (s *Snapshot) Metadata(ctx context.Context, metric string, mint, maxt int64) ([]MetricMetadata, error) {
 	var ms []*labels.Matcher
 	if metric != "" {
+		if !utf8.ValidString(metric) {
+			return nil, nil // there is none, nor a pattern for it
+		}
 		ms = []*labels.Matcher{labels.MustNewMatcher(labels.MatchRegexp, model.MetricNameLabel, familyMembers(metric))}
 	}
 	var out []MetricMetadata

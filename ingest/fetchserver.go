@@ -191,7 +191,7 @@ func (f *fetcher) Labels(ctx context.Context, req *fetchpb.LabelsRequest) (*fetc
 	}
 	values, hd, err := f.head.Labels(ctx, fetch.Query{
 		Tenant: req.Tenant, MinT: req.Mint, MaxT: req.Maxt, Matchers: ms, Limit: int(req.Limit),
-	}, req.Name)
+	}, string(req.Name))
 	if err != nil {
 		return nil, toStatus(err)
 	}
@@ -222,7 +222,7 @@ func (f *fetcher) Metadata(_ context.Context, req *fetchpb.MetadataRequest) (*fe
 	if err := f.begin("metadata"); err != nil {
 		return nil, err
 	}
-	found, hd := f.head.Metadata(req.Tenant, req.Metric, int(req.Limit))
+	found, hd := f.head.Metadata(req.Tenant, string(req.Metric), int(req.Limit))
 	resp := &fetchpb.MetadataResponse{Header: f.header(req.Tenant, hd)}
 	for _, m := range found {
 		resp.Metadata = append(resp.Metadata, &fetchpb.Metadata{

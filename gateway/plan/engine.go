@@ -14,6 +14,7 @@ import (
 	"github.com/prometheus/prometheus/schema"
 	"github.com/prometheus/prometheus/storage"
 	"github.com/prometheus/prometheus/util/annotations"
+	"github.com/prometheus/prometheus/util/stats"
 
 	"github.com/epimetheus-tsdb/epimetheus/gateway/account"
 	"github.com/epimetheus-tsdb/epimetheus/gateway/merge"
@@ -300,18 +301,18 @@ func (q *query) finished() parser.Value {
 
 // account makes the query's statistics those of the engine alone: it has counted
 // the points of the leaves' results, not the samples that these were made of. The
-// peak stays that of the engine, which has less in memory; and a leaf in a
-// subquery counts with all that it read at the first step.
+// peak stays that of the engine, which has less in memory.
 func (q *query) account() {
-	s := q.Query.Stats().Samples
+	all := q.Query.Stats().Samples
 	for _, l := range q.leaves {
 		c := l.counts
-		s.IncrementSeries(c.series)
+		all.IncrementSeries(c.series)
+		s := all
+		if len(l.in) > 0 {
+			s = childSamples(l.Grid)
+		}
 		for i := range c.window {
 			switch {
-			case l.subquery:
-				s.IncrementSamplesAtStep(0, c.window[i])
-				s.IncrementSamplesReadAtStep(0, c.read[i])
 			case l.once:
 				for step := range q.grid.Len() {
 					s.IncrementSamplesAtStep(step, c.window[i])
@@ -322,7 +323,24 @@ func (q *query) account() {
 				s.IncrementSamplesReadAtStep(i, c.read[i])
 			}
 		}
+		for i := len(l.in) - 1; i >= 0; i-- { // as the engine does it
+			in := &l.in[i]
+			outer := all
+			if i > 0 {
+				outer = childSamples(in.grid)
+			}
+			consumer := stats.SubqueryConsumer{
+				Start: in.grid.Start, Interval: in.grid.Step, NumSteps: in.grid.Len(), Offset: in.offset, Range: in.rng,
+			}
+			outer.MergeTotalSamplesFromSubquery(s, consumer)
+			outer.MergeSamplesReadFromSubquery(s, consumer)
+			s = outer
+		}
 	}
+}
+
+func childSamples(g Grid) *stats.QuerySamples {
+	return stats.NewChildWithStepTracking(g.Start, g.End, g.Step)
 }
 
 // Cancel implements promql.Query.

@@ -2,12 +2,14 @@ package plan
 
 import (
 	"fmt"
+	"slices"
 	"strings"
 	"time"
 
 	"github.com/prometheus/common/model"
 	"github.com/prometheus/prometheus/model/labels"
 	"github.com/prometheus/prometheus/promql/parser"
+	"github.com/prometheus/prometheus/promql/parser/posrange"
 	"github.com/prometheus/prometheus/storage"
 )
 
@@ -30,8 +32,9 @@ type Leaf struct {
 	// needs samples.
 	width int64
 
-	// once, subquery: as in place.
-	once, subquery bool
+	// once, in: as in place.
+	once bool
+	in   []subquery
 	// plain: the selector stands by itself. The engine is as good at it, but where
 	// there are no samples any more.
 	plain bool
@@ -149,8 +152,14 @@ type planner struct {
 type place struct {
 	grid Grid
 	// once: evaluated at the first time of the grid of what is around.
-	once     bool
-	subquery bool
+	once bool
+	in   []subquery // the innermost last
+}
+
+// subquery that a leaf is in.
+type subquery struct {
+	grid        Grid  // of what is around
+	offset, rng int64 // ms
 }
 
 // matchNothing is the matcher of the selector that stands for a leaf: storage is
@@ -204,8 +213,9 @@ func (p *planner) walk(e parser.Expr, at place) parser.Expr {
 		if step == 0 {
 			step = p.noStep(n.Range.Milliseconds())
 		}
-		at.grid = at.grid.subquery(n.OriginalOffset.Milliseconds(), n.Range.Milliseconds(), step)
-		at.subquery = true
+		s := subquery{at.grid, n.OriginalOffset.Milliseconds(), n.Range.Milliseconds()}
+		at.in = append(slices.Clip(at.in), s)
+		at.grid = at.grid.subquery(s.offset, s.rng, step)
 		n.Expr = p.walk(n.Expr, at)
 	case *parser.ParenExpr:
 		n.Expr = p.walk(n.Expr, at)
@@ -222,14 +232,19 @@ func (p *planner) take(l *Leaf) parser.Expr {
 	p.leaves = append(p.leaves, l)
 	l.whole = l.expr()
 	pos := l.whole.PositionRange()
+	l.copy(pos)
+	l.slot = &parser.ParenExpr{PosRange: pos, Expr: l.copied}
+	return l.slot
+}
+
+// copy makes what copies the result, at the place in the query of what it is the result of.
+func (l *Leaf) copy(pos posrange.PositionRange) {
 	l.result = &parser.VectorSelector{LabelMatchers: []*labels.Matcher{matchNothing}, PosRange: pos}
 	l.copied = &parser.Call{
 		Func:     parser.Functions["last_over_time"],
 		Args:     parser.Expressions{&parser.MatrixSelector{VectorSelector: l.result, Range: time.Millisecond, EndPos: pos.End}},
 		PosRange: pos,
 	}
-	l.slot = &parser.ParenExpr{PosRange: pos, Expr: l.copied}
-	return l.slot
 }
 
 // stands says whether a query is the leaf, and nothing else, as it has been taken.
@@ -254,7 +269,8 @@ func (l *Leaf) split() bool {
 		return false
 	}
 	agg := *l.Agg
-	agg.Expr = l.slot.Expr
+	l.copy(l.Call.PositionRange())
+	agg.Expr = l.copied
 	l.slot.Expr, l.Agg = &agg, nil
 	return true
 }
@@ -344,13 +360,13 @@ func (p *planner) selector(vs *parser.VectorSelector, at place) *Leaf {
 	}
 	offset := vs.OriginalOffset
 	if vs.Timestamp != nil {
-		if !at.once || at.subquery {
+		if !at.once || len(at.in) > 0 {
 			return nil
 		}
 		offset += time.Duration(at.grid.Start-*vs.Timestamp) * time.Millisecond
 	}
 	vs.Offset = offset
-	return &Leaf{Grid: at.grid, Selector: vs, once: at.once, subquery: at.subquery}
+	return &Leaf{Grid: at.grid, Selector: vs, once: at.once, in: at.in}
 }
 
 // describe gives the plan as text: the expression that the engine evaluates, with

@@ -55,7 +55,7 @@ func request(t *plan.Task) *workpb.RunRequest {
 			d := &h.Deletions[i]
 			out := &workpb.Deletion{Id: d.ID[:], Mint: d.MinT, Maxt: d.MaxT}
 			for _, m := range d.Matchers {
-				out.Matchers = append(out.Matchers, &workpb.Matcher{Type: uint32(m.Type), Name: m.Name, Value: m.Value})
+				out.Matchers = append(out.Matchers, &workpb.Matcher{Type: uint32(m.Type), Name: []byte(m.Name), Value: []byte(m.Value)})
 			}
 			r.Deletions = append(r.Deletions, out)
 		}
@@ -80,7 +80,7 @@ func hidden(r *workpb.RunRequest) (*history.Hidden, error) {
 			if m.GetType() > uint32(labels.MatchNotRegexp) {
 				return nil, fmt.Errorf("deletion %d: matcher of type %d", i, m.GetType())
 			}
-			matcher, err := labels.NewMatcher(labels.MatchType(m.GetType()), m.GetName(), m.GetValue())
+			matcher, err := labels.NewMatcher(labels.MatchType(m.GetType()), string(m.GetName()), string(m.GetValue()))
 			if err != nil {
 				return nil, fmt.Errorf("deletion %d: %w", i, err)
 			}

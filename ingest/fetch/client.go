@@ -189,7 +189,7 @@ func (c *Client) Labels(ctx context.Context, q Query, name string) ([]string, He
 		return out, hd, err
 	}
 	resp, err := c.rpc.Labels(ctx, &fetchpb.LabelsRequest{
-		Tenant: q.Tenant, Mint: q.MinT, Maxt: q.MaxT, Name: name, Matchers: FromMatchers(q.Matchers), Limit: uint32(q.Limit),
+		Tenant: q.Tenant, Mint: q.MinT, Maxt: q.MaxT, Name: []byte(name), Matchers: FromMatchers(q.Matchers), Limit: uint32(q.Limit),
 	})
 	if err != nil {
 		return nil, Header{}, err
@@ -243,7 +243,7 @@ type MetricMetadata struct {
 // Metadata gives the metadata of a metric, or of all if metric is empty, sorted
 // by metric; limit bounds the metrics, 0 means none.
 func (c *Client) Metadata(ctx context.Context, tenant, metric string, limit int) ([]MetricMetadata, Header, error) {
-	resp, err := c.rpc.Metadata(ctx, &fetchpb.MetadataRequest{Tenant: tenant, Metric: metric, Limit: uint32(limit)})
+	resp, err := c.rpc.Metadata(ctx, &fetchpb.MetadataRequest{Tenant: tenant, Metric: []byte(metric), Limit: uint32(limit)})
 	if err != nil {
 		return nil, Header{}, err
 	}
@@ -268,7 +268,7 @@ func (c *Client) Stats(ctx context.Context, tenant string, limit int) (*fetchpb.
 func FromMatchers(ms []*labels.Matcher) []*fetchpb.Matcher {
 	out := make([]*fetchpb.Matcher, len(ms))
 	for i, m := range ms {
-		out[i] = &fetchpb.Matcher{Type: fetchpb.Matcher_Type(m.Type), Name: m.Name, Value: m.Value}
+		out[i] = &fetchpb.Matcher{Type: fetchpb.Matcher_Type(m.Type), Name: []byte(m.Name), Value: []byte(m.Value)}
 	}
 	return out
 }
@@ -281,7 +281,7 @@ func ToMatchers(ms []*fetchpb.Matcher) ([]*labels.Matcher, error) {
 			return nil, fmt.Errorf("matcher on %q: unknown type %d", m.Name, m.Type)
 		}
 		var err error
-		if out[i], err = labels.NewMatcher(labels.MatchType(m.Type), m.Name, m.Value); err != nil {
+		if out[i], err = labels.NewMatcher(labels.MatchType(m.Type), string(m.Name), string(m.Value)); err != nil {
 			return nil, fmt.Errorf("matcher on %q: %w", m.Name, err)
 		}
 	}

@@ -205,8 +205,8 @@ func (x *Deletion) GetMatchers() []*Matcher {
 type Matcher struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Type          uint32                 `protobuf:"varint,1,opt,name=type,proto3" json:"type,omitempty"` // 0 =, 1 !=, 2 =~, 3 !~
-	Name          string                 `protobuf:"bytes,2,opt,name=name,proto3" json:"name,omitempty"`
-	Value         string                 `protobuf:"bytes,3,opt,name=value,proto3" json:"value,omitempty"`
+	Name          []byte                 `protobuf:"bytes,2,opt,name=name,proto3" json:"name,omitempty"`  // a text, perhaps not UTF-8
+	Value         []byte                 `protobuf:"bytes,3,opt,name=value,proto3" json:"value,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -248,18 +248,18 @@ func (x *Matcher) GetType() uint32 {
 	return 0
 }
 
-func (x *Matcher) GetName() string {
+func (x *Matcher) GetName() []byte {
 	if x != nil {
 		return x.Name
 	}
-	return ""
+	return nil
 }
 
-func (x *Matcher) GetValue() string {
+func (x *Matcher) GetValue() []byte {
 	if x != nil {
 		return x.Value
 	}
-	return ""
+	return nil
 }
 
 type RunRequest struct {
@@ -731,8 +731,8 @@ const file_worker_worker_proto_rawDesc = "" +
 	"\bmatchers\x18\x04 \x03(\v2\x1b.epimetheus.work.v1.MatcherR\bmatchers\"G\n" +
 	"\aMatcher\x12\x12\n" +
 	"\x04type\x18\x01 \x01(\rR\x04type\x12\x12\n" +
-	"\x04name\x18\x02 \x01(\tR\x04name\x12\x14\n" +
-	"\x05value\x18\x03 \x01(\tR\x05value\"\xbd\x06\n" +
+	"\x04name\x18\x02 \x01(\fR\x04name\x12\x14\n" +
+	"\x05value\x18\x03 \x01(\fR\x05value\"\xbd\x06\n" +
 	"\n" +
 	"RunRequest\x12\x18\n" +
 	"\aversion\x18\x01 \x01(\rR\aversion\x12\x16\n" +

@@ -79,8 +79,8 @@ func (Matcher_Type) EnumDescriptor() ([]byte, []int) {
 type Matcher struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Type          Matcher_Type           `protobuf:"varint,1,opt,name=type,proto3,enum=epimetheus.fetch.v1.Matcher_Type" json:"type,omitempty"`
-	Name          string                 `protobuf:"bytes,2,opt,name=name,proto3" json:"name,omitempty"`
-	Value         string                 `protobuf:"bytes,3,opt,name=value,proto3" json:"value,omitempty"`
+	Name          []byte                 `protobuf:"bytes,2,opt,name=name,proto3" json:"name,omitempty"` // a text, as all here that a user may choose: perhaps not UTF-8, which strings have to be
+	Value         []byte                 `protobuf:"bytes,3,opt,name=value,proto3" json:"value,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -122,18 +122,18 @@ func (x *Matcher) GetType() Matcher_Type {
 	return Matcher_EQUAL
 }
 
-func (x *Matcher) GetName() string {
+func (x *Matcher) GetName() []byte {
 	if x != nil {
 		return x.Name
 	}
-	return ""
+	return nil
 }
 
-func (x *Matcher) GetValue() string {
+func (x *Matcher) GetValue() []byte {
 	if x != nil {
 		return x.Value
 	}
-	return ""
+	return nil
 }
 
 type Matchers struct {
@@ -1023,7 +1023,7 @@ type LabelsRequest struct {
 	Tenant        string                 `protobuf:"bytes,1,opt,name=tenant,proto3" json:"tenant,omitempty"`
 	Mint          int64                  `protobuf:"varint,2,opt,name=mint,proto3" json:"mint,omitempty"`
 	Maxt          int64                  `protobuf:"varint,3,opt,name=maxt,proto3" json:"maxt,omitempty"`
-	Name          string                 `protobuf:"bytes,4,opt,name=name,proto3" json:"name,omitempty"` // empty: label names are wanted
+	Name          []byte                 `protobuf:"bytes,4,opt,name=name,proto3" json:"name,omitempty"` // empty: label names are wanted
 	Matchers      []*Matcher             `protobuf:"bytes,5,rep,name=matchers,proto3" json:"matchers,omitempty"`
 	Limit         uint32                 `protobuf:"varint,6,opt,name=limit,proto3" json:"limit,omitempty"`
 	unknownFields protoimpl.UnknownFields
@@ -1081,11 +1081,11 @@ func (x *LabelsRequest) GetMaxt() int64 {
 	return 0
 }
 
-func (x *LabelsRequest) GetName() string {
+func (x *LabelsRequest) GetName() []byte {
 	if x != nil {
 		return x.Name
 	}
-	return ""
+	return nil
 }
 
 func (x *LabelsRequest) GetMatchers() []*Matcher {
@@ -1389,7 +1389,7 @@ func (x *Exemplar) GetValue() uint64 {
 type MetadataRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Tenant        string                 `protobuf:"bytes,1,opt,name=tenant,proto3" json:"tenant,omitempty"`
-	Metric        string                 `protobuf:"bytes,2,opt,name=metric,proto3" json:"metric,omitempty"` // empty: all
+	Metric        []byte                 `protobuf:"bytes,2,opt,name=metric,proto3" json:"metric,omitempty"` // empty: all
 	Limit         uint32                 `protobuf:"varint,3,opt,name=limit,proto3" json:"limit,omitempty"`  // of metrics; 0: none
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -1432,11 +1432,11 @@ func (x *MetadataRequest) GetTenant() string {
 	return ""
 }
 
-func (x *MetadataRequest) GetMetric() string {
+func (x *MetadataRequest) GetMetric() []byte {
 	if x != nil {
 		return x.Metric
 	}
-	return ""
+	return nil
 }
 
 func (x *MetadataRequest) GetLimit() uint32 {
@@ -1785,8 +1785,8 @@ const file_fetch_fetch_proto_rawDesc = "" +
 	"\x11fetch/fetch.proto\x12\x13epimetheus.fetch.v1\"\xa8\x01\n" +
 	"\aMatcher\x125\n" +
 	"\x04type\x18\x01 \x01(\x0e2!.epimetheus.fetch.v1.Matcher.TypeR\x04type\x12\x12\n" +
-	"\x04name\x18\x02 \x01(\tR\x04name\x12\x14\n" +
-	"\x05value\x18\x03 \x01(\tR\x05value\"<\n" +
+	"\x04name\x18\x02 \x01(\fR\x04name\x12\x14\n" +
+	"\x05value\x18\x03 \x01(\fR\x05value\"<\n" +
 	"\x04Type\x12\t\n" +
 	"\x05EQUAL\x10\x00\x12\r\n" +
 	"\tNOT_EQUAL\x10\x01\x12\n" +
@@ -1872,7 +1872,7 @@ const file_fetch_fetch_proto_rawDesc = "" +
 	"\x06tenant\x18\x01 \x01(\tR\x06tenant\x12\x12\n" +
 	"\x04mint\x18\x02 \x01(\x03R\x04mint\x12\x12\n" +
 	"\x04maxt\x18\x03 \x01(\x03R\x04maxt\x12\x12\n" +
-	"\x04name\x18\x04 \x01(\tR\x04name\x128\n" +
+	"\x04name\x18\x04 \x01(\fR\x04name\x128\n" +
 	"\bmatchers\x18\x05 \x03(\v2\x1c.epimetheus.fetch.v1.MatcherR\bmatchers\x12\x14\n" +
 	"\x05limit\x18\x06 \x01(\rR\x05limit\"]\n" +
 	"\x0eLabelsResponse\x123\n" +
@@ -1895,7 +1895,7 @@ const file_fetch_fetch_proto_rawDesc = "" +
 	"\x05value\x18\x03 \x01(\x06R\x05value\"W\n" +
 	"\x0fMetadataRequest\x12\x16\n" +
 	"\x06tenant\x18\x01 \x01(\tR\x06tenant\x12\x16\n" +
-	"\x06metric\x18\x02 \x01(\tR\x06metric\x12\x14\n" +
+	"\x06metric\x18\x02 \x01(\fR\x06metric\x12\x14\n" +
 	"\x05limit\x18\x03 \x01(\rR\x05limit\"\x82\x01\n" +
 	"\x10MetadataResponse\x123\n" +
 	"\x06header\x18\x01 \x01(\v2\x1b.epimetheus.fetch.v1.HeaderR\x06header\x129\n" +
