@@ -1,6 +1,7 @@
 package chunkfmt
 
 import (
+	"bytes"
 	"encoding/binary"
 	"fmt"
 
@@ -73,6 +74,7 @@ type pageChunk struct {
 	isBase bool // of others
 	times  uint32
 	base   uint32 // distance to the chunk it is based on, 0 for none
+	values uint32 // the first chunk that has the same values, as far as that is known
 	from   uint32
 	end    uint32
 }
@@ -130,8 +132,10 @@ func (p *DataPage) layOut(c *cursor) {
 	// With all its capacity, so that unpacking may load beyond the end of a chunk.
 	p.body = c.b
 	from := uint32(0)
+	before := make([]uint32, len(p.times)) // by timestamps: one more than the chunk before that has them
 	for i := range p.chunks {
 		k := &p.chunks[i]
+		k.values = uint32(i)
 		if k.end > uint32(len(p.body))-from {
 			c.fail("column of %d bytes, %d left", k.end, uint32(len(p.body))-from)
 			return
@@ -146,8 +150,21 @@ func (p *DataPage) layOut(c *cursor) {
 				c.fail("chunk %d has a base %d before it", i, k.base)
 				return
 			}
-			p.chunks[i-int(k.base)].isBase = true
+			// The upper buckets of a histogram are often the same. What is based on one of those is, as well, on the first of
+			// them, whose integers are most likely still known.
+			of := int(p.chunks[i-int(k.base)].values)
+			k.base = uint32(i - of)
+			base := &p.chunks[of]
+			base.isBase = true
+			if k.kind == byte(KindFloat)|chunkBase && base.kind&chunkST == 0 && codec.SameAsBase(p.body[k.from:k.end]) && !codec.HasExceptions(p.body[base.from:base.end]) {
+				k.values = uint32(of)
+			}
+		} else if j := before[k.times]; j > 0 {
+			if o := &p.chunks[j-1]; o.kind == k.kind && bytes.Equal(p.body[o.from:o.end], p.body[k.from:k.end]) {
+				k.values = o.values
+			}
 		}
+		before[k.times] = uint32(i) + 1
 	}
 	c.b = c.b[from:]
 }
@@ -177,6 +194,16 @@ type TimesName struct {
 
 // TimesName gives that of chunk i, which there must be.
 func (p *DataPage) TimesName(i int) TimesName { return TimesName{p.id, p.chunks[i].times} }
+
+// ValuesName names the values of a chunk of floats: chunks that have the same name have the same. Others may have the same
+// too.
+type ValuesName struct {
+	page  uint64
+	chunk uint32
+}
+
+// ValuesName gives that of chunk i, which there must be.
+func (p *DataPage) ValuesName(i int) ValuesName { return ValuesName{p.id, p.chunks[i].values} }
 
 // Kind is the kind of chunk i, 0 if there is none.
 func (p *DataPage) Kind(i int) Kind {

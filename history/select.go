@@ -314,16 +314,34 @@ type Buffer struct {
 	dec     chunkfmt.Decoder
 	windows windowBuffer
 	times   timesNames
-	rises   bool
+	values  uint64
+	made    uint64 // the last number that a run's values were given
+	falls   []Span
+	rises   []bool // of the chunks of a part
 }
 
 // Times names the times of the floats of the one run that Runs gave last: where it is the same, and not 0, they are the
 // same. It is 0 if that isn't known. No two buffers give the same.
 func (b *Buffer) Times() uint64 { return b.times.last }
 
-// Rises reports whether the values of the floats of the one run that Runs gave last are known to rise: each is no less than
-// the one before, and none is NaN.
-func (b *Buffer) Rises() bool { return b.rises }
+// Values names the values of the floats of the one run that Runs gave last: where it is the same, and not 0, so are times
+// and values. It is 0 if that isn't known. It tells nothing of those that other buffers give.
+func (b *Buffer) Values() uint64 { return b.values }
+
+// Falls says where, among the values of the floats of the one run that Runs gave last, one may be less than the one before
+// it, or NaN: no other is. It ascends, and is good until the buffer is used again.
+func (b *Buffer) Falls() []Span { return b.falls }
+
+// note notes of the values from from up to, without, to, whether they are known to rise among themselves.
+func (b *Buffer) note(v []float64, from, to int, rises bool) {
+	switch {
+	case from == to:
+	case !rises:
+		b.falls = append(b.falls, Span{from, to})
+	case from > 0 && !(v[from-1] <= v[from]):
+		b.falls = append(b.falls, Span{from, from + 1})
+	}
+}
 
 // timesNames gives numbers to what times are made of, as the series of a target have the same.
 type timesNames struct {
@@ -377,82 +395,92 @@ type runBuffer struct {
 	run  chunkfmt.Series
 	t    []int64
 	v    []float64
-	last timesOfRun
+	last madeOf
 }
 
-// timesOfRun is what the times of a run, which lie in its buffer, were made of. A run of another series whose times have
-// the same number has the same, and its values alone are decoded.
-type timesOfRun struct {
-	number uint64 // 0: not known
-	t      []int64
-	parts  []timesOfPart
-	chunks []timesOfChunk // of all parts
+// madeOf is what the run in a buffer was made of. A run of another series whose times have the same number has the same,
+// and its values alone are decoded, if they aren't the same too.
+type madeOf struct {
+	times  uint64             // their number, 0 if not known
+	values uint64             // as Buffer.Values
+	falls  []Span             // as Buffer.Falls
+	in     [][]chunkfmt.Range // what of the block of each part is read
+	chunks []madeOfChunk      // of all parts
 }
 
-type timesOfPart struct {
-	in    []chunkfmt.Range // what of the block is read
-	spans []span           // of all that was decoded, what is in those
-	whole bool             // all is
-}
-
-type timesOfChunk struct {
+type madeOfChunk struct {
 	mint, maxt int64
 	samples    int
-}
-
-// note makes it that of a run that has been decoded.
-func (l *timesOfRun) note(number uint64, run *chunkfmt.Series, p *runPlan) {
-	l.chunks = l.chunks[:0]
-	if l.number = number; number == 0 || run.Floats.ST != nil {
-		l.number = 0
-		return
-	}
-	l.t = run.Floats.T
-	for _, pt := range p.parts {
-		for i := range pt.chunks {
-			c := &pt.chunks[i]
-			l.chunks = append(l.chunks, timesOfChunk{c.MinT, c.MaxT, c.Samples})
-		}
-	}
+	kept       []Span // which of them
+	whole      bool   // all
+	values     chunkfmt.ValuesName
 }
 
 // decode makes a run of values, whose times are those that the buffer has. It reports false if they aren't, or if
 // there is an error: the whole is to be decoded then.
 func (r *runBuffer) decode(buf *Buffer, p *runPlan, mint, maxt int64) bool {
 	l := &r.last
-	if l.number == 0 || l.number != buf.times.last || len(l.parts) != len(p.parts) {
+	if l.times == 0 || l.times != buf.times.last || len(l.in) != len(p.parts) {
 		return false
 	}
-	k, v, rises := 0, r.v[:0], true
+	k, same := 0, true
 	for i, pt := range p.parts {
-		known := &l.parts[i]
-		if !slices.Equal(known.in, pt.block.readable(mint, maxt)) {
+		if !pt.block.reads(mint, maxt, l.in[i]) {
 			return false
 		}
-		had := len(v)
 		for j := range pt.chunks {
 			c := &pt.chunks[j]
-			if k == len(l.chunks) || l.chunks[k] != (timesOfChunk{c.MinT, c.MaxT, c.Samples}) {
+			if k == len(l.chunks) || l.chunks[k].mint != c.MinT || l.chunks[k].maxt != c.MaxT || l.chunks[k].samples != c.Samples {
 				return false
 			}
+			values := pt.pages[j].data.ValuesName(c.Index)
+			same = same && l.chunks[k].values == values
+			l.chunks[k].values = values
 			k++
-			before := len(v)
-			var ok bool
-			if v, ok, _ = buf.dec.Values(pt.pages[j].data, c.Index, v); !ok {
-				return false
-			}
-			rises = rises && buf.dec.Rises() && (before == 0 || v[before-1] <= v[before])
-		}
-		if !known.whole {
-			v = keep(v, had, known.spans)
 		}
 	}
-	if k != len(l.chunks) || len(v) != len(l.t) {
+	t := r.run.Floats.T
+	if k != len(l.chunks) {
 		return false
 	}
-	buf.rises = rises
-	r.run.Floats = chunkfmt.Floats{T: l.t, V: v}
+	if same {
+		r.run = chunkfmt.Series{Floats: r.run.Floats}
+		buf.values, buf.falls = l.values, append(buf.falls[:0], l.falls...)
+		return true
+	}
+	v := r.v[:0]
+	k = 0
+	buf.falls = buf.falls[:0]
+	for _, pt := range p.parts {
+		for j := range pt.chunks {
+			made, before := &l.chunks[k], len(v)
+			k++
+			if !made.whole && len(made.kept) == 0 {
+				continue
+			}
+			var ok bool
+			if v, ok, _ = buf.dec.Values(pt.pages[j].data, pt.chunks[j].Index, v); !ok {
+				return false
+			}
+			if !made.whole {
+				v = keep(v, before, made.kept)
+			}
+			buf.note(v, before, len(v), buf.dec.Rises())
+		}
+	}
+	if len(v) != len(t) {
+		return false
+	}
+	r.run = chunkfmt.Series{Floats: chunkfmt.Floats{T: t, V: v}}
+	l.made(buf)
 	return true
+}
+
+// made notes what values there are, which are others than before.
+func (l *madeOf) made(buf *Buffer) {
+	buf.made++
+	buf.values = buf.made
+	l.values, l.falls = buf.values, append(l.falls[:0], buf.falls...)
 }
 
 // rememberedPages is how many of the blocks that a series is in are decoded as fast as one alone.
@@ -464,7 +492,7 @@ func (b *Buffer) run(i, floats int) *chunkfmt.Series {
 		b.runs = append(b.runs, &runBuffer{})
 	}
 	r := b.runs[i]
-	r.last.number, r.last.parts = 0, r.last.parts[:0]
+	r.last.times, r.last.in, r.last.chunks = 0, r.last.in[:0], r.last.chunks[:0]
 	if floats > cap(r.t) { // each chunk's number of samples is bounded by the format
 		r.t, r.v = make([]int64, 0, floats), make([]float64, 0, floats)
 	}
@@ -482,7 +510,7 @@ func (b *Buffer) run(i, floats int) *chunkfmt.Series {
 func (s *Series) Runs(buf *Buffer) ([]*chunkfmt.Series, error) {
 	plans := s.plan()
 	out := make([]*chunkfmt.Series, 0, len(plans))
-	buf.times.last, buf.rises, buf.dec.Pages = 0, false, rememberedPages
+	buf.times.last, buf.values, buf.dec.Pages = 0, 0, rememberedPages
 	if len(plans) == 1 && len(s.hidden) == 0 {
 		buf.times.name(&plans[0], s.mint, s.maxt)
 		if len(buf.runs) > 0 && buf.runs[0].decode(buf, &plans[0], s.mint, s.maxt) {
@@ -498,13 +526,16 @@ func (s *Series) Runs(buf *Buffer) ([]*chunkfmt.Series, error) {
 	for i, p := range plans {
 		run := buf.run(i, p.floats)
 		run.Labels = s.Labels
-		buf.rises = true
+		buf.falls = buf.falls[:0]
 		for _, pt := range p.parts {
 			if err := pt.decode(buf, i, s.mint, s.maxt); err != nil {
 				return nil, err
 			}
 		}
-		buf.runs[i].last.note(buf.times.last, run, &p)
+		if last := &buf.runs[i].last; run.Floats.ST == nil && buf.times.last != 0 {
+			last.times = buf.times.last
+			last.made(buf)
+		}
 		Cut(run, s.hidden)
 		n := len(run.Floats.T) + len(run.Histograms.T) + len(run.FloatHistograms.T)
 		s.s.Stats.Samples.Add(int64(n))
@@ -512,7 +543,9 @@ func (s *Series) Runs(buf *Buffer) ([]*chunkfmt.Series, error) {
 			out = append(out, run)
 		}
 	}
-	buf.rises = buf.rises && len(plans) == 1
+	if len(out) == 1 && (len(plans) > 1 || len(s.hidden) > 0) {
+		buf.falls = append(buf.falls[:0], Span{0, len(out[0].Floats.V)})
+	}
 	return out, nil
 }
 
@@ -558,21 +591,39 @@ func (p *part) decode(buf *Buffer, i int, mint, maxt int64) error {
 		return !slices.ContainsFunc(in, func(r chunkfmt.Range) bool { return r.MinT <= c.MinT && c.MaxT <= r.MaxT })
 	})
 	floats, hists, floatHists := len(run.Floats.T), len(run.Histograms.T), len(run.FloatHistograms.T)
+	last := &buf.runs[i].last
+	last.in = append(last.in, in)
+	made, rises := len(last.chunks), buf.rises[:0]
 	for i := range p.chunks {
-		before := len(run.Floats.V)
-		if err := p.pages[i].decode(&buf.dec, &p.chunks[i], run); err != nil {
+		c := &p.chunks[i]
+		if err := p.pages[i].decode(&buf.dec, c, run); err != nil {
 			return err
 		}
-		if v := run.Floats.V; p.chunks[i].Kind == chunkfmt.KindFloat {
-			buf.rises = buf.rises && buf.dec.Rises() && (before == 0 || v[before-1] <= v[before])
+		if c.Kind == chunkfmt.KindFloat {
+			last.chunks = append(last.chunks, madeOfChunk{c.MinT, c.MaxT, c.Samples, nil, whole, p.pages[i].data.ValuesName(c.Index)})
+			rises = append(rises, buf.dec.Rises())
 		}
 	}
-	var spans []span
+	buf.rises = rises
+	spans := []Span{{0, len(run.Floats.V) - floats}}
 	if !whole {
 		spans = cut(run, in, floats, hists, floatHists)
 	}
-	last := &buf.runs[i].last
-	last.parts = append(last.parts, timesOfPart{in, spans, whole})
+	from, at := 0, floats // of a chunk: in what was decoded, and now
+	for i, rises := range rises {
+		c := &last.chunks[made+i]
+		kept := overlap(spans, from, from+c.samples)
+		if !whole {
+			c.kept = kept
+		}
+		from += c.samples
+		to := at
+		for _, sp := range kept {
+			to += sp.To - sp.From
+		}
+		buf.note(run.Floats.V, at, to, rises)
+		at = to
+	}
 	// A hint speaks of the sample before, which another block may not have seen.
 	if hists > 0 && hists < len(run.Histograms.H) {
 		run.Histograms.H[hists] = unknownHint(run.Histograms.H[hists])
@@ -656,9 +707,24 @@ func (b *Block) readable(mint, maxt int64) []chunkfmt.Range {
 	return out
 }
 
+// reads reports whether readable gives known.
+func (b *Block) reads(mint, maxt int64, known []chunkfmt.Range) bool {
+	for _, r := range b.Ranges {
+		lo, hi := max(mint, r.MinT), min(maxt, r.MaxT)
+		if lo > hi {
+			continue
+		}
+		if len(known) == 0 || known[0] != (chunkfmt.Range{MinT: lo, MaxT: hi}) {
+			return false
+		}
+		known = known[1:]
+	}
+	return len(known) == 0
+}
+
 // cut leaves of a run, behind its first so many samples, what lies in one of the
 // ranges, which ascend. It gives the places of the floats that do.
-func cut(run *chunkfmt.Series, in []chunkfmt.Range, floats, hists, floatHists int) []span {
+func cut(run *chunkfmt.Series, in []chunkfmt.Range, floats, hists, floatHists int) []Span {
 	f, h, g := &run.Floats, &run.Histograms, &run.FloatHistograms
 	ofFloats := within(f.T[floats:], in)
 	f.T, f.ST, f.V = keep(f.T, floats, ofFloats), keep(f.ST, floats, ofFloats), keep(f.V, floats, ofFloats)
@@ -671,49 +737,60 @@ func cut(run *chunkfmt.Series, in []chunkfmt.Range, floats, hists, floatHists in
 	return ofFloats
 }
 
-// span is a range of indexes, the end excluded.
-type span struct{ from, to int }
+// Span is a range of indexes, the end excluded.
+type Span struct{ From, To int }
+
+// overlap gives what of spans lies from from up to, without, to, counted from from.
+func overlap(spans []Span, from, to int) []Span {
+	var out []Span
+	for _, sp := range spans {
+		if lo, hi := max(sp.From, from), min(sp.To, to); lo < hi {
+			out = append(out, Span{lo - from, hi - from})
+		}
+	}
+	return out
+}
 
 // within gives the indexes of the times that lie in ranges, which ascend.
-func within(t []int64, ranges []chunkfmt.Range) []span {
-	var out []span
+func within(t []int64, ranges []chunkfmt.Range) []Span {
+	var out []Span
 	for _, r := range ranges {
 		from := sort.Search(len(t), func(i int) bool { return t[i] >= r.MinT })
 		to := from + sort.Search(len(t)-from, func(i int) bool { return t[from+i] > r.MaxT })
 		switch n := len(out); {
 		case from == to:
-		case n > 0 && out[n-1].to == from:
-			out[n-1].to = to
+		case n > 0 && out[n-1].To == from:
+			out[n-1].To = to
 		default:
-			out = append(out, span{from, to})
+			out = append(out, Span{from, to})
 		}
 	}
 	return out
 }
 
 // keep leaves the first so many elements, and behind those the elements at spans.
-func keep[E any](s []E, first int, spans []span) []E {
+func keep[E any](s []E, first int, spans []Span) []E {
 	if s == nil {
 		return nil
 	}
 	if first == 0 && len(spans) == 1 {
-		return s[spans[0].from:spans[0].to]
+		return s[spans[0].From:spans[0].To]
 	}
 	n := first
 	for _, sp := range spans {
-		n += copy(s[n:], s[first+sp.from:first+sp.to])
+		n += copy(s[n:], s[first+sp.From:first+sp.To])
 	}
 	return s[:n]
 }
 
 // forget makes a counter-reset hint unknown where the sample before was cut out.
-func forget[H any](hs []H, spans []span, unknown func(H) H) {
+func forget[H any](hs []H, spans []Span, unknown func(H) H) {
 	i := 0
 	for n, sp := range spans {
 		if n > 0 {
 			hs[i] = unknown(hs[i])
 		}
-		i += sp.to - sp.from
+		i += sp.To - sp.From
 	}
 }
 

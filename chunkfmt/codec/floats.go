@@ -402,6 +402,14 @@ func (d *Decoder) Rises() bool { return d.rises }
 // IntsRise is Rises for the integers that FloatsOn or BaseInts put into sum.
 func (d *Decoder) IntsRise() bool { return !d.fell }
 
+// SameAsBase reports whether b is a column of floats on a base whose integers are those of the base.
+func SameAsBase(b []byte) bool {
+	return len(b) == 3 && b[0] == floatBase && b[1] == formConst && b[2] == 0
+}
+
+// HasExceptions reports whether b is a column of floats with exceptions, or none: other floats than its integers, then.
+func HasExceptions(b []byte) bool { return len(b) == 0 || b[0]&floatExcept != 0 }
+
 // BaseInts adds the integers of the column of floats at the start of b to sum,
 // which has as many elements as the column. A column that can't be a base is
 // refused. rises: those of sum are known to.

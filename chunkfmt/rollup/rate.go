@@ -1,9 +1,6 @@
 package rollup
 
-import (
-	"math"
-	"time"
-)
+import "time"
 
 // Extrapolation makes a rate of what a series has gone up by between the first and
 // the last sample of a range, as extrapolatedRate of Prometheus's engine does, to the
@@ -14,11 +11,13 @@ type Extrapolation struct {
 	counter bool
 	per     float64 // s; 0: it is no rate
 
-	// The range before: how many samples it had, and in ms how far the first was from its
-	// start, the last from its end, and what lay between them.
-	n, start, end, between int64
+	lie // of the range before
 	place
 }
+
+// lie is how a range lies to its samples: how many it has, and in ms how far the first is from its start, the last from
+// its end, and what lies between them.
+type lie struct{ n, start, end, between int64 }
 
 // place is what follows from how a range lies to its samples, in s, and the factor if zero is too
 // far away to be reached.
@@ -38,18 +37,15 @@ func NewExtrapolation(function string, rng int64) Extrapolation {
 // Result for a range that ends at end and has n samples, two or more; the times are
 // in ms. increase is the last value less the first, with what was lost in resets.
 func (x *Extrapolation) Result(end, n, firstT, lastT int64, firstV, increase float64) float64 {
-	x.at(end, n, firstT, lastT)
+	if is := x.lieOf(end, n, firstT, lastT); is != x.lie {
+		x.set(is)
+	}
 	return x.nearZero(&x.place, firstV, increase)
 }
 
-// at sets the place, and reports whether it is another one than before.
-func (x *Extrapolation) at(end, n, firstT, lastT int64) bool {
-	start, rest, between := firstT-(end-x.rng), end-lastT, lastT-firstT
-	if start == x.start && rest == x.end && between == x.between && n == x.n {
-		return false
-	}
-	x.set(n, start, rest, between)
-	return true
+// lieOf is how a range that ends at end lies to n samples.
+func (x *Extrapolation) lieOf(end, n, firstT, lastT int64) lie {
+	return lie{n, firstT - (end - x.rng), end - lastT, lastT - firstT}
 }
 
 // nearZero is Result where the times are those of p.
@@ -64,11 +60,11 @@ func (x *Extrapolation) nearZero(p *place, firstV, increase float64) float64 {
 	return increase * p.factor
 }
 
-// set makes the place of the times.
-func (x *Extrapolation) set(n, start, end, between int64) {
-	x.n, x.start, x.end, x.between = n, start, end, between
-	x.toStart, x.toEnd, x.sampled = float64(start)/1000, float64(end)/1000, float64(between)/1000
-	average := x.sampled / float64(n-1)
+// set makes the place of a range.
+func (x *Extrapolation) set(is lie) {
+	x.lie = is
+	x.toStart, x.toEnd, x.sampled = float64(is.start)/1000, float64(is.end)/1000, float64(is.between)/1000
+	average := x.sampled / float64(is.n-1)
 	threshold := average * 1.1
 	if x.toStart >= threshold {
 		x.toStart = average / 2
@@ -95,88 +91,161 @@ func (x *Extrapolation) over(p *place, toStart float64) float64 {
 // all series that share them.
 type Ranges struct {
 	x      Extrapolation
-	ranges []aRange
-	places []place
-	// Of each range that of its place, so as to be read one after the other.
-	factors []float64
-	// Of places the shortest sampled and the longest toStart.
-	leastSampled, mostToStart float64
+	n      int
+	runs   []rangeRun
+	others []otherRange // of all runs
 }
 
-// aRange is where in a column the first and the last sample of a range are, and its place.
-type aRange struct{ first, last, place int32 }
+// rangeRun are ranges, one after the other, each of which is by samples behind the one before. Where scrapes are on time
+// they lie to their samples alike: in a run most do.
+type rangeRun struct {
+	n           int
+	first, last int // where in the column the first and the last sample of the first range are
+	by          int
+	lie         lie
+	place       place
+	others      int // so many lie otherwise
+}
+
+// otherRange is a range that lies otherwise than its run, of which it is the i-th.
+type otherRange struct {
+	i     int
+	place place
+}
 
 // Reset makes r hold none, for rate(), increase() or delta() over ranges of rng ms.
 func (r *Ranges) Reset(function string, rng int64) {
-	*r = Ranges{
-		x: NewExtrapolation(function, rng), ranges: r.ranges[:0], places: r.places[:0], factors: r.factors[:0],
-		leastSampled: math.Inf(1),
-	}
+	*r = Ranges{x: NewExtrapolation(function, rng), runs: r.runs[:0], others: r.others[:0]}
 }
 
 // Len is how many there are.
-func (r *Ranges) Len() int { return len(r.ranges) }
+func (r *Ranges) Len() int { return r.n }
 
 // Add puts in the next one, that ends at end, in ms, and whose samples are those of t from lo up to, without, hi: two or
 // more.
 func (r *Ranges) Add(end int64, t []int64, lo, hi int32) {
-	if r.x.at(end, int64(hi-lo), t[lo], t[hi-1]) || len(r.places) == 0 {
-		r.places = append(r.places, r.x.place)
-		r.leastSampled, r.mostToStart = min(r.leastSampled, r.x.sampled), max(r.mostToStart, r.x.toStart)
+	first, last := int(lo), int(hi)-1
+	is := r.x.lieOf(end, int64(hi-lo), t[first], t[last])
+	r.n++
+	if n := len(r.runs); n > 0 {
+		run := &r.runs[n-1]
+		if run.n == 1 {
+			run.by = first - run.first
+		}
+		if first == run.first+run.n*run.by && last == run.last+run.n*run.by && (is == run.lie || 2*run.others < run.n) {
+			if is != run.lie {
+				r.x.set(is)
+				r.others = append(r.others, otherRange{run.n, r.x.place})
+				run.others++
+			}
+			run.n++
+			return
+		}
 	}
-	r.factors = append(r.factors, r.x.factor)
-	r.ranges = append(r.ranges, aRange{lo, hi - 1, int32(len(r.places) - 1)}) //nolint:gosec // no more than ranges
-}
-
-// farFromZero reports whether zero is too far from values that rise to be reached by any of the rates: the first value of
-// all is more, by more than rounding, than what any range could take off. Of greater numbers or less than 1 it says nothing.
-func (r *Ranges) farFromZero(v []float64) bool {
-	if len(r.ranges) == 0 {
-		return false
-	}
-	first, last := v[r.ranges[0].first], v[r.ranges[len(r.ranges)-1].last]
-	return first >= 1 && last < 1e200 && first*r.leastSampled > r.mostToStart*(last-first)*(1+1e-9)
+	r.x.set(is)
+	r.runs = append(r.runs, rangeRun{n: 1, first: first, last: last, lie: is, place: r.x.place})
 }
 
 // Results sets dst, of as many elements, to the results for the values of a series. resets are where in v it is less than
-// before, ascending; of those outside of ranges no notice is taken. rises: there are no resets, and no value is NaN.
-func (r *Ranges) Results(dst, v []float64, resets []int32, rises bool) {
-	x, ranges, places := &r.x, r.ranges[:len(dst)], r.places
-	if !x.counter || rises && r.farFromZero(v) {
-		factors := r.factors[:len(dst)]
-		for i := range ranges {
-			at := &ranges[i]
-			dst[i] = (v[at.last] - v[at.first]) * factors[i]
+// before, ascending; those outside of ranges may be missing if there is a NaN or if falls: it may be less there.
+func (r *Ranges) Results(dst, v []float64, resets []int32, falls bool) {
+	others := r.others
+	for i := range r.runs {
+		run := &r.runs[i]
+		for len(resets) > 0 && int(resets[0]) <= run.first {
+			resets = resets[1:]
 		}
-		return
+		r.alike(run, dst[:run.n], v, resets, falls)
+		left := resets
+		for k := range others[:run.others] {
+			o := &others[k]
+			first, last := run.first+o.i*run.by, run.last+o.i*run.by
+			for len(left) > 0 && int(left[0]) <= first {
+				left = left[1:]
+			}
+			dst[o.i] = r.x.nearZero(&o.place, v[first], increase(v, first, last, left))
+		}
+		dst, others = dst[run.n:], others[run.others:]
 	}
-	for i := range ranges {
-		at := &ranges[i]
-		p := &places[at.place]
-		first := v[at.first]
-		increase := v[at.last] - first
-		if least := p.toStart * increase; least > 1e-290 && first*p.sampled > least*(1+1e-9) || increase == 0 {
+}
+
+// increase is the last value of a range less the first, with what was lost in resets, all of which are behind the first.
+func increase(v []float64, first, last int, resets []int32) float64 {
+	sum := v[last] - v[first]
+	for _, at := range resets {
+		if int(at) > last {
+			break
+		}
+		sum += v[at-1]
+	}
+	return sum
+}
+
+// rangesAtOnce is of how many ranges it is found out together whether zero is too far away to be reached by their rates.
+const rangesAtOnce = 128
+
+// alike is Results of a run, as if all of it lay alike.
+func (r *Ranges) alike(run *rangeRun, dst, v []float64, resets []int32, falls bool) {
+	p, by := &run.place, run.by
+	for first, last := run.first, run.last; len(dst) > 0; {
+		some := dst[:min(rangesAtOnce, len(dst))]
+		end := last + (len(some)-1)*by
+		for len(resets) > 0 && int(resets[0]) <= first {
+			resets = resets[1:]
+		}
+		within := len(resets) > 0 && int(resets[0]) <= end
+		if !r.x.counter || !within && !falls && p.farFromZero(v[first], v[end]) {
+			p.differences(some, v[first:], v[last:], by)
+		} else {
+			r.x.rates(p, some, v[first:], v[last:], by)
+		}
+		if within && r.x.counter {
+			left := resets
+			for i := range some {
+				first, last := first+i*by, last+i*by
+				for len(left) > 0 && int(left[0]) <= first {
+					left = left[1:]
+				}
+				if len(left) == 0 {
+					break
+				}
+				if int(left[0]) <= last {
+					some[i] = r.x.nearZero(p, v[first], increase(v, first, last, left))
+				}
+			}
+		}
+		first, last, dst = first+len(some)*by, last+len(some)*by, dst[len(some):]
+	}
+}
+
+// farFromZero reports whether zero is too far from values that rise from first to last to be reached by the rate of any
+// range: the first of all is more, by more than rounding, than what any range could take off. Of greater numbers or
+// less than 1 it says nothing.
+func (p *place) farFromZero(first, last float64) bool {
+	return first >= 1 && last < 1e200 && first*p.sampled > p.toStart*(last-first)*(1+1e-9)
+}
+
+// differences sets dst to the results where zero is too far away, or there is none. first and last have the values of
+// ranges, each by behind the one before.
+func (p *place) differences(dst, first, last []float64, by int) {
+	factor, at := p.factor, 0
+	for i := range dst {
+		dst[i] = (last[at] - first[at]) * factor
+		at += by
+	}
+}
+
+// rates is differences where zero may be near.
+func (x *Extrapolation) rates(p *place, dst, first, last []float64, by int) {
+	at := 0
+	for i := range dst {
+		from := first[at]
+		increase := last[at] - from
+		if least := p.toStart * increase; least > 1e-290 && from*p.sampled > least*(1+1e-9) || increase == 0 {
 			dst[i] = increase * p.factor
 		} else {
-			dst[i] = x.nearZero(p, first, increase)
+			dst[i] = x.nearZero(p, from, increase)
 		}
-	}
-	k := 0
-	for i := 0; i < len(ranges) && len(resets) > 0; i++ {
-		at := &ranges[i]
-		for k < len(resets) && resets[k] <= at.first {
-			k++
-		}
-		if k == len(resets) {
-			return
-		}
-		if resets[k] > at.last {
-			continue
-		}
-		increase := v[at.last] - v[at.first]
-		for j := k; j < len(resets) && resets[j] <= at.last; j++ {
-			increase += v[resets[j]-1]
-		}
-		dst[i] = x.nearZero(&places[at.place], v[at.first], increase)
+		at += by
 	}
 }

@@ -510,16 +510,20 @@ type Buffer struct {
 
 	fresh, windows rollup.Windows
 	summariser     rollup.Summariser
-	times          uint64
-	rises          bool
+	times, values  uint64
+	falls          []history.Span
 }
 
 // Times names the times of the floats that Columns gave last: where it is the same, and not 0, they are the same.
 func (b *Buffer) Times() uint64 { return b.times }
 
-// Rises reports whether the values of the floats that Columns gave last are known to rise: each is no less than the one
-// before, and none is NaN.
-func (b *Buffer) Rises() bool { return b.rises }
+// Values names the values of the floats that Columns gave last: where it is the same, and not 0, so are times and values. It
+// tells nothing of what other buffers are used for.
+func (b *Buffer) Values() uint64 { return b.values }
+
+// Falls says where, among the values of the floats that Columns gave last, one may be less than the one before it, or NaN:
+// no other is. It ascends, and is good until the buffer is used again.
+func (b *Buffer) Falls() []history.Span { return b.falls }
 
 // headBuffer is what the chunks of one head are decoded into.
 type headBuffer struct {
@@ -540,17 +544,23 @@ func (b *Buffer) head(i int) *headBuffer {
 // aren't to be changed.
 func (s *Series) Columns(buf *Buffer) (*chunkfmt.Series, error) {
 	var runs []*chunkfmt.Series
-	buf.times, buf.rises = 0, false
+	buf.times, buf.values = 0, 0
 	if s.old != nil {
 		var err error
 		if runs, err = s.old.Runs(&buf.old); err != nil {
 			return nil, err
 		}
 		if len(runs) == 1 && len(s.heads) == 0 {
-			buf.times, buf.rises = buf.old.Times(), buf.old.Rises() // they are given as they are
+			// They are given as they are.
+			buf.times, buf.values, buf.falls = buf.old.Times(), buf.old.Values(), append(buf.falls[:0], buf.old.Falls()...)
+			return runs[0], nil
 		}
 	}
-	return s.merged(buf, runs, s.mint, s.maxt, s.hidden)
+	cols, err := s.merged(buf, runs, s.mint, s.maxt, s.hidden)
+	if err == nil {
+		buf.falls = append(buf.falls[:0], history.Span{To: len(cols.Floats.V)})
+	}
+	return cols, err
 }
 
 // merged puts what heads have in mint to maxt, but for what is hidden, together with

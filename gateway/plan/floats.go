@@ -6,6 +6,8 @@ import (
 
 	"github.com/prometheus/prometheus/model/value"
 	"github.com/prometheus/prometheus/util/kahansum"
+
+	"github.com/epimetheus-tsdb/epimetheus/history"
 )
 
 // The kernels below are the engine's functions (promql/functions.go of
@@ -48,30 +50,45 @@ func (k *kernel) first(_ []int64, v []float64, out *points) {
 	}
 }
 
-// markResets puts into k.marks the samples in windows that are less than the one before: counter resets. It
-// stops if it finds a staleness marker in a window, and says so.
-func (k *kernel) markResets(v []float64) (stale bool) {
-	k.marks = k.marks[:0]
+// markResets puts into k.marks the samples in windows that are less than the one before: counter resets, which are in
+// falls, as all that is NaN. It stops if it finds a staleness marker in a window, and says so.
+func (k *kernel) markResets(v []float64, falls []history.Span) (stale bool) {
+	// Between windows nobody has looked.
+	k.marks, k.falls = k.marks[:0], len(falls) > 0 && len(k.frame.held) > 1
 	for _, in := range k.frame.held {
-		prev := v[in.from]
-		for from := in.from; from < in.to; {
-			few := v[from:min(from+8, in.to)]
-			if len(few) == 8 && rising(prev, (*[8]float64)(few)) { // most are
-				from += 8
-				prev = few[7]
-				continue
+		for _, fall := range falls {
+			from, to := max(in.from, int32(fall.From)), min(in.to, int32(fall.To)) //nolint:gosec // indexes
+			if from < to && k.markResetsIn(v, max(in.from, from-1), from, to) {
+				return true
 			}
-			for _, cur := range few {
-				if !(cur >= prev) { // or one is NaN
-					if cur < prev {
-						k.marks = append(k.marks, from)
-					} else if value.IsStaleNaN(cur) {
-						return true
-					}
+		}
+	}
+	return false
+}
+
+// markResetsIn is markResets of the samples from from up to, without, to. Sample before is the one before these, or their first.
+func (k *kernel) markResetsIn(v []float64, before, from, to int32) (stale bool) {
+	prev := v[before]
+	for from < to {
+		few := v[from:min(from+8, to)]
+		if len(few) == 8 && rising(prev, (*[8]float64)(few)) { // most are
+			from += 8
+			prev = few[7]
+			continue
+		}
+		for _, cur := range few {
+			if !(cur >= prev) { // or one is NaN
+				switch {
+				case cur < prev:
+					k.marks = append(k.marks, from)
+				case value.IsStaleNaN(cur):
+					return true
+				default:
+					k.falls = true
 				}
-				prev = cur
-				from++
 			}
+			prev = cur
+			from++
 		}
 	}
 	return false
@@ -124,7 +141,7 @@ func (k *kernel) changes(_ []int64, v []float64, out *points) {
 func (k *kernel) rate(_ []int64, v []float64, out *points) {
 	out.step = append(out.step, k.frame.rateSteps...)
 	out.v = slices.Grow(out.v, len(out.step))[:len(out.step)]
-	k.frame.rates.Results(out.v, v, k.marks, k.rises)
+	k.frame.rates.Results(out.v, v, k.marks, k.falls)
 }
 
 // instantRate is irate() and idelta(): instantValue.

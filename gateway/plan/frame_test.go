@@ -15,6 +15,7 @@ import (
 	"github.com/prometheus/prometheus/util/annotations"
 
 	"github.com/epimetheus-tsdb/epimetheus/chunkfmt"
+	"github.com/epimetheus-tsdb/epimetheus/history"
 )
 
 // columnOfTimes gives times at about an interval in ms: exact, or with jitter, gaps, or nothing of a grid.
@@ -103,13 +104,18 @@ func TestKernelsOfSharedTimes(t *testing.T) {
 		}
 		k, want := newKernel(leaf, options{}), newCounts(leaf.Grid.Len())
 		times := [][]int64{columnOfTimes(r, interval), columnOfTimes(r, interval)}
-		for range 2 + r.IntN(6) {
+		var cols *chunkfmt.Series
+		var of known
+		for i := range 2 + r.IntN(6) {
 			which := r.IntN(2)
 			column := slices.Clone(times[which])
-			cols := &chunkfmt.Series{Floats: chunkfmt.Floats{T: column, V: columnOfValues(r, len(column), kinds)}}
+			if i == 0 || r.IntN(3) > 0 {
+				cols = &chunkfmt.Series{Floats: chunkfmt.Floats{T: column, V: columnOfValues(r, len(column), kinds)}}
+				of = known{uint64((1 + which) * r.IntN(2)), uint64((1 + i) * r.IntN(2)), falling(r, cols.Floats.V)}
+			}
 			var got, expect points
 			var annos annotations.Annotations
-			if err := k.eval(labels.EmptyLabels(), cols, uint64((1+which)*r.IntN(2)), ascends(cols.Floats.V) && r.IntN(4) > 0, &got, &annos); err != nil {
+			if err := k.eval(labels.EmptyLabels(), cols, of, &got, &annos); err != nil {
 				t.Fatal(err)
 			}
 			if err := newCaller(leaf, false).eval(labels.EmptyLabels(), cols, &expect, &annos, &want); err != nil {
@@ -117,11 +123,12 @@ func TestKernelsOfSharedTimes(t *testing.T) {
 			}
 			if !slices.Equal(got.step, expect.step) || !slices.EqualFunc(got.v, expect.v, same) {
 				t.Fatalf("round %d: %s over %d ms, %s, of samples at %v with %v:\n%v %v, want\n%v %v",
-					round, name, rng, leaf.Grid, column, cols.Floats.V, got.step, got.v, expect.step, expect.v)
+					round, name, rng, leaf.Grid, cols.Floats.T, cols.Floats.V, got.step, got.v, expect.step, expect.v)
 			}
 			seen[name] += len(got.step)
 			if r.IntN(6) == 0 {
 				k.frames.clear() // as if they took too much memory
+				k.given = nil
 			}
 		}
 		k.done()
@@ -136,14 +143,22 @@ func TestKernelsOfSharedTimes(t *testing.T) {
 	}
 }
 
-// ascends reports whether each value is no less than the one before, and none is NaN.
-func ascends(v []float64) bool {
-	for i, x := range v {
-		if x != x || i > 0 && x < v[i-1] {
-			return false
+// falling gives stretches in which lie all values that are less than the one before, or NaN, and some others.
+func falling(r *rand.Rand, v []float64) (out []history.Span) {
+	if r.IntN(4) == 0 {
+		return unknown(&chunkfmt.Series{Floats: chunkfmt.Floats{V: v}}).falls
+	}
+	for i := 0; i < len(v); i++ {
+		if x := v[i]; x != x || i > 0 && !(x >= v[i-1]) || r.IntN(50) == 0 {
+			to := min(len(v), i+1+r.IntN(3)*r.IntN(20))
+			out = append(out, history.Span{From: max(0, i-r.IntN(2)), To: to})
+			if n := len(out); n > 1 {
+				out[n-1].From = max(out[n-1].From, out[n-2].To)
+			}
+			i = to - 1
 		}
 	}
-	return true
+	return out
 }
 
 // sameBits, whatever NaN.

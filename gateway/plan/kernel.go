@@ -14,6 +14,7 @@ import (
 	"github.com/prometheus/prometheus/util/annotations"
 
 	"github.com/epimetheus-tsdb/epimetheus/chunkfmt"
+	"github.com/epimetheus-tsdb/epimetheus/history"
 )
 
 // kernel computes a leaf's function for one series after the other. It is for one
@@ -35,8 +36,23 @@ type kernel struct {
 	blocks []block   // of sums
 	best   []float64 // of blocks: the greatest or the least
 	marks  []int32
-	rises  bool
+	falls  bool // there may be values less than those before that aren't in marks, or NaNs
 	call   *caller
+
+	// The points that were computed last, while they are there, and the values that they are of.
+	given  *points
+	values uint64
+}
+
+// known is what is known of the floats of a series: see merge.Buffer.
+type known struct {
+	times, values uint64
+	falls         []history.Span
+}
+
+// unknown is what is known of any floats.
+func unknown(cols *chunkfmt.Series) known {
+	return known{falls: []history.Span{{To: len(cols.Floats.V)}}}
 }
 
 // framesOf are frames of leaves that have been computed, for their memory.
@@ -94,37 +110,30 @@ var kernels = map[string]func(k *kernel, t []int64, v []float64, out *points){
 	"resets":            (*kernel).changes,
 }
 
-// eval computes the points of one series. cols aren't changed or kept. times names those of the floats, if not 0:
-// see merge.Buffer. rises: the floats are known to.
-func (k *kernel) eval(ls labels.Labels, cols *chunkfmt.Series, times uint64, rises bool, out *points, annos *annotations.Annotations) (err error) {
+// eval computes the points of one series. cols aren't changed or kept; out has to stay as it is until the next eval, or
+// given is to be set to nil.
+func (k *kernel) eval(ls labels.Labels, cols *chunkfmt.Series, of known, out *points, annos *annotations.Annotations) (err error) {
+	given := k.given
+	if k.given = nil; given == out {
+		given = nil
+	}
 	out.reset()
 	histograms := len(cols.Histograms.T)+len(cols.FloatHistograms.T) > 0
 	switch {
 	case histograms && k.leaf.Selector.SkipHistogramBuckets:
 		return ErrGiveUp // the engine's hints of counter resets depend on how it iterates
 	case k.leaf.Call == nil && !histograms:
-		k.instant(cols.Floats.T, cols.Floats.V, times, out)
+		k.instant(cols.Floats.T, cols.Floats.V, of.times, out)
 	case k.leaf.Call == nil:
 		k.instantMixed(cols, out)
 	case k.fast != nil && !histograms && (!k.starts || cols.Floats.ST == nil):
-		t, v := cols.Floats.T, cols.Floats.V
-		k.frame = k.frames.of(t, times)
-		stale := k.stale
-		if k.counter {
-			stale = k.markResets // in the same pass
-		}
-		k.rises = rises
-		if rises {
-			k.marks = k.marks[:0]
-		} else if stale(v) {
-			t, v = k.withoutStale(t, v)
-			k.frame = k.frames.of(t, 0)
-			if k.counter {
-				k.markResets(v)
-			}
+		if given != nil && of.values != 0 && of.values == k.values {
+			out.step, out.v = append(out.step, given.step...), append(out.v, given.v...)
+		} else {
+			k.column(cols.Floats.T, cols.Floats.V, &of, out)
 		}
 		k.frame.series++
-		k.fast(k, t, v, out)
+		k.given, k.values = out, of.values
 	default:
 		if k.call == nil {
 			k.call = newCaller(k.leaf, k.starts)
@@ -134,12 +143,31 @@ func (k *kernel) eval(ls labels.Labels, cols *chunkfmt.Series, times uint64, ris
 	return nil
 }
 
-// stale reports whether there is a staleness marker in a window.
-func (k *kernel) stale(v []float64) bool {
+// column is fast of the floats of a series.
+func (k *kernel) column(t []int64, v []float64, of *known, out *points) {
+	k.frame = k.frames.of(t, of.times)
+	stale := k.stale
+	if k.counter {
+		stale = k.markResets // in the same pass
+	}
+	if stale(v, of.falls) {
+		t, v = k.withoutStale(t, v)
+		k.frame = k.frames.of(t, 0)
+		if k.counter {
+			k.markResets(v, []history.Span{{To: len(v)}})
+		}
+	}
+	k.fast(k, t, v, out)
+}
+
+// stale reports whether there is a staleness marker in a window. Values that are NaN are in falls.
+func (k *kernel) stale(v []float64, falls []history.Span) bool {
 	for _, in := range k.frame.held {
-		for _, x := range v[in.from:in.to] {
-			if x != x && value.IsStaleNaN(x) {
-				return true
+		for _, fall := range falls {
+			for i := max(int(in.from), fall.From); i < min(int(in.to), fall.To); i++ {
+				if v[i] != v[i] && value.IsStaleNaN(v[i]) {
+					return true
+				}
 			}
 		}
 	}

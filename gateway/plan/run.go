@@ -79,7 +79,7 @@ func (w *worker) eval(s *slot) error {
 	if err != nil {
 		return promql.ErrStorage{Err: err}
 	}
-	return w.k.eval(s.labels, cols, w.buf.Times(), w.buf.Rises(), &s.out, &s.annos)
+	return w.k.eval(s.labels, cols, known{w.buf.Times(), w.buf.Values(), w.buf.Falls()}, &s.out, &s.annos)
 }
 
 // run computes a leaf over the series of a set, several at a time.
@@ -145,6 +145,9 @@ func runOver(ctx context.Context, l *Leaf, o options, set storage.SeriesSet, sum
 		}
 		if err := ctx.Err(); err != nil {
 			return &partial{annos: r.annos}, err
+		}
+		for i := range ws {
+			ws[i].k.given = nil
 		}
 		if err := evaluate(ctx, o.logger, ws, slots, (*worker).eval); err != nil {
 			return &partial{annos: r.annos}, err

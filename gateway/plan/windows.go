@@ -116,7 +116,7 @@ func (x *windows) patch(ctx context.Context, w *worker, s *slot) error {
 			return promql.ErrStorage{Err: err}
 		}
 		k := newKernel(part, x.opts)
-		err = k.eval(s.labels, cols, 0, false, &x.one, &s.annos)
+		err = k.eval(s.labels, cols, unknown(cols), &x.one, &s.annos)
 		k.done()
 		if err != nil {
 			return err
