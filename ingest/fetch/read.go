@@ -7,6 +7,7 @@ import (
 	"io"
 	"math"
 	"slices"
+	"sync"
 
 	"github.com/prometheus/prometheus/model/labels"
 	"github.com/prometheus/prometheus/tsdb/chunkenc"
@@ -54,8 +55,33 @@ func (c *Columns) Append(dst []Series, labels func(ref uint32) labels.Labels) []
 	return dst
 }
 
+// memory is what an answer lies in, beside the data of chunks.
+type memory struct {
+	chunks []Chunk
+	refs   []uint32
+	series []Series
+}
+
+// memories are those of queries that have ended.
+//
+//nolint:gochecknoglobals // scratch memory
+var memories = sync.Pool{New: func() any { return new(memory) }}
+
+// maxMemory bounds what one query leaves to the next, in bytes.
+const maxMemory = 16 << 20
+
+// release leaves the memory to the next query.
+func (m *memory) release() {
+	if columnBytes*(cap(m.chunks)+cap(m.series)) > maxMemory {
+		return
+	}
+	clear(m.chunks)
+	clear(m.series)
+	memories.Put(m)
+}
+
 // columns is the reverse of Fill. They share memory with the message.
-func columns(p *fetchpb.ReadResponse, mint int64) (*Columns, error) {
+func (mem *memory) columns(p *fetchpb.ReadResponse, mint int64) (*Columns, error) {
 	n := len(p.Encodings)
 	if len(p.Mint) != n || len(p.Span) != n || len(p.Sizes) != n || len(p.Chunks) != len(p.Refs) && len(p.Chunks)+n > 0 {
 		return nil, fmt.Errorf("%w: columns of different lengths", errProtocol)
@@ -67,7 +93,9 @@ func columns(p *fetchpb.ReadResponse, mint int64) (*Columns, error) {
 	if total != uint64(n) {
 		return nil, fmt.Errorf("%w: series of %d chunks have %d", errProtocol, total, n)
 	}
-	c := &Columns{Generation: p.Generation, Refs: p.Refs, Counts: p.Chunks, Chunks: make([]Chunk, n)}
+	at := len(mem.chunks)
+	mem.chunks = slices.Grow(mem.chunks, n)[:at+n]
+	c := &Columns{Generation: p.Generation, Refs: p.Refs, Counts: p.Chunks, Chunks: mem.chunks[at:]}
 	data := p.Data
 	for i, size := range p.Sizes {
 		if uint64(size) > uint64(len(data)) || p.Span[i] > math.MaxInt64 {
@@ -101,6 +129,12 @@ func (c *Client) read(ctx context.Context, q Query) ([][]Series, Header, error) 
 	if err != nil {
 		return nil, Header{}, err
 	}
+	mem := new(memory)
+	if q.Keep != nil {
+		mem, _ = memories.Get().(*memory)
+		mem.chunks, mem.refs, mem.series = mem.chunks[:0], mem.refs[:0], mem.series[:0]
+		q.Keep(mem.release)
+	}
 	var hd Header
 	var found []*Columns
 	for first := true; ; first = false {
@@ -120,7 +154,7 @@ func (c *Client) read(ctx context.Context, q Query) ([][]Series, Header, error) 
 		if q.Took != nil {
 			q.Took(int64(len(m.Data)) + columnBytes*int64(len(m.Refs)+len(m.Sizes)))
 		}
-		cols, err := columns(m, q.MinT)
+		cols, err := mem.columns(m, q.MinT)
 		if err != nil {
 			return nil, hd, err
 		}
@@ -133,10 +167,12 @@ func (c *Client) read(ctx context.Context, q Query) ([][]Series, Header, error) 
 		for ; n < len(found) && found[n].Generation == l.generation; n++ {
 			series += len(found[n].Refs)
 		}
-		l.refs, l.series = make([]uint32, 0, series), make([]Series, 0, series)
+		at := len(mem.series)
+		mem.refs, mem.series = slices.Grow(mem.refs[:0], series), slices.Grow(mem.series, series)
 		for _, cols := range found[:n] {
-			l.refs, l.series = append(l.refs, cols.Refs...), cols.Append(l.series, nil)
+			mem.refs, mem.series = append(mem.refs, cols.Refs...), cols.Append(mem.series, nil)
 		}
+		l.refs, l.series = mem.refs, mem.series[at:]
 		found = found[n:]
 		if err := c.name(ctx, string(hd.Start), q.Tenant, &l); err != nil {
 			return nil, hd, err

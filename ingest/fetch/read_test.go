@@ -1,6 +1,7 @@
 package fetch
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -48,7 +49,7 @@ func (i *ingester) Read(req *fetchpb.ReadRequest, ss fetchpb.Fetch_ReadServer) e
 			{Encoding: chunkenc.EncXOR, MinT: 900, MaxT: 1000, Data: []byte("2nd")},
 			{Encoding: Sample, MinT: 1500, MaxT: 1500, Data: []byte("12345678")},
 		}},
-		{Generation: 1, Refs: []uint32{3}, Counts: []uint32{0}},
+		{Generation: 1, Refs: []uint32{3}, Counts: []uint32{1}, Chunks: []Chunk{{Encoding: Sample, MinT: 1600, MaxT: 1600, Data: []byte("87654321")}}},
 		{Generation: 2, Refs: []uint32{1, 4}, Counts: []uint32{0, 0}},
 	} {
 		for _, x := range c.Chunks {
@@ -131,7 +132,7 @@ func TestLabelsCrossOnce(t *testing.T) {
 		if err != nil || string(hd.Start) != string(header.Start) {
 			t.Fatal(hd, err)
 		}
-		want := []string{"0 a 4 1100-1200 first 1 900-1000 2nd", "0 c 0 1500-1500 12345678", "0 d", "1 b", "1 e"}
+		want := []string{"0 a 4 1100-1200 first 1 900-1000 2nd", "0 c 0 1500-1500 12345678", "0 d 0 1600-1600 87654321", "1 b", "1 e"}
 		if got := show(lists); !slices.Equal(got, want) {
 			t.Fatalf("%q", got)
 		}
@@ -142,6 +143,35 @@ func TestLabelsCrossOnce(t *testing.T) {
 	// Of another tenant refs mean something else.
 	if _, _, err := c.Select(t.Context(), Query{Tenant: "u", MinT: 1000, MaxT: 2000}); err != nil || i.asked != 10 {
 		t.Error(i.asked, err)
+	}
+}
+
+// TestKeep: an answer that was not released stays as it is, whatever others release.
+func TestKeep(t *testing.T) {
+	c := serve(t, &ingester{})
+	others := serve(t, &ingester{spoil: func(m *fetchpb.ReadResponse) { m.Data = bytes.ToUpper(m.Data) }})
+	want := []string{"0 a 4 1100-1200 first 1 900-1000 2nd", "0 c 0 1500-1500 12345678", "0 d 0 1600-1600 87654321", "1 b", "1 e"}
+	var open [][][]Series
+	for round := range 20 {
+		var release func()
+		of := c
+		if round%3 != 0 {
+			of = others
+		}
+		lists, _, err := of.Select(t.Context(), Query{Tenant: "t", MinT: 1000, MaxT: 2000, Keep: func(f func()) { release = f }})
+		if err != nil || release == nil {
+			t.Fatal(err)
+		}
+		if round%3 == 0 {
+			open = append(open, lists)
+			continue
+		}
+		release()
+	}
+	for _, lists := range open {
+		if got := show(lists); !slices.Equal(got, want) {
+			t.Errorf("%q", got)
+		}
 	}
 }
 
