@@ -646,8 +646,9 @@ func (r *receiver) apply(s *session, b *shippb.Batch, dec *ship.Decoder, cols *s
 	known, announced := s.refs.Len(), s.refs.Bytes()
 	defer func() { r.announced.Add(s.refs.Bytes() - announced) }()
 	var refused []uint32
+	var builder labels.ScratchBuilder
 	for i, a := range b.Announce {
-		ls, err := r.labels(a.Labels)
+		ls, err := r.labels(&builder, a.Labels)
 		if int64(a.Ref) >= maxRefs {
 			return status.Errorf(codes.InvalidArgument, "ref %d is beyond the limit of %d series in a session", a.Ref, maxRefs)
 		}
@@ -756,7 +757,7 @@ const reasonExemplar head.Reason = "invalid_exemplar"
 
 // exemplarOf is false for one that Prometheus wouldn't take either.
 func exemplarOf(e *shippb.Exemplar) (head.Exemplar, bool) {
-	ls, err := pairs(e.Labels)
+	ls, err := pairs(new(labels.ScratchBuilder), e.Labels)
 	if err != nil || labelRunes(e.Labels) > exemplar.ExemplarMaxLabelSetLength {
 		return head.Exemplar{}, false
 	}
@@ -771,12 +772,12 @@ func metadataOf(m *shippb.Metadata) head.Metadata {
 	}}
 }
 
-// pairs makes labels of names and values, by turns.
-func pairs(ss []string) (labels.Labels, error) {
+// pairs makes labels of names and values, by turns. b is scratch memory.
+func pairs(b *labels.ScratchBuilder, ss []string) (labels.Labels, error) {
 	if len(ss)%2 != 0 {
 		return labels.EmptyLabels(), errors.New("a label name without a value")
 	}
-	var b labels.ScratchBuilder
+	b.Reset()
 	for i := 0; i < len(ss); i += 2 {
 		if i > 0 && ss[i] <= ss[i-2] {
 			return labels.EmptyLabels(), fmt.Errorf("label name %q after %q", ss[i], ss[i-2])
@@ -799,9 +800,9 @@ func labelRunes(ss []string) int {
 }
 
 // labels checks the labels of an announcement; with an error the series is
-// refused.
-func (r *receiver) labels(ss []string) (labels.Labels, error) {
-	ls, err := pairs(ss)
+// refused. b is scratch memory.
+func (r *receiver) labels(b *labels.ScratchBuilder, ss []string) (labels.Labels, error) {
+	ls, err := pairs(b, ss)
 	if err != nil {
 		return ls, err
 	}
