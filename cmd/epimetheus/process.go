@@ -74,15 +74,7 @@ type check struct {
 // stopTimeout bounds what an actor takes to stop, beside a flush.
 const stopTimeout = 10 * time.Second
 
-// gcPercent replaces Go's default of 100 where GOGC isn't set: what a process
-// holds is mostly long-lived, so that collecting twice as often costs little,
-// and saves a good part of the memory.
-const gcPercent = 50
-
 func newProcess(role string, g *global, f *webFlags) (*process, error) {
-	if os.Getenv("GOGC") == "" {
-		debug.SetGCPercent(gcPercent)
-	}
 	c, err := loadConfig(g.configFile)
 	if err != nil {
 		return nil, err
@@ -119,6 +111,7 @@ func newProcess(role string, g *global, f *webFlags) (*process, error) {
 	p.mux.HandleFunc("GET /health", p.serveHealth)
 	p.mux.HandleFunc("GET /status", p.serveStatusText)
 	p.addSignals()
+	p.addCollect()
 	if err := p.addReload(g.configFile); err != nil {
 		return nil, err
 	}
