@@ -163,6 +163,28 @@ func (s *system) resetPeak(tb testing.TB) {
 	}
 }
 
+// rest lets processes be as if nothing had been asked: garbage is collected, and what Go's
+// runtime keeps no longer for what comes next is given back. It takes some seconds. The
+// second collection finds no garbage, and so expects little.
+func (s *system) rest(tb testing.TB) {
+	tb.Helper()
+	for _, p := range s.procs {
+		for range 2 {
+			if _, err := p.get(tb.Context(), "/debug/pprof/heap?gc=1"); err != nil {
+				tb.Fatal(err)
+			}
+		}
+	}
+	const every, most, still = time.Second, 15, 1e6
+	for range most {
+		before := s.memory(tb, "VmRSS")
+		time.Sleep(every)
+		if before-s.memory(tb, "VmRSS") < still {
+			return
+		}
+	}
+}
+
 // ask runs a query over data that ends at end, and gives the answer.
 func (s *system) ask(ctx context.Context, q *asked, start, end time.Time, more url.Values) ([]byte, error) {
 	form, path := url.Values{}, q.path
@@ -210,12 +232,13 @@ func (s *system) ask(ctx context.Context, q *asked, start, end time.Time, more u
 type measured struct {
 	cpu, wall float64 // ms
 	peak      float64 // bytes of RSS, at most meanwhile
+	one       float64 // bytes by which RSS grew at most when it was asked once, after a rest
 	// Of the first time.
 	coldCPU, coldWall float64
 	answer            answered
 }
 
-// measure runs a query again and again for a while, at least three times.
+// measure runs a query again and again for a while, at least three times, after a rest.
 func (s *system) measure(b *testing.B, q *asked, start, end time.Time) measured {
 	b.Helper()
 	const atLeast, atMost, budget = 3, 200, 1500 * time.Millisecond
@@ -243,7 +266,11 @@ func (s *system) measure(b *testing.B, q *asked, start, end time.Time) measured 
 		a := digest(b, body)
 		m.answer.series, m.answer.points, m.answer.sum = m.answer.series+a.series, m.answer.points+a.points, m.answer.sum+a.sum
 	}
+	s.rest(b)
 	s.resetPeak(b)
+	atRest := s.memory(b, "VmRSS")
+	once()
+	m.one = s.memory(b, "VmHWM") - atRest
 	began := time.Now()
 	before = s.cpu(b)
 	var walls []float64
@@ -373,8 +400,10 @@ func compare(b *testing.B, prometheus *system, ours []*system, qs []asked, start
 				b.ReportMetric(m.coldWall, "first-ms")
 				b.ReportMetric(theirs.peak/1e6, "prom-peak-MB")
 				b.ReportMetric((theirs.peak-prometheus.idle)/1e6, "prom-more-MB")
+				b.ReportMetric(theirs.one/1e6, "prom-once-MB")
 				b.ReportMetric(m.peak/1e6, "peak-MB")
 				b.ReportMetric((m.peak-s.idle)/1e6, "more-MB")
+				b.ReportMetric(m.one/1e6, "once-MB")
 				b.ReportMetric(touched/1e6, "Msamples")
 				b.ReportMetric(float64(m.answer.points), "points")
 				b.ReportMetric(0, "ns/op")
