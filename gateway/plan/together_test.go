@@ -25,7 +25,7 @@ var byChance = regexp.MustCompile("histogram_quantile|histogram_fraction|count_v
 // TestTogether asks many queries at the same time, some of which are cancelled: each answer is
 // as it was when nothing else went on, so no query has used memory of another.
 func TestTogether(t *testing.T) {
-	const queries, askers, rounds = 100, 8, 3
+	const queries, askers, rounds = 60, 8, 2
 	c := gatewaytest.New(t, gatewaytest.Options{Ingesters: 2})
 	s := gatewaytest.NewShipped(c, gatewaytest.Splits[0], true)
 	dataset(t, rand.New(rand.NewSource(44)), s, 4)
