@@ -22,7 +22,7 @@ import (
 )
 
 // messageBytes is about how much a message of an answer holds.
-const messageBytes = 1 << 20
+const messageBytes = 256 << 10
 
 // fetcher answers gateways from the head.
 type fetcher struct {

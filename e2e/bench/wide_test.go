@@ -48,6 +48,8 @@ func BenchmarkWide(b *testing.B) {
 			"--gossip.listen-address="+testenv.FreeAddr(b), "--gossip.member-id=gateway", "--gossip.join="+gossip)
 		ship(b, binary, yml, dir, "sidecar2", data, gateway, ingester, total)
 		ours = append(ours, &system{name: "split", url: gateway.url, procs: []*role{ingester, gateway}})
+		defer ingester.save(b, "/debug/pprof/heap", "ingester.heap")
+		defer gateway.save(b, "/debug/pprof/heap", "gateway.heap")
 	}
 	compare(b, &system{name: "prometheus", url: prom.URL, procs: []*role{{Process: prom.Process, url: prom.URL}}}, ours,
 		queries(time.Hour), end.Add(-time.Hour), end, func(float64, int) float64 { return 4 })

@@ -11,6 +11,7 @@ import (
 
 	"github.com/prometheus/prometheus/model/labels"
 	"github.com/prometheus/prometheus/tsdb/chunkenc"
+	"google.golang.org/grpc"
 
 	"github.com/epimetheus-tsdb/epimetheus/ingest/fetch/fetchpb"
 )
@@ -55,11 +56,33 @@ func (c *Columns) Append(dst []Series, labels func(ref uint32) labels.Labels) []
 	return dst
 }
 
-// memory is what an answer lies in, beside the data of chunks.
+// memory is what an answer lies in.
 type memory struct {
 	chunks []Chunk
 	refs   []uint32
 	series []Series
+	// buffers are what messages have come to, the first so many of this answer. All have
+	// the same room, but for those of longer messages.
+	buffers [][]byte
+	used    int
+}
+
+// bufferBytes is the room of a buffer: an ingester's messages are shorter, mostly.
+const bufferBytes = 320 << 10
+
+// buffer gives so many bytes.
+func (m *memory) buffer(n int) []byte {
+	if n > bufferBytes {
+		return make([]byte, n)
+	}
+	if n < bufferBytes/16 {
+		return make([]byte, n) // of a small query, or the last of a large one
+	}
+	if m.used == len(m.buffers) {
+		m.buffers = append(m.buffers, make([]byte, bufferBytes))
+	}
+	m.used++
+	return m.buffers[m.used-1][:n]
 }
 
 // memories are those of queries that have ended.
@@ -72,7 +95,7 @@ const maxMemory = 16 << 20
 
 // release leaves the memory to the next query.
 func (m *memory) release() {
-	if columnBytes*(cap(m.chunks)+cap(m.series)) > maxMemory {
+	if columnBytes*(cap(m.chunks)+cap(m.series))+bufferBytes*len(m.buffers) > maxMemory {
 		return
 	}
 	clear(m.chunks)
@@ -120,20 +143,20 @@ type list struct {
 
 // read is Select by references.
 func (c *Client) read(ctx context.Context, q Query) ([][]Series, Header, error) {
+	mem := new(memory)
+	if q.Keep != nil {
+		mem, _ = memories.Get().(*memory)
+		mem.chunks, mem.refs, mem.series, mem.used = mem.chunks[:0], mem.refs[:0], mem.series[:0], 0
+		q.Keep(mem.release)
+	}
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	stream, err := c.rpc.Read(ctx, &fetchpb.ReadRequest{
 		Tenant: q.Tenant, Mint: q.MinT, Maxt: q.MaxT, Matchers: FromMatchers(q.Matchers),
 		LabelsOnly: q.LabelsOnly, Limit: uint32(q.Limit), Newest: q.Newest, //nolint:gosec // of series
-	})
+	}, grpc.ForceCodecV2(newCodec(mem)))
 	if err != nil {
 		return nil, Header{}, err
-	}
-	mem := new(memory)
-	if q.Keep != nil {
-		mem, _ = memories.Get().(*memory)
-		mem.chunks, mem.refs, mem.series = mem.chunks[:0], mem.refs[:0], mem.series[:0]
-		q.Keep(mem.release)
 	}
 	var hd Header
 	var found []*Columns
