@@ -1,6 +1,8 @@
 package fetch
 
 import (
+	"slices"
+
 	"google.golang.org/grpc/encoding"
 	grpcproto "google.golang.org/grpc/encoding/proto"
 	"google.golang.org/grpc/mem"
@@ -16,9 +18,12 @@ import (
 type codec struct {
 	encoding.CodecV2
 	memory *memory
+	at     *message // where the last message lies
 }
 
-func newCodec(m *memory) *codec { return &codec{encoding.GetCodecV2(grpcproto.Name), m} }
+func newCodec(m *memory) *codec {
+	return &codec{CodecV2: encoding.GetCodecV2(grpcproto.Name), memory: m}
+}
 
 // dataField is the number of ReadResponse.data.
 const dataField = 9
@@ -29,9 +34,10 @@ func (c *codec) Unmarshal(data mem.BufferSlice, v any) error {
 	if !ok {
 		return c.CodecV2.Unmarshal(data, v)
 	}
-	b := c.memory.buffer(data.Len())
-	data.CopyTo(b)
-	return unmarshal(b, m)
+	c.at = c.memory.next()
+	c.at.buffer = slices.Grow(c.at.buffer[:0], data.Len())[:data.Len()]
+	data.CopyTo(c.at.buffer)
+	return unmarshal(c.at.buffer, m)
 }
 
 // unmarshal is proto.Unmarshal of a message that is empty. The data of chunks are part of b.

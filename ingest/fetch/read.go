@@ -58,31 +58,25 @@ func (c *Columns) Append(dst []Series, labels func(ref uint32) labels.Labels) []
 
 // memory is what an answer lies in.
 type memory struct {
-	chunks []Chunk
-	refs   []uint32
-	series []Series
-	// buffers are what messages have come to, the first so many of this answer. All have
-	// the same room, but for those of longer messages.
-	buffers [][]byte
-	used    int
+	messages []message // the first used of them are this answer's
+	used     int
+	refs     []uint32
+	series   []Series
 }
 
-// bufferBytes is the room of a buffer: an ingester's messages are shorter, mostly.
-const bufferBytes = 320 << 10
+// message is what one lies in.
+type message struct {
+	buffer []byte // as it has come
+	chunks []Chunk
+}
 
-// buffer gives so many bytes.
-func (m *memory) buffer(n int) []byte {
-	if n > bufferBytes {
-		return make([]byte, n)
-	}
-	if n < bufferBytes/16 {
-		return make([]byte, n) // of a small query, or the last of a large one
-	}
-	if m.used == len(m.buffers) {
-		m.buffers = append(m.buffers, make([]byte, bufferBytes))
+// next is what the next message lies in.
+func (m *memory) next() *message {
+	if m.used == len(m.messages) {
+		m.messages = append(m.messages, message{})
 	}
 	m.used++
-	return m.buffers[m.used-1][:n]
+	return &m.messages[m.used-1]
 }
 
 // memories are those of queries that have ended.
@@ -95,16 +89,20 @@ const maxMemory = 16 << 20
 
 // release leaves the memory to the next query.
 func (m *memory) release() {
-	if columnBytes*(cap(m.chunks)+cap(m.series))+bufferBytes*len(m.buffers) > maxMemory {
+	bytes := columnBytes * cap(m.series)
+	for i := range m.messages {
+		bytes += cap(m.messages[i].buffer) + columnBytes*cap(m.messages[i].chunks)
+	}
+	if bytes > maxMemory {
 		return
 	}
-	clear(m.chunks)
-	clear(m.series)
+	clear(m.series) // of their labels
+	m.used, m.refs, m.series = 0, m.refs[:0], m.series[:0]
 	memories.Put(m)
 }
 
 // columns is the reverse of Fill. They share memory with the message.
-func (mem *memory) columns(p *fetchpb.ReadResponse, mint int64) (*Columns, error) {
+func (m *message) columns(p *fetchpb.ReadResponse, mint int64) (*Columns, error) {
 	n := len(p.Encodings)
 	if len(p.Mint) != n || len(p.Span) != n || len(p.Sizes) != n || len(p.Chunks) != len(p.Refs) && len(p.Chunks)+n > 0 {
 		return nil, fmt.Errorf("%w: columns of different lengths", errProtocol)
@@ -116,9 +114,8 @@ func (mem *memory) columns(p *fetchpb.ReadResponse, mint int64) (*Columns, error
 	if total != uint64(n) {
 		return nil, fmt.Errorf("%w: series of %d chunks have %d", errProtocol, total, n)
 	}
-	at := len(mem.chunks)
-	mem.chunks = slices.Grow(mem.chunks, n)[:at+n]
-	c := &Columns{Generation: p.Generation, Refs: p.Refs, Counts: p.Chunks, Chunks: mem.chunks[at:]}
+	m.chunks = slices.Grow(m.chunks[:0], n)[:n]
+	c := &Columns{Generation: p.Generation, Refs: p.Refs, Counts: p.Chunks, Chunks: m.chunks}
 	data := p.Data
 	for i, size := range p.Sizes {
 		if uint64(size) > uint64(len(data)) || p.Span[i] > math.MaxInt64 {
@@ -146,15 +143,15 @@ func (c *Client) read(ctx context.Context, q Query) ([][]Series, Header, error) 
 	mem := new(memory)
 	if q.Keep != nil {
 		mem, _ = memories.Get().(*memory)
-		mem.chunks, mem.refs, mem.series, mem.used = mem.chunks[:0], mem.refs[:0], mem.series[:0], 0
 		q.Keep(mem.release)
 	}
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
+	codec := newCodec(mem)
 	stream, err := c.rpc.Read(ctx, &fetchpb.ReadRequest{
 		Tenant: q.Tenant, Mint: q.MinT, Maxt: q.MaxT, Matchers: FromMatchers(q.Matchers),
 		LabelsOnly: q.LabelsOnly, Limit: uint32(q.Limit), Newest: q.Newest, //nolint:gosec // of series
-	}, grpc.ForceCodecV2(newCodec(mem)))
+	}, grpc.ForceCodecV2(codec))
 	if err != nil {
 		return nil, Header{}, err
 	}
@@ -177,7 +174,7 @@ func (c *Client) read(ctx context.Context, q Query) ([][]Series, Header, error) 
 		if q.Took != nil {
 			q.Took(int64(len(m.Data)) + columnBytes*int64(len(m.Refs)+len(m.Sizes)))
 		}
-		cols, err := mem.columns(m, q.MinT)
+		cols, err := codec.at.columns(m, q.MinT)
 		if err != nil {
 			return nil, hd, err
 		}
