@@ -290,9 +290,13 @@ func (p *DataPage) values(d *decoder, i int, b []byte, n int, dst []float64) ([]
 func (p *DataPage) Histograms(i int, dst *Histograms) error {
 	d := acquire(p)
 	defer d.release()
+	return p.histograms(d, i, dst, new(histogramMemory), nil)
+}
+
+func (p *DataPage) histograms(d *decoder, i int, dst *Histograms, m *histogramMemory, whole Whole) error {
 	t, st, b, n, err := p.open(d, i, KindHistogram, dst.T, dst.ST)
 	if err == nil {
-		dst.H, err = decodeHistograms(&d.Decoder, b, n, dst.H)
+		dst.H, err = m.histograms(&d.Decoder, b, t[len(t)-n:], dst.H, whole)
 	}
 	if err != nil {
 		return fmt.Errorf("chunk %d: %w", i, err)

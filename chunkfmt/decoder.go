@@ -78,7 +78,17 @@ type Decoder struct {
 
 	pages []*decoder // the one used last first
 	rises bool
+	hists histogramMemory
 }
+
+// Histograms is DataPage.Histograms of p. The histograms lie in memory of d, and are good until Reuse is called. If whole isn't
+// nil it chooses those that get their buckets; see Hollow for the others.
+func (d *Decoder) Histograms(p *DataPage, i int, dst *Histograms, whole Whole) error {
+	return p.histograms(d.of(p), i, dst, &d.hists, whole)
+}
+
+// Reuse says that the histograms that were decoded aren't used any more.
+func (d *Decoder) Reuse() { d.hists.reset() }
 
 // Floats is DataPage.Floats of p.
 func (d *Decoder) Floats(p *DataPage, i int, dst *Floats) error {

@@ -6,6 +6,7 @@ import (
 	"github.com/prometheus/prometheus/model/histogram"
 
 	"github.com/epimetheus-tsdb/epimetheus/chunkfmt/codec"
+	"github.com/epimetheus-tsdb/epimetheus/internal/slab"
 )
 
 // A histogram chunk is a dictionary of layouts (all that decides which buckets
@@ -163,23 +164,23 @@ func (ls *layouts) appendHead(e *codec.Encoder, dst []byte, hints []int64, sums 
 	return e.AppendFloats(dst, sums)
 }
 
-// histogramHead reads what layouts.appendHead wrote and checks that the samples
+// head reads what layouts.appendHead wrote and checks that the samples
 // to come are within bounds.
-func histogramHead(d *codec.Decoder, b []byte, n int) (ls []layout, of, hints []int64, sums []float64, rest []byte, err error) {
+func (m *histogramMemory) head(d *codec.Decoder, b []byte, n int) (ls []layout, rest []byte, err error) {
 	c := cursor{b: b}
 	ls = make([]layout, c.bounded("layouts", min(uint64(n), uint64(len(b)/5))))
 	for i := range ls {
 		ls[i] = c.layout()
 	}
 	if c.err != nil {
-		return nil, nil, nil, nil, nil, c.err
+		return nil, nil, c.err
 	}
-	if of, rest, err = d.Ints(nil, c.b, n); err != nil {
-		return nil, nil, nil, nil, nil, err
+	if m.of, rest, err = d.Ints(m.of[:0], c.b, n); err != nil {
+		return nil, nil, err
 	}
-	for _, id := range of {
+	for _, id := range m.of {
 		if id < 0 || id >= int64(len(ls)) {
-			return nil, nil, nil, nil, nil, corrupt("histogram layout %d of %d", id, len(ls))
+			return nil, nil, corrupt("histogram layout %d of %d", id, len(ls))
 		}
 		ls[id].samples++
 	}
@@ -187,85 +188,190 @@ func histogramHead(d *codec.Decoder, b []byte, n int) (ls []layout, of, hints []
 	for i := range ls {
 		total += ls[i].samples * (ls[i].nPos + ls[i].nNeg)
 		if ls[i].samples == 0 || total > maxChunkBuckets && n > 1 {
-			return nil, nil, nil, nil, nil, corrupt("%d buckets in a histogram chunk, limit %d", total, maxChunkBuckets)
+			return nil, nil, corrupt("%d buckets in a histogram chunk, limit %d", total, maxChunkBuckets)
 		}
 	}
-	if hints, rest, err = d.Ints(nil, rest, n); err != nil {
-		return nil, nil, nil, nil, nil, err
+	if m.hints, rest, err = d.Ints(m.hints[:0], rest, n); err != nil {
+		return nil, nil, err
 	}
-	for _, hint := range hints {
+	for _, hint := range m.hints {
 		if hint < 0 || hint > histHint {
-			return nil, nil, nil, nil, nil, corrupt("histogram hint %d", hint)
+			return nil, nil, corrupt("histogram hint %d", hint)
 		}
 	}
-	sums, rest, err = d.Floats(nil, rest, n)
-	return ls, of, hints, sums, rest, err
+	m.sums, rest, err = d.Floats(m.sums[:0], rest, n)
+	return ls, rest, err
 }
 
-func decodeHistograms(d *codec.Decoder, b []byte, n int, dst []*histogram.Histogram) ([]*histogram.Histogram, error) {
-	ls, of, hints, sums, b, err := histogramHead(d, b, n)
+// Whole chooses, of histograms at times that ascend, those that are wanted with their buckets: it sets their elements of
+// whole, which has as many. There are others that it gets: the first and the last of a chunk; and such of which a
+// counter-reset hint doesn't say that there was no reset, with the one before.
+type Whole func(t []int64, whole []bool)
+
+// Hollow reports whether h was decoded without its buckets.
+func Hollow(h *histogram.Histogram) bool {
+	return len(h.PositiveBuckets)+len(h.NegativeBuckets) == 0 && len(h.PositiveSpans)+len(h.NegativeSpans) > 0
+}
+
+// histogramMemory is what histograms are decoded into, and scratch memory.
+type histogramMemory struct {
+	hs      slab.Slab[histogram.Histogram]
+	buckets slab.Slab[int64]
+
+	of, hints, counts, zeros []int64
+	sums                     []float64
+	whole                    []bool
+	at                       []sampleOf
+	next                     []int
+	columns                  [columnsAtOnce][]int64
+	last                     []int64 // column
+}
+
+// sampleOf is a histogram, and the how manieth it is of those with its layout.
+type sampleOf struct{ i, j int32 }
+
+// columnsAtOnce is how many buckets of a histogram are written at the same time: one for each column would go
+// through all of them, over and over.
+const columnsAtOnce = 8
+
+// reset makes the memory of histograms free for others.
+func (m *histogramMemory) reset() {
+	m.hs.Reset(1 << 14)
+	m.buckets.Reset(1 << 20)
+}
+
+// histograms decodes n of them, at times t. whole may be nil: all are wanted with their buckets.
+func (m *histogramMemory) histograms(d *codec.Decoder, b []byte, t []int64, dst []*histogram.Histogram, whole Whole) ([]*histogram.Histogram, error) {
+	n := len(t)
+	ls, b, err := m.head(d, b, n)
 	if err != nil {
 		return dst, err
 	}
-	counts, b, err := d.Ints(nil, b, n)
-	if err != nil {
+	if m.counts, b, err = d.Ints(m.counts[:0], b, n); err != nil {
 		return dst, err
 	}
-	zeros, b, err := d.Ints(nil, b, n)
-	if err != nil {
+	if m.zeros, b, err = d.Ints(m.zeros[:0], b, n); err != nil {
 		return dst, err
 	}
-	all := make([]histogram.Histogram, n)
-	with := make([][]int, len(ls))
+	left := m.choose(t, ls, whole)
+	all := m.hs.Take(n)
+	from := len(dst)
 	for i := range all {
-		l := &ls[of[i]]
-		with[of[i]] = append(with[of[i]], i)
+		l := &ls[m.of[i]]
 		all[i] = histogram.Histogram{
-			CounterResetHint: histogram.CounterResetHint(hints[i]), Schema: l.schema, ZeroThreshold: l.zeroThreshold,
-			Count: uint64(counts[i]), ZeroCount: uint64(zeros[i]), Sum: sums[i],
+			CounterResetHint: histogram.CounterResetHint(m.hints[i]), Schema: l.schema, ZeroThreshold: l.zeroThreshold,
+			Count: uint64(m.counts[i]), ZeroCount: uint64(m.zeros[i]), Sum: m.sums[i],
 			PositiveSpans: l.positive, NegativeSpans: l.negative, CustomValues: l.custom,
 		}
+		dst = append(dst, &all[i])
 	}
-	column := counts
+	k := 0
 	for id := range ls {
-		l := &ls[id]
-		slab := make([]int64, l.samples*(l.nPos+l.nNeg))
-		for _, i := range with[id] {
-			all[i].PositiveBuckets, slab = cut(slab, l.nPos)
-			all[i].NegativeBuckets, slab = cut(slab, l.nNeg)
+		if left == 0 {
+			return dst, nil // no buckets are wanted of the rest
 		}
-		run := zeros[:l.samples]
-		for k := range l.nPos + l.nNeg {
-			if k == 0 || k == l.nPos {
-				clear(run)
-			}
-			if column, b, err = d.Ints(column[:0], b, l.samples); err != nil {
-				return dst, err
-			}
-			for j, i := range with[id] {
-				if k < l.nPos {
-					all[i].PositiveBuckets[k] = column[j] - run[j]
-				} else {
-					all[i].NegativeBuckets[k-l.nPos] = column[j] - run[j]
-				}
-				run[j] = column[j]
-			}
+		l := &ls[id]
+		with := m.at[k:m.next[id]]
+		k = m.next[id]
+		left -= len(with)
+		for _, w := range with {
+			bs := m.buckets.Take(l.nPos + l.nNeg)
+			all[w.i].PositiveBuckets, bs = cut(bs, l.nPos)
+			all[w.i].NegativeBuckets, _ = cut(bs, l.nNeg)
+		}
+		if b, err = m.side(d, b, all, with, l.samples, l.nPos, false); err == nil {
+			b, err = m.side(d, b, all, with, l.samples, l.nNeg, true)
+		}
+		if err != nil {
+			return dst[:from], err
 		}
 	}
 	if len(b) > 0 {
-		return dst, corrupt("%d bytes behind histograms", len(b))
-	}
-	for i := range all {
-		dst = append(dst, &all[i])
+		return dst[:from], corrupt("%d bytes behind histograms", len(b))
 	}
 	return dst, nil
 }
 
+// choose puts the histograms that get buckets into m.at, by layout, and where those of a layout end into m.next. It gives how
+// many they are.
+func (m *histogramMemory) choose(t []int64, ls []layout, whole Whole) int {
+	n := len(t)
+	if whole != nil {
+		m.whole = append(m.whole[:0], make([]bool, n)...)
+		whole(t, m.whole)
+		m.whole[0], m.whole[n-1] = true, true
+		for i, hint := range m.hints {
+			if histogram.CounterResetHint(hint) != histogram.NotCounterReset {
+				m.whole[i], m.whole[max(i-1, 0)] = true, true
+			}
+		}
+	}
+	m.next = append(m.next[:0], make([]int, len(ls))...)
+	left := 0
+	for i, id := range m.of {
+		if whole == nil || m.whole[i] {
+			m.next[id]++
+			left++
+		}
+	}
+	at := 0
+	for id, k := range m.next {
+		m.next[id] = at
+		at += k
+		ls[id].samples = 0 // counted again
+	}
+	if cap(m.at) < left {
+		m.at = make([]sampleOf, left)
+	}
+	m.at = m.at[:left]
+	for i, id := range m.of {
+		if l := &ls[id]; whole == nil || m.whole[i] {
+			m.at[m.next[id]] = sampleOf{int32(i), int32(l.samples)} //nolint:gosec // no more than MaxChunkSamples
+			m.next[id]++
+		}
+		ls[id].samples++
+	}
+	return left
+}
+
+// side decodes the columns of the positive or the negative buckets of a layout.
+func (m *histogramMemory) side(d *codec.Decoder, b []byte, all []histogram.Histogram, with []sampleOf, samples, buckets int, negative bool) (rest []byte, err error) {
+	for k := 0; k < buckets; k += columnsAtOnce {
+		few := m.columns[:min(columnsAtOnce, buckets-k)]
+		for c := range few {
+			if few[c], b, err = d.Ints(few[c][:0], b, samples); err != nil {
+				return nil, err
+			}
+		}
+		for _, w := range with {
+			bs := all[w.i].PositiveBuckets
+			if negative {
+				bs = all[w.i].NegativeBuckets
+			}
+			bs = bs[k : k+len(few)]
+			run := int64(0)
+			if k > 0 {
+				run = m.last[w.j]
+			}
+			for c := range bs {
+				x := few[c][w.j]
+				bs[c] = x - run
+				run = x
+			}
+		}
+		last := len(few) - 1
+		m.last, few[last] = few[last], m.last
+	}
+	return b, nil
+}
+
 func decodeFloatHistograms(d *codec.Decoder, b []byte, n int, dst []*histogram.FloatHistogram) ([]*histogram.FloatHistogram, error) {
-	ls, of, hints, sums, b, err := histogramHead(d, b, n)
+	var m histogramMemory
+	ls, b, err := m.head(d, b, n)
 	if err != nil {
 		return dst, err
 	}
+	of, hints, sums := m.of, m.hints, m.sums
 	counts, b, err := d.Floats(nil, b, n)
 	if err != nil {
 		return dst, err
@@ -288,10 +394,10 @@ func decodeFloatHistograms(d *codec.Decoder, b []byte, n int, dst []*histogram.F
 	column := counts
 	for id := range ls {
 		l := &ls[id]
-		slab := make([]float64, l.samples*(l.nPos+l.nNeg))
+		buckets := make([]float64, l.samples*(l.nPos+l.nNeg))
 		for _, i := range with[id] {
-			all[i].PositiveBuckets, slab = cut(slab, l.nPos)
-			all[i].NegativeBuckets, slab = cut(slab, l.nNeg)
+			all[i].PositiveBuckets, buckets = cut(buckets, l.nPos)
+			all[i].NegativeBuckets, buckets = cut(buckets, l.nNeg)
 		}
 		for k := range l.nPos + l.nNeg {
 			if column, b, err = d.Floats(column[:0], b, l.samples); err != nil {
@@ -315,10 +421,10 @@ func decodeFloatHistograms(d *codec.Decoder, b []byte, n int, dst []*histogram.F
 	return dst, nil
 }
 
-// cut takes n values off the front of slab.
-func cut[T any](slab []T, n int) (front, rest []T) {
+// cut takes n values off the front.
+func cut[T any](values []T, n int) (front, rest []T) {
 	if n == 0 {
-		return nil, slab
+		return nil, values
 	}
-	return slab[:n:n], slab[n:]
+	return values[:n:n], values[n:]
 }

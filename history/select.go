@@ -310,6 +310,9 @@ func (s *Series) Samples() int {
 
 // Buffer is memory that one goroutine decodes series into, again and again.
 type Buffer struct {
+	// Whole chooses the histograms with integer counts that get their buckets, if one run has all; nil: all do.
+	Whole chunkfmt.Whole
+
 	runs    []*runBuffer
 	dec     chunkfmt.Decoder
 	windows windowBuffer
@@ -511,6 +514,11 @@ func (s *Series) Runs(buf *Buffer) ([]*chunkfmt.Series, error) {
 	plans := s.plan()
 	out := make([]*chunkfmt.Series, 0, len(plans))
 	buf.times.last, buf.values, buf.dec.Pages = 0, 0, rememberedPages
+	buf.dec.Reuse()
+	whole := buf.Whole
+	if len(plans) > 1 || len(s.hidden) > 0 {
+		whole = nil // they may be compared, or come to stand behind others
+	}
 	if len(plans) == 1 && len(s.hidden) == 0 {
 		buf.times.name(&plans[0], s.mint, s.maxt)
 		if len(buf.runs) > 0 && buf.runs[0].decode(buf, &plans[0], s.mint, s.maxt) {
@@ -528,7 +536,7 @@ func (s *Series) Runs(buf *Buffer) ([]*chunkfmt.Series, error) {
 		run.Labels = s.Labels
 		buf.falls = buf.falls[:0]
 		for _, pt := range p.parts {
-			if err := pt.decode(buf, i, s.mint, s.maxt); err != nil {
+			if err := pt.decode(buf, i, s.mint, s.maxt, whole); err != nil {
 				return nil, err
 			}
 		}
@@ -584,36 +592,39 @@ func (s *Series) plan() []runPlan {
 
 // decode appends the part's samples in mint to maxt to the i-th run of a buffer, which ends before it
 // starts.
-func (p *part) decode(buf *Buffer, i int, mint, maxt int64) error {
+func (p *part) decode(buf *Buffer, i int, mint, maxt int64, whole chunkfmt.Whole) error {
 	run := &buf.runs[i].run
 	in := subtract(p.block.readable(mint, maxt), p.covered)
-	whole := !slices.ContainsFunc(p.chunks, func(c chunkfmt.Chunk) bool {
+	all := !slices.ContainsFunc(p.chunks, func(c chunkfmt.Chunk) bool {
 		return !slices.ContainsFunc(in, func(r chunkfmt.Range) bool { return r.MinT <= c.MinT && c.MaxT <= r.MaxT })
 	})
+	if whole != nil && !all {
+		whole = withEdges(whole, in)
+	}
 	floats, hists, floatHists := len(run.Floats.T), len(run.Histograms.T), len(run.FloatHistograms.T)
 	last := &buf.runs[i].last
 	last.in = append(last.in, in)
 	made, rises := len(last.chunks), buf.rises[:0]
 	for i := range p.chunks {
 		c := &p.chunks[i]
-		if err := p.pages[i].decode(&buf.dec, c, run); err != nil {
+		if err := p.pages[i].decode(&buf.dec, c, run, whole); err != nil {
 			return err
 		}
 		if c.Kind == chunkfmt.KindFloat {
-			last.chunks = append(last.chunks, madeOfChunk{c.MinT, c.MaxT, c.Samples, nil, whole, p.pages[i].data.ValuesName(c.Index)})
+			last.chunks = append(last.chunks, madeOfChunk{c.MinT, c.MaxT, c.Samples, nil, all, p.pages[i].data.ValuesName(c.Index)})
 			rises = append(rises, buf.dec.Rises())
 		}
 	}
 	buf.rises = rises
 	spans := []Span{{0, len(run.Floats.V) - floats}}
-	if !whole {
+	if !all {
 		spans = cut(run, in, floats, hists, floatHists)
 	}
 	from, at := 0, floats // of a chunk: in what was decoded, and now
 	for i, rises := range rises {
 		c := &last.chunks[made+i]
 		kept := overlap(spans, from, from+c.samples)
-		if !whole {
+		if !all {
 			c.kept = kept
 		}
 		from += c.samples
@@ -632,6 +643,16 @@ func (p *part) decode(buf *Buffer, i int, mint, maxt int64) error {
 		run.FloatHistograms.H[floatHists] = unknownFloatHint(run.FloatHistograms.H[floatHists])
 	}
 	return nil
+}
+
+// withEdges chooses the first and the last of each range, too: hints of resets are forgotten there.
+func withEdges(whole chunkfmt.Whole, in []chunkfmt.Range) chunkfmt.Whole {
+	return func(t []int64, chosen []bool) {
+		whole(t, chosen)
+		for _, s := range within(t, in) {
+			chosen[s.From], chosen[s.To-1] = true, true
+		}
+	}
 }
 
 func unknownHint(h *histogram.Histogram) *histogram.Histogram {
@@ -653,7 +674,7 @@ func unknownFloatHint(h *histogram.FloatHistogram) *histogram.FloatHistogram {
 }
 
 // decode appends a chunk to run.
-func (h *heldPage) decode(dec *chunkfmt.Decoder, c *chunkfmt.Chunk, run *chunkfmt.Series) error {
+func (h *heldPage) decode(dec *chunkfmt.Decoder, c *chunkfmt.Chunk, run *chunkfmt.Series, whole chunkfmt.Whole) error {
 	var err error
 	var t []int64
 	before := 0
@@ -664,7 +685,7 @@ func (h *heldPage) decode(dec *chunkfmt.Decoder, c *chunkfmt.Chunk, run *chunkfm
 		t = run.Floats.T
 	case chunkfmt.KindHistogram:
 		before = len(run.Histograms.T)
-		err = h.data.Histograms(c.Index, &run.Histograms)
+		err = dec.Histograms(h.data, c.Index, &run.Histograms, whole)
 		t = run.Histograms.T
 	case chunkfmt.KindFloatHistogram:
 		before = len(run.FloatHistograms.T)

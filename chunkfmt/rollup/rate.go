@@ -48,6 +48,19 @@ func (x *Extrapolation) lieOf(end, n, firstT, lastT int64) lie {
 	return lie{n, firstT - (end - x.rng), end - lastT, lastT - firstT}
 }
 
+// Factor is what Result multiplies the increase by: of histograms, by their counts of observations.
+func (x *Extrapolation) Factor(end, n, firstT, lastT int64, firstV, increase float64) float64 {
+	if is := x.lieOf(end, n, firstT, lastT); is != x.lie {
+		x.set(is)
+	}
+	if x.counter && increase > 0 && firstV >= 0 {
+		if toZero := x.sampled * (firstV / increase); toZero < x.toStart {
+			return x.over(&x.place, toZero)
+		}
+	}
+	return x.factor
+}
+
 // nearZero is Result where the times are those of p.
 func (x *Extrapolation) nearZero(p *place, firstV, increase float64) float64 {
 	// With p.toStart no longer than from firstV down to zero at this rate, zero changes nothing. A

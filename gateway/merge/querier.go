@@ -504,6 +504,9 @@ func (s *Series) Iterator(it chunkenc.Iterator) chunkenc.Iterator {
 
 // Buffer is memory that one goroutine decodes into, again and again.
 type Buffer struct {
+	// Whole chooses the histograms with integer counts that get their buckets, where all are of history; nil: all do.
+	Whole chunkfmt.Whole
+
 	heads []*headBuffer
 	runs  []*chunkfmt.Series
 	old   history.Buffer
@@ -547,7 +550,11 @@ func (s *Series) Columns(buf *Buffer) (*chunkfmt.Series, error) {
 	buf.times, buf.values = 0, 0
 	if s.old != nil {
 		var err error
-		if runs, err = s.old.Runs(&buf.old); err != nil {
+		if buf.old.Whole = buf.Whole; len(s.heads) > 0 {
+			buf.old.Whole = nil
+		}
+		runs, err = s.old.Runs(&buf.old)
+		if buf.old.Whole = nil; err != nil {
 			return nil, err
 		}
 		if len(runs) == 1 && len(s.heads) == 0 {

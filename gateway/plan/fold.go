@@ -29,6 +29,8 @@ type fold struct {
 	phi      float64 // of QUANTILE
 	top      *top    // of TOPK, BOTTOMK and LIMITK
 	held     int64   // points in groups' columns and heaps
+	natives  int64   // bytes of sums of histograms
+	nameless bool    // the labels that the engine adds up have no names, whatever those have that come here
 
 	slab *[]promql.FPoint // that the results lie in; nil: they have memory of their own
 }
@@ -40,12 +42,13 @@ type group struct {
 	n      []uint32      // samples; 0: none yet. Of SUM not how many
 	from   int           // the steps from it up to, without, to have n, and maybe others; of SUM
 	to     int
-	v      []float64 // floatValue of promql's groupedAggregation
-	c      []float64 // floatKahanC; of SUM and AVG
-	mean   []float64 // floatMean; of STDDEV and STDVAR, of AVG where a sum overflowed
-	inc    []bool    // floatIncrementalMean; nil: nowhere
-	all    []column  // heap, by series; of QUANTILE
-	top    []ranking // heap, by step; of TOPK, BOTTOMK and LIMITK. v is the first of it
+	v      []float64   // floatValue of promql's groupedAggregation
+	c      []float64   // floatKahanC; of SUM and AVG
+	mean   []float64   // floatMean; of STDDEV and STDVAR, of AVG where a sum overflowed
+	inc    []bool      // floatIncrementalMean; nil: nowhere
+	all    []column    // heap, by series; of QUANTILE
+	top    []ranking   // heap, by step; of TOPK, BOTTOMK and LIMITK. v is the first of it
+	native *nativeSums // of SUM and AVG; nil: there are no histograms
 }
 
 // column are the points of one series.
@@ -178,8 +181,12 @@ func (f *fold) add(series, ls labels.Labels, p *points, annos *annotations.Annot
 	op := f.leaf.Agg.Op
 	if len(p.h) > 0 {
 		switch op {
-		case parser.SUM, parser.AVG, parser.LIMITK:
+		case parser.LIMITK:
 			return ErrGiveUp
+		case parser.SUM, parser.AVG:
+			if f.leaf.shard { // they aren't added up in another order
+				return ErrGiveUp
+			}
 		case parser.COUNT, parser.GROUP:
 		case parser.TOPK, parser.BOTTOMK:
 			annos.Add(annotations.NewHistogramIgnoredInAggregationInfo(op.String(), f.leaf.Agg.PosRange))
@@ -188,6 +195,9 @@ func (f *fold) add(series, ls labels.Labels, p *points, annos *annotations.Annot
 		}
 	}
 	g := f.group(series, ls)
+	if g.native != nil {
+		p = g.native.without(p)
+	}
 	switch op {
 	case parser.SUM:
 		g.sum(p)
@@ -247,7 +257,26 @@ func (f *fold) add(series, ls labels.Labels, p *points, annos *annotations.Annot
 			}
 		}
 	}
+	if len(p.h) > 0 && (op == parser.SUM || op == parser.AVG) {
+		return f.addNatives(g, ls, p, annos)
+	}
 	return nil
+}
+
+// addNatives adds the histograms of a series to a group.
+func (f *fold) addNatives(g *group, ls labels.Labels, p *points, annos *annotations.Annotations) error {
+	if g.native == nil {
+		g.native = &nativeSums{avg: f.leaf.Agg.Op == parser.AVG, cells: make([]nativeCell, f.steps)}
+		f.natives += nativeCellBytes * int64(f.steps)
+	}
+	name := ls.Get(model.MetricNameLabel)
+	if f.nameless {
+		name = ""
+	}
+	before := g.native.bytes
+	err := g.native.add(f.leaf, name, p, g, annos)
+	f.natives += g.native.bytes - before
+	return err
 }
 
 // sum adds the points of a series, as kahansum.Inc does, whose call for each point takes
@@ -334,12 +363,12 @@ func (f *fold) bytes() int64 {
 	if f.top != nil {
 		step, point = 6*8, 16
 	}
-	return step*int64(len(f.groups))*int64(f.steps) + point*f.held
+	return step*int64(len(f.groups))*int64(f.steps) + point*f.held + f.natives
 }
 
 // finish gives the results, in the engine's order; or those of a shard, if they can be
 // put together with others. The fold is of no use after it.
-func (f *fold) finish(dropName bool) ([]partialSeries, error) {
+func (f *fold) finish(dropName bool, annos *annotations.Annotations) ([]partialSeries, error) {
 	defer f.release()
 	if f.top != nil {
 		if f.leaf.shard {
@@ -360,8 +389,12 @@ func (f *fold) finish(dropName bool) ([]partialSeries, error) {
 		if f.leaf.Agg.Op == parser.QUANTILE {
 			g.quantiles(f.phi)
 		}
-		if floats := g.floats(f.leaf, f.room()); len(floats) > 0 {
-			out = append(out, partialSeries{promql.Series{Metric: g.labels, DropName: dropName, Floats: floats}, g.first})
+		var histograms []promql.HPoint
+		if g.native != nil {
+			histograms = g.native.finish(f.leaf, g, annos)
+		}
+		if floats := g.floats(f.leaf, f.room()); len(floats)+len(histograms) > 0 {
+			out = append(out, partialSeries{promql.Series{Metric: g.labels, DropName: dropName, Floats: floats, Histograms: histograms}, g.first})
 		}
 	}
 	return out, nil

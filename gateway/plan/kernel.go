@@ -3,6 +3,7 @@ package plan
 import (
 	"math"
 	"runtime"
+	"slices"
 	"sync"
 
 	"github.com/prometheus/prometheus/model/histogram"
@@ -39,6 +40,8 @@ type kernel struct {
 	falls  bool // there may be values less than those before that aren't in marks, or NaNs
 	call   *caller
 
+	natives *natives // nil: the function is none of theirs
+
 	// The points that were computed last, while they are there, and the values that they are of.
 	given  *points
 	values uint64
@@ -61,7 +64,7 @@ func unknown(cols *chunkfmt.Series) known {
 var framesOf = sync.Pool{New: func() any { return &frames{index: map[frameKey]*frame{}, named: map[uint64]*frame{}} }}
 
 func newKernel(l *Leaf, o options) *kernel {
-	k := &kernel{leaf: l, fast: kernels[l.function()], counts: newCounts(l.Grid.Len())}
+	k := &kernel{leaf: l, fast: kernels[l.function()], counts: newCounts(l.Grid.Len()), natives: newNatives(l)}
 	var uses uses
 	switch l.function() {
 	case "rate", "increase":
@@ -118,10 +121,15 @@ func (k *kernel) eval(ls labels.Labels, cols *chunkfmt.Series, of known, out *po
 		given = nil
 	}
 	out.reset()
+	out.mem.again = k.leaf.Agg != nil // which keeps none
 	histograms := len(cols.Histograms.T)+len(cols.FloatHistograms.T) > 0
 	switch {
+	case histograms && k.natives != nil && onlyStale(cols.Floats.V) && (!k.starts || cols.Histograms.ST == nil && cols.FloatHistograms.ST == nil):
+		return k.natives.eval(k, ls, cols, out, annos)
 	case histograms && k.leaf.Selector.SkipHistogramBuckets:
 		return ErrGiveUp // the engine's hints of counter resets depend on how it iterates
+	case slices.ContainsFunc(cols.Histograms.H, chunkfmt.Hollow):
+		return errHollow
 	case k.leaf.Call == nil && !histograms:
 		k.instant(cols.Floats.T, cols.Floats.V, of.times, out)
 	case k.leaf.Call == nil:
@@ -206,8 +214,8 @@ func (k *kernel) instantMixed(cols *chunkfmt.Series, out *points) {
 	f.find(cols.Floats.T, g, offset, rng)
 	h.find(cols.Histograms.T, g, offset, rng)
 	fh.find(cols.FloatHistograms.T, g, offset, rng)
-	var was *histogram.FloatHistogram // made of cols.Histograms.H[wasAt]
-	wasAt := int32(-1)
+	var was *histogram.FloatHistogram // the histogram at wasT
+	wasT := int64(math.MinInt64)
 	for i := range g.Len() {
 		kind, t := chunkenc.ValNone, int64(math.MinInt64)
 		newest := func(s *spans, ts []int64, is chunkenc.ValueType) {
@@ -226,21 +234,19 @@ func (k *kernel) instantMixed(cols *chunkfmt.Series, out *points) {
 			}
 			continue
 		case chunkenc.ValHistogram:
-			if at := h.hi[i] - 1; at != wasAt {
-				wasAt, was = at, cols.Histograms.H[at].ToFloat(nil)
-			}
-			if !value.IsStaleNaN(was.Sum) {
-				out.addHistogram(i, was)
+			if t != wasT {
+				wasT, was = t, out.mem.float(cols.Histograms.H[h.hi[i]-1])
 			}
 		case chunkenc.ValFloatHistogram:
-			if x := cols.FloatHistograms.H[fh.hi[i]-1]; !value.IsStaleNaN(x.Sum) {
-				out.addHistogram(i, x)
+			if t != wasT {
+				wasT, was = t, out.mem.copy(cols.FloatHistograms.H[fh.hi[i]-1])
 			}
 		default:
 			continue
 		}
-		if n := len(out.h); n > 0 && out.hstep[n-1] == int32(i) {
-			k.counts.point(i, histogramSize(out.h[n-1]))
+		if !value.IsStaleNaN(was.Sum) {
+			out.addHistogram(i, was)
+			k.counts.point(i, histogramSize(was))
 		}
 	}
 }
@@ -266,12 +272,14 @@ type caller struct {
 	hst    []int64
 	htime  []int64
 	hwin   spans
+	hsize  []int64 // what the histograms before count for; one more
+	mem    nativeMemory
 	one    promql.Matrix
 	enh    promql.EvalNodeHelper
 }
 
 func newCaller(l *Leaf, starts bool) *caller {
-	c := &caller{leaf: l, starts: starts, fn: promql.FunctionCalls[l.function()], args: l.Call.Args, one: make(promql.Matrix, 1)}
+	c := &caller{leaf: l, starts: starts, mem: nativeMemory{again: true}, fn: promql.FunctionCalls[l.function()], args: l.Call.Args, one: make(promql.Matrix, 1)}
 	if l.function() == "absent_over_time" {
 		c.fn = promql.FunctionCalls["present_over_time"] // what is absent is found out at the end
 	}
@@ -283,6 +291,38 @@ func newCaller(l *Leaf, starts bool) *caller {
 }
 
 func (c *caller) eval(ls labels.Labels, cols *chunkfmt.Series, out *points, annos *annotations.Annotations, n *counts) (err error) {
+	c.load(cols)
+	g, offset := c.leaf.Grid, c.leaf.offset()
+	c.fwin.find(c.ftime, g, offset, c.leaf.Range)
+	c.hwin.find(c.htime, g, offset, c.leaf.Range)
+	n.floats(&c.fwin, c.ftime, c.leaf, 1)
+	before := c.leaf.before(c.htime)
+	for i := range g.Len() {
+		fs := c.floats[c.fwin.lo[i]:c.fwin.hi[i]:c.fwin.hi[i]]
+		hs := c.hists[c.hwin.lo[i]:c.hwin.hi[i]:c.hwin.hi[i]]
+		if len(fs)+len(hs) == 0 {
+			continue
+		}
+		lo, hi := c.hwin.lo[i], c.hwin.hi[i]
+		n.window[i] += c.hsize[hi] - c.hsize[lo]
+		n.read[i] += c.hsize[hi] - c.hsize[max(lo, min(before, hi))]
+		before = hi
+		var st promql.StartTimestamps
+		if c.fst != nil {
+			st.Floats = c.fst[c.fwin.lo[i]:c.fwin.hi[i]:c.fwin.hi[i]]
+		}
+		if c.hst != nil {
+			st.Histograms = c.hst[lo:hi:hi]
+		}
+		if err := c.window(ls, fs, hs, &st, i, out, annos); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// window calls the function for the window of a step.
+func (c *caller) window(ls labels.Labels, fs []promql.FPoint, hs []promql.HPoint, st *promql.StartTimestamps, step int, out *points, annos *annotations.Annotations) (err error) {
 	defer func() {
 		// Functions panic with what is to fail the query. Which of two errors a
 		// query fails with is up to the engine: it runs into the same.
@@ -294,52 +334,21 @@ func (c *caller) eval(ls labels.Labels, cols *chunkfmt.Series, out *points, anno
 			err = ErrGiveUp
 		}
 	}()
-	c.load(cols)
-	g, offset := c.leaf.Grid, c.leaf.offset()
-	c.fwin.find(c.ftime, g, offset, c.leaf.Range)
-	c.hwin.find(c.htime, g, offset, c.leaf.Range)
-	n.floats(&c.fwin, c.ftime, c.leaf, 1)
-	before := c.leaf.before(c.htime)
-	c.one[0].Metric = ls
-	c.enh.StartTimestamps = nil
-	var st promql.StartTimestamps
-	for i := range g.Len() {
-		fs := c.floats[c.fwin.lo[i]:c.fwin.hi[i]:c.fwin.hi[i]]
-		hs := c.hists[c.hwin.lo[i]:c.hwin.hi[i]:c.hwin.hi[i]]
-		if len(fs)+len(hs) == 0 {
-			continue
-		}
-		for j := range hs {
-			size := int64(histogramSize(hs[j].H))
-			n.window[i] += size
-			if c.hwin.lo[i]+int32(j) >= before {
-				n.read[i] += size
-			}
-		}
-		before = c.hwin.hi[i]
-		c.one[0].Floats, c.one[0].Histograms = fs, hs
-		c.enh.Ts = g.At(i)
-		if c.starts {
-			st.Floats, st.Histograms = nil, nil
-			if c.fst != nil {
-				st.Floats = c.fst[c.fwin.lo[i]:c.fwin.hi[i]:c.fwin.hi[i]]
-			}
-			if c.hst != nil {
-				st.Histograms = c.hst[c.hwin.lo[i]:c.hwin.hi[i]:c.hwin.hi[i]]
-			}
-			c.enh.StartTimestamps = &st
-		}
-		vec, ws := c.fn(c.params, c.one, c.args, &c.enh)
-		annos.Merge(ws)
-		c.enh.Out = vec[:0]
-		if len(vec) == 0 {
-			continue
-		}
-		if h := vec[0].H; h != nil {
-			out.addHistogram(i, h)
-		} else {
-			out.add(i, vec[0].F)
-		}
+	c.one[0] = promql.Series{Metric: ls, Floats: fs, Histograms: hs}
+	c.enh.Ts, c.enh.StartTimestamps = c.leaf.Grid.At(step), nil
+	if c.starts {
+		c.enh.StartTimestamps = st
+	}
+	vec, ws := c.fn(c.params, c.one, c.args, &c.enh)
+	annos.Merge(ws)
+	c.enh.Out = vec[:0]
+	if len(vec) == 0 {
+		return nil
+	}
+	if h := vec[0].H; h != nil {
+		out.addHistogram(step, h)
+	} else {
+		out.add(step, vec[0].F)
 	}
 	return nil
 }
@@ -360,7 +369,8 @@ func (c *caller) load(cols *chunkfmt.Series) {
 		c.fst = nil
 	}
 	clear(c.hists)
-	c.hists, c.htime, c.hst = c.hists[:0], c.htime[:0], c.hst[:0]
+	c.hists, c.htime, c.hst, c.hsize = c.hists[:0], c.htime[:0], c.hst[:0], append(c.hsize[:0], 0)
+	c.mem.reset()
 	ints, floats := &cols.Histograms, &cols.FloatHistograms
 	if len(ints.T)+len(floats.T) == 0 {
 		c.hst = nil
@@ -372,6 +382,7 @@ func (c *caller) load(cols *chunkfmt.Series) {
 			return
 		}
 		c.hists, c.htime = append(c.hists, promql.HPoint{T: t, H: h}), append(c.htime, t)
+		c.hsize = append(c.hsize, c.hsize[len(c.hsize)-1]+int64(histogramSize(h)))
 		switch {
 		case st != nil:
 			c.hst = append(c.hst, st[i])
@@ -381,10 +392,10 @@ func (c *caller) load(cols *chunkfmt.Series) {
 	}
 	for i, j := 0, 0; i < len(ints.T) || j < len(floats.T); {
 		if j == len(floats.T) || i < len(ints.T) && ints.T[i] < floats.T[j] {
-			add(ints.T[i], ints.ST, i, ints.H[i].ToFloat(nil))
+			add(ints.T[i], ints.ST, i, c.mem.float(ints.H[i]))
 			i++
 		} else {
-			add(floats.T[j], floats.ST, j, floats.H[j].Copy())
+			add(floats.T[j], floats.ST, j, c.mem.copy(floats.H[j]))
 			j++
 		}
 	}

@@ -14,10 +14,12 @@ type points struct {
 	v     []float64
 	hstep []int32
 	h     []*histogram.FloatHistogram
+	mem   nativeMemory // that h may lie in
 }
 
 func (p *points) reset() {
-	*p = points{step: p.step[:0], v: p.v[:0], hstep: p.hstep[:0], h: p.h[:0]}
+	p.step, p.v, p.hstep, p.h = p.step[:0], p.v[:0], p.hstep[:0], p.h[:0]
+	p.mem.reset()
 }
 
 func (p *points) add(step int, v float64) {

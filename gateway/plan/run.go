@@ -57,8 +57,16 @@ type slot struct {
 
 // drop leaves a slot nothing but memory for its next use; histograms belong to results.
 func (s *slot) drop() {
-	*s = slot{out: points{step: s.out.step, v: s.out.v}, raw: s.raw}
+	was := s.out
+	*s = slot{out: points{step: was.step, v: was.v}, raw: s.raw}
+	if was.mem.again && was.mem.bytes() < maxNativeMemory {
+		s.out.mem, s.out.hstep, s.out.h = was.mem, was.hstep, was.h
+		clear(s.out.h)
+	}
 }
+
+// maxNativeMemory bounds what a slot keeps for histograms, in bytes.
+const maxNativeMemory = 1 << 20
 
 // worker computes series, one after the other.
 type worker struct {
@@ -75,6 +83,18 @@ func (w *worker) eval(s *slot) error {
 			return err
 		}
 	}
+	if w.k.natives != nil {
+		w.buf.Whole = w.k.natives.whole
+		err := w.columns(s)
+		if w.buf.Whole = nil; !errors.Is(err, errHollow) {
+			return err
+		}
+	}
+	return w.columns(s)
+}
+
+// columns computes a series from its samples.
+func (w *worker) columns(s *slot) error {
 	cols, err := s.series.Columns(w.buf)
 	if err != nil {
 		return promql.ErrStorage{Err: err}
@@ -129,9 +149,13 @@ func runOver(ctx context.Context, l *Leaf, o options, set storage.SeriesSet, sum
 			slotsOf.Put(pooled)
 		}
 	}()
+	most := cap(slots)
+	if sums == nil {
+		most = min(most, 4*atOnce) // for a start: there may be histograms
+	}
 	for more := true; more; {
 		slots = slots[:0]
-		for len(slots) < cap(slots) {
+		for len(slots) < most {
 			if more = set.Next(); !more {
 				break
 			}
@@ -172,11 +196,18 @@ func runOver(ctx context.Context, l *Leaf, o options, set storage.SeriesSet, sum
 				return &partial{annos: r.annos}, err
 			}
 		}
-		frames := int64(0)
+		scratch := int64(0)
 		for i := range ws {
-			frames += int64(ws[i].k.frames.bytes)
+			scratch += int64(ws[i].k.frames.bytes)
 		}
-		hold(base + frames + r.bytes())
+		natives := int64(0)
+		for i := range slots {
+			natives += slots[i].out.mem.bytes()
+		}
+		if most = cap(slots); natives > 0 {
+			most = min(most, max(atOnce, batchSteps/8/steps))
+		}
+		hold(base + scratch + natives + r.bytes())
 		if f, ok := set.(interface{ Forget() }); ok {
 			f.Forget() // the slots
 		}
@@ -264,6 +295,7 @@ func newResult(l *Leaf, o options) *result {
 		r.fold = newFold(l)
 		if r.drops && !o.delayedNameRemoval {
 			r.unnamed = map[uint64]struct{}{}
+			r.fold.nameless = true
 			r.oneName = l.fixesName() && !o.typeAndUnitLabels && !slices.ContainsFunc(l.Agg.Grouping, schema.IsMetadataLabel)
 		}
 	}
@@ -337,7 +369,7 @@ func (r *result) finish() ([]partialSeries, error) {
 	switch {
 	case r.fold != nil:
 		// An aggregation that chooses series leaves them their names, as far as the function does.
-		return r.fold.finish(r.drops && (r.opts.delayedNameRemoval || r.fold.top != nil))
+		return r.fold.finish(r.drops && (r.opts.delayedNameRemoval || r.fold.top != nil), &r.annos)
 	case r.present != nil:
 		return absent(r.leaf, r.present), nil
 	}

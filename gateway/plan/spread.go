@@ -135,6 +135,9 @@ func (q *query) leaf(ctx context.Context, i int, sel *merge.Selection) (*partial
 		run = w.runShards
 	}
 	p, err := run(ctx)
+	if w.sharded != nil && errors.Is(err, ErrGiveUp) {
+		return w.here(ctx, 0, w.l.Grid.Len()) // the order matters
+	}
 	if p != nil {
 		p.annos.Merge(sel.Warnings())
 	}

@@ -200,5 +200,5 @@ func (l *Leaf) combineTop(series []partialSeries, o options) ([]partialSeries, e
 		drops = s.DropName
 		f.top.add(f.group(s.order, ls), s.order, &p, nil)
 	}
-	return f.finish(drops)
+	return f.finish(drops, nil)
 }

@@ -137,6 +137,7 @@ func (p *points) append(o *points, from int32) {
 	for i, step := range o.hstep {
 		p.hstep, p.h = append(p.hstep, step+from), append(p.h, o.h[i])
 	}
+	o.mem = nativeMemory{} // p has the histograms
 }
 
 // insert puts points of other steps between those of p.

@@ -7,6 +7,7 @@ import (
 	"math"
 	"slices"
 
+	"github.com/prometheus/prometheus/model/histogram"
 	"github.com/prometheus/prometheus/tsdb/chunkenc"
 
 	"github.com/epimetheus-tsdb/epimetheus/chunkfmt"
@@ -39,6 +40,32 @@ type Decoder struct {
 	it  chunkenc.Iterator
 	x   xor2
 	one chunkfmt.Series
+
+	hs  kept[histogram.Histogram]
+	fhs kept[histogram.FloatHistogram]
+}
+
+// kept are values whose memory is used again.
+type kept[V any] struct {
+	all  []*V
+	used int
+}
+
+// next gives one that isn't used.
+func (k *kept[V]) next() *V {
+	if k.used == len(k.all) {
+		k.all = append(k.all, new(V))
+	}
+	k.used++
+	return k.all[k.used-1]
+}
+
+// reset says that none is used any more.
+func (k *kept[V]) reset() {
+	const most = 1 << 14
+	if k.used = 0; len(k.all) > most {
+		k.all = nil
+	}
 }
 
 // Decode gives the samples of chunks of one series, which may overlap, merged.
@@ -46,6 +73,8 @@ type Decoder struct {
 func (d *Decoder) Decode(cs []Chunk) (*chunkfmt.Series, error) {
 	one := &d.one
 	reset(one)
+	d.hs.reset()
+	d.fhs.reset()
 	overlap := false
 	last := int64(math.MinInt64)
 	for _, c := range cs {
@@ -118,12 +147,12 @@ func (d *Decoder) decode(c Chunk, dst *chunkfmt.Series) (err error) {
 			f.ST = AppendStart(f.ST, len(f.T), it.AtST())
 			f.T, f.V = append(f.T, t), append(f.V, v)
 		case chunkenc.ValHistogram:
-			t, h := it.AtHistogram(nil)
+			t, h := it.AtHistogram(d.hs.next())
 			c := &dst.Histograms
 			c.ST = AppendStart(c.ST, len(c.T), it.AtST())
 			c.T, c.H = append(c.T, t), append(c.H, h)
 		case chunkenc.ValFloatHistogram:
-			t, h := it.AtFloatHistogram(nil)
+			t, h := it.AtFloatHistogram(d.fhs.next())
 			c := &dst.FloatHistograms
 			c.ST = AppendStart(c.ST, len(c.T), it.AtST())
 			c.T, c.H = append(c.T, t), append(c.H, h)
