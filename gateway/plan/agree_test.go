@@ -58,7 +58,7 @@ func dataset(t testing.TB, rnd *rand.Rand, s *gatewaytest.Shipped, hours int) []
 	n := hours * 240
 	app := s.AppenderV2(t.Context())
 	var all []labels.Labels
-	for i, name := range []string{"requests_total", "temperature", "odd", "latency", "latency_bucket", "mixed"} {
+	for i, name := range []string{"requests_total", "temperature", "odd", "latency", "latency_bucket", "mixed", "sizes", "waits", "queued"} {
 		for k := range 8 {
 			b := labels.NewScratchBuilder(4)
 			b.Add("__name__", name)
@@ -71,6 +71,7 @@ func dataset(t testing.TB, rnd *rand.Rand, s *gatewaytest.Shipped, hours int) []
 			all = append(all, ls)
 			v, start := float64(rnd.Intn(1000)), int64(1)
 			gap := 0
+			shape := newShape(rnd, name)
 			for j := range n {
 				ts := int64(j)*interval + int64(rnd.Intn(7)) // some jitter
 				if k%3 == 0 {
@@ -81,11 +82,15 @@ func dataset(t testing.TB, rnd *rand.Rand, s *gatewaytest.Shipped, hours int) []
 					continue
 				}
 				var h *histogram.Histogram
+				var fh *histogram.FloatHistogram
 				switch {
 				case rnd.Intn(300) == 0:
 					gap = rnd.Intn(60)
 					v2 := math.Float64frombits(value.StaleNaN)
-					if _, err := app.Append(0, ls, 0, ts, v2, nil, nil, storage.AppendV2Options{}); err != nil {
+					if i > 5 {
+						h = &histogram.Histogram{Sum: v2}
+					}
+					if _, err := app.Append(0, ls, 0, ts, v2, h, nil, storage.AppendV2Options{}); err != nil {
 						t.Fatal(err)
 					}
 					continue
@@ -104,12 +109,19 @@ func dataset(t testing.TB, rnd *rand.Rand, s *gatewaytest.Shipped, hours int) []
 						h = tsdbutil.GenerateTestHistogram(int64(j))
 					}
 					v = float64(j)
+				case i > 5:
+					if h = shape.next(rnd); shape.reset {
+						start = ts - 1
+					}
+					if k%4 == 3 {
+						h, fh = nil, h.ToFloat(nil).Mul(0.7)
+					}
 				}
 				st := int64(0)
-				if k%2 == 1 && h == nil && i == 0 {
+				if k%2 == 1 && h == nil && i == 0 || k == 5 && i > 5 {
 					st = start
 				}
-				if _, err := app.Append(0, ls, st, ts, v, h, nil, storage.AppendV2Options{}); err != nil {
+				if _, err := app.Append(0, ls, st, ts, v, h, fh, storage.AppendV2Options{}); err != nil {
 					t.Fatal(err)
 				}
 			}
@@ -119,6 +131,95 @@ func dataset(t testing.TB, rnd *rand.Rand, s *gatewaytest.Shipped, hours int) []
 		t.Fatal(err)
 	}
 	return all
+}
+
+// shape makes native histograms of a series: sizes are exponential, and both positive and negative; waits have custom bounds;
+// queued are gauges, of either kind. Now and then there is a reset, or another schema, zero threshold or bounds.
+type shape struct {
+	custom, gauge bool
+	pos, neg      map[int]int64 // by index
+	zero          int64
+	sum           float64
+	schema        int32
+	threshold     float64
+	bounds        []float64
+	reset         bool
+}
+
+func newShape(rnd *rand.Rand, name string) *shape {
+	s := &shape{custom: name == "waits", gauge: name == "queued"}
+	if s.gauge {
+		s.custom = rnd.Intn(3) == 0
+	}
+	s.clear()
+	s.change(rnd)
+	return s
+}
+
+func (s *shape) clear() {
+	s.pos, s.neg, s.zero, s.sum, s.reset = map[int]int64{}, map[int]int64{}, 0, 0, true
+}
+
+// change takes another layout; the buckets keep their indexes.
+func (s *shape) change(rnd *rand.Rand) {
+	s.schema = []int32{0, 0, 0, 3, 1, -2}[rnd.Intn(6)]
+	s.threshold = []float64{0.001, 0.001, 0.001, 0, 2.938735877055719e-39, 0.7, 3}[rnd.Intn(7)]
+	s.bounds = [][]float64{{1, 2, 3, 4, 5}, {1, 2, 3, 4, 5}, {2, 4, 6, 8, 10, 12}, {-1, 1, 3}}[rnd.Intn(4)]
+}
+
+func (s *shape) next(rnd *rand.Rand) *histogram.Histogram {
+	s.reset = false
+	if rnd.Intn(150) == 0 {
+		s.clear()
+	}
+	if rnd.Intn(200) == 0 {
+		s.change(rnd)
+	}
+	if s.gauge && rnd.Intn(4) == 0 {
+		s.clear()
+	}
+	for range rnd.Intn(6) {
+		n := int64(1 + rnd.Intn(4))
+		s.sum += rnd.Float64() * float64(n)
+		switch k := rnd.Intn(14); {
+		case s.custom:
+			s.pos[k%len(s.bounds)] += n
+		case k < 2:
+			s.zero += n
+		case k < 9:
+			s.pos[2+k/2+10*(k/8)] += n
+		default:
+			s.neg[k-8] += n
+		}
+	}
+	h := &histogram.Histogram{Schema: s.schema, ZeroThreshold: s.threshold, ZeroCount: uint64(s.zero), Count: uint64(s.zero), Sum: s.sum}
+	if s.custom {
+		h.Schema, h.ZeroThreshold, h.CustomValues = histogram.CustomBucketsSchema, 0, s.bounds
+	}
+	if s.gauge {
+		h.CounterResetHint = histogram.GaugeType
+	}
+	side := func(of map[int]int64) (spans []histogram.Span, buckets []int64) {
+		end, last := 0, int64(0)
+		for _, k := range slices.Sorted(maps.Keys(of)) {
+			if s.custom && k > len(s.bounds) {
+				delete(of, k)
+				continue
+			}
+			if k == end && len(spans) > 0 {
+				spans[len(spans)-1].Length++
+			} else {
+				spans = append(spans, histogram.Span{Offset: int32(k - end), Length: 1})
+			}
+			buckets = append(buckets, of[k]-last)
+			h.Count += uint64(of[k])
+			end, last = k+1, of[k]
+		}
+		return spans, buckets
+	}
+	h.PositiveSpans, h.PositiveBuckets = side(s.pos)
+	h.NegativeSpans, h.NegativeBuckets = side(s.neg)
+	return h
 }
 
 // summarised gives what a cluster has to another one, most of it in a block with
@@ -515,11 +616,12 @@ func leafy(rnd *rand.Rand, depth int) string {
 				pick("10m", "1h", "3m"), pick("", "1m", "17s", "5m"), pick("", " offset 2m", " offset -2m", " @ 7000", " @ end()"))
 		}
 	case 2:
-		return fmt.Sprintf("%s(%s)", pick("abs", "absent", "histogram_count", "histogram_sum", "histogram_avg", "sort", "timestamp", "scalar", "-", "sgn", "histogram_stddev"), leafy(rnd, 0))
+		return fmt.Sprintf("%s(%s)", pick("abs", "absent", "histogram_count", "histogram_sum", "histogram_avg", "histogram_count", "histogram_avg", "sort", "timestamp", "scalar", "-", "sgn", "histogram_stddev"), leafy(rnd, 0))
 	case 3:
-		return fmt.Sprintf("histogram_quantile(0.9, %s by (%s) (%s(%s[5m])))", pick("sum", "avg"), pick("le", "le, job", "instance"), pick("rate", "increase", "delta", "irate"), pick("latency", "latency_bucket", "mixed"))
+		return fmt.Sprintf("histogram_quantile(0.9, %s by (%s) (%s(%s[5m])))", pick("sum", "avg"), pick("le", "le, job", "instance"), pick("rate", "increase", "delta", "irate"), pick("latency", "latency_bucket", "mixed", "sizes", "waits", "queued"))
 	}
-	sel := pick("requests_total", "temperature", "odd", "latency", "latency_bucket", "mixed", `{__name__=~"requests_total|temperature"}`,
+	sel := pick("requests_total", "temperature", "odd", "latency", "latency_bucket", "mixed", "sizes", "sizes", "waits", "queued",
+		`sizes{instance=~"host-[012]"}`, `waits{job="job-0"}`, `{__name__=~"sizes|waits"}`, `{__name__=~"requests_total|temperature"}`,
 		`{__name__=~"l.*"}`, `{job="job-1"}`, `{instance=~"host-[12]",__name__!="odd"}`, `requests_total{instance="host-0"}`, `none{job="x",a!="b"}`)
 	at := pick("", "", "", " offset 1m", " offset -3m", " offset 1h", " @ 5000", " @ start()", " @ end() offset 5m")
 	agg := pick("", "sum", "avg", "min", "max", "count", "group", "stddev", "stdvar", "topk", "bottomk", "quantile", "count_values", "limitk")
