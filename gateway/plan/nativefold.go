@@ -177,15 +177,7 @@ func (s *nativeSums) without(p *points) *points {
 }
 
 // add puts in the histograms of a series.
-func (s *nativeSums) add(l *Leaf, name string, p *points, g *group, annos *annotations.Annotations) (err error) {
-	defer func() {
-		if p := recover(); p != nil {
-			if _, ok := p.(error); !ok {
-				panic(p)
-			}
-			err = ErrGiveUp // as the engine will find
-		}
-	}()
+func (s *nativeSums) add(l *Leaf, name string, p *points, g *group, annos *annotations.Annotations) error {
 	for i, step := range p.hstep {
 		cell, x := &s.cells[step], p.h[i]
 		switch {
@@ -307,7 +299,9 @@ func (s *nativeSums) cover(r *nativeRow, side *nativeSide) bool {
 func (r *nativeRow) add(spans []histogram.Span, buckets []float64) {
 	at := -r.from
 	for _, sp := range spans {
-		at += sp.Offset
+		if at += sp.Offset; sp.Length == 0 {
+			continue
+		}
 		n := int32(sp.Length) //nolint:gosec // no more than maxNativeWidth
 		vs, cs, xs := r.v[at:at+n], r.c[at:at+n], buckets[:n]
 		cs, xs = cs[:len(vs)], xs[:len(vs)]
@@ -329,7 +323,12 @@ func (r *nativeRow) add(spans []histogram.Span, buckets []float64) {
 }
 
 // addWhole adds as the engine does.
-func (s *nativeSums) addWhole(cell *nativeCell, x *histogram.FloatHistogram, l *Leaf, name string, annos *annotations.Annotations) error {
+func (s *nativeSums) addWhole(cell *nativeCell, x *histogram.FloatHistogram, l *Leaf, name string, annos *annotations.Annotations) (err error) {
+	defer func() {
+		if recover() != nil { // the library, as it will for the engine
+			err = ErrGiveUp
+		}
+	}()
 	cell.whole()
 	if cell.n++; cell.n == 1 {
 		cell.h = x.Copy()
