@@ -337,5 +337,14 @@ func readNewest(t *testing.T, h *Head, tenant string, mint, maxt int64, bytes in
 func clone(s *chunkfmt.Series) *chunkfmt.Series {
 	c := *s
 	c.Floats = chunkfmt.Floats{T: slices.Clone(s.Floats.T), ST: slices.Clone(s.Floats.ST), V: slices.Clone(s.Floats.V)}
+	c.Histograms.T, c.Histograms.ST, c.Histograms.H = slices.Clone(s.Histograms.T), slices.Clone(s.Histograms.ST), slices.Clone(s.Histograms.H)
+	for i, h := range c.Histograms.H {
+		c.Histograms.H[i] = h.Copy()
+	}
+	f := &c.FloatHistograms
+	f.T, f.ST, f.H = slices.Clone(f.T), slices.Clone(f.ST), slices.Clone(f.H)
+	for i, h := range f.H {
+		f.H[i] = h.Copy()
+	}
 	return &c
 }
