@@ -185,7 +185,6 @@ func (a *API) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	rw := &responseWriter{ResponseWriter: w, answers: &a.answers, encodings: &a.encodings, encoding: encodingOf(r), timeout: a.writeTimeout}
-	defer rw.close()
 	r = r.WithContext(merge.WithWarn(withTenants(r.Context(), names), rw.warn))
 	r.Header = r.Header.Clone()
 	r.Header.Del("Accept-Encoding") // it is ours to compress

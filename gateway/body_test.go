@@ -184,7 +184,7 @@ func TestTimeoutOfRemoteRead(t *testing.T) {
 	defer server.Close()
 	// Longer than what sockets hold.
 	q := &prompb.Query{EndTimestampMs: 3_600_000, Matchers: []*prompb.LabelMatcher{{Name: "__name__", Value: "requests_total"}}}
-	for kind, n := range map[prompb.ReadRequest_ResponseType]int{prompb.ReadRequest_STREAMED_XOR_CHUNKS: 1000, prompb.ReadRequest_SAMPLES: 200} {
+	for kind, n := range map[prompb.ReadRequest_ResponseType]int{prompb.ReadRequest_STREAMED_XOR_CHUNKS: 1000, prompb.ReadRequest_SAMPLES: 1000} {
 		read := &prompb.ReadRequest{AcceptedResponseTypes: []prompb.ReadRequest_ResponseType{kind}}
 		for range n {
 			read.Queries = append(read.Queries, q)

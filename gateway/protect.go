@@ -163,6 +163,10 @@ func (a *API) protect(rw *responseWriter, r *http.Request, h http.Handler) {
 	name := strings.Join(tenants, "|")
 	ctx, acc, done := a.opts.Memory.Open(r.Context(), name, limits.Limits)
 	defer done()
+	// What an answer holds is only given back when nobody writes it any more.
+	rw.ended = func() error { return context.Cause(ctx) }
+	defer context.AfterFunc(ctx, rw.cut)()
+	defer rw.close() // first of these
 	r, err := a.bodies.withBody(w, r.WithContext(ctx), tenants, a.bodyTimeout)
 	if err != nil {
 		w.Header().Set("Connection", "close")
@@ -183,6 +187,10 @@ func (a *API) protect(rw *responseWriter, r *http.Request, h http.Handler) {
 	}
 	defer leave()
 	if r.URL.Path == "/api/v1/read" {
+		if r, err = boundedRead(r); err != nil {
+			http.Error(w, err.Error(), http.StatusBadRequest)
+			return
+		}
 		// Its answer is read while it is sent.
 		rw.until, _ = bounded.Deadline()
 		w = &readWriter{ResponseWriter: rw, account: acc, ended: func() error { return context.Cause(bounded) }}

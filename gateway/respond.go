@@ -1,15 +1,19 @@
 package gateway
 
 import (
+	"cmp"
 	"crypto/rand"
 	"encoding/json"
+	"errors"
 	"io"
 	"math"
 	"net/http"
+	"os"
 	"slices"
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	jsoniter "github.com/json-iterator/go"
@@ -302,9 +306,12 @@ type responseWriter struct {
 	warnings annotations.Annotations // beside those that the handler knows of
 	timeout  time.Duration           // of a write: the client takes something meanwhile, or has gone
 	until    time.Time               // nothing is written later; zero: there is no such time
+	ended    func() error            // why the request has ended, so that an answer that is begun is broken off; nil: it can't
 
 	started bool
-	encoder encoder // nil: as it is
+	begun   atomic.Bool // an answer that is no error
+	broken  bool        // it can't be finished
+	encoder encoder     // nil: as it is
 	put     func()
 }
 
@@ -317,11 +324,14 @@ func (w *responseWriter) Unwrap() http.ResponseWriter { return w.ResponseWriter 
 // WriteHeader implements http.ResponseWriter.
 func (w *responseWriter) WriteHeader(code int) {
 	if w.started {
-		return // a handler has an error after it has begun its answer
+		w.broken = w.broken || code >= http.StatusBadRequest // a handler has an error after it has begun its answer
+		return
 	}
 	w.started = true
 	if code >= http.StatusBadRequest {
-		w.until = time.Time{} // it says that the time is over
+		w.until, w.ended = time.Time{}, nil // it says that the time is over, or why the request has ended
+	} else {
+		w.begun.Store(true)
 	}
 	h := w.Header()
 	if w.encoding != "" && slices.Contains(h.Values("Vary"), "Accept-Encoding") {
@@ -349,11 +359,27 @@ func (w *responseWriter) Write(p []byte) (int, error) {
 			r.Warnings = append(r.Warnings, texts...)
 		}
 		if err := encode(out, r); err != nil {
+			w.broken = true
 			return 0, err
 		}
 		return len(p), nil
 	}
-	return out.Write(p)
+	if w.broken {
+		return 0, errBroken
+	}
+	n, err := out.Write(p)
+	w.broken = err != nil
+	return n, err
+}
+
+// errBroken is for a handler that goes on with an answer that can't be finished.
+var errBroken = errors.New("the answer is broken off")
+
+// cut ends a write that waits for the client, once the request has ended.
+func (w *responseWriter) cut() {
+	if w.begun.Load() { // else there is an error to be told
+		_ = http.NewResponseController(w.ResponseWriter).SetWriteDeadline(time.Unix(1, 0)) // it can't: it has none
+	}
 }
 
 // Flush implements http.Flusher.
@@ -365,16 +391,21 @@ func (w *responseWriter) Flush() {
 		return // the client has gone
 	}
 	c := http.NewResponseController(w.ResponseWriter)
-	w.patient().within(c, func() { _ = c.Flush() }) // it can't: nothing is lost
+	_ = w.patient().within(c, func() { _ = c.Flush() }) // it can't: nothing is lost
 }
 
-// close ends the answer.
+// close ends the answer. One that is broken doesn't end as if it were whole: the connection does.
 func (w *responseWriter) close() {
-	if w.encoder != nil {
-		if w.encoder.Close() == nil { // or the client has gone
-			w.put()
-		}
+	if w.broken {
+		panic(http.ErrAbortHandler)
 	}
+	if w.encoder == nil {
+		return
+	}
+	if w.encoder.Close() != nil {
+		panic(http.ErrAbortHandler)
+	}
+	w.put()
 }
 
 // writeTimeout is how long a client may take for one piece of an answer, of pieceBytes or
@@ -387,30 +418,43 @@ const writeTimeout = time.Minute
 type patient struct {
 	http.ResponseWriter
 	timeout time.Duration
-	until   time.Time // as in responseWriter
+	until   time.Time    // as in responseWriter
+	ended   func() error // likewise
 }
 
-func (w *responseWriter) patient() patient { return patient{w.ResponseWriter, w.timeout, w.until} }
+func (w *responseWriter) patient() patient {
+	return patient{w.ResponseWriter, w.timeout, w.until, w.ended}
+}
 
 func (p patient) Write(b []byte) (n int, err error) {
 	c := http.NewResponseController(p.ResponseWriter)
 	for {
 		var k int
-		p.within(c, func() { k, err = p.ResponseWriter.Write(b[n:min(len(b), n+pieceBytes)]) })
-		if n += k; err != nil || n == len(b) {
-			return n, err
+		ended := p.within(c, func() { k, err = p.ResponseWriter.Write(b[n:min(len(b), n+pieceBytes)]) })
+		if n += k; ended != nil || err != nil || n == len(b) {
+			return n, cmp.Or(ended, err)
 		}
 	}
 }
 
 // within writes with a deadline that doesn't outlast it: over HTTP/2 the answer ends when one
-// passes, though nothing is being written, and the connection may serve other requests.
-func (p patient) within(c *http.ResponseController, write func()) {
+// passes, though nothing is being written, and the connection may serve other requests. It
+// gives why the request has ended.
+func (p patient) within(c *http.ResponseController, write func()) error {
 	deadline := time.Now().Add(p.timeout)
 	if !p.until.IsZero() && p.until.Before(deadline) {
 		deadline = p.until
 	}
 	_ = c.SetWriteDeadline(deadline) // it can't: it has none
+	if p.ended != nil {              // now: what comes later brings the deadline forward
+		if err := p.ended(); err != nil {
+			return err
+		}
+	}
+	if !time.Now().Before(deadline) {
+		return os.ErrDeadlineExceeded // the write may go to a buffer
+	}
 	write()
 	_ = c.SetWriteDeadline(time.Time{})
+	return nil
 }

@@ -113,11 +113,11 @@ func (a *API) newVariant(e EngineOptions, reg prometheus.Registerer, gatherer pr
 	if reg != nil {
 		reg = prometheus.WrapRegistererWith(prometheus.Labels{"engine": e.key()}, reg)
 	}
-	parse := parser.NewParser(parser.Options{
+	parse := boundedParser{parser.NewParser(parser.Options{
 		EnableExperimentalFunctions: e.has("promql-experimental-functions"),
 		EnableBinopFillModifiers:    e.has("promql-binop-fill-modifiers"),
 		EnableUnquotedUTF8Names:     e.has("promql-unquoted-utf8-names"),
-	})
+	})}
 	registry := features.NewRegistry()
 	engine := newEngine(o, &e, parse, registry, a.logger, reg)
 	offered(registry, &e)
