@@ -363,8 +363,8 @@ func (w *Writer) addChunks(s *Series) {
 func (w *Writer) cutHistograms(i, n int, buckets func(k int) int) (j int) {
 	total := 0
 	for j = i; j < n && j-i < w.o.ChunkSamples; j++ {
-		// A chunk stays far below a page, whatever its codec makes of it.
-		if total += buckets(j) + 4; total > maxChunkBuckets/8 && j > i {
+		// A chunk stays far below a page, whatever its codec makes of it; and who wants a few samples decodes all of it.
+		if total += buckets(j) + 4; total > maxChunkBuckets/64 && j > i {
 			break
 		}
 	}

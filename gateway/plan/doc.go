@@ -20,12 +20,14 @@
 //     overlap) is summed with compensation and may differ by 1e-12 of the sum of
 //     absolute values.
 //   - Aggregations add up, and choose, in the order of the series, as the engine does.
-//   - Histograms that meet in a sum or an average are left to the engine, over
-//     the results for each series.
+//   - Histograms are added up bucket by bucket in that order, and where layouts differ
+//     by the methods of the engine's own. Their rates look at the first and the last sample of
+//     a window, and at those before resets.
 //   - Warnings and infos, and the place in the query that they name, are the same.
 //
 // These are no leaves: anything under info(); selectors that are anchored or
 // smoothed; selectors with @ below a subquery or in what isn't evaluated once;
 // functions with parameters that aren't literals; more than a million steps; plain selectors outside of an
-// aggregation, where there is nothing to gain.
+// aggregation, where there is nothing to gain; count_values and limit_ratio, which make a series of almost
+// every value, or pass series on, so that the engine takes no longer over a leaf below them than a kernel would.
 package plan

@@ -7,6 +7,8 @@ import (
 	"fmt"
 	"math"
 	"math/rand"
+	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
@@ -179,6 +181,7 @@ func BenchmarkNative(b *testing.B) {
 	sum, err := w.Close()
 	must(err)
 	must(blocks.History.Publish(b.Context(), ulid.Make(), buf.Bytes(), sum))
+	b.Logf("a block of %d bytes, Prometheus has %d", buf.Len(), dirBytes(b, blockDir))
 
 	o := suiteOptions
 	o.MaxSamples, o.EnableDelayedNameRemoval, o.UseStartTimestamps = 50_000_000, false, false
@@ -275,4 +278,21 @@ func withoutHints(rs ...*promql.Result) {
 			}
 		}
 	}
+}
+
+// dirBytes is how many bytes the chunks of Prometheus's blocks have.
+func dirBytes(b *testing.B, dir string) (n int64) {
+	b.Helper()
+	files, err := filepath.Glob(filepath.Join(dir, "*", "chunks", "*"))
+	if err != nil {
+		b.Fatal(err)
+	}
+	for _, f := range files {
+		info, err := os.Stat(f)
+		if err != nil {
+			b.Fatal(err)
+		}
+		n += info.Size()
+	}
+	return n
 }
