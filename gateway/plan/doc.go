@@ -28,6 +28,6 @@
 // These are no leaves: anything under info(); selectors that are anchored or
 // smoothed; selectors with @ below a subquery or in what isn't evaluated once;
 // functions with parameters that aren't literals; more than a million steps; plain selectors outside of an
-// aggregation, where there is nothing to gain; count_values and limit_ratio, which make a series of almost
-// every value, or pass series on, so that the engine takes no longer over a leaf below them than a kernel would.
+// aggregation, where there is nothing to gain; count_values and limit_ratio, which are
+// the engine's over a leaf: nobody has found that a kernel would pay.
 package plan
