@@ -152,9 +152,18 @@ func (p *process) addIngester(st *stores, rf *grpcFlags, id string, live *ring.L
 	return nil
 }
 
+// Windows of HTTP/2, in bytes: a stream of 2 GB/s within a data centre (0.5 ms), of 10 MB/s around the world (100 ms).
+// Of its own gRPC measures what a connection takes, by a ping with each message to an idle one, which costs more than
+// many a query.
+const (
+	streamWindow = 1 << 20
+	connWindow   = 4 << 20
+)
+
 func (p *process) newGRPCServer() *grpc.Server {
 	return grpc.NewServer(append(p.config.GRPCTLS.interceptors(),
 		grpc.Creds(p.asServer),
+		grpc.StaticStreamWindowSize(streamWindow), grpc.StaticConnWindowSize(connWindow),
 		grpc.MaxRecvMsgSize(4<<20),
 		grpc.KeepaliveParams(keepalive.ServerParameters{Time: 20 * time.Second, Timeout: 10 * time.Second}),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 5 * time.Second, PermitWithoutStream: true}),
