@@ -495,14 +495,16 @@ func (p *SeriesPage) SelectSome(ms []*labels.Matcher, mint, maxt int64, keep fun
 		}
 	}
 	var out []Entry
+	var chunks []Chunk // of all
 	var builder labels.ScratchBuilder
 	for i, ok := range match {
 		if !ok {
 			continue
 		}
-		if e, ok := p.entry(i, mint, maxt, &builder, keep); ok {
+		if e, ok := p.entry(i, mint, maxt, &builder, keep, &chunks); ok {
 			if out == nil && keep == nil {
 				out = make([]Entry, 0, n)
+				chunks = slices.Grow(chunks, (n-1)*len(e.Chunks)) // most series have as many
 			}
 			out = append(out, e)
 		}
@@ -588,12 +590,18 @@ func (p *SeriesPage) Entry(i int, mint, maxt int64, builder *labels.ScratchBuild
 	if i < 0 || i >= p.series {
 		return Entry{}, false
 	}
-	return p.entry(i, mint, maxt, builder, nil)
+	var chunks []Chunk
+	return p.entry(i, mint, maxt, builder, nil, &chunks)
 }
 
-// entry is Entry of series that there are, and that SelectSome wants.
-func (p *SeriesPage) entry(i int, mint, maxt int64, builder *labels.ScratchBuilder, keep func(labels.Labels) bool) (Entry, bool) {
-	e := Entry{Chunks: p.chunks.select1(i, mint, maxt), Exemplars: p.exemplars.select1(i, mint, maxt)}
+// entry is Entry of series that there are, and that SelectSome wants. The chunks come behind others in the memory of chunks.
+func (p *SeriesPage) entry(i int, mint, maxt int64, builder *labels.ScratchBuilder, keep func(labels.Labels) bool, chunks *[]Chunk) (Entry, bool) {
+	from := len(*chunks)
+	*chunks = p.chunks.appendTo(*chunks, i, mint, maxt)
+	e := Entry{Exemplars: p.exemplars.select1(i, mint, maxt)}
+	if to := len(*chunks); to > from {
+		e.Chunks = (*chunks)[from:to:to]
+	}
 	if p.goneOf != nil {
 		if _, some := p.goneIn(i, mint, maxt); some {
 			e.Gone = p.goneAt(i)

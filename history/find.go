@@ -118,7 +118,11 @@ func (s *Snapshot) find(ctx context.Context, bs []*Block, ms []*labels.Matcher, 
 		for k := range es {
 			out[i].bytes += bytesOf(es[k].Labels, len(es[k].Chunks)+len(es[k].Exemplars))
 		}
-		out[i].entries = append(out[i].entries, es...)
+		if out[i].entries == nil {
+			out[i].entries = es
+		} else {
+			out[i].entries = append(out[i].entries, es...)
+		}
 		held.add(out[i].bytes - before)
 	})
 	return out, err

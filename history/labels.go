@@ -47,24 +47,34 @@ func (s *Snapshot) Series(ctx context.Context, ms []*labels.Matcher, mint, maxt 
 
 // labelSets collects label sets, each once. The zero value is ready.
 type labelSets struct {
-	at  map[string]int
-	all []labels.Labels
-	buf []byte
+	at   map[uint64]int // by hash: the last one that was added
+	next []int          // of the same hash, -1 for none
+	all  []labels.Labels
+}
+
+// newLabelSets has room for so many.
+func newLabelSets(n int) labelSets {
+	return labelSets{at: make(map[uint64]int, n), next: make([]int, 0, n), all: make([]labels.Labels, 0, n)}
 }
 
 // add returns the index of the label set in all, and whether it is new.
 func (l *labelSets) add(ls labels.Labels) (i int, added bool) {
-	l.buf = ls.Bytes(l.buf)
-	i, ok := l.at[string(l.buf)]
-	if ok {
-		return i, false
-	}
 	if l.at == nil {
-		l.at = map[string]int{}
+		l.at = map[uint64]int{}
+	}
+	hash := ls.Hash()
+	next, ok := l.at[hash]
+	if !ok {
+		next = -1
+	}
+	for i := next; i >= 0; i = l.next[i] {
+		if labels.Equal(l.all[i], ls) {
+			return i, false
+		}
 	}
 	i = len(l.all)
-	l.at[string(l.buf)] = i
-	l.all = append(l.all, ls)
+	l.at[hash] = i
+	l.next, l.all = append(l.next, next), append(l.all, ls)
 	return i, true
 }
 

@@ -53,9 +53,10 @@ type Series struct {
 	s          *Snapshot
 	parts      []part
 
+	found int // parts that there will be
+
 	// Of SelectWindows: what is read, and from which parts, ascending and disjoint.
 	summaries Summaries
-	found     int // parts that there will be
 	pieces    []piece
 	samples   []chunkfmt.Range // as hidden, of samples: hidden is of windows, and of samples that windows are made of
 }
@@ -109,20 +110,39 @@ func (s *Snapshot) SelectOrdered(ctx context.Context, ms []*labels.Matcher, mint
 
 func (s *Snapshot) seriesSet(fs []found, mint, maxt int64) *SeriesSet {
 	out := &SeriesSet{s: s, gone: math.MinInt64}
-	var sets labelSets
+	most, all := 0, 0
+	for _, f := range fs {
+		most, all = max(most, len(f.entries)), all+len(f.entries)
+	}
+	sets, of := newLabelSets(most), make([]*Series, 0, all) // of: by entry
+	out.series = make([]*Series, 0, most)
 	for _, f := range fs {
 		out.index += f.bytes
 		for i := range f.entries {
 			e := &f.entries[i]
 			out.gone = max(out.gone, goneUntil(e.Gone, mint, maxt))
 			if len(e.Chunks) == 0 || e.Gone != nil && !s.keeps(e.Labels) {
-				continue // only exemplars in that time, or summaries
+				of = append(of, nil) // only exemplars in that time, or summaries
+				continue
 			}
 			at, added := sets.add(e.Labels)
 			if added {
 				out.series = append(out.series, &Series{Labels: e.Labels, mint: mint, maxt: maxt, hidden: s.Hidden.Of(e.Labels), s: s})
 			}
-			out.series[at].parts = append(out.series[at].parts, part{block: f.block, chunks: e.Chunks})
+			out.series[at].found++
+			of = append(of, out.series[at])
+		}
+	}
+	for _, f := range fs {
+		for i := range f.entries {
+			s := of[0]
+			if of = of[1:]; s == nil {
+				continue
+			}
+			if s.parts == nil {
+				s.parts = make([]part, 0, s.found)
+			}
+			s.parts = append(s.parts, part{block: f.block, chunks: f.entries[i].Chunks})
 		}
 	}
 	slices.SortFunc(out.series, func(a, b *Series) int { return labels.Compare(a.Labels, b.Labels) })
@@ -315,6 +335,7 @@ type Buffer struct {
 
 	runs    []*runBuffer
 	dec     chunkfmt.Decoder
+	plans   []runPlan
 	windows windowBuffer
 	times   timesNames
 	values  uint64
@@ -511,7 +532,13 @@ func (b *Buffer) run(i, floats int) *chunkfmt.Series {
 // and chunkfmt.Merge makes one of them. Each ascends in time. What is returned
 // lies in buf, and is good until that is used again; it isn't to be changed.
 func (s *Series) Runs(buf *Buffer) ([]*chunkfmt.Series, error) {
-	plans := s.plan()
+	plans := s.plan(buf.plans[:0])
+	buf.plans = plans
+	defer func() {
+		for _, p := range plans {
+			clear(p.parts) // buffers are kept
+		}
+	}()
 	out := make([]*chunkfmt.Series, 0, len(plans))
 	buf.times.last, buf.values, buf.dec.Pages = 0, 0, rememberedPages
 	buf.dec.Reuse()
@@ -564,9 +591,8 @@ type runPlan struct {
 	floats int
 }
 
-// plan puts each part behind the first run that ends before it starts.
-func (s *Series) plan() []runPlan {
-	var out []runPlan
+// plan puts each part behind the first run that ends before it starts. It makes use of the memory of out, which is empty.
+func (s *Series) plan(out []runPlan) []runPlan {
 	for i := range s.parts { // ascending by the blocks' first times
 		p := &s.parts[i]
 		if len(p.chunks) == 0 {
@@ -581,8 +607,12 @@ func (s *Series) plan() []runPlan {
 		}
 		at := slices.IndexFunc(out, func(r runPlan) bool { return r.maxt < mint })
 		if at < 0 {
-			at = len(out)
-			out = append(out, runPlan{parts: make([]*part, 0, len(s.parts))})
+			if at = len(out); at < cap(out) {
+				out = out[:at+1]
+				out[at] = runPlan{parts: out[at].parts[:0]}
+			} else {
+				out = append(out, runPlan{})
+			}
 		}
 		r := &out[at]
 		r.parts, r.maxt, r.floats = append(r.parts, p), maxt, r.floats+floats
