@@ -205,7 +205,7 @@ func (e *Evaluator) strided(x *Extrapolation) {
 		}
 		n := int64(s.Count)
 		if n > 1 {
-			x.set(lie{n, x.rng - s.First, s.Last, s.First - s.Last})
+			x.set(n, x.rng-s.First, s.Last, s.First-s.Last)
 		}
 		for ; t < behind && i < steps; i++ {
 			e.tally.window[i] += n
@@ -286,7 +286,7 @@ func (e *Evaluator) rates(x *Extrapolation, s, before *Even, edge uint8, from, t
 	case 2:
 		first = before.Prev + e.width
 	}
-	x.set(lie{n, x.rng - first, s.Last, first - s.Last})
+	x.set(n, x.rng-first, s.Last, first-s.Last)
 	k := len(e.out.Step)
 	steps, values := longer(e.out.Step, to-from), longer(e.out.Value, to-from)
 	e.out.Step, e.out.Value = steps, values

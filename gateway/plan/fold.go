@@ -293,27 +293,40 @@ func (g *group) sum(p *points) {
 				n++
 			}
 		}
-		xs := p.v[from : from+n]
-		vs, cs := g.v[first:first+n], g.c[first:first+n]
-		for i, x := range xs {
-			v := vs[i]
-			sum := v + x
-			part := sum - v
-			off := (v - (sum - part)) + (x - part)
-			if off-off != 0 { // something is no number, or too great
-				if g.n[first+i] == 0 {
-					vs[i] = x
-				} else {
-					vs[i], cs[i] = kahansum.Inc(x, v, cs[i])
-				}
-				continue
+		xs, vs, cs := p.v[from:from+n], g.v[first:first+n], g.c[first:first+n]
+		for i := 0; i < n; i++ {
+			if i += sumFinite(vs[i:], cs[i:], xs[i:]); i == n {
+				break
 			}
-			vs[i] = sum
-			cs[i] += off
+			if g.n[first+i] == 0 {
+				vs[i] = xs[i]
+			} else {
+				vs[i], cs[i] = kahansum.Inc(xs[i], vs[i], cs[i])
+			}
 		}
 		g.has(first, first+n)
 		from += n
 	}
+}
+
+// sumFinite adds xs to the sums vs with the compensations cs, up to the first where something is no number, or too great, and
+// says how many these are. It is not inlined, for what it needs to stay in registers.
+//
+//go:noinline
+func sumFinite(vs, cs, xs []float64) int {
+	vs, cs = vs[:len(xs)], cs[:len(xs)]
+	for i, x := range xs {
+		v := vs[i]
+		sum := v + x
+		part := sum - v
+		off := (v - (sum - part)) + (x - part)
+		if off-off != 0 {
+			return i
+		}
+		vs[i] = sum
+		cs[i] += off
+	}
+	return len(xs)
 }
 
 // has notes that there are points at steps from from up to, without, to. For a sum it doesn't matter how many.

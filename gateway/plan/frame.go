@@ -45,14 +45,11 @@ func (f *frame) set(times []int64, l *Leaf, uses uses) {
 		done = hi
 	}
 	if uses.rates {
-		f.rates.Reset(l.function(), l.Range)
-		end := l.Grid.Start - l.offset()
+		f.rates.Set(l.function(), l.Range, times, l.Grid.Start-l.offset(), l.Grid.Step, f.win.lo, f.win.hi)
 		for i, hi := range f.win.hi {
-			if lo := f.win.lo[i]; hi-lo >= 2 {
-				f.rates.Add(end, times, lo, hi)
+			if hi-f.win.lo[i] >= 2 {
 				f.rateSteps = append(f.rateSteps, int32(i)) //nolint:gosec // no more than maxSteps
 			}
-			end += l.Grid.Step
 		}
 	}
 	if uses.blocks {

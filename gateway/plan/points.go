@@ -80,7 +80,7 @@ func (c *counts) floats(w *spans, ts []int64, l *Leaf, series int64) {
 // before is how many samples were in the window of the step before the first, or
 // earlier.
 func (l *Leaf) before(ts []int64) int32 {
-	return int32(search(ts, 0, 0, l.Grid.At(-1)-l.offset()))
+	return int32(search(ts, 0, l.Grid.At(-1)-l.offset()))
 }
 
 // point adds what a point of the result counts for.
@@ -115,12 +115,8 @@ func (c *counts) add(o *counts, from int) {
 	}
 }
 
-// search gives the first index from i on whose time is later than t. Windows move
-// on by about the same number of samples each time, which is the guess.
-func search(ts []int64, i, guess int, t int64) int {
-	if k := i + guess; k < len(ts) && ts[k] > t && (k == 0 || ts[k-1] <= t) {
-		return k
-	}
+// search gives the first index from i on whose time is later than t.
+func search(ts []int64, i int, t int64) int {
 	step := 1
 	for i+step <= len(ts) && ts[i+step-1] <= t {
 		i += step
@@ -141,12 +137,18 @@ func (s *spans) find(ts []int64, g Grid, offset, rng int64) {
 	n := g.Len()
 	s.lo, s.hi = slices.Grow(s.lo[:0], n)[:n], slices.Grow(s.hi[:0], n)[:n]
 	lo, hi, dlo, dhi := 0, 0, 0, 0
+	end := g.Start - offset
 	for i := range n {
-		end := g.At(i) - offset
-		a := search(ts, lo, dlo, end-rng)
-		b := search(ts, max(hi, a), dhi-max(0, a-hi), end)
+		a, b := lo+dlo, hi+dhi // as far on as the window before: mostly right
+		if a <= 0 || a >= len(ts) || ts[a] <= end-rng || ts[a-1] > end-rng {
+			a = search(ts, lo, end-rng)
+		}
+		if b <= 0 || b >= len(ts) || ts[b] <= end || ts[b-1] > end {
+			b = search(ts, max(hi, a), end)
+		}
 		dlo, dhi = a-lo, b-hi
 		lo, hi = a, b
 		s.lo[i], s.hi[i] = int32(a), int32(b)
+		end += g.Step
 	}
 }
