@@ -255,7 +255,7 @@ func (p *DataPage) floats(d *decoder, i int, dst *Floats) error {
 	if err != nil {
 		return fmt.Errorf("chunk %d: %w", i, err)
 	}
-	v, err := p.values(d, i, b, n, dst.V)
+	v, err := p.values(d, i, b, n, 0, dst.V)
 	if err != nil {
 		return fmt.Errorf("chunk %d: %w", i, err)
 	}
@@ -263,19 +263,20 @@ func (p *DataPage) floats(d *decoder, i int, dst *Floats) error {
 	return nil
 }
 
-func (p *DataPage) values(d *decoder, i int, b []byte, n int, dst []float64) ([]float64, error) {
+// values appends n values, of which the first from aren't wanted and may be anything.
+func (p *DataPage) values(d *decoder, i int, b []byte, n, from int, dst []float64) ([]float64, error) {
 	var rest []byte
 	var err error
 	if k := &p.chunks[i]; k.base == 0 && !k.isBase {
-		dst, rest, err = d.Floats(dst, b, n)
+		dst, rest, err = d.FloatsOn(dst, b, n, from, nil, nil, false)
 		d.rises = d.Rises()
 	} else {
-		sum, base, rises, err2 := d.base(p, i, n)
+		sum, base, rises, err2 := d.base(p, i, n, from)
 		if err2 != nil {
 			return dst, err2
 		}
-		if dst, rest, err = d.FloatsOn(dst, b, n, sum.ints, base, rises); err == nil {
-			sum.chunk, sum.rise, d.rises = i, d.IntsRise(), d.Rises()
+		if dst, rest, err = d.FloatsOn(dst, b, n, from, sum.ints, base, rises); err == nil {
+			sum.chunk, sum.from, sum.rise, d.rises = i, from, d.IntsRise(), d.Rises()
 		}
 	}
 	if err == nil && len(rest) > 0 {

@@ -35,7 +35,8 @@ const (
 type chunkInts struct {
 	chunk int
 	ints  []int64
-	rise  bool // they are known to
+	from  int  // those before aren't known
+	rise  bool // they are known to, from there on
 }
 
 //nolint:gochecknoglobals // scratch memory, shared by all pages
@@ -98,15 +99,16 @@ func (d *Decoder) Floats(p *DataPage, i int, dst *Floats) error {
 	return err
 }
 
-// Values appends the values of chunk i of p, as Floats does, to dst, reusing its capacity, without their times. It reports
-// false, and decodes nothing, of one that has start timestamps, or is none of floats.
-func (d *Decoder) Values(p *DataPage, i int, dst []float64) (out []float64, ok bool, err error) {
+// Values appends the values of chunk i of p, as Floats does, to dst, reusing its capacity, without their times. The first
+// from of them, less than it has, aren't wanted: they may be anything. It reports false, and decodes nothing, of one that has
+// start timestamps, or is none of floats.
+func (d *Decoder) Values(p *DataPage, i, from int, dst []float64) (out []float64, ok bool, err error) {
 	if p.Kind(i) != KindFloat || p.chunks[i].kind&^(kindMask|chunkBase) != 0 {
 		return dst, false, nil
 	}
 	k := &p.chunks[i]
 	one := d.of(p)
-	out, err = p.values(one, i, p.body[k.from:k.end], p.times[k.times].n, dst)
+	out, err = p.values(one, i, p.body[k.from:k.end], p.times[k.times].n, from, dst)
 	if err != nil {
 		return dst, false, fmt.Errorf("chunk %d: %w", i, err)
 	}
@@ -114,8 +116,8 @@ func (d *Decoder) Values(p *DataPage, i int, dst []float64) (out []float64, ok b
 	return out, true, nil
 }
 
-// Rises reports whether the values that were decoded last are known to rise: each is no less than the one before, and
-// none is NaN.
+// Rises reports whether the values that were decoded last, those that were wanted, are known to rise: each is no less than
+// the one before, and none is NaN.
 func (d *Decoder) Rises() bool { return d.rises }
 
 // of gives the decoder that remembers p, or else the one that was used least recently.
@@ -170,8 +172,8 @@ func (c *timesColumn) decode(d *codec.Decoder, dst []int64) ([]int64, error) {
 
 // base returns the integers of the chunk that chunk i of p is based on, nil if
 // none, whether they are known to rise, and where those of chunk i itself are to go. The caller notes i there
-// once they have.
-func (d *decoder) base(p *DataPage, i, n int) (sum *chunkInts, base []int64, rises bool, err error) {
+// once they have. Of all these the first from aren't wanted.
+func (d *decoder) base(p *DataPage, i, n, from int) (sum *chunkInts, base []int64, rises bool, err error) {
 	most := min(max(rememberedInts/max(n, 1), minInts), maxInts)
 	if d.next >= most {
 		d.next = 0
@@ -194,7 +196,7 @@ func (d *decoder) base(p *DataPage, i, n int) (sum *chunkInts, base []int64, ris
 	for j := i; p.chunks[j].base != 0 && base == nil; {
 		j -= int(p.chunks[j].base)
 		for k := range d.ints {
-			if d.ints[k].chunk == j {
+			if d.ints[k].chunk == j && d.ints[k].from <= from {
 				base, rises = d.ints[k].ints, d.ints[k].rise
 			}
 		}
@@ -221,7 +223,7 @@ func (d *decoder) base(p *DataPage, i, n int) (sum *chunkInts, base []int64, ris
 				return nil, nil, false, err
 			}
 		}
-		if err := d.BaseInts(sum.ints, b, rises); err != nil {
+		if err := d.BaseInts(sum.ints, b, from, rises); err != nil {
 			return nil, nil, false, err
 		}
 		rises = d.IntsRise()

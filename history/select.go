@@ -483,7 +483,11 @@ func (r *runBuffer) decode(buf *Buffer, p *runPlan, mint, maxt int64) bool {
 				continue
 			}
 			var ok bool
-			if v, ok, _ = buf.dec.Values(pt.pages[j].data, pt.chunks[j].Index, v); !ok {
+			from := 0
+			if !made.whole {
+				from = made.kept[0].From
+			}
+			if v, ok, _ = buf.dec.Values(pt.pages[j].data, pt.chunks[j].Index, from, v); !ok {
 				return false
 			}
 			if !made.whole {

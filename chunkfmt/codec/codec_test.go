@@ -39,6 +39,46 @@ func checkFloats(t testing.TB, e *Encoder, d *Decoder, v []float64) {
 	if d.Rises() && !ascends(v) {
 		t.Fatalf("head %#x: said to rise: %v", b[0], v)
 	}
+	for _, from := range []int{1, len(v) / 3, blockLen, blockLen + 1, len(v) - 1} {
+		if from > 0 && from < len(v) {
+			checkFrom(t, d, b, len(v), from, nil)
+			if _, _, err := d.FloatsOn(nil, b, len(v), from, nil, nil, false); err != nil {
+				t.Fatal(err)
+			} else if d.Rises() && !ascends(v[from:]) {
+				t.Fatalf("head %#x: said to rise from %d on: %v", b[0], from, v)
+			}
+		}
+	}
+}
+
+// checkFrom decodes bytes, whatever they are, with and without the first from of n values: alone, as a base, and on base,
+// if that isn't nil. The others are the same.
+func checkFrom(t testing.TB, d *Decoder, b []byte, n, from int, base []int64) {
+	t.Helper()
+	for _, base := range [][]int64{nil, base} {
+		for _, sums := range []bool{false, true} {
+			if base != nil && !sums {
+				continue
+			}
+			var sum, sumFrom []int64
+			if sums {
+				sum, sumFrom = make([]int64, n), make([]int64, n)
+			}
+			all, rest, err := d.FloatsOn(nil, b, n, 0, sum, base, false)
+			some, restFrom, errFrom := d.FloatsOn(nil, b, n, from, sumFrom, base, false)
+			if (err == nil) != (errFrom == nil) || len(rest) != len(restFrom) {
+				t.Fatalf("%v, %d bytes left; from %d on %v, %d bytes left", err, len(rest), from, errFrom, len(restFrom))
+			}
+			if err != nil {
+				continue
+			}
+			for i := from; i < n; i++ {
+				if math.Float64bits(all[i]) != math.Float64bits(some[i]) || sums && sum[i] != sumFrom[i] {
+					t.Fatalf("value %d of %d is %v, from %d on %v", i, n, all[i], from, some[i])
+				}
+			}
+		}
+	}
 }
 
 // ascends reports whether each value is no less than the one before, and none is NaN.
@@ -160,14 +200,14 @@ func TestFloatsOnBase(t *testing.T) {
 		var sum []int64
 		if base == 0 {
 			sum = make([]int64, n)
-			if err := d.BaseInts(sum, first, true); err != nil {
+			if err := d.BaseInts(sum, first, 0, true); err != nil {
 				t.Fatal(err)
 			}
 			if _, _, err := d.Floats(nil, second, n); err == nil {
 				t.Fatal("decoded without its base")
 			}
 		}
-		got, _, err := d.FloatsOn(nil, second, n, sum, sum, d.IntsRise())
+		got, _, err := d.FloatsOn(nil, second, n, 0, sum, sum, d.IntsRise())
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -224,14 +264,21 @@ func TestRises(t *testing.T) {
 			continue
 		}
 		sum := make([]int64, n)
-		if err := d.BaseInts(sum, first, true); err != nil {
+		if err := d.BaseInts(sum, first, 0, true); err != nil {
 			t.Fatal(err)
 		}
 		rises := d.IntsRise()
 		if rises != slices.IsSorted(ints) {
 			t.Fatalf("the base is said to rise, %v: %v", rises, ints)
 		}
-		got, _, err := d.FloatsOn(nil, second, n, sum, sum, rises)
+		from := r.IntN(n)
+		checkFrom(t, &d, second, n, from, slices.Clone(sum))
+		if _, _, err := d.FloatsOn(nil, second, n, from, make([]int64, n), sum, rises); err != nil {
+			t.Fatal(err)
+		} else if d.Rises() && !ascends(b[from:]) {
+			t.Fatalf("said to rise from %d on: %v", from, b)
+		}
+		got, _, err := d.FloatsOn(nil, second, n, 0, sum, sum, rises)
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -338,13 +338,14 @@ func (e *Encoder) appendExceptions(dst []byte, v []float64) []byte {
 // Floats appends n floats, at most MaxLen, to dst and returns the bytes behind
 // them. A column on a base is refused.
 func (d *Decoder) Floats(dst []float64, b []byte, n int) (out []float64, rest []byte, err error) {
-	return d.FloatsOn(dst, b, n, nil, nil, false)
+	return d.FloatsOn(dst, b, n, 0, nil, nil, false)
 }
 
 // FloatsOn is Floats for a column on a base whose n integers are given. Those of
 // this column, for use as a base in turn, go to sum, which may be base. Without a
-// base, a column that can't be one is refused. rises: the integers of the base are known to.
-func (d *Decoder) FloatsOn(dst []float64, b []byte, n int, sum, base []int64, rises bool) (out []float64, rest []byte, err error) {
+// base, a column that can't be one is refused. rises: the integers of the base are known to. Of floats, sum and base the
+// first from may be anything, before and after: they are counted, but not wanted.
+func (d *Decoder) FloatsOn(dst []float64, b []byte, n, from int, sum, base []int64, rises bool) (out []float64, rest []byte, err error) {
 	d.fell, d.rises = false, false
 	out, added, err := grow(dst, n)
 	if err != nil || n == 0 {
@@ -364,23 +365,26 @@ func (d *Decoder) FloatsOn(dst []float64, b []byte, n int, sum, base []int64, ri
 			return dst, nil, ErrCorrupt
 		}
 		fill(added, math.Float64frombits(bits.ReverseBytes64(v)))
-		d.rises = added[0] == added[0] // or NaN
+		d.rises = added[n-1] == added[n-1] // or NaN
 		return out, b[k:], nil
 	}
 	kind := head &^ (floatExcept | floatBase)
 	if kind > maxDecimals && kind != floatBits || head&floatBase != 0 && (kind != 0 || len(base) != n) || sum != nil && len(sum) != n {
 		return dst, nil, ErrCorrupt
 	}
+	from = min(max(from, 0), n-1)
 	m := mapping{kind: kind}
 	switch {
 	case base != nil:
-		b, err = d.intsOn(added, b, sum, base, rises)
+		b, err = d.intsOn(added, b, from, sum, base, rises)
+	case sum != nil && len(b) > 0 && b[0] == formDelta:
+		b, err = d.deltas(added, b[1:], from, sum)
 	case sum != nil:
 		if b, err = d.ints(sum, b, levelAny); err == nil {
-			toFloats(added, sum)
+			toFloats(added[from:], sum[from:])
 		}
 	default:
-		b, err = d.mapped(added, b, m)
+		b, err = d.mapped(added, b, from, m)
 	}
 	if err != nil {
 		return dst, nil, err
@@ -412,13 +416,13 @@ func HasExceptions(b []byte) bool { return len(b) == 0 || b[0]&floatExcept != 0 
 
 // BaseInts adds the integers of the column of floats at the start of b to sum,
 // which has as many elements as the column. A column that can't be a base is
-// refused. rises: those of sum are known to.
-func (d *Decoder) BaseInts(sum []int64, b []byte, rises bool) error {
+// refused. rises: those of sum are known to. from is as for FloatsOn.
+func (d *Decoder) BaseInts(sum []int64, b []byte, from int, rises bool) error {
 	if len(b) == 0 || b[0]&^(floatExcept|floatBase) != 0 {
 		return ErrCorrupt
 	}
 	d.fell = false
-	_, err := d.intsOn(nil, b[1:], sum, sum, rises)
+	_, err := d.intsOn(nil, b[1:], min(max(from, 0), len(sum)), sum, sum, rises)
 	return err
 }
 

@@ -78,9 +78,13 @@ func FuzzDecode(f *testing.F) {
 		check(len(floats), err)
 		if n <= MaxLen {
 			sum := make([]int64, n)
-			floats, _, err = d.FloatsOn(nil, b, n, sum, sum, false)
+			from := n / 3 * (len(b) & 3)
+			floats, _, err = d.FloatsOn(nil, b, n, from, sum, sum, false)
 			check(len(floats), err)
-			_ = d.BaseInts(sum, b, false)
+			_ = d.BaseInts(sum, b, from, false)
+			if n > 0 {
+				checkFrom(t, &d, b, n, min(from, n-1), sum)
+			}
 		}
 	})
 }

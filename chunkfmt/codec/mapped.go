@@ -72,8 +72,8 @@ func fill[T int64 | float64](dst []T, v T) {
 	}
 }
 
-// mapped decodes a column of integers that become floats.
-func (d *Decoder) mapped(dst []float64, b []byte, m mapping) (rest []byte, err error) {
+// mapped decodes a column of integers that become floats. The first from of these aren't wanted.
+func (d *Decoder) mapped(dst []float64, b []byte, from int, m mapping) (rest []byte, err error) {
 	if len(b) == 0 {
 		return nil, ErrCorrupt
 	}
@@ -87,7 +87,7 @@ func (d *Decoder) mapped(dst []float64, b []byte, m mapping) (rest []byte, err e
 		if d.floats, values, err = grow(d.floats[:0], ones+1); err != nil {
 			return nil, err
 		}
-		if b, err = d.mappedScaled(values, b, m); err != nil {
+		if b, err = d.mappedScaled(values, b, 0, m); err != nil {
 			return nil, err
 		}
 		expandBitmap(dst, bitmap, values)
@@ -101,16 +101,16 @@ func (d *Decoder) mapped(dst []float64, b []byte, m mapping) (rest []byte, err e
 		if d.floats, values, err = grow(d.floats[:0], len(lens)); err != nil {
 			return nil, err
 		}
-		if b, err = d.mappedScaled(values, b, m); err != nil {
+		if b, err = d.mappedScaled(values, b, 0, m); err != nil {
 			return nil, err
 		}
 		return b, expandRuns(dst, lens, values)
 	default:
-		return d.mappedScaled(dst, b, m)
+		return d.mappedScaled(dst, b, from, m)
 	}
 }
 
-func (d *Decoder) mappedScaled(dst []float64, b []byte, m mapping) (rest []byte, err error) {
+func (d *Decoder) mappedScaled(dst []float64, b []byte, from int, m mapping) (rest []byte, err error) {
 	if len(b) > 0 && b[0] == formScaled {
 		m.scaled = true
 		if m.off, m.g, b, err = scale(b[1:]); err != nil {
@@ -118,10 +118,10 @@ func (d *Decoder) mappedScaled(dst []float64, b []byte, m mapping) (rest []byte,
 		}
 		d.fell = d.fell || m.g < 0
 	}
-	return d.mappedPlain(dst, b, m)
+	return d.mappedPlain(dst, b, from, m)
 }
 
-func (d *Decoder) mappedPlain(dst []float64, b []byte, m mapping) (rest []byte, err error) {
+func (d *Decoder) mappedPlain(dst []float64, b []byte, from int, m mapping) (rest []byte, err error) {
 	if len(dst) == 0 {
 		return b, nil
 	}
@@ -145,12 +145,17 @@ func (d *Decoder) mappedPlain(dst []float64, b []byte, m mapping) (rest []byte, 
 			m.apply(dst[:1], d.buf[:1])
 		}
 	}
+	passed, sum := 0, int64(0)
 	switch form {
 	case formConst:
 		fill(dst, dst[0])
 		return b, nil
 	case formPacked:
 		d.fell = d.fell || len(dst) > 1
+		if passed, _, b, err = d.pass(b, from); err != nil {
+			return nil, err
+		}
+		dst = dst[passed:]
 		for len(dst) > 0 {
 			k := min(blockLen, len(dst))
 			if b, err = d.block(d.buf[:k], b); err != nil {
@@ -161,7 +166,11 @@ func (d *Decoder) mappedPlain(dst []float64, b []byte, m mapping) (rest []byte, 
 		}
 		return b, nil
 	case formDelta:
-		dst = dst[1:]
+		if passed, sum, b, err = d.pass(b, from-1); err != nil {
+			return nil, err
+		}
+		last += sum
+		dst = dst[1+passed:]
 		for len(dst) > 0 {
 			k := min(blockLen, len(dst))
 			if m.kind == 0 && !m.scaled {
@@ -246,10 +255,83 @@ func sumFloats(dst []float64, deltas []int64, last int64) int64 {
 	return last
 }
 
+// pass passes over the blocks that lie wholly before the from-th value, and gives how many values they have, and the sum
+// of these.
+func (d *Decoder) pass(b []byte, from int) (n int, sum int64, rest []byte, err error) {
+	fell := d.fell
+	for ; n+blockLen <= from; n += blockLen {
+		width, patches, base, size, body, err := blockHead(blockLen, b)
+		switch {
+		case err != nil:
+			return 0, 0, nil, err
+		case patches || width > mostSummed:
+			if b, err = d.block(d.buf[:], b); err != nil {
+				return 0, 0, nil, err
+			}
+			for _, x := range d.buf {
+				sum += x
+			}
+		default:
+			sum += blockLen * base
+			if width > 0 {
+				sum += sumPacked(d.withSlack(body, size), width)
+			}
+			b = body[size:]
+		}
+	}
+	d.fell = fell
+	return n, sum, b, nil
+}
+
+// deltas decodes differences into sum, as values, and converts those. The first from aren't wanted.
+func (d *Decoder) deltas(dst []float64, b []byte, from int, sum []int64) (rest []byte, err error) {
+	last, k := binary.Varint(b)
+	if k <= 0 {
+		return nil, ErrCorrupt
+	}
+	sum[0], dst[0] = last, float64(last)
+	passed, before, b, err := d.pass(b[k:], from-1)
+	if err != nil {
+		return nil, err
+	}
+	last += before
+	sum, dst = sum[1+passed:], dst[1+passed:]
+	for len(sum) > 0 {
+		k := min(blockLen, len(sum))
+		if b, err = d.block(d.buf[:k], b); err != nil {
+			return nil, err
+		}
+		last = sumBoth(dst[:k], sum[:k], d.buf[:k], last)
+		sum, dst = sum[k:], dst[k:]
+	}
+	return b, nil
+}
+
+// sumBoth is sumInts into sum, and toFloats in one.
+func sumBoth(dst []float64, sum, deltas []int64, last int64) int64 {
+	for len(deltas) >= 4 && len(sum) >= 4 && len(dst) >= 4 {
+		o, s, d := (*[4]float64)(dst), (*[4]int64)(sum), (*[4]int64)(deltas)
+		x0 := last + d[0]
+		x1 := x0 + d[1]
+		x2 := x1 + d[2]
+		last = x2 + d[3]
+		s[0], s[1], s[2], s[3] = x0, x1, x2, last
+		o[0], o[1], o[2], o[3] = float64(x0), float64(x1), float64(x2), float64(last)
+		dst, sum, deltas = dst[4:], sum[4:], deltas[4:]
+	}
+	dst, sum = dst[:len(deltas)], sum[:len(deltas)]
+	for i, x := range deltas {
+		last += x
+		sum[i] = last
+		dst[i] = float64(last)
+	}
+	return last
+}
+
 // intsOn decodes a column of integers into sum, adds base to them, and converts
 // them, unless dst is nil. sum and base are of the same length and may be the
-// same. It sets fell of sum; rises is whether base is known to.
-func (d *Decoder) intsOn(dst []float64, b []byte, sum, base []int64, rises bool) (rest []byte, err error) {
+// same. It sets fell of sum; rises is whether base is known to. Of all the first from aren't wanted.
+func (d *Decoder) intsOn(dst []float64, b []byte, from int, sum, base []int64, rises bool) (rest []byte, err error) {
 	if len(b) == 0 || len(base) == 0 {
 		return nil, ErrCorrupt
 	}
@@ -266,8 +348,18 @@ func (d *Decoder) intsOn(dst []float64, b []byte, sum, base []int64, rises bool)
 			b = b[k:]
 			d.buf[0] = x
 			dst = a.add(dst, sum[:1], base[:1], d.buf[:1])
-			a.delta = x
-			sum, base = sum[1:], base[1:]
+			passed, before, rest, err := d.pass(b, from-1)
+			if err != nil {
+				return nil, err
+			}
+			if passed > 0 {
+				a.last = least
+			}
+			a.delta, b = x+before, rest
+			sum, base = sum[1+passed:], base[1+passed:]
+			if dst != nil {
+				dst = dst[passed:]
+			}
 		}
 		for len(base) > 0 {
 			k := min(blockLen, len(base))
@@ -303,7 +395,10 @@ func (d *Decoder) intsOn(dst []float64, b []byte, sum, base []int64, rises bool)
 		if k <= 0 {
 			return nil, ErrCorrupt
 		}
-		addConst(dst, sum, base, v)
+		if dst != nil {
+			dst = dst[from:]
+		}
+		addConst(dst, sum[from:], base[from:], v)
 		d.fell = !rises
 		return b[1+k:], nil
 	default:

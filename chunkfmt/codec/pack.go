@@ -428,6 +428,25 @@ func (d *Decoder) sumBlock(dst []float64, b []byte, last int64) (rest []byte, su
 	return rest, sumFloats(dst, d.buf[:len(dst)], last), nil
 }
 
+// mostSummed is the greatest width of which eight values lie in one load of eight bytes.
+const mostSummed = 8
+
+// sumPacked is the sum of a block of values of width bits, 1 to mostSummed, with eight readable bytes behind them: eight
+// values become four of twice the width, two and one.
+func sumPacked(src []byte, width uint) (sum int64) {
+	four := uint64(1)<<(4*width) - 1
+	two := (uint64(1)<<(2*width) - 1) * (1 + 1<<(4*width))
+	one := (uint64(1)<<width - 1) * (1 + 1<<(2*width) + 1<<(4*width) + 1<<(6*width))
+	for len(src) >= int(width)+8 {
+		x := binary.LittleEndian.Uint64(src)
+		x = x&one + x>>(width&63)&one
+		x = x&two + x>>(2*width&63)&two
+		sum += int64(x&four + x>>(4*width&63)&four)
+		src = src[width:]
+	}
+	return sum
+}
+
 // unpackBlock unpacks the n bytes at the start of b.
 func (d *Decoder) unpackBlock(dst []int64, b []byte, n int, width uint, base int64) {
 	src := d.withSlack(b, n)
