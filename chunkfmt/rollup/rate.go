@@ -55,9 +55,7 @@ func (x *Extrapolation) at(end, n, firstT, lastT int64) bool {
 
 // Factor is what Result multiplies the increase by: of histograms, by their counts of observations.
 func (x *Extrapolation) Factor(end, n, firstT, lastT int64, firstV, increase float64) float64 {
-	if is := x.lieOf(end, n, firstT, lastT); is != x.lie {
-		x.set(is)
-	}
+	x.at(end, n, firstT, lastT)
 	if x.counter && increase > 0 && firstV >= 0 {
 		if toZero := x.sampled * (firstV / increase); toZero < x.toStart {
 			return x.over(&x.place, toZero)
