@@ -106,7 +106,10 @@ func encode(w io.Writer, r *v1.Response) error {
 		raw(`,"result":`)
 		switch result := data.Result.(type) {
 		case promql.Matrix:
-			var times timeTexts
+			var times *timeTexts
+			if len(result) > 1 {
+				times = &timeTexts{}
+			}
 			list(len(result), func(i int) {
 				if len(result[i].Histograms) > 0 {
 					s.WriteVal(result[i])
@@ -116,13 +119,23 @@ func encode(w io.Writer, r *v1.Response) error {
 				writeLabels(s, result[i].Metric)
 				if ps := result[i].Floats; len(ps) > 0 {
 					raw(`,"values":[`)
-					s.SetBuffer(appendFloats(s.Buffer(), ps, &times))
+					s.SetBuffer(appendFloats(s.Buffer(), ps, times))
 					raw("]")
 				}
 				raw("}")
 			})
 		case promql.Vector:
-			list(len(result), func(i int) { s.WriteVal(result[i]) })
+			list(len(result), func(i int) {
+				if result[i].H != nil {
+					s.WriteVal(result[i])
+					return
+				}
+				raw(`{"metric":`)
+				writeLabels(s, result[i].Metric)
+				raw(`,"value":[`)
+				b := append(appendTime(s.Buffer(), result[i].T), `,"`...)
+				s.SetBuffer(append(appendFloat(b, result[i].F), `"]}`...))
+			})
 		default:
 			s.WriteVal(result)
 		}
@@ -137,7 +150,7 @@ func encode(w io.Writer, r *v1.Response) error {
 		raw("}")
 	case []labels.Labels:
 		head()
-		list(len(data), func(i int) { s.WriteVal(data[i]) })
+		list(len(data), func(i int) { writeLabels(s, data[i]) })
 	case []string:
 		head()
 		list(len(data), func(i int) { s.WriteStringWithHTMLEscaped(data[i]) })
@@ -157,7 +170,7 @@ func encode(w io.Writer, r *v1.Response) error {
 	return s.Flush()
 }
 
-// writeLabels writes labels as v1.JSONCodec does, where they are a field of what is written.
+// writeLabels writes labels as v1.JSONCodec does.
 func writeLabels(s *jsoniter.Stream, ls labels.Labels) {
 	s.WriteRaw("{")
 	first := true
@@ -196,19 +209,29 @@ func (x *timeTexts) append(b []byte, k int, t int64) []byte {
 	return append(b, x.text[x.ends[k-1]:x.ends[k]]...)
 }
 
-// appendFloats appends points, one or more, as v1.JSONCodec encodes them.
+// appendFloats appends points, one or more, as v1.JSONCodec encodes them. times are those of series before; nil:
+// nobody will need them again.
 func appendFloats(b []byte, ps []promql.FPoint, times *timeTexts) []byte {
-	k, _ := slices.BinarySearch(times.times, ps[0].T)
+	k := 0
+	if times != nil {
+		k, _ = slices.BinarySearch(times.times, ps[0].T)
+	}
 	from, to := 0, 0 // where the last value is in b
 	for i := range ps {
 		p := &ps[i]
-		for k < len(times.times) && times.times[k] < p.T {
-			k++
-		}
 		if i > 0 {
 			b = append(b, ',')
 		}
-		b = append(times.append(append(b, '['), k, p.T), `,"`...)
+		b = append(b, '[')
+		if times == nil {
+			b = appendTime(b, p.T)
+		} else {
+			for k < len(times.times) && times.times[k] < p.T {
+				k++
+			}
+			b = times.append(b, k, p.T)
+		}
+		b = append(b, `,"`...)
 		n := len(b)
 		if i > 0 && math.Float64bits(p.F) == math.Float64bits(ps[i-1].F) {
 			b = append(b, b[from:to]...)
@@ -233,8 +256,14 @@ func appendTime(b []byte, t int64) []byte {
 	return b
 }
 
+// maxWhole bounds whole numbers of which a float tells each from the next.
+const maxWhole = 1 << 53
+
 // appendFloat appends a value as jsonutil.MarshalFloat writes it.
 func appendFloat(b []byte, v float64) []byte {
+	if i := int64(v); float64(i) == v && i != 0 && -maxWhole < i && i < maxWhole {
+		return strconv.AppendInt(b, i, 10) // the same text, in less time
+	}
 	format := byte('f')
 	if abs := math.Abs(v); abs != 0 && (abs < 1e-6 || abs >= 1e21) {
 		format = 'e'

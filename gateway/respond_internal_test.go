@@ -20,7 +20,8 @@ import (
 
 // Answers are byte for byte Prometheus's, whatever is in them.
 func TestEncodeLikePrometheus(t *testing.T) {
-	values := []float64{0, math.Copysign(0, -1), 1, -1, 0.1, 1.0 / 3, 1e-6, 9e-7, 1e21, 9.99e20, math.Inf(1), math.Inf(-1), math.NaN(), math.MaxFloat64, 5e-324}
+	values := []float64{0, math.Copysign(0, -1), 1, -1, 0.1, 1.0 / 3, 1e-6, 9e-7, 1e21, 9.99e20, math.Inf(1), math.Inf(-1), math.NaN(), math.MaxFloat64, 5e-324,
+		-123456, 1 << 53, 1<<53 - 1, -1 << 53, 1 - 1<<53, 1 << 62, -1 << 63, 1 << 63, 1 << 64}
 	for seed := range uint64(300) {
 		r := rand.New(rand.NewPCG(seed, 0))
 		step := []int64{1, 50, 15_000, 1001}[r.IntN(4)]
@@ -45,12 +46,25 @@ func TestEncodeLikePrometheus(t *testing.T) {
 			}
 			m = append(m, s)
 		}
-		resp := &v1.Response{Status: "success", Data: &v1.QueryData{ResultType: parser.ValueTypeMatrix, Result: m}}
-		want, err := v1.JSONCodec{}.Encode(resp)
-		require.NoError(t, err)
-		var got bytes.Buffer
-		require.NoError(t, encode(&got, resp))
-		require.Equal(t, string(want), got.String(), "seed %d", seed)
+		vector, sets, texts := promql.Vector{}, []labels.Labels{}, []string{}
+		for _, s := range m {
+			one := promql.Sample{Metric: s.Metric, T: start, F: values[r.IntN(len(values))]}
+			if len(s.Histograms) > 0 {
+				one.H = s.Histograms[0].H
+			}
+			vector, sets, texts = append(vector, one), append(sets, s.Metric), append(texts, s.Metric.Get("b"))
+		}
+		for _, data := range []any{
+			&v1.QueryData{ResultType: parser.ValueTypeMatrix, Result: m},
+			&v1.QueryData{ResultType: parser.ValueTypeVector, Result: vector}, sets, texts,
+		} {
+			resp := &v1.Response{Status: "success", Data: data}
+			want, err := v1.JSONCodec{}.Encode(resp)
+			require.NoError(t, err)
+			var got bytes.Buffer
+			require.NoError(t, encode(&got, resp))
+			require.Equal(t, string(want), got.String(), "seed %d", seed)
+		}
 	}
 }
 

@@ -36,7 +36,7 @@ type Leaf struct {
 	once bool
 	in   []subquery
 	// plain: the selector stands by itself. The engine is as good at it, but where
-	// there are no samples any more.
+	// there are no samples any more, or heads give the newest without their chunks.
 	plain bool
 	given bool // up: the engine computes it
 
@@ -275,14 +275,14 @@ func (l *Leaf) split() bool {
 	return true
 }
 
-// plain is the leaf of a selector that stands by itself, if summaries could answer it.
+// plain is the leaf of a selector that stands by itself, if summaries could answer it, or the newest sample does.
 func (p *planner) plain(vs *parser.VectorSelector, at place) *Leaf {
 	l := p.selector(vs, at)
 	if l == nil {
 		return nil
 	}
 	l.Range, l.plain = p.lookback, true
-	if l.query(options{}).Width() == 0 {
+	if !l.newest() && l.query(options{}).Width() == 0 {
 		return nil
 	}
 	return l

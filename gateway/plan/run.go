@@ -130,18 +130,24 @@ func runOver(ctx context.Context, l *Leaf, o options, set storage.SeriesSet, sum
 		}
 	}()
 	total := newCounts(steps)
-	ws := make([]worker, atOnce)
-	for i := range ws {
+	ws := make([]worker, 0, atOnce)
+	more := func() {
 		buf, _ := buffers.Get().(*merge.Buffer)
-		ws[i] = worker{newKernel(l, o), buf, newWindows(l, o, sums)}
-		defer buffers.Put(buf)
-		defer ws[i].k.done()
+		ws = append(ws, worker{newKernel(l, o), buf, newWindows(l, o, sums)})
 	}
+	more()
+	defer func() {
+		for i := range ws {
+			ws[i].k.done()
+			buffers.Put(ws[i].buf)
+		}
+	}()
 	// Points wait for their turn, and their memory is noted after each batch.
 	pooled, _ := slotsOf.Get().(*[]slot)
 	slots := (*pooled)[:0:min(batch, max(atOnce, batchSteps/steps))]
+	used := 0 // slots
 	defer func() {
-		slots = slots[:cap(slots)]
+		slots = slots[:used]
 		for i := range slots {
 			slots[i].drop()
 		}
@@ -153,10 +159,10 @@ func runOver(ctx context.Context, l *Leaf, o options, set storage.SeriesSet, sum
 	if sums == nil {
 		most = min(most, 4*atOnce) // for a start: there may be histograms
 	}
-	for more := true; more; {
+	for rest := true; rest; {
 		slots = slots[:0]
 		for len(slots) < most {
-			if more = set.Next(); !more {
+			if rest = set.Next(); !rest {
 				break
 			}
 			s, ok := set.At().(*merge.Series)
@@ -164,11 +170,15 @@ func runOver(ctx context.Context, l *Leaf, o options, set storage.SeriesSet, sum
 				return nil, ErrGiveUp // not of one tenant
 			}
 			slots = slots[:len(slots)+1]
+			used = max(used, len(slots))
 			next := &slots[len(slots)-1]
 			next.series, next.labels, next.annos = s, s.Labels(), nil
 		}
 		if err := ctx.Err(); err != nil {
 			return &partial{annos: r.annos}, err
+		}
+		for len(slots) >= worthWorkers && len(ws) < atOnce {
+			more()
 		}
 		for i := range ws {
 			ws[i].k.given = nil
@@ -238,27 +248,34 @@ func recovered(logger *slog.Logger, err *error) {
 	}
 }
 
+// worthWorkers are as many series as are worth more than one worker.
+const worthWorkers = 4
+
 // evaluate calls eval for the slots, shared out among the workers.
 func evaluate(ctx context.Context, logger *slog.Logger, ws []worker, slots []slot, eval func(*worker, *slot) error) error {
-	if len(slots) < 4 {
+	if len(slots) < worthWorkers {
 		ws = ws[:1]
+	}
+	some := func(w int) (err error) {
+		defer recovered(logger, &err)
+		// Neighbours: they share pages, times, and the integers that buckets of
+		// a histogram are based on.
+		for i := w * len(slots) / len(ws); i < (w+1)*len(slots)/len(ws); i++ {
+			if err := eval(&ws[w], &slots[i]); err != nil {
+				return err
+			}
+			if ctx.Err() != nil {
+				return ctx.Err()
+			}
+		}
+		return nil
+	}
+	if len(ws) == 1 {
+		return some(0)
 	}
 	var g errgroup.Group
 	for w := range ws {
-		g.Go(func() (err error) {
-			defer recovered(logger, &err)
-			// Neighbours: they share pages, times, and the integers that buckets of
-			// a histogram are based on.
-			for i := w * len(slots) / len(ws); i < (w+1)*len(slots)/len(ws); i++ {
-				if err := eval(&ws[w], &slots[i]); err != nil {
-					return err
-				}
-				if ctx.Err() != nil {
-					return ctx.Err()
-				}
-			}
-			return nil
-		})
+		g.Go(func() error { return some(w) })
 	}
 	return g.Wait()
 }

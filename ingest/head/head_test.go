@@ -269,6 +269,37 @@ func TestMatchersAgainstDefinition(t *testing.T) {
 	}
 }
 
+// Names and values that were asked for grow with the series; an answer is the caller's to change.
+func TestLabelsGrow(t *testing.T) {
+	h := New(0)
+	w := newWriter(t, h, "a")
+	everything := fetch.Query{Tenant: "a", MinT: math.MinInt64, MaxT: math.MaxInt64}
+	check := func(name string, want ...string) {
+		t.Helper()
+		for range 2 {
+			got, _, err := h.Labels(t.Context(), everything, name)
+			if err != nil || !slices.Equal(got, want) {
+				t.Errorf("names or values of %q: %q, %v, want %q", name, got, err, want)
+			}
+			for i := range got {
+				got[i] = "changed"
+			}
+		}
+	}
+	w.floats(ls("__name__", "x", "job", "j2"), 1000, 1)
+	check("", "__name__", "job")
+	check("job", "j2")
+	check("env")
+	w.floats(ls("__name__", "x", "job", "j1", "env", "e"), 1000, 1)
+	check("", "__name__", "env", "job")
+	check("job", "j1", "j2")
+	check("env", "e")
+	h.Rotate()
+	w.floats(ls("__name__", "x", "job", "j0"), 2000, 1)
+	w.floats(ls("__name__", "x", "job", "j2"), 2000, 1)
+	check("job", "j0", "j1", "j2")
+}
+
 func TestLabelsExemplarsMetadata(t *testing.T) {
 	h := New(0)
 	w := newWriter(t, h, "a")
