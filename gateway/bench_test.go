@@ -22,7 +22,7 @@ import (
 func BenchmarkSmall(b *testing.B) {
 	const targets, metrics, scrapes, interval = 200, 20, 240, 15_000
 	end := time.Now().UnixMilli() / interval * interval
-	begin := int64(end - scrapes*interval)
+	begin := end - scrapes*interval
 	target := func(i int) string { return fmt.Sprintf("10.16.%d.%d:9100", i/100, i%100) }
 	seconds := func(ms int64) string { return strconv.FormatInt(ms/1000, 10) }
 	requests := []struct{ name, url string }{

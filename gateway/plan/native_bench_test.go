@@ -157,7 +157,6 @@ func BenchmarkNative(b *testing.B) {
 	}
 	_, err = tsdb.CreateBlock(old, blockDir, 3*day.Milliseconds(), promslog.NewNopLogger())
 	must(err)
-	old = nil
 	blockDB, err := tsdb.Open(blockDir, promslog.NewNopLogger(), nil, opts, nil)
 	must(err)
 	blockDB.DisableCompactions()
