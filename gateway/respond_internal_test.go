@@ -20,8 +20,10 @@ import (
 
 // Answers are byte for byte Prometheus's, whatever is in them.
 func TestEncodeLikePrometheus(t *testing.T) {
-	values := []float64{0, math.Copysign(0, -1), 1, -1, 0.1, 1.0 / 3, 1e-6, 9e-7, 1e21, 9.99e20, math.Inf(1), math.Inf(-1), math.NaN(), math.MaxFloat64, 5e-324,
-		-123456, 1 << 53, 1<<53 - 1, -1 << 53, 1 - 1<<53, 1 << 62, -1 << 63, 1 << 63, 1 << 64}
+	values := []float64{
+		0, math.Copysign(0, -1), 1, -1, 0.1, 1.0 / 3, 1e-6, 9e-7, 1e21, 9.99e20, math.Inf(1), math.Inf(-1), math.NaN(), math.MaxFloat64, 5e-324,
+		-123456, 1 << 53, 1<<53 - 1, -1 << 53, 1 - 1<<53, 1 << 62, -1 << 63, 1 << 63, 1 << 64,
+	}
 	for seed := range uint64(300) {
 		r := rand.New(rand.NewPCG(seed, 0))
 		step := []int64{1, 50, 15_000, 1001}[r.IntN(4)]
