@@ -90,31 +90,7 @@ func BenchmarkDeep(b *testing.B) {
 			data   storage.Queryable
 		}{{"prometheus", engine, theirs}, {"engine", engine, ours.Storage}, {"epimetheus", planned, ours.Storage}} {
 			b.Run("q="+q.name+"/by="+by.name, func(b *testing.B) {
-				b.ReportAllocs()
-				run := func() *promql.Result {
-					var p promql.Query
-					var err error
-					if q.step == 0 {
-						p, err = by.engine.NewInstantQuery(b.Context(), by.data, nil, q.expr, end)
-					} else {
-						p, err = by.engine.NewRangeQuery(b.Context(), by.data, nil, q.expr, end.Add(-q.span), end, q.step)
-					}
-					if err != nil {
-						b.Fatal(err)
-					}
-					defer p.Close()
-					r := p.Exec(b.Context())
-					if r.Err != nil {
-						b.Fatal(r.Err)
-					}
-					return detach(r)
-				}
-				results[by.name] = run() // pages come into memory
-				before := cpu()
-				for b.Loop() {
-					run()
-				}
-				b.ReportMetric(float64(cpu()-before)/1e6/float64(b.N), "cpu-ms/op")
+				results[by.name] = timed(b, by.engine, by.data, q.expr, q.span, q.step, end)
 			})
 		}
 		if want, got := results["prometheus"], results["epimetheus"]; want != nil && got != nil {
@@ -125,6 +101,37 @@ func BenchmarkDeep(b *testing.B) {
 			}
 		}
 	}
+}
+
+// timed runs a query again and again, and gives its result; step 0: an instant query. Pages come into memory before.
+func timed(b *testing.B, engine promql.QueryEngine, data storage.Queryable, expr string, span, step time.Duration, end time.Time) *promql.Result {
+	b.Helper()
+	b.ReportAllocs()
+	run := func() *promql.Result {
+		var p promql.Query
+		var err error
+		if step == 0 {
+			p, err = engine.NewInstantQuery(b.Context(), data, nil, expr, end)
+		} else {
+			p, err = engine.NewRangeQuery(b.Context(), data, nil, expr, end.Add(-span), end, step)
+		}
+		if err != nil {
+			b.Fatal(err)
+		}
+		defer p.Close()
+		r := p.Exec(b.Context())
+		if r.Err != nil {
+			b.Fatal(r.Err)
+		}
+		return detach(r)
+	}
+	result := run()
+	before := cpu()
+	for b.Loop() {
+		run()
+	}
+	b.ReportMetric(float64(cpu()-before)/1e6/float64(b.N), "cpu-ms/op")
+	return result
 }
 
 // BenchmarkSpread runs a long query over the same data: not cut (whole), cut with

@@ -224,27 +224,7 @@ func BenchmarkNative(b *testing.B) {
 				data   storage.Queryable
 			}{{"prometheus", engine, of.theirs}, {"engine", engine, of.mine}, {"epimetheus", planned, of.mine}} {
 				b.Run("q="+q.name+"/of="+of.name+"/by="+by.name, func(b *testing.B) {
-					b.ReportAllocs()
-					run := func() *promql.Result {
-						var p promql.Query
-						var err error
-						if q.step == 0 {
-							p, err = by.engine.NewInstantQuery(b.Context(), by.data, nil, q.expr, end)
-						} else {
-							p, err = by.engine.NewRangeQuery(b.Context(), by.data, nil, q.expr, end.Add(-q.span), end, q.step)
-						}
-						must(err)
-						defer p.Close()
-						r := p.Exec(b.Context())
-						must(r.Err)
-						return detach(r)
-					}
-					results[by.name] = run() // pages come into memory
-					before := cpu()
-					for b.Loop() {
-						run()
-					}
-					b.ReportMetric(float64(cpu()-before)/1e6/float64(b.N), "cpu-ms/op")
+					results[by.name] = timed(b, by.engine, by.data, q.expr, q.span, q.step, end)
 				})
 			}
 			if want, got := results["prometheus"], results["epimetheus"]; want != nil && got != nil {

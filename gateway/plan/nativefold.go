@@ -304,18 +304,11 @@ func (r *nativeRow) add(spans []histogram.Span, buckets []float64) {
 		}
 		n := int32(sp.Length) //nolint:gosec // no more than maxNativeWidth
 		vs, cs, xs := r.v[at:at+n], r.c[at:at+n], buckets[:n]
-		cs, xs = cs[:len(vs)], xs[:len(vs)]
-		for i, x := range xs {
-			v := vs[i]
-			sum := v + x
-			part := sum - v
-			off := (v - (sum - part)) + (x - part)
-			if off-off != 0 {
-				vs[i], cs[i] = kahansum.Inc(x, v, cs[i])
-				continue
+		for i := 0; i < len(xs); i++ {
+			if i += sumFinite(vs[i:], cs[i:], xs[i:]); i == len(xs) {
+				break
 			}
-			vs[i] = sum
-			cs[i] += off
+			vs[i], cs[i] = kahansum.Inc(xs[i], vs[i], cs[i])
 		}
 		at += n
 		buckets = buckets[n:]

@@ -11,6 +11,7 @@ import (
 	"github.com/prometheus/prometheus/tsdb/chunkenc"
 
 	"github.com/epimetheus-tsdb/epimetheus/chunkfmt"
+	"github.com/epimetheus-tsdb/epimetheus/internal/slab"
 )
 
 // Chunk is a run of samples of a series in an encoding of Prometheus. Data is
@@ -41,40 +42,21 @@ type Decoder struct {
 	x   xor2
 	one chunkfmt.Series
 
-	hs  kept[histogram.Histogram]
-	fhs kept[histogram.FloatHistogram]
+	// Those that were decoded, whose spans and buckets are used again.
+	hs  slab.Slab[histogram.Histogram]
+	fhs slab.Slab[histogram.FloatHistogram]
 }
 
-// kept are values whose memory is used again.
-type kept[V any] struct {
-	all  []*V
-	used int
-}
-
-// next gives one that isn't used.
-func (k *kept[V]) next() *V {
-	if k.used == len(k.all) {
-		k.all = append(k.all, new(V))
-	}
-	k.used++
-	return k.all[k.used-1]
-}
-
-// reset says that none is used any more.
-func (k *kept[V]) reset() {
-	const most = 1 << 14
-	if k.used = 0; len(k.all) > most {
-		k.all = nil
-	}
-}
+// maxHistograms bounds those of which the memory is kept for the next series.
+const maxHistograms = 1 << 14
 
 // Decode gives the samples of chunks of one series, which may overlap, merged.
 // The result is valid until the next call.
 func (d *Decoder) Decode(cs []Chunk) (*chunkfmt.Series, error) {
 	one := &d.one
 	reset(one)
-	d.hs.reset()
-	d.fhs.reset()
+	d.hs.Reset(maxHistograms)
+	d.fhs.Reset(maxHistograms)
 	overlap := false
 	last := int64(math.MinInt64)
 	for _, c := range cs {
@@ -147,12 +129,12 @@ func (d *Decoder) decode(c Chunk, dst *chunkfmt.Series) (err error) {
 			f.ST = AppendStart(f.ST, len(f.T), it.AtST())
 			f.T, f.V = append(f.T, t), append(f.V, v)
 		case chunkenc.ValHistogram:
-			t, h := it.AtHistogram(d.hs.next())
+			t, h := it.AtHistogram(&d.hs.Take(1)[0])
 			c := &dst.Histograms
 			c.ST = AppendStart(c.ST, len(c.T), it.AtST())
 			c.T, c.H = append(c.T, t), append(c.H, h)
 		case chunkenc.ValFloatHistogram:
-			t, h := it.AtFloatHistogram(d.fhs.next())
+			t, h := it.AtFloatHistogram(&d.fhs.Take(1)[0])
 			c := &dst.FloatHistograms
 			c.ST = AppendStart(c.ST, len(c.T), it.AtST())
 			c.T, c.H = append(c.T, t), append(c.H, h)

@@ -137,7 +137,7 @@ func (t *tenantHead) all() []*memSeries {
 // scratch is memory for what is read.
 type scratch struct {
 	columns fetch.Columns
-	mem     slab
+	mem     memory
 	series  []fetch.Series
 }
 
@@ -145,7 +145,7 @@ type scratch struct {
 //
 //nolint:gochecknoglobals // scratch memory
 var (
-	sent = sync.Pool{New: func() any { return &scratch{mem: slab{joined: true}} }}
+	sent = sync.Pool{New: func() any { return &scratch{mem: memory{joined: true}} }}
 	kept = sync.Pool{New: func() any { return new(scratch) }}
 )
 
@@ -156,7 +156,7 @@ const maxKept = 16 << 20
 // release leaves what was kept to the next query.
 func (s *scratch) release() {
 	const series, chunk = 48, 48
-	if series*cap(s.series)+chunk*cap(s.columns.Chunks)+slabBytes*len(s.mem.pieces) > maxKept {
+	if series*cap(s.series)+chunk*cap(s.columns.Chunks)+s.mem.pieces.Size() > maxKept {
 		return
 	}
 	// No chunk or label set of a generation that is gone is to stay for this.
@@ -202,7 +202,7 @@ func (t *tenantHead) read(ctx context.Context, q fetch.Query, bytes int) iter.Se
 			c.Refs, c.Counts, c.Chunks = c.Refs[:0], c.Counts[:0], c.Chunks[:0]
 			mem.reset()
 			n := 0
-			for n < len(refs) && (bytes == 0 || len(mem.free)+chunkBytes*len(c.Chunks) < bytes && len(c.Refs) < readSeries) && (q.Limit == 0 || left > 0) {
+			for n < len(refs) && (bytes == 0 || len(mem.all)+chunkBytes*len(c.Chunks) < bytes && len(c.Refs) < readSeries) && (q.Limit == 0 || left > 0) {
 				if n%1024 == 0 && ctx.Err() != nil {
 					yield(nil, context.Cause(ctx))
 					return
@@ -231,7 +231,7 @@ func (t *tenantHead) read(ctx context.Context, q fetch.Query, bytes int) iter.Se
 					c.Counts, c.Chunks = slices.Grow(c.Counts, rest), slices.Grow(c.Chunks, rest*len(c.Chunks)/someSeries+rest/16)
 				}
 			}
-			refs, c.Data = refs[n:], mem.free
+			refs, c.Data = refs[n:], mem.all
 			if len(c.Refs) > 0 && !yield(to, nil) || q.Limit > 0 && left <= 0 {
 				return
 			}
@@ -249,7 +249,7 @@ const chunkBytes = 16
 const readSeries = 16 << 10
 
 // chunks appends what a series has for a query.
-func (t *tenantHead) chunks(c *fetch.Columns, s *memSeries, q *fetch.Query, mem *slab) (err error) {
+func (t *tenantHead) chunks(c *fetch.Columns, s *memSeries, q *fetch.Query, mem *memory) (err error) {
 	l := t.lock(s)
 	l.Lock()
 	defer l.Unlock()
@@ -500,7 +500,7 @@ func (g *Generation) Walk(tenant string, fn func(*chunkfmt.Series) error) error 
 	var d fetch.Decoder
 	var c fetch.Columns
 	every := fetch.Query{MinT: math.MinInt64, MaxT: math.MaxInt64}
-	var mem slab
+	var mem memory
 	for _, k := range order {
 		c.Chunks = c.Chunks[:0]
 		mem.reset()

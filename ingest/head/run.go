@@ -11,6 +11,7 @@ import (
 	"github.com/prometheus/prometheus/tsdb/chunkenc"
 
 	"github.com/epimetheus-tsdb/epimetheus/ingest/fetch"
+	"github.com/epimetheus-tsdb/epimetheus/internal/slab"
 )
 
 // chunkSamples is how many samples a chunk gets. Prometheus's XOR2 and
@@ -222,70 +223,45 @@ const (
 	openChunkBytes   = 360
 )
 
-// slab is memory for what is copied; without one each copy has its own.
-type slab struct {
-	free []byte
-	// pieces are all there is, and the next of them that is used when free is full.
-	pieces [][]byte
-	next   int
-	// joined: what is given lies in one piece, one after the other, which is what free has in the end. So
-	// closed chunks are copied too.
+// memory is what is copied lies in; without one each copy has its own.
+type memory struct {
+	pieces slab.Slab[byte]
+	// joined: what is given lies in one piece, one after the other: all. So closed chunks are copied too.
 	joined bool
+	all    []byte
 }
-
-// A slab begins small, as most reads want few series, and takes more at a time as it goes on, in bytes.
-const (
-	firstSlab = 512
-	slabBytes = 64 << 10
-)
 
 // reset makes all memory free again: nothing that was given is used any more.
-func (s *slab) reset() {
-	s.free, s.next = s.free[:0], 0
-	if len(s.pieces) > 0 {
-		s.free, s.next = s.pieces[0], 1
-	}
+func (m *memory) reset() {
+	m.all = m.all[:0]
+	m.pieces.Reset(maxKept)
 }
 
-func (s *slab) clone(b []byte) []byte {
-	if s == nil {
+func (m *memory) clone(b []byte) []byte {
+	switch {
+	case m == nil:
 		return bytes.Clone(b)
+	case m.joined:
+		n := len(m.all)
+		m.all = append(m.all, b...)
+		return m.all[n:len(m.all):len(m.all)]
 	}
-	if !s.joined && cap(s.free)-len(s.free) < len(b) {
-		if len(b) > slabBytes {
-			return bytes.Clone(b)
-		}
-		s.more(len(b))
-	}
-	n := len(s.free)
-	s.free = append(s.free, b...)
-	return s.free[n:len(s.free):len(s.free)]
-}
-
-// more gives a piece with room for so many bytes.
-func (s *slab) more(size int) {
-	for s.next < len(s.pieces) {
-		s.free = s.pieces[s.next]
-		if s.next++; cap(s.free) >= size {
-			return
-		}
-	}
-	s.free = make([]byte, 0, max(firstSlab, min(2*cap(s.free), slabBytes), size))
-	s.pieces = append(s.pieces, s.free)
-	s.next = len(s.pieces)
+	out := m.pieces.Take(len(b))
+	copy(out, b)
+	return out
 }
 
 // closed gives a chunk that doesn't change any more.
-func (s *slab) closed(c fetch.Chunk) fetch.Chunk {
-	if s != nil && s.joined {
-		c.Data = s.clone(c.Data)
+func (m *memory) closed(c fetch.Chunk) fetch.Chunk {
+	if m != nil && m.joined {
+		c.Data = m.clone(c.Data)
 	}
 	return c
 }
 
 // newest appends, of the chunks that overlap [mint, maxt], the last one, or just the
 // last sample before maxt.
-func (r *run) newest(dst []fetch.Chunk, mint, maxt int64, mem *slab) []fetch.Chunk {
+func (r *run) newest(dst []fetch.Chunk, mint, maxt int64, mem *memory) []fetch.Chunk {
 	f := &r.floats
 	if f.n > 0 && f.t <= maxt {
 		if f.t >= mint {
@@ -313,7 +289,7 @@ func (r *run) newest(dst []fetch.Chunk, mint, maxt int64, mem *slab) []fetch.Chu
 }
 
 // chunks appends the chunks that overlap [mint, maxt], ascending, the open one copied.
-func (r *run) chunks(dst []fetch.Chunk, mint, maxt int64, mem *slab) []fetch.Chunk {
+func (r *run) chunks(dst []fetch.Chunk, mint, maxt int64, mem *memory) []fetch.Chunk {
 	if r.more != nil {
 		for i := range r.more.done {
 			if c := &r.more.done[i]; c.MinT <= maxt && c.MaxT >= mint {
@@ -336,7 +312,7 @@ func (m *more) overlaps(mint, maxt int64) bool {
 }
 
 // copied is the open chunk.
-func (m *more) copied(mem *slab) fetch.Chunk {
+func (m *more) copied(mem *memory) fetch.Chunk {
 	return fetch.Chunk{Encoding: m.open.chunk.Encoding(), MinT: m.open.mint, MaxT: m.maxt, Data: mem.clone(m.open.chunk.Bytes())}
 }
 
@@ -346,7 +322,7 @@ func (f *floats) overlaps(mint, maxt int64) bool {
 }
 
 // copied is the chunk.
-func (f *floats) copied(mem *slab) fetch.Chunk {
+func (f *floats) copied(mem *memory) fetch.Chunk {
 	return fetch.Chunk{Encoding: chunkenc.EncXOR2, MinT: f.mint(), MaxT: f.t, Data: mem.clone(f.bytes())}
 }
 

@@ -119,7 +119,7 @@ func (l *late) add(s *sample) (outcome, int, error) {
 
 // newest appends chunks with the newest of the samples in [mint, maxt], or, where that
 // isn't at hand, what chunks does.
-func (m *memSeries) newest(dst []fetch.Chunk, mint, maxt int64, mem *slab) ([]fetch.Chunk, error) {
+func (m *memSeries) newest(dst []fetch.Chunk, mint, maxt int64, mem *memory) ([]fetch.Chunk, error) {
 	if m.late != nil {
 		return m.chunks(dst, mint, maxt, mem)
 	}
@@ -128,7 +128,7 @@ func (m *memSeries) newest(dst []fetch.Chunk, mint, maxt int64, mem *slab) ([]fe
 
 // chunks appends the chunks that overlap [mint, maxt]; they may overlap each
 // other in time.
-func (m *memSeries) chunks(dst []fetch.Chunk, mint, maxt int64, mem *slab) ([]fetch.Chunk, error) {
+func (m *memSeries) chunks(dst []fetch.Chunk, mint, maxt int64, mem *memory) ([]fetch.Chunk, error) {
 	out := m.inOrder.chunks(dst, mint, maxt, mem)
 	if m.late == nil {
 		return out, nil
