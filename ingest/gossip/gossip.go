@@ -57,6 +57,7 @@ type Gossip struct {
 	list   *memberlist.Memberlist
 	began  time.Time
 
+	telling   sync.Mutex // held while others are told what is new of this member
 	mu        sync.Mutex
 	state     ring.State
 	resending bool
@@ -210,9 +211,17 @@ func (g *Gossip) SetState(s ring.State) {
 	g.mu.Lock()
 	g.state = s
 	g.mu.Unlock()
-	if err := g.list.UpdateNode(updateWithin); err != nil { // it is still on its way
+	if err := g.tell(); err != nil { // it is still on its way
 		g.logger.Warn("the state of this member has not been passed on yet, others hear of it later", "state", s, "err", err)
 	}
+}
+
+// tell spreads what is known of this member, one call after the other: of two at the same time the one that has looked
+// first may be told last, and stay what others know.
+func (g *Gossip) tell() error {
+	g.telling.Lock()
+	defer g.telling.Unlock()
+	return g.list.UpdateNode(updateWithin)
 }
 
 // tellResending spreads whether a source is sending again, where that changed.
@@ -228,7 +237,7 @@ func (g *Gossip) tellResending() {
 	if !changed {
 		return
 	}
-	if err := g.list.UpdateNode(updateWithin); err != nil {
+	if err := g.tell(); err != nil {
 		g.logger.Warn("whether sources are sending again is not told, trying on", "err", err)
 		g.mu.Lock()
 		g.resending = !now
