@@ -45,7 +45,7 @@ func BenchmarkWide(b *testing.B) {
 		ingester := start(b, binary, "ingester", "--config.file="+yml, "--data.dir="+filepath.Join(dir, "ingester"),
 			"--gossip.listen-address="+gossip, "--gossip.member-id=ingester", "--grpc.listen-address="+testenv.FreeAddr(b))
 		gateway := start(b, binary, "gateway", "--config.file="+yml, "--data.dir="+b.TempDir(),
-			"--gossip.listen-address="+testenv.FreeAddr(b), "--gossip.member-id=gateway", "--gossip.join="+gossip)
+			"--grpc.listen-address="+testenv.FreeAddr(b), "--gossip.listen-address="+testenv.FreeAddr(b), "--gossip.member-id=gateway", "--gossip.join="+gossip)
 		ship(b, binary, yml, dir, "sidecar2", data, gateway, ingester, total)
 		ours = append(ours, &system{name: "split", url: gateway.url, procs: []*role{ingester, gateway}})
 		defer ingester.save(b, "/debug/pprof/heap", "ingester.heap")
