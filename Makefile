@@ -42,7 +42,7 @@ NO_RACE := TestGatewaysShareWork|TestLedgerModel|TestMergeCorrupt|TestMergeRando
 test: tools-test ## every test, unit to end to end; with the race detector where there are goroutines to race
 	go test -race -timeout 20m -skip '^($(NO_RACE))$$' $$(go list ./... | grep -v -e /chunkfmt -e /e2e$$ -e /e2e/sim$$ -e /e2e/cost$$ -e /gateway/plan$$)
 	go test -race -timeout 10m ./history/compact -run 'TestSimulation$$' -sim.n 1
-	go test -race -timeout 10m ./gateway/plan -run 'TestAgreement|TestLateSamples|TestTasks' -agree.n 300
+	go test -race -timeout 10m ./gateway/plan -run 'TestAgreement|TestLateSamples|TestTasks|TestTogether' -agree.n 300
 	go test -timeout 10m -run '^($(NO_RACE))$$' ./gateway ./gateway/merge ./history ./history/compact ./sidecar
 	go test -timeout 10m ./chunkfmt/... ./gateway/plan ./e2e/sim ./e2e/cost
 	go test -timeout 15m -parallel 4 ./e2e
