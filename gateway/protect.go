@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"maps"
 	"net/http"
-	"net/url"
 	"strings"
 	"sync"
 	"time"
@@ -195,13 +194,13 @@ func (a *API) protect(rw *responseWriter, r *http.Request, h http.Handler) {
 		rw.until, _ = bounded.Deadline()
 		w = &readWriter{ResponseWriter: rw, account: acc, ended: func() error { return context.Cause(bounded) }}
 	}
-	params := url.Values{}
+	param := func(string) string { return "" }
 	switch r.URL.Path {
 	case "/api/v1/query", "/api/v1/query_range":
 		// Handlers work on copies of the request: what they parse isn't seen here.
 		// These two of Prometheus's overlook an error too.
 		_ = r.ParseForm()
-		params = r.Form
+		param = func(name string) string { return plan.Excerpt(r.Form.Get(name)) }
 	}
 	if timed(r.URL.Path) {
 		r = r.WithContext(bounded)
@@ -212,8 +211,8 @@ func (a *API) protect(rw *responseWriter, r *http.Request, h http.Handler) {
 		return
 	}
 	c := acc.Cost()
-	a.logger.Warn("slow query", "tenant", name, "path", r.URL.Path, "query", params.Get("query"),
-		"start", params.Get("start"), "end", params.Get("end"), "step", params.Get("step"), "time", params.Get("time"),
+	a.logger.Warn("slow query", "tenant", name, "path", plan.Excerpt(r.URL.Path), "query", param("query"),
+		"start", param("start"), "end", param("end"), "step", param("step"), "time", param("time"),
 		"took", took, "series", c.Series, "samples", c.Samples, "windows", c.Windows, "object_gets", c.ObjectGets, "object_bytes", c.ObjectBytes,
 		"index_queries", c.IndexQueries, "pages", c.Pages, "pages_cached", c.PagesCached, "pages_memcached", c.PagesMemcached,
 		"parts_kept", c.PartsKept, "parts_memcached", c.PartsMemcached, "parts_here", c.PartsHere, "parts_elsewhere", c.PartsElsewhere)

@@ -89,7 +89,7 @@ func (s *Server) Run(ctx context.Context, r *workpb.RunRequest) (*workpb.RunResp
 	case ctx.Err() != nil:
 		return fail("canceled", codes.Canceled, context.Cause(ctx))
 	case err != nil:
-		s.logger.Warn("part of a query failed", "tenant", t.Tenant, "query", t.Query, "err", err)
+		s.logger.Warn("part of a query failed", "tenant", t.Tenant, "query", plan.Excerpt(t.Query), "err", err)
 		return fail("failed", codes.Internal, err)
 	case len(b) > maxResult:
 		return fail("refused", codes.ResourceExhausted, errTooLarge)
