@@ -342,6 +342,10 @@ func parted(t *testing.T, c *gatewaytest.Cluster, e *promql.Engine, o promql.Eng
 	return plan.New(e, o, s)
 }
 
+// differed are seeds whose queries came out otherwise once: the same info from two places in a
+// query, of which the engine keeps the later that it evaluates.
+var differed = []int64{502469}
+
 // TestAgreement runs random queries through the planner and through the engine
 // alone, on the same data. -agree.n says how many, -agree.seed repeats one.
 func TestAgreement(t *testing.T) {
@@ -389,6 +393,9 @@ func TestAgreement(t *testing.T) {
 			t.Logf("%d queries, %d leaves, %d differ, %d by chance", i+1, leaves, failed, chance)
 		}
 		seed := *agreeSeed + int64(i)
+		if i < len(differed) && *agreeN > 100 {
+			seed = differed[i]
+		}
 		rnd := rand.New(rand.NewSource(seed))
 		opts := []promqlsmith.Option{
 			promqlsmith.WithEnableOffset(true), promqlsmith.WithEnableAtModifier(true), promqlsmith.WithAtModifierMaxTimestamp(4 * 3600 * 1000),

@@ -105,7 +105,7 @@ func (e *Engine) plan(inner promql.Query, one *snapshot, opts promql.QueryOpts) 
 	if g.bounded() && !e.opts.EnableQueryCost {
 		stmt.Expr = p.walk(stmt.Expr, place{grid: g})
 	}
-	q.leaves = p.leaves
+	q.leaves, one.leaves = p.leaves, p.leaves
 	for _, l := range q.leaves {
 		l.width = l.query(q.opts).Width()
 	}
@@ -207,13 +207,11 @@ func (q *query) exec(ctx context.Context) *promql.Result {
 		return &promql.Result{Err: err}
 	}
 	defer q.one.close()
-	annos, err := q.compute(ctx)
-	if err != nil {
+	if annos, err := q.compute(ctx); err != nil {
 		return &promql.Result{Err: err, Warnings: annos}
 	}
 	r := q.Query.Exec(ctx)
 	q.one.hold.end()
-	r.Warnings.Merge(annos)
 	if r.Err == nil && q.answer != nil {
 		r.Value = q.finished()
 	}
@@ -363,7 +361,8 @@ type selector interface {
 	SamplesFrom(ctx context.Context) (int64, error)
 }
 
-// compute fills in the results of all leaves.
+// compute fills in the results of all leaves. With an error come the annotations of the leaves
+// so far.
 func (q *query) compute(ctx context.Context) (annos annotations.Annotations, err error) {
 	sels := make([]*merge.Selection, len(q.leaves))
 	s, ok := q.one.querier.(selector)
@@ -411,10 +410,11 @@ func (q *query) compute(ctx context.Context) (annos annotations.Annotations, err
 		if err != nil {
 			return annos, err
 		}
-		if l.counts = p.counts; taken {
+		l.counts, l.result.annos = p.counts, p.annos
+		if taken {
 			continue
 		}
-		l.result.Series = make([]storage.Series, len(p.series))
+		l.result.series = make([]storage.Series, len(p.series))
 		if h := q.one.hold; h != nil {
 			for j := range p.series {
 				h.copies += seriesBytes + pointBytes*int64(pointsOf(&p.series[j].Series))
@@ -422,8 +422,8 @@ func (q *query) compute(ctx context.Context) (annos annotations.Annotations, err
 			h.end()
 		}
 		for j := range p.series {
-			p.counts.without(&p.series[j].Series, l.Grid)
-			l.result.Series[j] = promql.NewStorageSeries(p.series[j].Series)
+			l.counts.without(&p.series[j].Series, l.Grid)
+			l.result.series[j] = promql.NewStorageSeries(p.series[j].Series)
 		}
 	}
 	return annos, nil
@@ -452,6 +452,7 @@ type snapshot struct {
 	storage.Queryable
 	mint, maxt int64
 	alone      bool // the query has one selector
+	leaves     []*Leaf
 
 	querier storage.Querier // nil: not open
 	hold    *engineHold     // nil: nobody keeps account
@@ -485,7 +486,7 @@ func (s *snapshot) Querier(mint, maxt int64) (storage.Querier, error) {
 		}
 		return owned{q, s.hold}, nil
 	}
-	return shared{owned{s.querier, s.hold}}, nil
+	return shared{owned{s.querier, s.hold}, s.leaves}, nil
 }
 
 // owned is what the engine reads from.
@@ -499,15 +500,19 @@ func (o owned) Select(ctx context.Context, sorted bool, h *storage.SelectHints, 
 	return o.hold.over(o.Querier.Select(ctx, sorted, h, ms...), h)
 }
 
-// shared is closed by its owner.
-type shared struct{ owned }
+// shared is closed by its owner, and has the results of leaves.
+type shared struct {
+	owned
+	leaves []*Leaf
+}
 
 func (shared) Close() error { return nil }
 
-// Select gives nothing where a leaf's result stands.
+// Select gives a leaf's result to the selector that stands for it. Its annotations come
+// to the engine when it evaluates that selector: of those with the same text it keeps the last.
 func (s shared) Select(ctx context.Context, sorted bool, h *storage.SelectHints, ms ...*labels.Matcher) storage.SeriesSet {
-	if len(ms) == 1 && ms[0] == matchNothing {
-		return storage.EmptySeriesSet()
+	if r := standInOf(s.leaves, ms); r != nil {
+		return r
 	}
 	return s.owned.Select(ctx, sorted, h, ms...)
 }

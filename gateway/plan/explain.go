@@ -148,7 +148,7 @@ func (q *query) explain(ctx context.Context, e *Explanation) *promql.Result {
 	}
 	parser.Inspect(q.stmt.Expr, func(n parser.Node, path []parser.Node) error {
 		vs, ok := n.(*parser.VectorSelector)
-		if !ok || len(vs.LabelMatchers) == 1 && vs.LabelMatchers[0] == matchNothing {
+		if !ok || standInOf(q.leaves, vs.LabelMatchers) != nil {
 			return nil
 		}
 		one := SelectExplanation{Expr: vs.String()}

@@ -11,6 +11,7 @@ import (
 	"github.com/prometheus/prometheus/promql/parser"
 	"github.com/prometheus/prometheus/promql/parser/posrange"
 	"github.com/prometheus/prometheus/storage"
+	"github.com/prometheus/prometheus/util/annotations"
 )
 
 // Leaf is a part of a query that a kernel computes.
@@ -44,13 +45,13 @@ type Leaf struct {
 	shard bool
 
 	params []float64
-	whole  parser.Expr            // what the leaf stood for at first
-	slot   *parser.ParenExpr      // what stands in the leaf's place
-	over   *parser.ParenExpr      // what stands for histogram_quantile() of slot; nil: there is none
-	phi    float64                // of that
-	copied parser.Expr            // in slot, or in over: copies result
-	result *parser.VectorSelector // in copied; takes the result's series
-	counts counts                 // of samples, once it has been computed
+	whole  parser.Expr       // what the leaf stood for at first
+	slot   *parser.ParenExpr // what stands in the leaf's place
+	over   *parser.ParenExpr // what stands for histogram_quantile() of slot; nil: there is none
+	phi    float64           // of that
+	copied parser.Expr       // in slot, or in over: copies result
+	result standIn           // in copied: its selector, and what that gives to the engine
+	counts counts            // of samples, once it has been computed
 }
 
 // mint and maxt are the first and the last time of samples that the leaf may
@@ -162,11 +163,41 @@ type subquery struct {
 	offset, rng int64 // ms
 }
 
-// matchNothing is the matcher of the selector that stands for a leaf: storage is
-// not asked for it. The selector is known by it.
-//
-//nolint:gochecknoglobals // a constant
-var matchNothing = labels.MustNewMatcher(labels.MatchEqual, model.MetricNameLabel, "")
+// standIn is the selector that stands for a leaf, and its series: the leaf's result.
+type standIn struct {
+	matcher *labels.Matcher // the selector is known by it; it matches nothing
+	series  []storage.Series
+	annos   annotations.Annotations
+	read    int // series that the engine has
+}
+
+// Next implements storage.SeriesSet.
+func (s *standIn) Next() bool {
+	if s.read == len(s.series) {
+		return false
+	}
+	s.read++
+	return true
+}
+
+// At implements storage.SeriesSet.
+func (s *standIn) At() storage.Series { return s.series[s.read-1] }
+
+// Err implements storage.SeriesSet.
+func (*standIn) Err() error { return nil }
+
+// Warnings implements storage.SeriesSet.
+func (s *standIn) Warnings() annotations.Annotations { return s.annos }
+
+// standInOf finds the stand-in that has these matchers; nil: they are those of a selector of the query.
+func standInOf(leaves []*Leaf, ms []*labels.Matcher) *standIn {
+	for _, l := range leaves {
+		if len(ms) == 1 && ms[0] == l.result.matcher {
+			return &l.result
+		}
+	}
+	return nil
+}
 
 // walk takes the leaves out of e, and gives what is to stand in its place.
 func (p *planner) walk(e parser.Expr, at place) parser.Expr {
@@ -239,10 +270,11 @@ func (p *planner) take(l *Leaf) parser.Expr {
 
 // copy makes what copies the result, at the place in the query of what it is the result of.
 func (l *Leaf) copy(pos posrange.PositionRange) {
-	l.result = &parser.VectorSelector{LabelMatchers: []*labels.Matcher{matchNothing}, PosRange: pos}
+	l.result.matcher = labels.MustNewMatcher(labels.MatchEqual, model.MetricNameLabel, "")
+	sel := &parser.VectorSelector{LabelMatchers: []*labels.Matcher{l.result.matcher}, PosRange: pos}
 	l.copied = &parser.Call{
 		Func:     parser.Functions["last_over_time"],
-		Args:     parser.Expressions{&parser.MatrixSelector{VectorSelector: l.result, Range: time.Millisecond, EndPos: pos.End}},
+		Args:     parser.Expressions{&parser.MatrixSelector{VectorSelector: sel, Range: time.Millisecond, EndPos: pos.End}},
 		PosRange: pos,
 	}
 }

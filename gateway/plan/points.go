@@ -94,6 +94,7 @@ func (c *counts) begin() { c.read[0] = c.window[0] }
 
 // without takes off what the engine counts the result for.
 func (c *counts) without(s *promql.Series, g Grid) {
+	c.series--
 	for _, p := range s.Floats {
 		c.point(int((p.T-g.Start)/g.Step), -1)
 	}
