@@ -2,6 +2,7 @@ package bench
 
 import (
 	"context"
+	"flag"
 	"fmt"
 	"path/filepath"
 	"runtime"
@@ -13,13 +14,14 @@ import (
 	"github.com/epimetheus-tsdb/epimetheus/internal/testenv"
 )
 
+var workers = flag.Int("bench.workers", 4, "how many gateways a gateway of BenchmarkWorkers has as workers")
+
 // BenchmarkWorkers tells what it costs to spread queries over processes: one gateway
-// alone, and another that has four more as workers, on the same processors, over the
+// alone, and another that has more as workers, on the same processors, over the
 // same blocks in S3 and DynamoDB. Both are asked in turn, with pages in memory, and
 // results aren't kept. CPU is that of all gateways together. Run it with -benchtime 1x;
-// -bench.deep-days is how many days there are.
+// -bench.workers and -bench.deep-days are how many workers and days there are.
 func BenchmarkWorkers(b *testing.B) {
-	const workers = 4
 	binary := binary(b)
 	c, blocks := deep(b)
 	yml := stores(b, binary, "gateway:\n  result_cache_bytes: 0\n")
@@ -29,7 +31,7 @@ func BenchmarkWorkers(b *testing.B) {
 	crowded := startWith(b, []string{fmt.Sprint("GOMAXPROCS=", runtime.NumCPU()+2)}, testenv.FreeAddr(b), binary,
 		"gateway", "--config.file="+yml, "--data.dir="+filepath.Join(b.TempDir(), "crowded"), "--gossip.member-id=crowded",
 		"--grpc.listen-address="+testenv.FreeAddr(b), "--gossip.listen-address="+testenv.FreeAddr(b))
-	var roles [1 + workers + 1]*role
+	roles := make([]*role, 1+1+*workers)
 	first := testenv.FreeAddr(b)
 	for i := range roles {
 		id, gossip := fmt.Sprint("gateway-", i), testenv.FreeAddr(b)
@@ -47,7 +49,7 @@ func BenchmarkWorkers(b *testing.B) {
 	}
 	alone, spread := roles[0], roles[1:]
 	await(b, "gateways know each other", time.Minute, 100*time.Millisecond, func() bool {
-		return !slices.ContainsFunc(spread, func(r *role) bool { return r.metric(b, "epimetheus_gateway_workers") != 1+workers })
+		return !slices.ContainsFunc(spread, func(r *role) bool { return r.metric(b, "epimetheus_gateway_workers") != float64(1+*workers) })
 	})
 	one := &system{name: "alone", url: alone.url, procs: []*role{alone}}
 	threads := &system{name: "crowded", url: crowded.url, procs: []*role{crowded}}
