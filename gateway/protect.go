@@ -123,6 +123,7 @@ func (a *API) limitsOf(tenants []string) Limits {
 		l.Series = strictest(l.Series, o.Series)
 		l.Samples = strictest(l.Samples, o.Samples)
 		l.Range = strictest(l.Range, o.Range)
+		l.Read = strictest(l.Read, o.Read)
 		l.Bytes = strictest(l.Bytes, o.Bytes)
 	}
 	return l
@@ -213,7 +214,7 @@ func (a *API) protect(rw *responseWriter, r *http.Request, h http.Handler) {
 	c := acc.Cost()
 	a.logger.Warn("slow query", "tenant", name, "path", plan.Excerpt(r.URL.Path), "query", param("query"),
 		"start", param("start"), "end", param("end"), "step", param("step"), "time", param("time"),
-		"took", took, "series", c.Series, "samples", c.Samples, "windows", c.Windows, "object_gets", c.ObjectGets, "object_bytes", c.ObjectBytes,
+		"took", took, "series", c.Series, "samples", c.Samples, "windows", c.Windows, "head_bytes", c.HeadBytes, "object_gets", c.ObjectGets, "object_bytes", c.ObjectBytes,
 		"index_queries", c.IndexQueries, "pages", c.Pages, "pages_cached", c.PagesCached, "pages_memcached", c.PagesMemcached,
 		"parts_kept", c.PartsKept, "parts_memcached", c.PartsMemcached, "parts_here", c.PartsHere, "parts_elsewhere", c.PartsElsewhere)
 }

@@ -101,6 +101,66 @@ func TestLimits(t *testing.T) {
 	}
 }
 
+// Bytes of blocks and of heads count, in whatever reads them, and what is beyond the limit isn't
+// asked for.
+func TestLimitOfBytes(t *testing.T) {
+	c := fifty(t)
+	cold, err := history.New(history.Options{Objects: c.Objects, Index: c.Index, VisibilityDelay: 5 * time.Minute, PageCacheBytes: -1, Registerer: prometheus.NewRegistry()})
+	require.NoError(t, err)
+	storage := merge.New(c.Heads, cold, func(context.Context) string { return gateway.DefaultTenant })
+	type cost struct{ ObjectBytes, HeadBytes, ObjectGets int64 }
+	// read gives what was read too, without an error or with one.
+	read := func(limit int64, path string, params ...string) (response, cost) {
+		t.Helper()
+		var log bytes.Buffer
+		reg := prometheus.NewRegistry()
+		api, err := gateway.New(gateway.Options{SlowQuery: time.Nanosecond, Limits: gateway.Limits{Limits: account.Limits{Read: limit}}}, storage, c.Live, slog.New(slog.NewJSONHandler(&log, nil)), reg, reg)
+		require.NoError(t, err)
+		a := call(t, api, path, params...)
+		var line struct {
+			ObjectBytes int64 `json:"object_bytes"`
+			HeadBytes   int64 `json:"head_bytes"`
+			ObjectGets  int64 `json:"object_gets"`
+		}
+		require.NoError(t, json.Unmarshal(log.Bytes(), &line), log.String())
+		return a, cost{line.ObjectBytes, line.HeadBytes, line.ObjectGets}
+	}
+	hour := []string{"start", "0", "end", "3600", "step", "60"}
+	for _, q := range []struct {
+		path   string
+		params []string
+		heads  bool // are asked for series
+	}{
+		{"query_range", append([]string{"query", "requests_total"}, hour...), true},
+		{"query_range", append([]string{"query", "sum(rate(requests_total[5m]))"}, hour...), true},
+		{"query_range", append([]string{"query", `sum(increase(requests_total{i="40"}[10m]))`}, hour...), true},
+		{"query", []string{"query", `topk(3, requests_total)`, "time", "1800"}, true},
+		{"series", []string{"match[]", "requests_total", "start", "0", "end", "3600"}, true},
+		{"label/i/values", []string{"match[]", "requests_total", "start", "0", "end", "3600"}, false},
+		{"query_exemplars", []string{"query", "requests_total", "start", "0", "end", "3600"}, false},
+	} {
+		a, all := read(0, q.path, q.params...)
+		require.Equal(t, http.StatusOK, a.code, "%v: %s", q, a.Error)
+		if q.path != "query_exemplars" { // which says nothing of its cost
+			require.Positive(t, all.ObjectBytes, q)
+			require.Equal(t, q.heads, all.HeadBytes > 0, q)
+		}
+		if n := all.ObjectBytes + all.HeadBytes; n > 0 {
+			a, _ = read(2*n, q.path, q.params...)
+			require.Equal(t, http.StatusOK, a.code, "%v: %s", q, a.Error)
+			a, some := read(n-1, q.path, q.params...)
+			require.Equal(t, http.StatusUnprocessableEntity, a.code, q)
+			require.Equal(t, "execution", a.ErrorType)
+			require.Contains(t, a.Error, fmt.Sprintf("limit gateway.limits.query_bytes is %d", n-1))
+			require.Less(t, some.ObjectBytes, all.ObjectBytes)
+		}
+		a, none := read(1, q.path, q.params...)
+		require.Equal(t, http.StatusUnprocessableEntity, a.code, q)
+		require.Contains(t, a.Error, "limit gateway.limits.query_bytes is 1)", q)
+		require.Zero(t, none.ObjectGets, q)
+	}
+}
+
 // Limits hold for whatever reads series, not for queries alone.
 func TestLimitsOfOtherEndpoints(t *testing.T) {
 	c := fifty(t)

@@ -140,15 +140,19 @@ type fetching struct {
 	// gets larger than that.
 	runs int
 	hold func(bytes int64) // as Snapshot.Hold, of what is read at the moment
+	read func(bytes int64) // as Snapshot.Read
 }
 
 // fetch gets pages for the snapshot. seriesRuns is fetching.runs.
 func (s *Snapshot) fetch(ctx context.Context, seriesRuns int, wants []want) ([]page, error) {
-	hold := s.Hold
-	if hold == nil {
-		hold = func(int64) {}
+	how := fetching{tenant: s.Tenant, runs: seriesRuns, hold: s.Hold, read: s.Read}
+	if how.hold == nil {
+		how.hold = func(int64) {}
 	}
-	return s.h.fetch(ctx, s.Stats, fetching{tenant: s.Tenant, runs: seriesRuns, hold: hold}, wants)
+	if how.read == nil {
+		how.read = func(int64) {}
+	}
+	return s.h.fetch(ctx, s.Stats, how, wants)
 }
 
 // fetch gets pages from memory, memcached or the object store; out[i] is wants[i].
@@ -247,7 +251,12 @@ func (h *History) load(ctx context.Context, stats *Stats, how fetching, wants []
 	absent = h.fromMemcached(ctx, stats, how, wants, absent, out)
 	var g errgroup.Group
 	g.SetLimit(getsPerCall)
-	for _, run := range coalesce(how, wants, absent) {
+	runs, size := coalesce(how, wants, absent), int64(0)
+	for _, run := range runs {
+		size += run.at.Size
+	}
+	how.read(size) // perhaps it ends ctx: then nothing is asked for
+	for _, run := range runs {
 		g.Go(func() error {
 			how.hold(run.at.Size)
 			defer how.hold(-run.at.Size)
@@ -351,6 +360,9 @@ func (h *History) get(ctx context.Context, stats *Stats, key string, at chunkfmt
 		return nil, ctx.Err()
 	}
 	defer func() { <-h.gets }()
+	if ctx.Err() != nil {
+		return nil, ctx.Err()
+	}
 	stats.ObjectGets.Add(1)
 	b, err := h.o.Objects.GetRange(ctx, key, at.Offset, at.Size)
 	if err != nil {

@@ -2,7 +2,9 @@ package history
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"math"
 	"slices"
 	"sync/atomic"
 	"testing"
@@ -148,6 +150,52 @@ func TestHoldReads(t *testing.T) {
 		if n := objects.meter.now.Load(); n != 0 {
 			t.Errorf("%s: %d bytes are held in the end", name, n)
 		}
+	}
+}
+
+// TestReadIsTold: what is asked of the object store is told of before, all of it; who ends
+// the read then gets its reason, and nothing more is asked for.
+func TestReadIsTold(t *testing.T) {
+	st := localStores(t)
+	w := st.open(t, nil)
+	var all []*chunkfmt.Series
+	for i := range 200 {
+		all = append(all, floats(1, 60_000, 300, func(k int) float64 { return float64(k * i % 7) }, "__name__", "m", "i", fmt.Sprint(i)))
+	}
+	publishWith(t, w, tenantSeries{"a": all}, chunkfmt.WriterOptions{PageBytes: 4 << 10, PageSeries: 16})
+	reason := errors.New("enough")
+	read := func(most int64) (told, bytes, gets int64, err error) {
+		ctx, cancel := context.WithCancelCause(t.Context())
+		defer cancel(nil)
+		h := st.open(t, nil)
+		h.batchBytes = 4 << 10
+		s := snapshot(t, h, "a", 0, Window)
+		s.Read = func(n int64) {
+			if told += n; told > most {
+				cancel(reason)
+			}
+		}
+		set, err := s.Select(ctx, []*labels.Matcher{eq("__name__", "m")}, 0, Window)
+		for err == nil && set.Next(ctx) {
+			err = set.Err()
+		}
+		if err == nil {
+			err = set.Err()
+		}
+		return told, s.Stats.ObjectBytes.Load(), s.Stats.ObjectGets.Load(), err
+	}
+	told, bytes, gets, err := read(math.MaxInt64)
+	if err != nil || told != bytes || gets < 5 {
+		t.Fatalf("%d bytes read with %d GETs, %d told of: %v", bytes, gets, told, err)
+	}
+	for most := bytes - 1; most > 0; most -= bytes / 10 {
+		told, bytes, _, err := read(most)
+		if !errors.Is(err, reason) || bytes > most || told <= most {
+			t.Errorf("with %d bytes at the most: %d read, %d told of: %v", most, bytes, told, err)
+		}
+	}
+	if _, bytes, gets, err := read(0); !errors.Is(err, reason) || bytes+gets > 0 {
+		t.Errorf("with none: %d bytes, %d GETs, %v", bytes, gets, err)
 	}
 }
 

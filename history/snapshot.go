@@ -54,6 +54,8 @@ type Snapshot struct {
 	// series until a SeriesSet has them. To end the read it ends its context. It is called
 	// concurrently. nil: nobody wants to know.
 	Hold func(bytes int64)
+	// Read is told of bytes that are about to be asked of the object store, in the same way.
+	Read func(bytes int64)
 
 	h    *History
 	keep func(labels.Labels) bool // as in Only; nil: all

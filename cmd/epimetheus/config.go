@@ -117,6 +117,7 @@ type QueryLimits struct {
 	Range       duration `yaml:"query_range,omitempty" doc:"Time between the first and the last sample that a query may need. 0: no limit."`
 	Series      int64    `yaml:"query_series,omitempty" doc:"Series that a query may read. 0: no limit."`
 	Samples     int64    `yaml:"query_samples,omitempty" doc:"Samples that a query may read. 0: no limit."`
+	Bytes       size     `yaml:"query_bytes,omitempty" doc:"Bytes that a query may read: of the object store, where a cache hasn't got them, and those of samples in heads. 0: no limit."`
 	AnswerBytes size     `yaml:"answer_bytes,omitempty" doc:"How long an answer may be, about. 0: no limit."`
 }
 
@@ -130,13 +131,13 @@ func (l *QueryLimits) UnmarshalYAML(unmarshal func(any) error) error {
 
 func (l *QueryLimits) limits() gateway.Limits {
 	return gateway.Limits{
-		Limits:  account.Limits{Series: l.Series, Samples: l.Samples, Range: time.Duration(l.Range), Bytes: int64(l.AnswerBytes)},
+		Limits:  account.Limits{Series: l.Series, Samples: l.Samples, Range: time.Duration(l.Range), Read: int64(l.Bytes), Bytes: int64(l.AnswerBytes)},
 		Queries: l.Queries,
 	}
 }
 
 func (l *QueryLimits) validate(name string, bad func(string, ...any)) {
-	if l.Queries < 0 || l.Range < 0 || l.Series < 0 || l.Samples < 0 || l.AnswerBytes < 0 {
+	if l.Queries < 0 || l.Range < 0 || l.Series < 0 || l.Samples < 0 || l.Bytes < 0 || l.AnswerBytes < 0 {
 		bad("%s: none may be negative (0 means no limit)", name)
 	}
 }

@@ -28,6 +28,7 @@ type Limits struct {
 	Series  int64         // that it reads
 	Samples int64         // likewise
 	Range   time.Duration // between its first and its last sample
+	Read    int64         // bytes of the object store and of heads that it reads
 	Bytes   int64         // of the answer, about
 }
 
@@ -52,6 +53,7 @@ type Account struct {
 	cancel context.CancelCauseFunc
 
 	series, samples, held, headBytes atomic.Int64
+	read                             atomic.Int64 // bytes, or about to be
 	kept, here, elsewhere, near      atomic.Int64 // parts
 	over                             atomic.Bool  // ended for memory
 	ended                            atomic.Bool  // for any limit
@@ -142,6 +144,18 @@ func (a *Account) Hold(bytes int64) {
 	}
 	a.held.Add(bytes)
 	a.memory.add(bytes)
+}
+
+// Read notes bytes that are about to be read of the object store, or that ingesters have
+// sent; negative, that these were fewer. Beyond the limit it ends the query: its context, with
+// an error that wraps ErrLimit as its cause.
+func (a *Account) Read(bytes int64) {
+	if a == nil {
+		return
+	}
+	if n, limit := a.read.Add(bytes), a.limits.Read; limit > 0 && n > limit && bytes > 0 {
+		a.cancel(a.beyond(fmt.Sprintf("reads %d bytes and more", n), "query_bytes", limit))
+	}
 }
 
 // AddHeadBytes notes bytes of samples that ingesters have sent.

@@ -96,6 +96,7 @@ func (s *Selection) ask(ctx context.Context, q fetch.Query) (must []ulid.ULID, s
 	q.Took = func(bytes int64) {
 		coming.Add(bytes)
 		acc.Hold(bytes)
+		acc.Read(bytes)
 	}
 	q.Keep = s.q.keep
 	as, since, warnings, err := ask(ctx, s.q.s.heads, q.Tenant, func(ctx context.Context, c *fetch.Client) ([][]fetch.Series, fetch.Header, error) {
@@ -121,6 +122,7 @@ func (s *Selection) ask(ctx context.Context, q fetch.Query) (must []ulid.ULID, s
 		}
 	}
 	acc.AddHeadBytes(bytes)
+	acc.Read(bytes - coming.Load()) // of an ingester in this process all
 	acc.Hold(bytes - s.bytes - coming.Swap(0))
 	s.bytes = bytes
 	return blocks(as), since, nil

@@ -130,7 +130,7 @@ func blocks[T any](as []answer[T]) []ulid.ULID {
 func (s *Storage) snapshot(ctx context.Context, tenant string, mint, maxt int64, must []ulid.ULID, since time.Time) (*history.Snapshot, error) {
 	snap, err := s.history.Snapshot(ctx, tenant, mint, maxt, must, since)
 	if err == nil {
-		snap.Hold = account.From(ctx).Hold
+		snap.Hold, snap.Read = account.From(ctx).Hold, account.From(ctx).Read
 	}
 	return snap, err
 }

@@ -146,8 +146,9 @@ func (q *query) Exec(ctx context.Context) *promql.Result {
 	}
 	r := q.exec(ctx)
 	switch {
-	case r.Err != nil && errors.Is(context.Cause(ctx), account.ErrLimit):
-		r.Err = context.Cause(ctx) // it was ended: the engine says that it was cancelled
+	case errors.Is(context.Cause(ctx), account.ErrLimit):
+		// It was ended: the engine says that it was cancelled, or didn't notice.
+		return &promql.Result{Err: context.Cause(ctx), Warnings: r.Warnings}
 	case r.Err == nil:
 		if err := acc.CheckAnswer(answerBytes(r.Value)); err != nil {
 			return &promql.Result{Err: err, Warnings: r.Warnings}

@@ -606,7 +606,7 @@ func (e *Engine) workParts(ctx context.Context, h *history.History, q *query, l 
 	compute := func(from, to int) (*partial, error) {
 		only := l.only(from, to)
 		snap := h.Open(t.Tenant, only.mint(), only.maxt(), t.Blocks, t.Hidden)
-		snap.Hold = account.From(ctx).Hold
+		snap.Hold, snap.Read = account.From(ctx).Hold, account.From(ctx).Read
 		return run(ctx, only, q.opts, func(sums *history.Summaries) storage.SeriesSet {
 			return merge.Historical(ctx, snap, only.mint(), only.maxt(), sums, merge.Shards{}, nil, l.Selector.LabelMatchers)
 		}, 1)
@@ -658,7 +658,7 @@ func (e *Engine) workShard(ctx context.Context, h *history.History, q *query, l 
 	in := make([]bool, t.Shards)
 	in[t.Shard] = true
 	snap := h.Open(t.Tenant, l.mint(), l.maxt(), t.Blocks, t.Hidden)
-	snap.Hold = account.From(ctx).Hold
+	snap.Hold, snap.Read = account.From(ctx).Hold, account.From(ctx).Read
 	p, err := run(ctx, &only, q.opts, func(sums *history.Summaries) storage.SeriesSet {
 		return merge.Historical(ctx, snap, l.mint(), l.maxt(), sums, merge.Shards{In: in}, t.Heads, l.Selector.LabelMatchers)
 	}, 1)
