@@ -82,7 +82,7 @@ func BenchmarkWorkers(b *testing.B) {
 			}
 			for range b.N { // once is enough
 			}
-			runs, cpu := map[*system]float64{}, map[*system]float64{}
+			runs, cpu, took := map[*system]float64{}, map[*system]float64{}, map[*system]float64{}
 			parts := spread[0].metric(b, "epimetheus_gateway_worker_requests_total")
 			for range rounds {
 				for _, s := range []*system{one, threads, many} {
@@ -91,7 +91,9 @@ func BenchmarkWorkers(b *testing.B) {
 						ask(s)
 						runs[s]++
 					}
-					cpu[s] += ((s.cpu(b) - before).Seconds() - idle[s]*time.Since(began).Seconds()) * 1000
+					seconds := time.Since(began).Seconds()
+					took[s] += seconds * 1000
+					cpu[s] += ((s.cpu(b) - before).Seconds() - idle[s]*seconds) * 1000
 				}
 			}
 			parts = spread[0].metric(b, "epimetheus_gateway_worker_requests_total") - parts
@@ -116,6 +118,8 @@ func BenchmarkWorkers(b *testing.B) {
 			b.ReportMetric(cpu[threads]/runs[threads], "crowded-cpu-ms")
 			b.ReportMetric(x, "alone-cpu-ms")
 			b.ReportMetric(y, "workers-cpu-ms")
+			b.ReportMetric(took[one]/runs[one], "alone-ms")
+			b.ReportMetric(took[many]/runs[many], "workers-ms")
 			b.ReportMetric(100*(y/x-1), "overhead-%")
 			b.ReportMetric(parts/runs[many], "parts-elsewhere")
 			b.ReportMetric(0, "ns/op")
