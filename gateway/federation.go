@@ -3,6 +3,7 @@ package gateway
 import (
 	"context"
 	"errors"
+	"fmt"
 	"math"
 	"slices"
 	"strings"
@@ -10,10 +11,12 @@ import (
 
 	"github.com/prometheus/prometheus/model/exemplar"
 	"github.com/prometheus/prometheus/model/labels"
+	"github.com/prometheus/prometheus/promql"
 	"github.com/prometheus/prometheus/storage"
 	"github.com/prometheus/prometheus/util/annotations"
 	"golang.org/x/sync/errgroup"
 
+	"github.com/epimetheus-tsdb/epimetheus/gateway/account"
 	"github.com/epimetheus-tsdb/epimetheus/gateway/merge"
 	"github.com/epimetheus-tsdb/epimetheus/ingest/fetch"
 	"github.com/epimetheus-tsdb/epimetheus/ingest/fetch/fetchpb"
@@ -168,7 +171,7 @@ func (q *querier) Select(ctx context.Context, sorted bool, hints *storage.Select
 		}
 		return one.Select(ctx, sorted, hints, ms...)
 	}
-	union := &unionSet{}
+	union := &unionSet{of: all}
 	if hints != nil {
 		union.limit = hints.Limit
 	}
@@ -191,6 +194,7 @@ type tenantSet struct {
 // unionSet is the series of several tenants. A label more may change the order,
 // so that all are taken before the first is given. They aren't decoded yet.
 type unionSet struct {
+	of     []string // tenants of the request
 	sets   []tenantSet
 	limit  int // 0: none
 	series []storage.Series
@@ -219,7 +223,7 @@ func (u *unionSet) all() ([]storage.Series, error) {
 			out = append(out, labelledSeries{withTenantLabel(at.Labels(), s.tenant), at})
 		}
 		if err := s.Err(); err != nil {
-			return nil, err
+			return nil, ofTenant(s.tenant, err)
 		}
 	}
 	slices.SortFunc(out, func(a, b storage.Series) int { return labels.Compare(a.Labels(), b.Labels()) })
@@ -233,11 +237,44 @@ func (u *unionSet) At() storage.Series { return u.at }
 func (u *unionSet) Err() error         { return u.err }
 
 func (u *unionSet) Warnings() annotations.Annotations {
-	var out annotations.Annotations
+	of := map[string]annotations.Annotations{}
 	for _, s := range u.sets {
-		out.Merge(s.Warnings())
+		of[s.tenant] = s.Warnings()
+	}
+	return together(u.of, of)
+}
+
+// together puts together the warnings about tenants, which name theirs, unless they
+// are the same for all of a request.
+func together(all []string, of map[string]annotations.Annotations) annotations.Annotations {
+	count := map[string]int{}
+	for _, ws := range of {
+		for text := range ws {
+			count[text]++
+		}
+	}
+	var out annotations.Annotations
+	for tenant, ws := range of {
+		for text, w := range ws {
+			if count[text] < len(all) {
+				w = ofTenant(tenant, w)
+			}
+			out.Add(w)
+		}
 	}
 	return out
+}
+
+// ofTenant names the tenant that an error or a warning is of. That the request was cancelled,
+// took too long or met a limit is of all its tenants.
+func ofTenant(tenant string, err error) error {
+	if _, cancelled := errors.AsType[promql.ErrQueryCanceled](err); cancelled || errors.Is(err, account.ErrLimit) {
+		return err
+	}
+	if _, late := errors.AsType[promql.ErrQueryTimeout](err); late {
+		return err
+	}
+	return fmt.Errorf("tenant %s: %w", tenant, err)
 }
 
 type labelledSeries struct {
@@ -250,27 +287,15 @@ func (s labelledSeries) Labels() labels.Labels { return s.labels }
 // each asks all chosen tenants at once, and puts together the sorted strings that
 // they give.
 func (q *querier) each(ctx context.Context, chosen []string, fn func(ctx context.Context, one storage.Querier) ([]string, annotations.Annotations, error)) ([]string, annotations.Annotations, error) {
-	lists, warnings := make([][]string, len(chosen)), make([]annotations.Annotations, len(chosen))
-	g, ctx := errgroup.WithContext(ctx)
-	for i, t := range chosen {
-		g.Go(func() error {
-			one, err := q.tenant(t)
-			if err == nil {
-				lists[i], warnings[i], err = fn(WithTenant(ctx, t), one)
-			}
-			return err
-		})
-	}
-	if err := g.Wait(); err != nil {
-		return nil, nil, err
-	}
-	var merged annotations.Annotations
-	for _, w := range warnings {
-		merged.Merge(w)
-	}
-	out := slices.Concat(lists...)
+	out, warnings, err := ofEach(ctx, chosen, func(ctx context.Context, tenant string) ([]string, annotations.Annotations, error) {
+		one, err := q.tenant(tenant)
+		if err != nil {
+			return nil, nil, err
+		}
+		return fn(ctx, one)
+	})
 	slices.Sort(out)
-	return slices.Compact(out), merged, nil
+	return slices.Compact(out), warnings, err
 }
 
 func limited(names []string, hints *storage.LabelHints) []string {
@@ -353,75 +378,76 @@ func found(values []string, hints *storage.SearchHints, warnings annotations.Ann
 
 // ExemplarQuerier implements storage.ExemplarQueryable.
 func (s tenants) ExemplarQuerier(ctx context.Context) (storage.ExemplarQuerier, error) {
-	all := tenantsOf(ctx)
-	if len(all) == 1 {
+	if len(tenantsOf(ctx)) == 1 {
 		return s.Storage.ExemplarQuerier(ctx)
 	}
-	of := exemplarQuerier{}
-	for _, t := range all {
-		one, err := s.Storage.ExemplarQuerier(WithTenant(ctx, t))
-		if err != nil {
-			return nil, err
-		}
-		of[t] = one
-	}
-	return of, nil
+	return &exemplarQuerier{ctx, s.Storage}, nil
 }
 
-// exemplarQuerier is by tenant.
-type exemplarQuerier map[string]storage.ExemplarQuerier
+// exemplarQuerier is of several tenants. It keeps the context since the interface hands it
+// over there.
+type exemplarQuerier struct {
+	ctx context.Context //nolint:containedctx // storage.ExemplarQuerier has no other place for it
+	s   Storage
+}
 
 // Select implements storage.ExemplarQuerier.
-func (q exemplarQuerier) Select(mint, maxt int64, sets ...[]*labels.Matcher) ([]exemplar.QueryResult, error) {
-	out := []exemplar.QueryResult{}
-	for t, one := range q {
+func (q *exemplarQuerier) Select(mint, maxt int64, sets ...[]*labels.Matcher) ([]exemplar.QueryResult, error) {
+	out, warnings, err := ofEach(q.ctx, tenantsOf(q.ctx), func(ctx context.Context, tenant string) (rs []exemplar.QueryResult, warnings annotations.Annotations, err error) {
 		var mine [][]*labels.Matcher
 		for _, ms := range sets {
-			if chosen, rest := choose([]string{t}, ms); len(chosen) > 0 {
+			if chosen, rest := choose([]string{tenant}, ms); len(chosen) > 0 {
 				mine = append(mine, rest)
 			}
 		}
 		if len(mine) == 0 {
-			continue
+			return nil, nil, nil
 		}
-		rs, err := one.Select(mint, maxt, mine...)
-		if err != nil {
-			return nil, err
+		one, err := q.s.ExemplarQuerier(merge.WithWarn(ctx, func(ws annotations.Annotations) { warnings.Merge(ws) }))
+		if err == nil {
+			rs, err = one.Select(mint, maxt, mine...)
 		}
-		for _, r := range rs {
-			r.SeriesLabels = withTenantLabel(r.SeriesLabels, t)
-			out = append(out, r)
+		for i := range rs {
+			rs[i].SeriesLabels = withTenantLabel(rs[i].SeriesLabels, tenant)
 		}
+		return rs, warnings, err
+	})
+	if err != nil {
+		return nil, err
 	}
+	merge.Warn(q.ctx, warnings)
 	slices.SortFunc(out, func(a, b exemplar.QueryResult) int { return labels.Compare(a.SeriesLabels, b.SeriesLabels) })
 	return out, nil
 }
 
-// ofEach asks the storage about all tenants of the request at once, and gives what
-// it says of them in their order.
-func ofEach[T any](ctx context.Context, fn func(ctx context.Context, tenant string) ([]T, annotations.Annotations, error)) ([]T, annotations.Annotations, error) {
-	all := tenantsOf(ctx)
-	lists, warnings := make([][]T, len(all)), make([]annotations.Annotations, len(all))
-	g, ctx := errgroup.WithContext(ctx)
-	for i, t := range all {
+// ofEach asks about tenants of the request, all at once, and gives what fn says of them in
+// their order.
+func ofEach[T any](ctx context.Context, chosen []string, fn func(ctx context.Context, tenant string) ([]T, annotations.Annotations, error)) ([]T, annotations.Annotations, error) {
+	lists, warnings := make([][]T, len(chosen)), make([]annotations.Annotations, len(chosen))
+	g, groupCtx := errgroup.WithContext(ctx)
+	for i, t := range chosen {
 		g.Go(func() (err error) {
-			lists[i], warnings[i], err = fn(WithTenant(ctx, t), t)
+			lists[i], warnings[i], err = fn(WithTenant(groupCtx, t), t)
+			if err != nil && len(tenantsOf(ctx)) > 1 {
+				err = ofTenant(t, err)
+			}
 			return err
 		})
 	}
 	if err := g.Wait(); err != nil {
 		return nil, nil, err
 	}
-	var merged annotations.Annotations
-	for _, w := range warnings {
-		merged.Merge(w)
+	out, of := []T{}, map[string]annotations.Annotations{}
+	for i, t := range chosen {
+		out = append(out, lists[i]...)
+		of[t] = warnings[i]
 	}
-	return slices.Concat(lists...), merged, nil
+	return out, together(tenantsOf(ctx), of), nil
 }
 
 // metadata is that of the request's tenants, sorted by metric, each entry once.
 func (s tenants) metadata(ctx context.Context, metric string) ([]fetch.MetricMetadata, annotations.Annotations, error) {
-	all, warnings, err := ofEach(ctx, func(ctx context.Context, tenant string) ([]fetch.MetricMetadata, annotations.Annotations, error) {
+	all, warnings, err := ofEach(ctx, tenantsOf(ctx), func(ctx context.Context, tenant string) ([]fetch.MetricMetadata, annotations.Annotations, error) {
 		return s.Metadata(ctx, tenant, metric)
 	})
 	seen := map[fetch.MetricMetadata]bool{}
@@ -436,7 +462,7 @@ func (s tenants) metadata(ctx context.Context, metric string) ([]fetch.MetricMet
 
 // stats are those of the request's tenants.
 func (s tenants) stats(ctx context.Context, limit int) ([]*fetchpb.StatsResponse, annotations.Annotations, error) {
-	return ofEach(ctx, func(ctx context.Context, tenant string) ([]*fetchpb.StatsResponse, annotations.Annotations, error) {
+	return ofEach(ctx, tenantsOf(ctx), func(ctx context.Context, tenant string) ([]*fetchpb.StatsResponse, annotations.Annotations, error) {
 		return s.Stats(ctx, tenant, limit)
 	})
 }

@@ -1,6 +1,9 @@
 package gateway_test
 
 import (
+	"bytes"
+	"cmp"
+	"context"
 	"fmt"
 	"net/http"
 	"net/http/httptest"
@@ -9,13 +12,21 @@ import (
 	"testing"
 	"time"
 
+	"github.com/oklog/ulid/v2"
 	"github.com/prometheus/common/model"
 	"github.com/prometheus/prometheus/model/exemplar"
 	"github.com/prometheus/prometheus/model/labels"
 	"github.com/prometheus/prometheus/model/metadata"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 
+	"github.com/epimetheus-tsdb/epimetheus/chunkfmt"
 	"github.com/epimetheus-tsdb/epimetheus/gateway"
 	"github.com/epimetheus-tsdb/epimetheus/gateway/gatewaytest"
+	"github.com/epimetheus-tsdb/epimetheus/history"
+	"github.com/epimetheus-tsdb/epimetheus/history/historytest"
+	"github.com/epimetheus-tsdb/epimetheus/history/index"
 	"github.com/epimetheus-tsdb/epimetheus/ingest/fetch/fetchpb"
 )
 
@@ -99,6 +110,15 @@ func TestTenantFederation(t *testing.T) {
 		{"a|b", "/query_exemplars?query=up{__tenant_id__=%22a%22}", `[{"seriesLabels":{"__name__":"up","__tenant_id__":"a","job":"j"},"exemplars":[{"labels":{"trace_id":"a"}`},
 		{"a|b", "/metadata", `{"up":[{"type":"gauge","unit":"","help":"Up."}]}`},
 		{"a|b|c", "/search/label_values?label=__tenant_id__", `{"value":"a"},{"value":"b"},{"value":"c"}`},
+		{"a|b|c", "/search/metric_names", `{"name":"only_b"}`},
+		{"a|b", "/status/active_series?by=__tenant_id__", `"seriesCount":[{"name":"a","value":5},{"name":"b","value":5}]`},
+		{"a|b", "/query_explain?query=up", `"status":"success"`},
+		{"a|b", "/rules", `{"groups":[]}`},
+		{"a|b", "/alerts", `{"alerts":[]}`},
+		{"a|b", "/targets", `"activeTargets":[]`},
+		{"none|never", "/query?query=up", `"result":[]`},
+		{"none|never", "/labels", `"data":[]`},
+		{"none|never", "/query_exemplars?query=up", `"data":[]`},
 		{"a|b", "/status/tsdb", `"seriesCountByMetricName":[{"name":"odd","value":6}`},
 		{"a||b", "/query?query=up", `has an empty tenant beside a bar`},
 		{"|", "/query?query=up", `has an empty tenant`},
@@ -136,5 +156,117 @@ func TestTenantFederation(t *testing.T) {
 	o.TenantFederation = false
 	if _, body := ask(newAPI(t, c, o), "a|b", "/api/v1/query?query=up&time="+at); !strings.Contains(body, `"result":[]`) {
 		t.Errorf("without federation a|b has a result: %s", body)
+	}
+}
+
+// halting is an ingester that doesn't answer about tenant b, and has nothing of others.
+type halting struct {
+	fetchpb.UnimplementedFetchServer
+}
+
+func (halting) of(tenant string) error {
+	if tenant == "b" {
+		return status.Error(codes.Unavailable, "halted")
+	}
+	return nil
+}
+
+func (h halting) Select(r *fetchpb.SelectRequest, s grpc.ServerStreamingServer[fetchpb.SelectResponse]) error {
+	return cmp.Or(h.of(r.GetTenant()), s.Send(&fetchpb.SelectResponse{Header: &fetchpb.Header{}}))
+}
+
+func (h halting) Read(r *fetchpb.ReadRequest, s grpc.ServerStreamingServer[fetchpb.ReadResponse]) error {
+	return cmp.Or(h.of(r.GetTenant()), s.Send(&fetchpb.ReadResponse{Header: &fetchpb.Header{}}))
+}
+
+func (h halting) Labels(_ context.Context, r *fetchpb.LabelsRequest) (*fetchpb.LabelsResponse, error) {
+	return &fetchpb.LabelsResponse{Header: &fetchpb.Header{}}, h.of(r.GetTenant())
+}
+
+func (h halting) Exemplars(_ context.Context, r *fetchpb.ExemplarsRequest) (*fetchpb.ExemplarsResponse, error) {
+	return &fetchpb.ExemplarsResponse{Header: &fetchpb.Header{}}, h.of(r.GetTenant())
+}
+
+func (h halting) Metadata(_ context.Context, r *fetchpb.MetadataRequest) (*fetchpb.MetadataResponse, error) {
+	return &fetchpb.MetadataResponse{Header: &fetchpb.Header{}}, h.of(r.GetTenant())
+}
+
+func (h halting) Stats(_ context.Context, r *fetchpb.StatsRequest) (*fetchpb.StatsResponse, error) {
+	return &fetchpb.StatsResponse{}, h.of(r.GetTenant())
+}
+
+// TestWhoseTrouble: of several tenants, warnings and errors name the one that they are of.
+func TestWhoseTrouble(t *testing.T) {
+	c := gatewaytest.New(t, gatewaytest.Options{})
+	now := time.Now().UnixMilli()
+	for _, tenant := range []string{"a", "b", "lost"} {
+		var buf bytes.Buffer
+		w := chunkfmt.NewWriter(&buf, chunkfmt.WriterOptions{Window: history.Window})
+		s := &chunkfmt.Series{Labels: labels.FromStrings("__name__", "up")}
+		s.Floats.T, s.Floats.V = []int64{now - 60_000}, []float64{1}
+		if err := w.Add(tenant, s); err != nil {
+			t.Fatal(err)
+		}
+		summary, err := w.Close()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := c.History.Publish(t.Context(), ulid.Make(), buf.Bytes(), summary); err != nil {
+			t.Fatal(err)
+		}
+	}
+	lost, err := c.History.Snapshot(t.Context(), "lost", 0, now, nil, time.Now())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := c.Objects.Delete(t.Context(), lost.Blocks[0].Object); err != nil {
+		t.Fatal(err)
+	}
+	c.ServeFetch("some", halting{})
+	var fault historytest.Fault
+	reports := index.New(&historytest.FaultyRows{Store: &historytest.MemoryRows{}, Decide: func(_, hash string) historytest.Fault {
+		if strings.Contains(hash, "b") {
+			return fault
+		}
+		return historytest.None
+	}})
+	api := newAPI(t, c, gateway.Options{Tenancy: gateway.Header, TenantFederation: true, Index: reports})
+	ask := func(tenants, path string) (int, string) {
+		t.Helper()
+		req := httptest.NewRequestWithContext(t.Context(), http.MethodGet, path, nil)
+		req.Header.Set(gateway.TenantHeader, tenants)
+		w := httptest.NewRecorder()
+		api.ServeHTTP(w, req)
+		return w.Code, w.Body.String()
+	}
+	paths := []string{
+		"query?query=up", "query?query=last_over_time(up[5m])%2Babs(up)", "series?match[]=up", "labels", "label/__name__/values", "label/__tenant_id__/values",
+		"query_exemplars?start=0&end=9999999999&query=up", "metadata", "status/tsdb", "status/active_series?label=__name__",
+	}
+	for _, path := range paths {
+		for tenants, want := range map[string]string{
+			"a|b": `"warnings":["tenant b: ingester some did not answer`, "a|b|c": `"warnings":["tenant b: ingester some`, "b": `"warnings":["ingester some did not answer`,
+		} {
+			if code, body := ask(tenants, "/api/v1/"+path); code != http.StatusOK || !strings.Contains(body, want) || strings.Count(body, "did not answer") != 1 {
+				t.Errorf("%s, %s: %d %s, want %s", tenants, path, code, body, want)
+			}
+		}
+		if code, body := ask("a|c", "/api/v1/"+path); code != http.StatusOK || strings.Contains(body, "warnings") {
+			t.Errorf("a|c, %s: %d %s", path, code, body)
+		}
+	}
+	fault = historytest.Before
+	if _, body := ask("d|bb", "/api/v1/query?query=1"); !strings.Contains(body, `"warnings":["tenant bb: engine options of the tenant's Prometheus`) {
+		t.Errorf("engine options that can't be read: %s", body)
+	}
+	for _, path := range paths {
+		code, body := ask("a|lost", "/api/v1/"+path)
+		alone, _ := ask("lost", "/api/v1/"+path)
+		if code != alone || code < 400 || !strings.Contains(body, "tenant lost: ") {
+			t.Errorf("without a block: %s: %d %s, alone %d", path, code, body, alone)
+		}
+		if code, body := ask("a|c", "/api/v1/"+path); code != http.StatusOK {
+			t.Errorf("a|c, %s: %d %s", path, code, body)
+		}
 	}
 }

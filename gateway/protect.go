@@ -101,6 +101,9 @@ func (a *API) enter(ctx context.Context, tenants []string) (leave func(), err er
 		l, err := a.gates.enter(ctx, t, a.limitsOf([]string{t}).Queries)
 		if err != nil {
 			leave()
+			if len(tenants) > 1 {
+				err = fmt.Errorf("tenant %s: %w", t, err)
+			}
 			return nil, err
 		}
 		leaves = append(leaves, l)

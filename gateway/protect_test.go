@@ -527,6 +527,9 @@ func TestConcurrencyOfSeveralTenants(t *testing.T) {
 		r.Header.Set(gateway.TenantHeader, fmt.Sprintf("a|b%d", i))
 		w := httptest.NewRecorder()
 		api.ServeHTTP(w, r)
+		if body := w.Body.String(); w.Code == http.StatusTooManyRequests && !strings.Contains(body, "tenant a: 1 queries of the tenant are running") {
+			t.Errorf("it doesn't name the tenant: %s", body)
+		}
 		return w.Code
 	})
 }

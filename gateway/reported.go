@@ -153,25 +153,28 @@ func (o EngineOptions) with(row index.EngineRow) EngineOptions {
 // ones, it is that of tenants with no options of their own. Whoever asked for it with
 // merge.WithWarn is told if options can't be known.
 func (a *API) variantOf(ctx context.Context, tenants []string) *variant {
-	v := a.variantOfOne(ctx, tenants[0])
-	for _, t := range tenants[1:] {
-		if a.variantOfOne(ctx, t) != v {
-			return a.variant
+	all, warnings, _ := ofEach(ctx, tenants, func(ctx context.Context, tenant string) ([]*variant, annotations.Annotations, error) {
+		v, err := a.variantOfOne(ctx, tenant)
+		if err != nil {
+			return []*variant{v}, annotations.New().Add(err), nil
 		}
+		return []*variant{v}, nil, nil
+	})
+	merge.Warn(ctx, warnings)
+	if slices.ContainsFunc(all, func(v *variant) bool { return v != all[0] }) {
+		return a.variant
 	}
-	return v
+	return all[0]
 }
 
-func (a *API) variantOfOne(ctx context.Context, tenant string) *variant {
+// variantOfOne is variantOf one tenant. With an error it is by the options that are known.
+func (a *API) variantOfOne(ctx context.Context, tenant string) (*variant, error) {
 	if v := a.tenants[tenant]; v != nil {
-		return v
+		return v, nil
 	}
 	row, found, err := a.reports.get(ctx, tenant)
-	if err != nil {
-		merge.Warn(ctx, annotations.New().Add(err))
-	}
 	if !found {
-		return a.variant
+		return a.variant, err
 	}
 	e := a.opts.Engine.with(row)
 	key := e.key()
@@ -181,14 +184,14 @@ func (a *API) variantOfOne(ctx context.Context, tenant string) *variant {
 		return a.variants[key]
 	}
 	if v := known(); v != nil {
-		return v
+		return v, nil
 	}
 	// To make one takes a tenth of a second of CPU: one at a time, and nobody waits who
 	// needs another.
 	a.building.Lock()
 	defer a.building.Unlock()
 	if v := known(); v != nil {
-		return v
+		return v, nil
 	}
 	// Without metrics: there is no bound on what tenants may report.
 	v := a.newVariant(e, nil, a.gatherer)
@@ -204,7 +207,7 @@ func (a *API) variantOfOne(ctx context.Context, tenant string) *variant {
 		}
 	}
 	a.variants[key] = v
-	return v
+	return v, nil
 }
 
 // engine is POST engine, as docs/api.md says.
