@@ -125,16 +125,17 @@ func (w *work) runShards(ctx context.Context) (*partial, error) {
 	heads := w.sel.HeadShards(uint64(n)) //nolint:gosec // small
 	tenant := w.q.engine.spread.TenantOf(ctx)
 	g, gctx := errgroup.WithContext(ctx)
+	var away []int
 	for i := range w.sharded {
-		if w.sharded[i].here {
-			continue
+		if !w.sharded[i].here {
+			away = append(away, i)
 		}
-		g.Go(func() (err error) {
-			defer recovered(w.q.opts.logger, &err)
-			w.sharded[i].out, err = w.shardElsewhere(gctx, tenant, i, heads[i])
-			return err
-		})
 	}
+	out := w.send(gctx, g, len(away), func(ctx context.Context, k int) (err error) {
+		i := away[k]
+		w.sharded[i].out, err = w.shardElsewhere(ctx, tenant, i, heads[i])
+		return err
+	})
 	var outs []*partial
 	// Here, all in one go, those that others don't compute.
 	here := func(ctx context.Context, which func(*shard) bool) error {
@@ -162,7 +163,17 @@ func (w *work) runShards(ctx context.Context) (*partial, error) {
 	}
 	g.Go(func() (err error) {
 		defer recovered(w.q.opts.logger, &err)
-		return here(gctx, func(s *shard) bool { return s.here })
+		if err := here(gctx, func(s *shard) bool { return s.here }); err != nil {
+			return err
+		}
+		return out.takeBack(gctx, func(k int) error {
+			one := &w.sharded[away[k]]
+			if one.out != nil {
+				return nil
+			}
+			one.here = true
+			return here(gctx, func(s *shard) bool { return s == one })
+		})
 	})
 	if err := g.Wait(); err != nil {
 		return nil, err

@@ -75,8 +75,11 @@ type Workers interface {
 	// Here says whether the caller is that.
 	Here(key Key) bool
 	// Run computes the part at the gateway that the key falls to, or at another if
-	// that fails. ErrHere: the caller is to compute it.
+	// that fails or is slow. ErrHere: the caller is to compute it.
 	Run(ctx context.Context, key Key, t *Task) ([]byte, error)
+	// Patience is how long a caller with nothing else to do waits for a part, before it
+	// computes it itself.
+	Patience() time.Duration
 }
 
 // ErrHere is what Workers give for a part that the caller computes itself.
@@ -249,19 +252,26 @@ func (w *work) run(ctx context.Context) (*partial, error) {
 	sp := &w.q.engine.spread
 	tenant := sp.TenantOf(ctx)
 	g, gctx := errgroup.WithContext(ctx)
-	g.SetLimit(tasksAtOnce + 1)
 	w.recall(ctx, tenant)
 	mine, tasks := w.assign(tenant)
-	for _, t := range tasks {
-		g.Go(func() (err error) {
-			defer recovered(w.q.opts.logger, &err)
-			return w.elsewhere(gctx, tenant, t)
-		})
-	}
+	out := w.send(gctx, g, len(tasks), func(ctx context.Context, i int) error { return w.elsewhere(ctx, tenant, tasks[i]) })
 	// Here meanwhile. An error ends what is elsewhere.
 	g.Go(func() (err error) {
 		defer recovered(w.q.opts.logger, &err)
-		return w.compute(gctx, mine)
+		if err := w.compute(gctx, mine); err != nil {
+			return err
+		}
+		return out.takeBack(gctx, func(i int) error {
+			t := tasks[i]
+			if w.out[t.from] != nil {
+				return nil
+			}
+			is := make([]int, 0, t.to-t.from)
+			for i := t.from; i < t.to; i++ {
+				is = append(is, i)
+			}
+			return w.compute(gctx, is)
+		})
 	})
 	if err := g.Wait(); err != nil {
 		return nil, err
@@ -276,6 +286,75 @@ func (w *work) run(ctx context.Context) (*partial, error) {
 		return nil, err
 	}
 	return join(w.out), nil
+}
+
+// sent are the tasks of a leaf that are at other gateways.
+type sent struct {
+	late  time.Time // from when on they are taken back
+	tasks []sentTask
+}
+
+type sentTask struct {
+	back context.CancelCauseFunc
+	done chan struct{} // closed when its result is there, or there won't be one
+}
+
+// errTakenBack ends a task at other gateways.
+var errTakenBack = errors.New("computed by the caller meanwhile")
+
+// send lets g run n tasks, some at a time.
+func (w *work) send(ctx context.Context, g *errgroup.Group, n int, run func(ctx context.Context, i int) error) *sent {
+	if n == 0 {
+		return &sent{}
+	}
+	s := &sent{late: time.Now().Add(w.q.engine.spread.Workers.Patience()), tasks: make([]sentTask, n)}
+	slots := make(chan struct{}, tasksAtOnce)
+	for i := range s.tasks {
+		ctx, back := context.WithCancelCause(ctx)
+		t := sentTask{back, make(chan struct{})}
+		s.tasks[i] = t
+		g.Go(func() (err error) {
+			defer close(t.done)
+			defer back(nil)
+			defer recovered(w.q.opts.logger, &err)
+			select {
+			case slots <- struct{}{}:
+			case <-ctx.Done():
+				return nil // taken back, or there is an error already
+			}
+			defer func() { <-slots }()
+			err = run(ctx, i)
+			if errors.Is(context.Cause(ctx), errTakenBack) {
+				return nil
+			}
+			return err
+		})
+	}
+	return s
+}
+
+// takeBack lets here compute, one after the other, the tasks that are late: from the last on,
+// which others may not have begun. It gives them up to do so, since what is read counts only
+// once, unless their result comes at this moment: here looks.
+func (s *sent) takeBack(ctx context.Context, here func(i int) error) error {
+	late, cancel := context.WithDeadline(ctx, s.late)
+	defer cancel()
+	for i, t := range slices.Backward(s.tasks) {
+		select {
+		case <-t.done: // what nobody could compute waits for the others of its kind
+			continue
+		case <-late.Done():
+		}
+		if ctx.Err() != nil {
+			return context.Cause(ctx)
+		}
+		t.back(errTakenBack)
+		<-t.done
+		if err := here(i); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // neighbours are parts, one after the other, that one gateway computes: the key says

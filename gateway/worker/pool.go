@@ -108,11 +108,12 @@ func (p *Pool) Here(key plan.Key) bool { return p.inLine(key)[0].ID == p.self }
 const tries = 2
 
 // A part that takes so long at the least, and several times of what parts usually
-// take, is asked for again; after several times of that the caller computes it.
+// take, is asked for again; after several times of that the caller computes it, if it has
+// nothing else to do.
 const (
 	hedgeFloor = 500 * time.Millisecond
 	hedgeTimes = 5
-	hereTimes  = 4
+	hereTimes  = 5
 )
 
 // Run implements plan.Workers.
@@ -131,7 +132,7 @@ func (p *Pool) Run(ctx context.Context, key plan.Key, t *plan.Task) ([]byte, err
 	}
 	answers := make(chan answer, len(line))
 	req := request(t)
-	asked, failed, waited := 0, 0, 0
+	asked, failed := 0, 0
 	ask := func() {
 		peer := line[asked]
 		asked++
@@ -153,11 +154,9 @@ func (p *Pool) Run(ctx context.Context, key plan.Key, t *plan.Task) ([]byte, err
 			slow.Stop()
 			return nil, context.Cause(ctx)
 		case <-slow.C:
-			if waited++; asked < len(line) {
+			if asked < len(line) {
 				p.hedges.Inc()
 				ask()
-			} else if waited > hereTimes {
-				return nil, plan.ErrHere
 			}
 		case a := <-answers:
 			slow.Stop()
@@ -173,6 +172,9 @@ func (p *Pool) Run(ctx context.Context, key plan.Key, t *plan.Task) ([]byte, err
 	}
 	return nil, plan.ErrHere
 }
+
+// Patience implements plan.Workers.
+func (p *Pool) Patience() time.Duration { return hereTimes * p.slow() }
 
 // slow is how long a part may take before another gateway is asked too.
 func (p *Pool) slow() time.Duration {
