@@ -28,8 +28,10 @@ import (
 // filled. At the first start none is, which makes a backfill of what there is.
 //
 // While a gap is open, every block with a source that isn't known is filled. A
-// gap stays open until Prometheus has compacted all that may have been in it:
-// its head up to the gap's newest possible sample, and its out-of-order log.
+// gap stays open until Prometheus has compacted all that may have been in it (its
+// head up to the gap's newest possible sample, and its out-of-order log), and what
+// was in blocks then is known. Blocks that it writes later don't count: there may
+// always be one that isn't durable yet.
 type blocks struct {
 	path    string
 	logger  *slog.Logger
@@ -58,6 +60,11 @@ type gap struct {
 	// WBL is the last segment of the out-of-order log when it ended; -1: there
 	// was nothing in it.
 	WBL int `json:"wbl"`
+
+	// left are the sources that weren't known when all that may have been in the
+	// gap was first found to be in blocks; nil before. After a restart it is found
+	// again.
+	left map[ulid.ULID]bool
 }
 
 // fill is a block that is read and sent.
@@ -167,7 +174,7 @@ func (b *blocks) save() error {
 func (b *blocks) open(reason string, newest int64, wbl int) {
 	if g := b.gap; g != nil {
 		if newest > g.Newest || wbl > g.WBL {
-			g.Newest, g.WBL = max(g.Newest, newest), max(g.WBL, wbl)
+			g.Newest, g.WBL, g.left = max(g.Newest, newest), max(g.WBL, wbl), nil
 			b.changed = true
 		}
 		return
@@ -209,9 +216,10 @@ func (b *blocks) list(listed []backfill.Block, now time.Time, maxAge time.Durati
 			wanted[id] = f
 		}
 	}
-	frontier := int64(noTime) // up to where the head was compacted
+	// Up to where the head was compacted. Late samples are compacted beyond.
+	frontier := int64(noTime)
 	for _, x := range listed {
-		if !x.Stale && b.knows(x.Sources) {
+		if !x.Stale && !x.OutOfOrder && b.knows(x.Sources) {
 			frontier = max(frontier, x.MaxTime)
 		}
 	}
@@ -403,27 +411,53 @@ func (b *blocks) finish() {
 	})
 }
 
-// close closes a gap if all that may have been in it is in blocks that are known.
-// minValid is the time, in ms, below which Prometheus's WAL checkpoint says that
-// all in-order samples are in blocks; firstWBL is the first segment of the
-// out-of-order log, -1 if there is none.
+// close closes a gap if all that may have been in it is in blocks, and these are
+// known. minValid is the time, in ms, below which Prometheus's WAL checkpoint says
+// that all in-order samples are in blocks; firstWBL is the first segment of the
+// out-of-order log, -1 if there is none. Both were read before the blocks were
+// listed.
 func (b *blocks) close(minValid int64, firstWBL int) {
 	g := b.gap
 	if g == nil || b.first {
 		return
 	}
-	compacted := minValid > g.Newest
-	for _, x := range b.listed {
-		if !b.knows(x.Sources) {
-			return
-		}
-		compacted = compacted || (!x.OutOfOrder && !x.Stale && x.MaxTime > g.Newest)
+	if g.left == nil && !b.compacted(minValid, firstWBL) {
+		return
 	}
-	if !compacted || (g.WBL >= 0 && firstWBL >= 0 && firstWBL <= g.WBL) {
+	begin := g.left == nil
+	if begin {
+		g.left = map[ulid.ULID]bool{}
+	}
+	open := false
+	for _, x := range b.listed {
+		if b.knows(x.Sources) {
+			continue
+		}
+		for _, id := range x.Sources {
+			if begin && !b.known[id] {
+				g.left[id] = true
+			}
+			open = open || g.left[id] && !b.known[id]
+		}
+		open = open || g.left[x.Rewrites]
+	}
+	if open {
 		return
 	}
 	b.gap, b.changed = nil, true
 	b.logger.Info("gap in the WAL is filled from Prometheus's blocks", "reason", g.Reason, "since", g.Since)
+}
+
+// compacted says whether all that may have been in the gap is in the blocks that
+// are listed, or was.
+func (b *blocks) compacted(minValid int64, firstWBL int) bool {
+	g := b.gap
+	if g.WBL >= 0 && firstWBL >= 0 && firstWBL <= g.WBL {
+		return false
+	}
+	return minValid > g.Newest || slices.ContainsFunc(b.listed, func(x backfill.Block) bool {
+		return !x.OutOfOrder && !x.Stale && x.MaxTime > g.Newest
+	})
 }
 
 // giveUp ends a gap that can't be filled, of an agent: it has no blocks.

@@ -9,11 +9,15 @@ import (
 	"testing"
 	"time"
 
+	"github.com/oklog/ulid/v2"
+	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/common/promslog"
 	"github.com/prometheus/prometheus/model/labels"
 	"github.com/prometheus/prometheus/storage"
 	"github.com/prometheus/prometheus/tsdb"
 	"github.com/prometheus/prometheus/tsdb/record"
+
+	"github.com/epimetheus-tsdb/epimetheus/sidecar/backfill"
 )
 
 // promDB is a real head with short blocks in the harness's directory, and what
@@ -30,7 +34,7 @@ type promDB struct {
 const dbRange = 2 * 60 * 1000 // ms: of blocks
 
 func (h *harness) openDB() *promDB {
-	d := &promDB{h: h, all: map[string]map[int64]string{}, now: time.Now().Add(-3 * time.Hour).UnixMilli()}
+	d := &promDB{h: h, all: map[string]map[int64]string{}, now: time.Now().Add(-3 * time.Hour).Truncate(time.Minute).UnixMilli()}
 	d.open()
 	h.t.Cleanup(func() { d.db.Close() })
 	return d
@@ -40,7 +44,7 @@ func (d *promDB) open() {
 	d.h.t.Helper()
 	o := tsdb.DefaultOptions()
 	o.MinBlockDuration, o.MaxBlockDuration = dbRange, 9*dbRange
-	o.WALSegmentSize = 128 << 10
+	o.WALSegmentSize = 32 << 10
 	o.OutOfOrderTimeWindow = 10 * dbRange
 	o.RetentionDuration = 1 << 40
 	db, err := tsdb.Open(d.h.promDir, promslog.NewNopLogger(), nil, o, nil)
@@ -233,7 +237,7 @@ func TestGap(t *testing.T) {
 			}
 			h.want(d.all, false)
 			// It closes once Prometheus has compacted what may have been in it.
-			d.now = max(d.now, time.Now().UnixMilli())
+			d.now = max(d.now, time.Now().Truncate(time.Minute).Add(time.Minute).UnixMilli())
 			for range 4 {
 				d.put(3 * time.Minute)
 				d.compact()
@@ -248,5 +252,88 @@ func TestGap(t *testing.T) {
 			h.settled()
 			h.want(d.all, true)
 		})
+	}
+}
+
+// A gap closes once what may have been in it is known, whatever Prometheus has
+// written since and isn't durable yet.
+func TestGapCloses(t *testing.T) {
+	b, err := loadBlocks(t.TempDir(), promslog.NewNopLogger(), newMetrics(prometheus.NewRegistry()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	id := func(n byte) ulid.ULID { return ulid.ULID{15: n} }
+	block := func(n byte, mint, maxt int64, sources ...ulid.ULID) backfill.Block {
+		if len(sources) == 0 {
+			sources = []ulid.ULID{id(n)}
+		}
+		return backfill.Block{ULID: id(n), MinTime: mint, MaxTime: maxt, Level: len(sources), Sources: sources}
+	}
+	look := func(open bool, minValid int64, firstWBL int, listed ...backfill.Block) {
+		t.Helper()
+		b.list(listed, time.Now(), -1)
+		b.close(minValid, firstWBL)
+		if got := b.gap != nil; got != open {
+			t.Fatalf("the gap is open: %v, want %v", got, open)
+		}
+	}
+	look(false, noTime, -1)
+	b.open("test", 1000, 4)
+	look(true, noTime, 4, block(1, 0, 1000))                                          // the head isn't compacted
+	look(true, noTime, 4, block(1, 0, 1000), block(2, 1000, 2000))                    // late samples aren't
+	look(true, noTime, 5, block(1, 0, 1000), block(2, 1000, 2000), block(3, 0, 1000)) // nothing of it is durable
+	b.know([]ulid.ULID{id(1), id(2)})
+	look(true, noTime, 6, block(4, 0, 1000, id(1), id(3)), block(2, 1000, 2000), block(5, 2000, 3000))
+	b.open("test", 2500, 6)
+	b.know([]ulid.ULID{id(3)})
+	look(true, noTime, 7, block(4, 0, 1000, id(1), id(3)), block(2, 1000, 2000), block(5, 2000, 3000)) // it is wider now
+	late := block(6, 3000, 4000)
+	look(true, noTime, 8, block(4, 0, 1000, id(1), id(3)), block(2, 1000, 2000), block(5, 2000, 3000), late)
+	b.know([]ulid.ULID{id(5)})
+	look(false, noTime, 9, block(4, 0, 1000, id(1), id(3)), block(2, 1000, 2000), block(5, 2000, 3000), late, block(7, 4000, 5000))
+	if !b.filling(id(6)) {
+		t.Error("a block that was listed while the gap was open isn't read")
+	}
+}
+
+// Prometheus compacts while its blocks are listed: what is in none of them then
+// isn't taken for compacted.
+func TestGapStaysOpenInCompaction(t *testing.T) {
+	h := newHarness(t, 1)
+	h.opts.BackfillAge = -1
+	d := h.openDB()
+	d.put(10 * time.Minute)
+	s, err := New(h.opts, promslog.NewNopLogger(), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	sh := s.shipper
+	sh.warned = map[string]bool{}
+	sh.lookAtBlocks()
+	_, last, empty, err := backfill.WBLSegments(sh.dir)
+	if err != nil || empty {
+		t.Fatalf("out-of-order log: empty is %v, %v", empty, err)
+	}
+	sh.blocks.open("test", d.now, last)
+	d.put(40 * time.Minute)
+	list := sh.listBlocks
+	sh.listBlocks = func() ([]backfill.Block, []*backfill.BadBlockError, error) {
+		listed, bad, err := list()
+		d.compact()
+		return listed, bad, err
+	}
+	for range 2 {
+		sh.lookAtBlocks()
+		if sh.blocks.gap == nil {
+			t.Fatal("the gap was closed before anything of it was read")
+		}
+	}
+	if minValid, firstWBL := sh.compacted(); minValid <= sh.blocks.gap.Newest || firstWBL >= 0 && firstWBL <= last {
+		t.Errorf("not compacted: %d up to %d, out-of-order log from %d", minValid, sh.blocks.gap.Newest, firstWBL)
+	}
+	for _, b := range d.db.Blocks() {
+		if !sh.blocks.filling(b.Meta().ULID) {
+			t.Errorf("block %s will not be read", b.Meta().ULID)
+		}
 	}
 }

@@ -60,7 +60,10 @@ func (s *shipper) lookAtBlocks() {
 		s.blocks.giveUp()
 		return
 	}
-	listed, bad, err := s.lister.List()
+	// Before the blocks are listed: what Prometheus says here that it has compacted
+	// must be in the list.
+	minValid, firstWBL := s.compacted()
+	listed, bad, err := s.listBlocks()
 	if err != nil {
 		s.once("blocks").Warn("blocks of Prometheus can't be listed, trying on", "err", err)
 		return
@@ -78,22 +81,24 @@ func (s *shipper) lookAtBlocks() {
 	}
 	s.blocks.finish()
 	s.blocks.list(listed, time.Now(), s.opts.BackfillAge)
-	if s.blocks.gap == nil {
-		return
-	}
-	first, _, empty, err := backfill.WBLSegments(s.dir)
+	s.blocks.close(minValid, firstWBL)
+}
+
+// compacted says what Prometheus has compacted by now, as blocks.close wants to
+// know it.
+func (s *shipper) compacted() (minValid int64, firstWBL int) {
+	firstWBL, _, empty, err := backfill.WBLSegments(s.dir)
 	if err != nil {
 		s.once("wbl").Warn("out-of-order log can't be listed, trying on", "err", err)
-		return
-	}
-	if empty {
-		first = -1
+		firstWBL = 0 // none of it
+	} else if empty {
+		firstWBL = -1
 	}
 	minValid, ok, err := wlog.ReadMinValidTime(s.dir.WAL())
 	if err != nil || !ok {
 		minValid = noTime // of a Prometheus that doesn't write it: then blocks tell
 	}
-	s.blocks.close(minValid, first)
+	return minValid, firstWBL
 }
 
 // ledgers calls fn for the ledger of the WAL and those of fills.

@@ -29,7 +29,7 @@ type shipper struct {
 	health      *health.Board
 	files       *tail.Files
 	blocks      *blocks
-	lister      *backfill.Lister
+	listBlocks  func() ([]backfill.Block, []*backfill.BadBlockError, error) // of Prometheus
 	dict        *dictionary
 	cp          *checkpoint
 	versions    *labelVersions

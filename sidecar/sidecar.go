@@ -163,7 +163,7 @@ func open(opts Options, dir *tail.Dir, logger *slog.Logger, reg prometheus.Regis
 	s := &Sidecar{opts: opts, logger: logger, health: &health.Board{}, client: &http.Client{Transport: http.DefaultTransport.(*http.Transport).Clone()}}
 	sh := &shipper{
 		opts: opts, logger: logger, metrics: m, tailMetrics: tailMetrics, dir: dir, source: cp.source(),
-		health: s.health, files: files, blocks: blocks, lister: backfill.NewLister(dir.Path()),
+		health: s.health, files: files, blocks: blocks, listBlocks: backfill.NewLister(dir.Path()).List,
 		dict: dict, cp: cp, versions: versions, wake: make(chan struct{}, 1), publish: s.setStatus,
 	}
 	// What was sent between the last checkpoint and a kill isn't in it.
