@@ -7,6 +7,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -35,7 +36,26 @@ func testMain(m *testing.M) int {
 		fmt.Fprintf(os.Stderr, "build: %v\n%s", err, out)
 		return 1
 	}
-	return m.Run()
+	code := m.Run()
+	for _, v := range failed.list {
+		fmt.Println(v)
+	}
+	return code
+}
+
+// failed is what was waited for in vain. It is told again at the end of the
+// output, behind what the processes of all tests printed.
+var failed verdicts
+
+type verdicts struct {
+	mu   sync.Mutex
+	list []string
+}
+
+func (v *verdicts) add(text string) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	v.list = append(v.list, text)
 }
 
 // TestAll is the scenario on one process with the embedded store.

@@ -81,6 +81,7 @@ func eventually(t *testing.T, within time.Duration, what string, fn func() error
 			return
 		}
 		if time.Now().After(end) {
+			failed.add(fmt.Sprintf("%s: %s: %s: still after %s: %v", time.Now().Format("15:04:05.000"), t.Name(), what, within, err))
 			t.Fatalf("%s: still after %s: %v", what, within, err)
 		}
 		time.Sleep(200 * time.Millisecond)
@@ -223,7 +224,8 @@ func scenario(t *testing.T, s *stack) {
 	g.stop(t)
 }
 
-// auditLive compares until nothing differs.
+// auditLive compares until nothing differs. from and to are such that Prometheus
+// gets no new samples in between: what it has just got isn't at the gateway yet.
 func auditLive(t *testing.T, s *stack, n *tenant, gateway string, from, to time.Time) {
 	t.Helper()
 	logged := n.logged
@@ -234,12 +236,42 @@ func auditLive(t *testing.T, s *stack, n *tenant, gateway string, from, to time.
 		out, err := s.runTool(t, "audit", "--prometheus="+n.prom.URL, "--prometheus.wal="+logged,
 			"--external-label=cluster=cluster-of-"+n.name, "--external-label=replica=0",
 			"--gateway="+gateway, "--tenant="+n.name, "--from="+from.Format(time.RFC3339Nano), "--to="+to.Format(time.RFC3339Nano))
+		if err == nil && strings.Contains(out, " 0 samples compared") {
+			err = errors.New("nothing to compare")
+		}
 		if err != nil {
-			return fmt.Errorf("%w\n%s", err, out)
+			return fmt.Errorf("%w: %s\n%s", err, summaryFirst(out), processStatus(t.Context(), n.sidecar.url))
 		}
 		t.Logf("%s: %s", n.name, out)
 		return nil
 	})
+}
+
+// summaryFirst is the output of an audit with its last line in front.
+func summaryFirst(out string) string {
+	out = strings.TrimSpace(out)
+	i := strings.LastIndexByte(out, '\n') + 1
+	return out[i:] + "\n" + out[:i]
+}
+
+// processStatus is what a process says of itself.
+func processStatus(ctx context.Context, base string) string {
+	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
+	defer cancel()
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, base+"/status", nil)
+	if err != nil {
+		return err.Error()
+	}
+	resp, err := http.DefaultClient.Do(req)
+	if err != nil {
+		return err.Error()
+	}
+	defer resp.Body.Close()
+	b, err := io.ReadAll(io.LimitReader(resp.Body, 16<<10))
+	if err != nil {
+		return err.Error()
+	}
+	return string(b)
 }
 
 // step logs what follows, so that a test that fails says when.
@@ -264,7 +296,7 @@ func metricIs(t *testing.T, within time.Duration, base, name string, ok func(flo
 	eventually(t, within, name+" of "+base, func() error {
 		v, err := metric(t.Context(), base, name)
 		if err == nil && !ok(v) {
-			err = fmt.Errorf("it is %v", v)
+			err = fmt.Errorf("it is %v\n%s", v, processStatus(t.Context(), base))
 		}
 		return err
 	})
