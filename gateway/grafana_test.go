@@ -51,6 +51,7 @@ func provisioned(t *testing.T) []dataSource {
 type grafanaRequest struct {
 	method string // as the data source says, if empty
 	path   string
+	inURL  bool // a POST has the parameters there, and an empty body
 	form   url.Values
 	want   string // a part of the answer
 }
@@ -77,10 +78,19 @@ func grafanaRequests() []grafanaRequest {
 		r.method = http.MethodPost
 		return r
 	}
+	// What it can only GET it may try to POST before: it goes by the status.
+	refused := func(path string) grafanaRequest {
+		return grafanaRequest{method: http.MethodPost, path: path, want: "Method Not Allowed"}
+	}
+	// The probe for exemplars has ms where seconds belong.
+	ms := func(t int64) string { return strconv.FormatInt(t, 10) }
 	return []grafanaRequest{
 		// Save & test.
-		instant("1+1", `"resultType":"scalar"`),
+		{path: "/query", form: url.Values{"query": {"1+1"}, "time": {"4"}}, want: `"resultType":"scalar"`},
+		refused("/status/buildinfo"),
 		{method: http.MethodGet, path: "/status/buildinfo", want: `"version":"3.16.0"`},
+		// When the data source is first used.
+		{path: "/query_exemplars", form: url.Values{"query": {"test"}, "start": {ms(to - 30*60_000)}, "end": {ms(to)}}, want: `{"status":"success","data":[]}`},
 		// Panels and Explore.
 		ranged("sum by (job) (rate(http_requests_total[1m]))", `"job":"job-1"`),
 		ranged(`{__name__="up", job=~"job-0|job-1"}`, `"instance":"host-5:80"`),
@@ -96,6 +106,8 @@ func grafanaRequests() []grafanaRequest {
 		instant("up[1m]", `"matrix"`),
 		instant("absent(nothing)", `"1"`),
 		{path: "/query_exemplars", form: url.Values{"query": {"sum(rate(http_requests_total[1m]))"}, "start": {sec(from)}, "end": {sec(to)}}, want: `"trace_id":`},
+		{path: "/query_range", form: url.Values{"query": {"up"}, "start": {sec(from)}, "end": {sec(to)}, "step": {"15"}, "timeout": {"60s"}}, want: `"matrix"`},
+		{path: "/query", form: url.Values{"query": {"up"}, "time": {sec(to)}, "timeout": {"60s"}}, want: `"vector"`},
 		// The query builder and completion.
 		browse("/labels", `"instance"`),
 		browse("/labels", `"code"`, "match[]", `{job="job-0",__name__="http_requests_total"}`, "limit", "40000"),
@@ -105,12 +117,18 @@ func grafanaRequests() []grafanaRequest {
 		browse("/label/job/values", `["job-0","job-1"]`, "match[]", `{__name__="up"}`),
 		browse("/series", `"host-0:80"`, "match[]", "up", "limit", "40000"),
 		post(browse("/series", `"host-0:80"`, "match[]", `{job="job-0"}`, "match[]", "native")),
+		browse("/series", `"host-0:80"`, "match[]", `{__name__!=""}`, "limit", "40000"),
+		browse("/label/__name__/values", `"latency_bucket"`, "match[]", `{__name__=~"(?i).*LATENCY.*"}`, "limit", "1000"),
+		browse("/label/U__label_2e_with_20_dots/values", `"data":[`, "match[]", `{"métrique.à points"}`, "limit", "40000"),
 		{method: http.MethodGet, path: "/metadata", form: url.Values{"limit": {"40000"}}, want: `"data":`},
+		// Suggestions of ad hoc filters and of Drilldown.
+		{method: http.MethodPost, inURL: true, path: "/labels", form: url.Values{"match[]": {`up{job="job-0"}`, `native{job="job-0"}`}, "start": {sec(from)}, "end": {sec(to)}, "limit": {"10"}}, want: `"instance"`},
+		refused("/label/job/values"),
 		{method: http.MethodGet, path: "/metadata", form: url.Values{"metric": {"up"}}, want: `"data":`},
 		// Variables: label_names(), metrics(), label_values(), query_result().
 		browse("/labels", `"job"`),
 		browse("/label/__name__/values", `"up"`),
-		browse("/label/instance/values", `"host-3:80"`, "match[]", `up{job="job-1"}`),
+		browse("/label/instance/values", `"host-3:80"`, "match[]", `up{job="job-1"}`, "limit", "0"),
 		instant(`count_values("value", up)`, `"value"`),
 		// Annotations.
 		ranged(`changes(up{job="job-0"}[1m]) > 0`, `"matrix"`),
@@ -118,6 +136,8 @@ func grafanaRequests() []grafanaRequest {
 		{method: http.MethodGet, path: "/rules", want: `{"groups":[]}`},
 		{method: http.MethodGet, path: "/rules", form: url.Values{"type": {"alert"}, "group_limit": {"50"}}, want: `{"groups":[]}`},
 		{method: http.MethodGet, path: "/alerts", want: `{"alerts":[]}`},
+		refused("/rules"),
+		refused("/alerts"),
 		{method: http.MethodGet, path: "/alertmanagers", want: `"activeAlertmanagers":[]`},
 		// The editor's mistakes.
 		ranged("rate(up", `"bad_data"`),
@@ -130,7 +150,7 @@ func (g grafanaRequest) do(t *testing.T, c *http.Client, base string, ds dataSou
 	t.Helper()
 	method := cmp.Or(g.method, ds.JSONData.HTTPMethod)
 	target, body := base+"/api/v1"+g.path, ""
-	if method == http.MethodPost {
+	if method == http.MethodPost && !g.inURL {
 		body = g.form.Encode()
 	} else if len(g.form) > 0 {
 		target += "?" + g.form.Encode()
