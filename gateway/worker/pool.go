@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"log/slog"
+	"maps"
 	"slices"
 	"sync"
 	"time"
@@ -40,15 +41,16 @@ type Pool struct {
 	hedges   prometheus.Counter
 	seconds  prometheus.Histogram
 
-	mu    sync.Mutex
-	usual time.Duration // that a part takes: a moving average
+	mu      sync.Mutex
+	usual   time.Duration   // that a part takes: a moving average
+	failing map[string]bool // gateways, by id, of which the last part failed: that was logged
 }
 
 // NewPool makes a pool for the gateway self. peers gives all gateways that are
 // there, with or without self.
 func NewPool(self string, peers func() []Peer, logger *slog.Logger, reg prometheus.Registerer, options ...grpc.DialOption) *Pool {
 	p := &Pool{
-		self: self, peers: peers, logger: logger,
+		self: self, peers: peers, logger: logger, failing: map[string]bool{},
 		conns: dial.New(logger, append(options, grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxResult+1<<10)))...),
 		requests: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "epimetheus_gateway_worker_requests_total",
@@ -108,12 +110,12 @@ func (p *Pool) Here(key plan.Key) bool { return p.inLine(key)[0].ID == p.self }
 const tries = 2
 
 // A part that takes so long at the least, and several times of what parts usually
-// take, is asked for again; after several times of that the caller computes it, if it has
-// nothing else to do.
+// take, is asked for again; after twice that the caller computes it, if it has nothing else
+// to do.
 const (
 	hedgeFloor = 500 * time.Millisecond
 	hedgeTimes = 5
-	hereTimes  = 5
+	hereTimes  = 2
 )
 
 // Run implements plan.Workers.
@@ -198,6 +200,7 @@ func (p *Pool) one(ctx context.Context, peer Peer, req *workpb.RunRequest) ([]by
 		p.requests.WithLabelValues("ok").Inc()
 		p.seconds.Observe(took.Seconds())
 		p.took(took)
+		p.fails(peer, nil)
 		return r.GetResult(), nil
 	case codes.FailedPrecondition:
 		p.requests.WithLabelValues("declined").Inc()
@@ -210,8 +213,23 @@ func (p *Pool) one(ctx context.Context, peer Peer, req *workpb.RunRequest) ([]by
 		return nil, err
 	}
 	p.requests.WithLabelValues("failed").Inc()
-	p.logger.Warn("another gateway failed to compute a part of a query, it is computed elsewhere", "gateway", peer.ID, "addr", peer.Address, "err", err)
+	p.fails(peer, err)
 	return nil, err
+}
+
+// fails notes whether a gateway fails to compute parts, and logs when it begins to.
+func (p *Pool) fails(peer Peer, err error) {
+	peers := p.peers()
+	p.mu.Lock()
+	was := p.failing[peer.ID]
+	p.failing[peer.ID] = err != nil
+	maps.DeleteFunc(p.failing, func(id string, fails bool) bool {
+		return !fails || !slices.ContainsFunc(peers, func(x Peer) bool { return x.ID == id })
+	})
+	p.mu.Unlock()
+	if err != nil && !was {
+		p.logger.Warn("another gateway fails to compute parts of queries, they are computed elsewhere", "gateway", peer.ID, "addr", peer.Address, "err", err)
+	}
 }
 
 // took notes how long a part has taken.

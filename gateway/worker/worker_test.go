@@ -1,12 +1,14 @@
 package worker_test
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
 	"log/slog"
 	"math"
 	"net"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -146,6 +148,33 @@ func TestGatewaysDie(t *testing.T) {
 			_, err := p.Run(t.Context(), key(i), task())
 			require.ErrorIs(t, err, plan.ErrHere)
 		}
+	}
+}
+
+// That a gateway fails is logged when it begins, not for each part.
+func TestFailuresLogged(t *testing.T) {
+	var fails atomic.Bool
+	peers, _ := serve(t, 1, func(context.Context, int, *plan.Task) ([]byte, error) {
+		if fails.Load() {
+			return nil, errors.New("disk on fire")
+		}
+		return []byte("x"), nil
+	})
+	var log bytes.Buffer
+	p := worker.NewPool("caller", func() []worker.Peer { return peers }, slog.New(slog.NewTextHandler(&log, nil)), prometheus.NewRegistry(),
+		grpc.WithTransportCredentials(insecure.NewCredentials()))
+	defer p.Close()
+	for round := range 2 {
+		for _, f := range []bool{true, false} {
+			fails.Store(f)
+			for i := range 20 {
+				if !p.Here(key(i)) {
+					_, err := p.Run(t.Context(), key(i), task())
+					require.Equal(t, f, err != nil)
+				}
+			}
+		}
+		require.Equal(t, round+1, strings.Count(log.String(), "disk on fire"), log.String())
 	}
 }
 
