@@ -391,7 +391,8 @@ func (q *query) compute(ctx context.Context) (annos annotations.Annotations, err
 			continue
 		}
 		if p != nil {
-			annos.Merge(p.annos)
+			l.result.annos = p.all()
+			annos.Merge(l.result.annos)
 		}
 		if err != nil {
 			const where = "expression evaluation" // as the engine says
@@ -411,8 +412,7 @@ func (q *query) compute(ctx context.Context) (annos annotations.Annotations, err
 		if err != nil {
 			return annos, err
 		}
-		l.counts, l.result.annos = p.counts, p.annos
-		if taken {
+		if l.counts = p.counts; taken {
 			continue
 		}
 		l.result.series = make([]storage.Series, len(p.series))

@@ -125,6 +125,7 @@ type nativeSums struct {
 	avg    bool
 	cells  []nativeCell // by step
 	floats slab.Slab[float64]
+	bits   slab.Slab[uint8]
 	bounds nativeBounds
 	bytes  int64
 }
@@ -149,17 +150,20 @@ type nativeCell struct {
 }
 
 // nativeCellBytes is how large a nativeCell is.
-const nativeCellBytes = 360
+const nativeCellBytes = 408
 
 // kahan is a sum, and what rounding took off.
 type kahan struct{ v, c float64 }
 
 func (k *kahan) add(x float64) { k.v, k.c = kahansum.Inc(x, k.v, k.c) }
 
-// nativeRow are buckets from index from on.
+// nativeRow are buckets from index from on, which is a multiple of 8.
 type nativeRow struct {
 	from int32
 	v, c []float64
+	// has is a bit for each bucket that one of the histograms has, if only with 0: what is added to such a bucket is
+	// rounded otherwise than what is put where there was none.
+	has []uint8
 }
 
 // without gives points but for the floats behind histograms that can't be added up, which don't count any more.
@@ -277,8 +281,7 @@ func (s *nativeSums) cover(r *nativeRow, side *nativeSide) bool {
 	} else {
 		from, to = min(from, side.from), max(to, side.to)
 	}
-	// Others come that have a few more.
-	const more = 8
+	const more = 8 // others come that have a few more
 	if from, to = from&^(more-1), (to+more-1)&^(more-1); int64(to)-int64(from) > 2*maxNativeWidth || to < from {
 		return false
 	}
@@ -286,16 +289,53 @@ func (s *nativeSums) cover(r *nativeRow, side *nativeSide) bool {
 	mem := s.floats.Take(2 * n)
 	clear(mem)
 	v, c := mem[:n:n], mem[n:]
+	has := s.bits.Take(n / 8)
+	clear(has)
 	if len(r.v) > 0 {
 		copy(v[r.from-from:], r.v)
 		copy(c[r.from-from:], r.c)
+		copy(has[(r.from-from)/8:], r.has)
 	}
-	s.bytes += int64(16 * n)
-	r.from, r.v, r.c = from, v, c
+	s.bytes += int64(16*n + n/8)
+	r.from, r.v, r.c, r.has = from, v, c, has
 	return true
 }
 
-// add adds buckets, as group.sum does. Where there is none yet that is as good as putting them in.
+// mark says that there are the buckets of a span, which begins at the place at.
+func (r *nativeRow) mark(at, n int32) {
+	for end := at + n; at < end; {
+		if at%8 == 0 && end-at >= 8 {
+			r.has[at/8] = 0xff
+			at += 8
+			continue
+		}
+		r.has[at/8] |= 1 << (at % 8)
+		at++
+	}
+}
+
+// sparse gives the buckets that there are. Those of the row aren't to be used any more.
+func (r *nativeRow) sparse() (spans []histogram.Span, v, c []float64) {
+	next, end := 0, int32(0) // place behind the last bucket, and its index
+	for i := range r.v {
+		if r.has[i/8]>>(i%8)&1 == 0 {
+			continue
+		}
+		if at := r.from + int32(i); len(spans) == 0 || i > next { //nolint:gosec // no more than maxNativeWidth
+			spans = append(spans, histogram.Span{Offset: at - end, Length: 1})
+			end = at + 1
+		} else {
+			spans[len(spans)-1].Length++
+			end++
+		}
+		next = i + 1
+		r.v[len(v)], r.c[len(v)] = r.v[i], r.c[i]
+		v, c = r.v[:len(v)+1], r.c[:len(v)+1]
+	}
+	return spans, v, c
+}
+
+// add adds buckets, as group.sum does. As long as all have the same bounds it doesn't matter which of them there were.
 func (r *nativeRow) add(spans []histogram.Span, buckets []float64) {
 	at := -r.from
 	for _, sp := range spans {
@@ -303,6 +343,7 @@ func (r *nativeRow) add(spans []histogram.Span, buckets []float64) {
 			continue
 		}
 		n := int32(sp.Length) //nolint:gosec // no more than maxNativeWidth
+		r.mark(at, n)
 		vs, cs, xs := r.v[at:at+n], r.c[at:at+n], buckets[:n]
 		for i := 0; i < len(xs); i++ {
 			if i += sumFinite(vs[i:], cs[i:], xs[i:]); i == len(xs) {
@@ -379,22 +420,18 @@ func (c *nativeCell) whole() {
 	if c.h != nil || c.n == 0 {
 		return
 	}
-	spans := func(r *nativeRow) []histogram.Span {
-		if len(r.v) == 0 {
-			return nil
-		}
-		return []histogram.Span{{Offset: r.from, Length: uint32(len(r.v))}} //nolint:gosec // no more than maxNativeWidth
-	}
+	posSpans, pos, posC := c.pos.sparse()
+	negSpans, neg, negC := c.neg.sparse()
 	c.h = &histogram.FloatHistogram{
 		CounterResetHint: c.hint, Schema: c.layout.schema, ZeroThreshold: c.layout.zero, CustomValues: c.layout.custom,
 		Count: c.count.v, ZeroCount: c.zero.v, Sum: c.sum.v,
-		PositiveSpans: spans(&c.pos), NegativeSpans: spans(&c.neg), PositiveBuckets: c.pos.v, NegativeBuckets: c.neg.v,
+		PositiveSpans: posSpans, NegativeSpans: negSpans, PositiveBuckets: pos, NegativeBuckets: neg,
 	}
 	if c.n > 1 {
 		c.c = &histogram.FloatHistogram{
 			CounterResetHint: c.hint, Schema: c.layout.schema, ZeroThreshold: c.layout.zero, CustomValues: c.layout.custom,
 			Count: c.count.c, ZeroCount: c.zero.c, Sum: c.sum.c,
-			PositiveSpans: c.h.PositiveSpans, NegativeSpans: c.h.NegativeSpans, PositiveBuckets: c.pos.c, NegativeBuckets: c.neg.c,
+			PositiveSpans: posSpans, NegativeSpans: negSpans, PositiveBuckets: posC, NegativeBuckets: negC,
 		}
 	}
 	c.pos, c.neg = nativeRow{}, nativeRow{}

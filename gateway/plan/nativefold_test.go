@@ -18,6 +18,9 @@ func TestNativeSums(t *testing.T) {
 		if rnd.Intn(50) == 0 {
 			return []float64{0, math.Copysign(0, -1), 1e299, 1.7e308, math.Inf(1), math.NaN(), -3}[rnd.Intn(7)]
 		}
+		if rnd.Intn(2) == 0 {
+			return 1000 * rnd.Float64() // of which three add up to what two parts can be of in two ways
+		}
 		return math.Exp(20 * rnd.NormFloat64())
 	}
 	random := func(kind int) *histogram.FloatHistogram {
@@ -29,7 +32,7 @@ func TestNativeSums(t *testing.T) {
 				if i > 0 && rnd.Intn(10) == 0 {
 					spans = append(spans, histogram.Span{Offset: 2})
 				}
-				spans = append(spans, histogram.Span{Offset: at + int32(rnd.Intn(12)), Length: uint32(1 + rnd.Intn(4))})
+				spans = append(spans, histogram.Span{Offset: at + int32(rnd.Intn(12)), Length: uint32(1 + rnd.Intn(6))})
 				for range spans[len(spans)-1].Length {
 					buckets = append(buckets, number())
 				}
@@ -43,7 +46,7 @@ func TestNativeSums(t *testing.T) {
 			h.PositiveSpans, h.PositiveBuckets = []histogram.Span{{Offset: int32(rnd.Intn(4)), Length: 2}}, []float64{number(), number()}
 			return h
 		case rnd.Intn(30) == 0:
-			h.Schema = 1
+			h.Schema = int32([]int{1, 4}[rnd.Intn(2)])
 		case rnd.Intn(30) == 0:
 			h.ZeroThreshold = 1.5
 		case kind == 1:

@@ -173,10 +173,25 @@ type partial struct {
 	// counts by step. As read counts what is in a step's window and not in that
 	// of the step before, for the first step too.
 	counts counts
-	annos  annotations.Annotations
+	annotated
 	// slab, if not nil, is memory that all points of series lie in, and nothing else does: see takeQuantiles.
 	slab *[]promql.FPoint
 }
+
+// annotated are the annotations of a leaf. The engine has those of its aggregation after the others, and of two
+// with the same text it keeps the later, which is of another place in the query.
+type annotated struct {
+	annos annotations.Annotations
+	over  annotations.Annotations // of the aggregation
+}
+
+func (a *annotated) merge(o *annotated) {
+	a.annos.Merge(o.annos)
+	a.over.Merge(o.over)
+}
+
+// all of them, as the engine keeps them. The sets of a aren't to be used any more.
+func (a *annotated) all() annotations.Annotations { return a.annos.Merge(a.over) }
 
 type partialSeries struct {
 	promql.Series
@@ -225,7 +240,7 @@ func join(ps []*partial) *partial {
 		out.counts.window = append(out.counts.window, p.counts.window...)
 		out.counts.read = append(out.counts.read, p.counts.read...)
 		out.counts.series = max(out.counts.series, p.counts.series)
-		out.annos.Merge(p.annos)
+		out.merge(&p.annotated)
 	series:
 		for i := range p.series {
 			s := &p.series[i]

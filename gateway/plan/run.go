@@ -175,7 +175,7 @@ func runOver(ctx context.Context, l *Leaf, o options, set storage.SeriesSet, sum
 			next.series, next.labels, next.annos = s, s.Labels(), nil
 		}
 		if err := ctx.Err(); err != nil {
-			return &partial{annos: r.annos}, err
+			return &partial{annotated: r.annotated}, err
 		}
 		for len(slots) >= worthWorkers && len(ws) < atOnce {
 			more()
@@ -184,7 +184,7 @@ func runOver(ctx context.Context, l *Leaf, o options, set storage.SeriesSet, sum
 			ws[i].k.given = nil
 		}
 		if err := evaluate(ctx, o.logger, ws, slots, (*worker).eval); err != nil {
-			return &partial{annos: r.annos}, err
+			return &partial{annotated: r.annotated}, err
 		}
 		if sums != nil {
 			// Where there are no samples any more, summaries tell what can be told.
@@ -197,13 +197,13 @@ func runOver(ctx context.Context, l *Leaf, o options, set storage.SeriesSet, sum
 			}
 			patch := func(w *worker, s *slot) error { return w.win.patch(ctx, w, s) }
 			if err := evaluate(ctx, o.logger, ws, slots, patch); err != nil {
-				return &partial{annos: r.annos}, err
+				return &partial{annotated: r.annotated}, err
 			}
 		}
 		total.series += int64(len(slots))
 		for i := range slots {
 			if err := r.add(&slots[i]); err != nil {
-				return &partial{annos: r.annos}, err
+				return &partial{annotated: r.annotated}, err
 			}
 		}
 		scratch := int64(0)
@@ -223,7 +223,7 @@ func runOver(ctx context.Context, l *Leaf, o options, set storage.SeriesSet, sum
 		}
 	}
 	if err := set.Err(); err != nil {
-		return &partial{annos: r.annos}, fmt.Errorf("expanding series: %w", err)
+		return &partial{annotated: r.annotated}, fmt.Errorf("expanding series: %w", err)
 	}
 	r.annos.Merge(set.Warnings())
 	for i := range ws {
@@ -232,7 +232,7 @@ func runOver(ctx context.Context, l *Leaf, o options, set storage.SeriesSet, sum
 		total.merge(&ws[i].k.counts)
 	}
 	series, err := r.finish()
-	out := &partial{series: series, counts: total, annos: r.annos}
+	out := &partial{series: series, counts: total, annotated: r.annotated}
 	if r.fold != nil {
 		out.slab = r.fold.slab
 	}
@@ -282,9 +282,9 @@ func evaluate(ctx context.Context, logger *slog.Logger, ws []worker, slots []slo
 
 // result is what a leaf gives, put together series by series in their order.
 type result struct {
-	leaf  *Leaf
-	opts  options
-	annos annotations.Annotations
+	leaf *Leaf
+	opts options
+	annotated
 
 	// The function drops the name, or with delayed name removal says that it is to
 	// be dropped at the end of the query.
@@ -357,7 +357,7 @@ func (r *result) add(s *slot) error {
 		if r.fold.held > int64(r.opts.maxSamples) {
 			return promql.ErrTooManySamples("query execution")
 		}
-		return r.fold.add(s.labels, ls, &s.out, &r.annos)
+		return r.fold.add(s.labels, ls, &s.out, &r.over)
 	default:
 		one := s.out.series(r.leaf.Grid)
 		one.Metric, one.DropName = s.labels, r.drops
@@ -386,7 +386,7 @@ func (r *result) finish() ([]partialSeries, error) {
 	switch {
 	case r.fold != nil:
 		// An aggregation that chooses series leaves them their names, as far as the function does.
-		return r.fold.finish(r.drops && (r.opts.delayedNameRemoval || r.fold.top != nil), &r.annos)
+		return r.fold.finish(r.drops && (r.opts.delayedNameRemoval || r.fold.top != nil), &r.over)
 	case r.present != nil:
 		return absent(r.leaf, r.present), nil
 	}

@@ -259,7 +259,7 @@ func (l *Leaf) combine(ps []*partial, o options) (*partial, error) {
 	out := &partial{counts: newCounts(l.Grid.Len())}
 	for _, p := range ps {
 		out.counts.merge(&p.counts)
-		out.annos.Merge(p.annos)
+		out.merge(&p.annotated)
 	}
 	if l.Agg == nil || l.chooses() {
 		for _, p := range ps {

@@ -542,13 +542,13 @@ func (w *work) compute(ctx context.Context, is []int) error {
 			p := w.parts[i]
 			w.out[i] = all.slice(g, p.from-from, p.to-from)
 			// Which part annotations are of isn't known.
-			if r := w.q.engine.spread.Results; r != nil && !w.fresh[i] && len(all.annos) == 0 {
+			if r := w.q.engine.spread.Results; r != nil && !w.fresh[i] && len(all.annos)+len(all.over) == 0 {
 				if err := r.put(tenant, w.keys[i], w.grid(i), w.out[i]); err != nil {
 					return err
 				}
 			}
 		}
-		w.out[is[0]].annos = all.annos
+		w.out[is[0]].annotated = all.annotated
 		is = is[n:]
 	}
 	return nil
@@ -675,7 +675,7 @@ func (e *Engine) Work(ctx context.Context, h *history.History, t *Task) ([]byte,
 	if err != nil {
 		return nil, err
 	}
-	p.annos = tell(p.annos, t.Query)
+	p.annos, p.over = tell(p.annos, t.Query), tell(p.over, t.Query)
 	return p.marshal(l.only(t.From, t.To).Grid)
 }
 
@@ -712,7 +712,7 @@ func (e *Engine) workParts(ctx context.Context, h *history.History, q *query, l 
 	if err != nil {
 		return nil, err
 	}
-	if len(all.annos) == 0 { // which part they are of isn't known
+	if len(all.annos)+len(all.over) == 0 { // which part they are of isn't known
 		g := l.only(from, to).Grid
 		for i := first; i <= last; i++ {
 			p := parts[i]
@@ -744,7 +744,7 @@ func (e *Engine) workShard(ctx context.Context, h *history.History, q *query, l 
 	if err != nil {
 		return nil, err
 	}
-	p.annos = tell(p.annos, t.Query)
+	p.annos, p.over = tell(p.annos, t.Query), tell(p.over, t.Query)
 	return p.marshal(l.Grid)
 }
 

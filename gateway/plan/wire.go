@@ -21,7 +21,7 @@ import (
 
 // The form of a partial in caches and between gateways: docs/protocols/work.md.
 // Version 1. A reader that doesn't know a version computes the part itself.
-const partialVersion = 1
+const partialVersion = 2
 
 // errCorrupt: not what was written.
 var errCorrupt = errors.New("corrupt result of a part")
@@ -42,19 +42,21 @@ func (p *partial) marshal(g Grid) ([]byte, error) {
 	}
 	b = binary.AppendVarint(b, p.counts.series)
 	text := func(s string) { b = append(binary.AppendUvarint(b, uint64(len(s))), s...) }
-	b = binary.AppendUvarint(b, uint64(len(p.annos)))
-	for _, err := range p.annos {
-		var a *told
-		if !errors.As(err, &a) {
-			return nil, fmt.Errorf("annotation of type %T can't be sent", err)
+	b = binary.AppendUvarint(b, uint64(len(p.annos)+len(p.over)))
+	for i, set := range []annotations.Annotations{p.annos, p.over} {
+		for _, err := range set {
+			var a *told
+			if !errors.As(err, &a) {
+				return nil, fmt.Errorf("annotation of type %T can't be sent", err)
+			}
+			flag := byte(2 * i)
+			if a.info {
+				flag |= 1
+			}
+			b = append(b, flag)
+			text(a.text)
+			text(a.located)
 		}
-		flag := byte(0)
-		if a.info {
-			flag = 1
-		}
-		b = append(b, flag)
-		text(a.text)
-		text(a.located)
 	}
 	set := func(ls labels.Labels) {
 		b = binary.AppendUvarint(b, uint64(ls.Len()))
@@ -150,9 +152,13 @@ func (r *reader) partial(g Grid, parts int) (*partial, error) {
 		if !r.take(128) {
 			break
 		}
-		a := &told{info: r.byte() == 1}
-		a.text, a.located = r.text(), r.text()
-		p.annos.Add(a)
+		flag := r.byte()
+		a := &told{info: flag&1 != 0, text: r.text(), located: r.text()}
+		if flag&2 != 0 {
+			p.over.Add(a)
+		} else {
+			p.annos.Add(a)
+		}
 	}
 	n := r.length(4)
 	if int64(n)/mostColumns/int64(parts) > max(1, p.counts.series) {

@@ -30,10 +30,15 @@ func TestTell(t *testing.T) {
 	as.Add(annotations.NewPossibleNonCounterInfo("up", posrange.PositionRange{Start: 5, End: 7}))
 	as.Add(annotations.NewMixedFloatsHistogramsWarning("up", posrange.PositionRange{Start: 5, End: 7}))
 	g := Grid{Start: 0, End: 0, Step: 1}
-	b, err := (&partial{counts: newCounts(1), annos: tell(as, query)}).marshal(g)
+	var over annotations.Annotations // the same text from another place
+	over.Add(annotations.NewPossibleNonCounterInfo("up", posrange.PositionRange{Start: 0, End: 12}))
+	b, err := (&partial{counts: newCounts(1), annotated: annotated{tell(as, query), tell(over, query)}}).marshal(g)
 	require.NoError(t, err)
 	p, err := unmarshal(b, g, 1, free)
 	require.NoError(t, err)
+	_, infos := p.over.AsStrings(query, 0, 0)
+	require.Len(t, infos, 1)
+	require.Contains(t, infos[0], "(1:1)")
 
 	want := annotations.Annotations{}
 	want.Add(annotations.NewPossibleNonCounterInfo("up", posrange.PositionRange{Start: 5, End: 7}))
@@ -46,6 +51,9 @@ func TestTell(t *testing.T) {
 	warnings, infos := p.annos.AsStrings(query, 0, 0)
 	require.Equal(t, wantWarnings, warnings)
 	require.Equal(t, wantInfos, infos)
+	_, infos = p.all().AsStrings(query, 0, 0)
+	require.Len(t, infos, 1)
+	require.Contains(t, infos[0], "(1:1)", "that of the aggregation is the later")
 }
 
 // What isn't at a step of the grid has no place in a result.
@@ -137,8 +145,9 @@ func TestPointsTwice(t *testing.T) {
 // written.
 func FuzzPartial(f *testing.F) {
 	g := Grid{Start: 1000, End: 3000, Step: 1000}
-	p := &partial{counts: newCounts(3), annos: annotations.Annotations{}}
+	p := &partial{counts: newCounts(3)}
 	p.annos.Add(&told{text: "a", located: "a (1:1)", info: true})
+	p.over.Add(&told{text: "b", located: "b (1:1)"})
 	h := tsdbutil.GenerateTestFloatHistogram(3)
 	p.series = []partialSeries{
 		{Series: promql.Series{Metric: labels.FromStrings("job", "x"), Floats: []promql.FPoint{{T: 1000, F: 1}, {T: 3000, F: 2}}}, order: labels.FromStrings("__name__", "y", "job", "x")},
