@@ -34,6 +34,7 @@ import (
 	"github.com/epimetheus-tsdb/epimetheus/gateway"
 	"github.com/epimetheus-tsdb/epimetheus/gateway/account"
 	"github.com/epimetheus-tsdb/epimetheus/gateway/gatewaytest"
+	"github.com/epimetheus-tsdb/epimetheus/gateway/merge"
 	"github.com/epimetheus-tsdb/epimetheus/ingest/fetch/fetchpb"
 	"github.com/epimetheus-tsdb/epimetheus/ingest/ring"
 )
@@ -806,6 +807,80 @@ func (r *replica) Select(_ *fetchpb.SelectRequest, s grpc.ServerStreamingServer[
 		return status.Error(codes.Unavailable, "gone")
 	}
 	return s.Send(&fetchpb.SelectResponse{Header: &fetchpb.Header{Process: []byte(r.process), Coverage: r.coverage, Members: r.members}})
+}
+
+// TestManySelectors: a query reads some of its selectors at the same time, whatever it has,
+// and all of them in the end; those that haven't begun when it is closed never do.
+func TestManySelectors(t *testing.T) {
+	const selectors = 300
+	names := make([]string, selectors)
+	for i := range names {
+		names[i] = fmt.Sprint("m", i)
+	}
+	synctest.Test(t, func(t *testing.T) {
+		c := gatewaytest.New(t, gatewaytest.Options{})
+		h := &hanging{}
+		c.ServeFetch("slow", h)
+		for _, leaves := range []bool{false, true} {
+			h.waiting.Store(0)
+			q, err := c.Storage.Querier(0, 10)
+			if err != nil {
+				t.Fatal(err)
+			}
+			var sels []*merge.Selection
+			var sets []storage.SeriesSet
+			for _, name := range names {
+				if leaves {
+					sels = append(sels, q.(*merge.Querier).Selection(t.Context(), false, nil, equal("__name__", name)))
+				} else {
+					sets = append(sets, q.Select(t.Context(), true, nil, equal("__name__", name)))
+				}
+			}
+			synctest.Wait()
+			if n := h.waiting.Load(); n != merge.ReadingAtOnce {
+				t.Errorf("%d selectors are read at the same time, want %d", n, merge.ReadingAtOnce)
+			}
+			if err := q.Close(); err != nil {
+				t.Error(err)
+			}
+			if n := h.waiting.Load(); n != merge.ReadingAtOnce {
+				t.Errorf("%d selectors were read", n)
+			}
+			for _, sel := range sels {
+				if sel.Wait() == nil {
+					t.Error("no error after Close")
+				}
+			}
+			for _, set := range sets {
+				if set.Next() || set.Err() == nil {
+					t.Error("no error after Close")
+				}
+			}
+		}
+	})
+	c := gatewaytest.New(t, gatewaytest.Options{})
+	var samples []gatewaytest.Sample
+	for _, name := range names {
+		samples = append(samples, gatewaytest.Sample{Labels: ls("__name__", name), T: 5, V: 1})
+	}
+	setup(t, c, samples[:selectors/2], samples[selectors/2:])
+	q, err := c.Storage.Querier(0, 10)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer q.Close()
+	var sets []storage.SeriesSet
+	for _, name := range names {
+		sets = append(sets, q.Select(t.Context(), true, nil, equal("__name__", name)))
+	}
+	for i := range sets {
+		if i%2 == 0 { // in any order
+			i = len(sets) - 2 - i
+		}
+		if r, err := collect(sets[i]); err != nil || len(r.Series) != 1 || r.Series[0] != ls("__name__", names[i]).String() {
+			t.Errorf("%s: %v, %v", names[i], r.Series, err)
+		}
+	}
 }
 
 // TestReplicas: a missing ingester makes no warning where others have all that it

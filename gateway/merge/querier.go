@@ -6,6 +6,7 @@ import (
 	"math"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/oklog/ulid/v2"
@@ -33,6 +34,8 @@ type Querier struct {
 	snap    *history.Snapshot
 	listed  time.Time // before snap was
 	cancels []context.CancelFunc
+	queue   []func() // selectors that are to be read, in order
+	reading int      // goroutines that read them, see readingAtOnce
 	selects sync.WaitGroup
 	closed  bool
 	alone   bool
@@ -44,17 +47,48 @@ type Querier struct {
 // does it. To wake another goroutine takes a good part of what a small query does. Call it before the others.
 func (q *Querier) Alone() { q.alone = true }
 
-// begin has fn read, and gives what waits for that. The caller holds q.mu.
+// readingAtOnce is how many selectors of a query are read at the same time: each asks all
+// ingesters, and may have some 32 MiB of pages under way.
+const readingAtOnce = 16
+
+// begin has fn read, and gives what waits for that: who waits for what hasn't been begun
+// does it. The caller holds q.mu.
 func (q *Querier) begin(fn func()) (wait func()) {
 	if q.alone {
 		return sync.OnceFunc(fn)
 	}
+	var begun atomic.Bool
 	ready := make(chan struct{})
-	q.selects.Go(func() {
+	once := func() {
+		if !begun.CompareAndSwap(false, true) {
+			<-ready
+			return
+		}
 		defer close(ready)
 		fn()
-	})
-	return func() { <-ready }
+	}
+	q.queue = append(q.queue, once)
+	if q.reading < readingAtOnce {
+		q.reading++
+		q.selects.Go(q.read)
+	}
+	return once
+}
+
+// read reads what is in the queue, to its end.
+func (q *Querier) read() {
+	for {
+		q.mu.Lock()
+		if len(q.queue) == 0 {
+			q.reading--
+			q.mu.Unlock()
+			return
+		}
+		fn := q.queue[0]
+		q.queue[0], q.queue = nil, q.queue[1:]
+		q.mu.Unlock()
+		fn()
+	}
 }
 
 // done waits for nothing.
@@ -84,7 +118,7 @@ func (q *Querier) snapshot(ctx context.Context, must []ulid.ULID, since time.Tim
 // for other queries then.
 func (q *Querier) Close() error {
 	q.mu.Lock()
-	q.closed = true
+	q.closed, q.queue = true, nil
 	for _, c := range q.cancels {
 		c()
 	}
@@ -118,7 +152,7 @@ func (q *Querier) leave() {
 var errClosed = errors.New("querier is closed")
 
 // Select starts to read at once, see Alone; the set waits for it. The selectors of a query
-// are so read at the same time.
+// are so read at the same time, as far as readingAtOnce lets them.
 func (q *Querier) Select(ctx context.Context, _ bool, hints *storage.SelectHints, ms ...*labels.Matcher) storage.SeriesSet {
 	ctx, cancel := context.WithCancel(ctx)
 	q.mu.Lock()

@@ -1,0 +1,4 @@
+package merge
+
+// ReadingAtOnce is readingAtOnce.
+const ReadingAtOnce = readingAtOnce
