@@ -101,30 +101,96 @@ func TestLimits(t *testing.T) {
 	}
 }
 
-// Bytes of blocks and of heads count, in whatever reads them, and what is beyond the limit isn't
-// asked for.
-func TestLimitOfBytes(t *testing.T) {
+// logged is what the log of slow queries says of one.
+type logged struct {
+	Series      int64 `json:"series"`
+	Samples     int64 `json:"samples"`
+	HeadBytes   int64 `json:"head_bytes"`
+	ObjectBytes int64 `json:"object_bytes"`
+	ObjectGets  int64 `json:"object_gets"`
+}
+
+// reader asks a gateway without caches, over fifty series, and gives what was read too.
+func reader(t *testing.T) func(l account.Limits, path string, params ...string) (response, logged) {
+	t.Helper()
 	c := fifty(t)
 	cold, err := history.New(history.Options{Objects: c.Objects, Index: c.Index, VisibilityDelay: 5 * time.Minute, PageCacheBytes: -1, Registerer: prometheus.NewRegistry()})
 	require.NoError(t, err)
 	storage := merge.New(c.Heads, cold, func(context.Context) string { return gateway.DefaultTenant })
-	type cost struct{ ObjectBytes, HeadBytes, ObjectGets int64 }
-	// read gives what was read too, without an error or with one.
-	read := func(limit int64, path string, params ...string) (response, cost) {
+	return func(l account.Limits, path string, params ...string) (response, logged) {
 		t.Helper()
 		var log bytes.Buffer
 		reg := prometheus.NewRegistry()
-		api, err := gateway.New(gateway.Options{SlowQuery: time.Nanosecond, Limits: gateway.Limits{Limits: account.Limits{Read: limit}}}, storage, c.Live, slog.New(slog.NewJSONHandler(&log, nil)), reg, reg)
+		o := gateway.Options{SlowQuery: time.Nanosecond, Limits: gateway.Limits{Limits: l}}
+		api, err := gateway.New(o, storage, c.Live, slog.New(slog.NewJSONHandler(&log, nil)), reg, reg)
 		require.NoError(t, err)
 		a := call(t, api, path, params...)
-		var line struct {
-			ObjectBytes int64 `json:"object_bytes"`
-			HeadBytes   int64 `json:"head_bytes"`
-			ObjectGets  int64 `json:"object_gets"`
-		}
+		var line logged
 		require.NoError(t, json.Unmarshal(log.Bytes(), &line), log.String())
-		return a, cost{line.ObjectBytes, line.HeadBytes, line.ObjectGets}
+		return a, line
 	}
+}
+
+// What a query is known to read, beyond a limit, is not read; what is not beyond it is.
+func TestLimitsBefore(t *testing.T) {
+	read := reader(t)
+	for _, query := range []string{`requests_total`, `sum(rate(requests_total[5m]))`, `requests_total{i=~"1.*"} + 1`, `avg_over_time(requests_total[10m:1m])`} {
+		params := []string{"query", query, "start", "0", "end", "3600", "step", "60"}
+		a, all := read(account.Limits{}, "query_range", params...)
+		require.Equal(t, http.StatusOK, a.code, a.Error)
+		for limit, l := range map[string]func(less int64) account.Limits{
+			"query_series":  func(less int64) account.Limits { return account.Limits{Series: all.Series - less} },
+			"query_samples": func(less int64) account.Limits { return account.Limits{Samples: all.Samples - less} },
+		} {
+			a, _ := read(l(0), "query_range", params...)
+			require.Equal(t, http.StatusOK, a.code, "%s: %s", query, a.Error)
+			a, _ = read(l(1), "query_range", params...)
+			require.Equal(t, http.StatusUnprocessableEntity, a.code, query)
+			require.Contains(t, a.Error, "limit gateway.limits."+limit, query)
+		}
+		for _, l := range []account.Limits{{Series: 1}, {Samples: 1}} {
+			a, some := read(l, "query_range", params...)
+			require.Equal(t, http.StatusUnprocessableEntity, a.code, query)
+			require.Equal(t, "execution", a.ErrorType)
+			require.Contains(t, a.Error, "as estimated before")
+			require.Less(t, some.ObjectBytes, all.ObjectBytes, query)
+			require.Zero(t, some.Samples)
+		}
+	}
+}
+
+// An explanation says which limits a query would go beyond.
+func TestExplainLimits(t *testing.T) {
+	c := fifty(t)
+	for _, q := range []struct {
+		limits account.Limits
+		expr   string
+		want   []account.Excess
+	}{
+		{account.Limits{Series: 50, Samples: 1 << 20, Range: 2 * time.Hour}, `rate(requests_total[5m])`, []account.Excess{}},
+		{account.Limits{Series: 49}, `rate(requests_total[5m])`, []account.Excess{{Limit: "gateway.limits.query_series", Value: 50.0, Max: 49.0}}},
+		{account.Limits{Series: 49}, `requests_total`, []account.Excess{{Limit: "gateway.limits.query_series", Value: 50.0, Max: 49.0}}},
+		{account.Limits{Series: 99}, `requests_total + rate(requests_total[5m])`, []account.Excess{{Limit: "gateway.limits.query_series", Value: 100.0, Max: 99.0}}},
+		{account.Limits{Samples: 100}, `sum(rate(requests_total[5m]))`, []account.Excess{{Limit: "gateway.limits.query_samples", Max: 100.0}}},
+		{account.Limits{Series: 1, Range: time.Hour}, `rate(requests_total[5m])`, []account.Excess{{Limit: "gateway.limits.query_range", Value: "1h4m59.999s", Max: "1h0m0s"}}},
+	} {
+		api := newAPI(t, c, gateway.Options{Limits: gateway.Limits{Limits: q.limits}})
+		a := call(t, api, "query_range_explain", "query", q.expr, "start", "0", "end", "3600", "step", "60")
+		require.Equal(t, http.StatusOK, a.code, a.Error)
+		var e struct{ Exceeds []account.Excess }
+		require.NoError(t, json.Unmarshal(a.Data, &e))
+		if len(q.want) == 1 && q.want[0].Value == nil && len(e.Exceeds) == 1 {
+			require.GreaterOrEqual(t, e.Exceeds[0].Value, 241.0*50)
+			q.want[0].Value = e.Exceeds[0].Value
+		}
+		require.Equal(t, q.want, e.Exceeds, "%+v", q)
+	}
+}
+
+// Bytes of blocks and of heads count, in whatever reads them, and what is beyond the limit isn't
+// asked for.
+func TestLimitOfBytes(t *testing.T) {
+	read := reader(t)
 	hour := []string{"start", "0", "end", "3600", "step", "60"}
 	for _, q := range []struct {
 		path   string
@@ -139,22 +205,22 @@ func TestLimitOfBytes(t *testing.T) {
 		{"label/i/values", []string{"match[]", "requests_total", "start", "0", "end", "3600"}, false},
 		{"query_exemplars", []string{"query", "requests_total", "start", "0", "end", "3600"}, false},
 	} {
-		a, all := read(0, q.path, q.params...)
+		a, all := read(account.Limits{Read: 0}, q.path, q.params...)
 		require.Equal(t, http.StatusOK, a.code, "%v: %s", q, a.Error)
 		if q.path != "query_exemplars" { // which says nothing of its cost
 			require.Positive(t, all.ObjectBytes, q)
 			require.Equal(t, q.heads, all.HeadBytes > 0, q)
 		}
 		if n := all.ObjectBytes + all.HeadBytes; n > 0 {
-			a, _ = read(2*n, q.path, q.params...)
+			a, _ = read(account.Limits{Read: 2 * n}, q.path, q.params...)
 			require.Equal(t, http.StatusOK, a.code, "%v: %s", q, a.Error)
-			a, some := read(n-1, q.path, q.params...)
+			a, some := read(account.Limits{Read: n - 1}, q.path, q.params...)
 			require.Equal(t, http.StatusUnprocessableEntity, a.code, q)
 			require.Equal(t, "execution", a.ErrorType)
 			require.Contains(t, a.Error, fmt.Sprintf("limit gateway.limits.query_bytes is %d", n-1))
 			require.Less(t, some.ObjectBytes, all.ObjectBytes)
 		}
-		a, none := read(1, q.path, q.params...)
+		a, none := read(account.Limits{Read: 1}, q.path, q.params...)
 		require.Equal(t, http.StatusUnprocessableEntity, a.code, q)
 		require.Contains(t, a.Error, "limit gateway.limits.query_bytes is 1)", q)
 		require.Zero(t, none.ObjectGets, q)

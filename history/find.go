@@ -1,8 +1,10 @@
 package history
 
 import (
+	"cmp"
 	"context"
 	"fmt"
+	"math"
 	"slices"
 	"sort"
 
@@ -163,6 +165,19 @@ func (s *Snapshot) seriesPages(ctx context.Context, bs []*Block, ms []*labels.Ma
 	if err := s.prune(ctx, bs, dirs, refs, ms); err != nil {
 		return err
 	}
+	if s.expect != nil {
+		samples := int64(0)
+		for i, b := range bs {
+			for k := range refs[i] {
+				if r := &refs[i][k]; s.whole(b, r, ms, mint, maxt) {
+					samples += int64(r.Samples) //nolint:gosec // as many as an object can have
+				}
+			}
+		}
+		if s.expect(0, samples); ctx.Err() != nil {
+			return context.Cause(ctx)
+		}
+	}
 	var wants []want
 	var of []int
 	memory := int64(0)
@@ -192,6 +207,18 @@ func (s *Snapshot) seriesPages(ctx context.Context, bs []*Block, ms []*labels.Ma
 	return nil
 }
 
+// whole says whether it is sure that all samples of a page that may match are wanted.
+func (s *Snapshot) whole(b *Block, r *chunkfmt.PageRef, ms []*labels.Matcher, mint, maxt int64) bool {
+	lo, hi := b.clip(mint, maxt)
+	if s.keep != nil || len(b.Ranges) > 1 || r.Times.MinT < lo || r.Times.MaxT > hi || r.FirstMetric != r.LastMetric {
+		return false
+	}
+	if slices.ContainsFunc(ms, func(m *labels.Matcher) bool { return m.Name != model.MetricNameLabel }) {
+		return false
+	}
+	return !s.Hidden.Deletes(lo, hi) && (s.Hidden == nil || lo >= s.Hidden.Before.Raw)
+}
+
 // Estimate says about how many samples a Select would read, from directories
 // alone: at least as many as there are, but that the samples of a page are taken to
 // be spread evenly over its time.
@@ -201,6 +228,42 @@ func (s *Snapshot) Estimate(ctx context.Context, ms []*labels.Matcher, mint, max
 		samples += int64(part * float64(r.Samples))
 	}, func() { samples = 0 })
 	return samples, err
+}
+
+// EstimateSeries says about how many series a Select would give, by directories and Share: as
+// many as blocks of the same time have together, at the time when they have most.
+func (s *Snapshot) EstimateSeries(ctx context.Context, ms []*labels.Matcher, mint, maxt int64) (series int64, err error) {
+	err = s.attempt(ctx, mint, maxt, func(bs []*Block) error {
+		series = 0
+		held := tally{s: s}
+		defer held.release()
+		dirs, err := s.directories(ctx, bs, &held)
+		if err != nil {
+			return err
+		}
+		type change struct{ at, series int64 }
+		var changes []change
+		for i, b := range bs {
+			lo, hi := b.clip(max(mint, s.MinT), min(maxt, s.MaxT))
+			n := int64(0)
+			for _, r := range dirs[i].Pages(ms, lo, hi) {
+				n += int64(r.Series) //nolint:gosec // as many as an object can have
+			}
+			changes = append(changes, change{lo, n}, change{hi, -n})
+		}
+		slices.SortFunc(changes, func(a, b change) int { return cmp.Or(cmp.Compare(a.at, b.at), cmp.Compare(b.series, a.series)) })
+		now := int64(0)
+		for _, c := range changes {
+			now += c.series
+			series = max(series, now)
+		}
+		return nil
+	})
+	if err != nil || series == 0 {
+		return 0, err
+	}
+	share, err := s.Share(ctx, ms, mint, maxt)
+	return int64(math.Round(share * float64(series))), err
 }
 
 // estimate calls add for each series page that may match, with how much of it lies

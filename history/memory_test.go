@@ -14,6 +14,7 @@ import (
 
 	"github.com/epimetheus-tsdb/epimetheus/chunkfmt"
 	"github.com/epimetheus-tsdb/epimetheus/chunkfmt/rollup"
+	"github.com/epimetheus-tsdb/epimetheus/history/index"
 	"github.com/epimetheus-tsdb/epimetheus/history/object"
 )
 
@@ -196,6 +197,48 @@ func TestReadIsTold(t *testing.T) {
 	}
 	if _, bytes, gets, err := read(0); !errors.Is(err, reason) || bytes+gets > 0 {
 		t.Errorf("with none: %d bytes, %d GETs, %v", bytes, gets, err)
+	}
+}
+
+// TestExpecting: what is said before of a set is no more than is in it, and then as much; of
+// what directories tell without doubt, before lists of series are read.
+func TestExpecting(t *testing.T) {
+	st := localStores(t)
+	w := st.open(t, nil)
+	for b := range int64(3) {
+		var all []*chunkfmt.Series
+		for i := range 100 {
+			all = append(all, floats(b*Window+1+int64(i), 60_000, 60+i, constant(1), "__name__", fmt.Sprint("m", i/40), "i", fmt.Sprint(i)))
+		}
+		publishWith(t, w, tenantSeries{"a": all}, chunkfmt.WriterOptions{PageSeries: 10, ChunkSamples: 20})
+	}
+	re := func(name, value string) *labels.Matcher {
+		return labels.MustNewMatcher(labels.MatchRegexp, name, value)
+	}
+	for _, ms := range [][]*labels.Matcher{{eq("__name__", "m1")}, {re("__name__", "m.*")}, {re("__name__", "m.*"), eq("i", "7")}, nil} {
+		for _, r := range []chunkfmt.Range{{MinT: 0, MaxT: 3 * Window}, {MinT: 70 * 60_000, MaxT: 2*Window + 100_000}, {MinT: Window + 5, MaxT: Window + 6}} {
+			for _, hidden := range []*Hidden{nil, NewHidden([]index.Deletion{{MinT: Window, MaxT: 2 * Window, Matchers: []*labels.Matcher{eq("i", "41")}}}, Before(math.MinInt64)), NewHidden(nil, Before(Window+600_000))} {
+				s := snapshot(t, w, "a", 0, 3*Window)
+				s.hide(hidden)
+				type said struct{ series, samples int64 }
+				var told []said
+				set, err := s.Expecting(func(series, samples int64) { told = append(told, said{series, samples}) }).Select(t.Context(), ms, r.MinT, r.MaxT)
+				if err != nil {
+					t.Fatal(err)
+				}
+				var got said
+				for set.Next(t.Context()) {
+					got.series++
+					got.samples += int64(set.At().Samples())
+				}
+				if set.Err() != nil || len(told) != 2 || told[1] != got || told[0].series > got.series || told[0].samples > got.samples {
+					t.Errorf("%v of %v, %v hidden: told %v, got %v, %v", ms, r, hidden, told, got, set.Err())
+				}
+				if hidden == nil && r.MinT == 0 && len(ms) == 1 && ms[0].Type == labels.MatchEqual && told[0].samples != got.samples {
+					t.Errorf("%v of all time: %v told of at first, of %v", ms, told[0], got)
+				}
+			}
+		}
 	}
 }
 

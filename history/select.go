@@ -93,6 +93,15 @@ func (s *Snapshot) SelectOrdered(ctx context.Context, ms []*labels.Matcher, mint
 			return err
 		}
 		set = s.seriesSet(fs, max(mint, s.MinT), min(maxt, s.MaxT))
+		if s.expect != nil {
+			samples := 0
+			for _, x := range set.series {
+				samples += x.Samples()
+			}
+			if s.expect(int64(len(set.series)), int64(samples)); ctx.Err() != nil {
+				return context.Cause(ctx)
+			}
+		}
 		if key != nil {
 			keys := make(map[*Series]labels.Labels, len(set.series))
 			for _, x := range set.series {

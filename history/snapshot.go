@@ -57,8 +57,9 @@ type Snapshot struct {
 	// Read is told of bytes that are about to be asked of the object store, in the same way.
 	Read func(bytes int64)
 
-	h    *History
-	keep func(labels.Labels) bool // as in Only; nil: all
+	h      *History
+	keep   func(labels.Labels) bool    // as in Only; nil: all
+	expect func(series, samples int64) // as in Expecting; nil: nobody wants to know
 }
 
 // Only is the snapshot for one Select or SelectWindows of those series that keep picks. Of the
@@ -67,6 +68,15 @@ func (s *Snapshot) Only(keep func(labels.Labels) bool) *Snapshot {
 	only := *s
 	only.keep = keep
 	return &only
+}
+
+// Expecting is the snapshot for one Select that says, before it reads pages of samples, how
+// many series and samples its set has, as Series.Samples counts them: as soon as it knows of so
+// many at the least, and again when it knows exactly. Who wants no more of it ends its context.
+func (s *Snapshot) Expecting(expect func(series, samples int64)) *Snapshot {
+	expecting := *s
+	expecting.expect = expect
+	return &expecting
 }
 
 func (s *Snapshot) keeps(ls labels.Labels) bool { return s.keep == nil || s.keep(ls) }

@@ -88,6 +88,57 @@ func (a *Account) AddSeries(series, samples int64) error {
 	return nil
 }
 
+// Series are those that were noted so far.
+func (a *Account) Series() int64 {
+	if a == nil {
+		return 0
+	}
+	return a.series.Load()
+}
+
+// Expect notes, before samples are read, that AddSeries will have been told of so many series
+// in all, and of so many samples more than so far, at the least. Where that is beyond a limit it
+// ends the query, as Read does.
+func (a *Account) Expect(series, samples int64) {
+	if a == nil {
+		return
+	}
+	if limit := a.limits.Series; limit > 0 && series > limit {
+		a.cancel(a.beyond(fmt.Sprintf("would read %d series and more, as estimated before", series), "query_series", limit))
+	}
+	if n, limit := a.samples.Load()+samples, a.limits.Samples; limit > 0 && n > limit {
+		a.cancel(a.beyond(fmt.Sprintf("would read %d samples and more, as estimated before", n), "query_samples", limit))
+	}
+}
+
+// Excess is a limit that a query would go beyond.
+type Excess struct {
+	Limit string `json:"limit"` // as in the configuration
+	Value any    `json:"value"` // what the query would need, about
+	Max   any    `json:"max"`
+}
+
+// Exceeds says beyond which limits a query would go that needs samples of mint to maxt, in ms, and
+// about so many series and samples.
+func (a *Account) Exceeds(mint, maxt, series, samples int64) []Excess {
+	out := []Excess{}
+	if a == nil {
+		return out
+	}
+	if d, most := between(mint, maxt), a.limits.Range; most > 0 && d > most {
+		out = append(out, Excess{"gateway.limits.query_range", d.String(), most.String()})
+	}
+	for _, c := range []struct {
+		limit       string
+		value, most int64
+	}{{"query_series", series, a.limits.Series}, {"query_samples", samples, a.limits.Samples}} {
+		if c.most > 0 && c.value > c.most {
+			out = append(out, Excess{"gateway.limits." + c.limit, c.value, c.most})
+		}
+	}
+	return out
+}
+
 // WithTimeout gives a context that ends after the longest time that a request may take,
 // with an error as its cause that wraps a promql.ErrQueryTimeout and names the limit.
 func WithTimeout(ctx context.Context, d time.Duration) (context.Context, context.CancelFunc) {

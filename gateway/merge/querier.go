@@ -360,6 +360,10 @@ func (s *seriesSet) readHistory(ctx context.Context, snap *history.Snapshot, ms 
 			return ok
 		})
 	}
+	if s.sums == nil && s.left < 0 && s.shards == 0 {
+		// Of summaries the caller may not want all: it reads samples then.
+		wanted = wanted.Expecting(s.expect)
+	}
 	old, err := s.from(ctx, wanted, ms)
 	if err == nil {
 		if until := old.GoneUntil(); lacks == nil && until > math.MinInt64 { // kept for longer now than they were
@@ -458,6 +462,15 @@ func (s *seriesSet) count(at *Series) error {
 		return s.of.AddSeries(s.given, at.samples())
 	}
 	return s.account.AddSeries(1, at.samples())
+}
+
+// expect tells the account of what all series of history will count, at the least.
+func (s *seriesSet) expect(series, samples int64) {
+	have := s.account.Series() // first: those of other sets of the selection may be added meanwhile
+	if s.of != nil {
+		series = max(0, series-s.of.series.Load())
+	}
+	s.account.Expect(have+series, samples)
 }
 
 // least finds the least labels among the next of all lists.

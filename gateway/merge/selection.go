@@ -155,6 +155,21 @@ type HeadSeries = fetch.Series
 // HeadBytes is about what the heads have given, in bytes. Wait first.
 func (s *Selection) HeadBytes() int64 { return s.bytes }
 
+// HeadCounts is how many series heads have given, and how many samples, those of replicas
+// each. Wait first.
+func (s *Selection) HeadCounts() (series, samples int64) {
+	seen := map[uint64]struct{}{} // by hash
+	for _, h := range s.heads {
+		for i := range h {
+			seen[h[i].Labels.Hash()] = struct{}{}
+			for k := range h[i].Chunks {
+				samples += int64(h[i].Chunks[k].Samples())
+			}
+		}
+	}
+	return int64(len(seen)), samples
+}
+
 // HeadShards gives what heads have of each of n shards. Wait first. It is good for longer
 // than the Querier: requests to other gateways may still be read from when nobody waits for
 // them any more.

@@ -540,6 +540,57 @@ func TestTasksThatDoNotFit(t *testing.T) {
 	}
 }
 
+// A limit that is as much as a query reads lets it pass, whatever is known of it before, and one
+// less doesn't: of parts whose results are kept nothing counts.
+func TestLimitsAreExact(t *testing.T) {
+	c := gatewaytest.New(t, gatewaytest.Options{})
+	s := gatewaytest.NewShipped(c, gatewaytest.Splits[0], true)
+	dataset(t, rand.New(rand.NewSource(1)), s, 4)
+	o := suiteOptions
+	o.MaxSamples = 50_000_000
+	inner := promqltest.NewTestEngineWithOpts(t, o)
+	run := func(e *plan.Engine, query string, hours time.Duration, l account.Limits) (account.Cost, error) {
+		t.Helper()
+		ctx, acc, done := account.NewMemory(0, prometheus.NewRegistry()).Open(t.Context(), "", l)
+		defer done()
+		q, err := e.NewRangeQuery(ctx, c.Storage, nil, query, time.UnixMilli(0), time.UnixMilli(0).Add(hours*time.Hour), 5*time.Second)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer q.Close()
+		err = q.Exec(ctx).Err
+		return acc.Cost(), err
+	}
+	for _, query := range []string{`rate(requests_total[5m])`, `requests_total`, `sum(max_over_time(requests_total[7m])) / count(requests_total)`, `absent_over_time(requests_total{job=~".+"}[5m])`} {
+		for _, kept := range []time.Duration{0, 2} { // hours of which parts are kept
+			engine := func() *plan.Engine {
+				r, err := plan.NewResults(8<<20, nil, prometheus.NewRegistry())
+				if err != nil {
+					t.Fatal(err)
+				}
+				e := plan.New(inner, o, plan.Tight(plan.Spread{TenantOf: tenantOf, Results: r}))
+				if kept > 0 {
+					if _, err := run(e, query, kept, account.Limits{}); err != nil {
+						t.Fatal(err)
+					}
+				}
+				return e
+			}
+			all, err := run(engine(), query, 4, account.Limits{})
+			if err != nil || all.Series == 0 || all.Samples == 0 {
+				t.Fatalf("%s: %+v, %v", query, all, err)
+			}
+			for less := range int64(2) {
+				for _, l := range []account.Limits{{Series: all.Series - less}, {Samples: all.Samples - less}} {
+					if _, err := run(engine(), query, 4, l); errors.Is(err, account.ErrLimit) != (less > 0) {
+						t.Errorf("%s, %d hours kept, limits %+v: %v", query, kept, l, err)
+					}
+				}
+			}
+		}
+	}
+}
+
 // What the parts of a query read counts as what the query reads, wherever that is:
 // the series of several parts are the same; and what was kept is in memory again.
 func TestPartsCount(t *testing.T) {

@@ -135,11 +135,11 @@ func (q *query) Plan() string { return describe(q.stmt.Expr, q.leaves) }
 // Exec implements promql.Query.
 func (q *query) Exec(ctx context.Context) *promql.Result {
 	acc := account.From(ctx)
-	if err := acc.CheckRange(q.one.mint, q.one.maxt); err != nil {
-		return &promql.Result{Err: err}
-	}
 	if e := explanationOf(ctx); e != nil {
 		return q.explain(ctx, e)
+	}
+	if err := acc.CheckRange(q.one.mint, q.one.maxt); err != nil {
+		return &promql.Result{Err: err}
 	}
 	if acc != nil {
 		q.one.hold = &engineHold{account: acc, samples: q.Query.Stats().Samples, window: q.lookback()}

@@ -10,6 +10,7 @@ import (
 	"github.com/prometheus/prometheus/promql/parser"
 	"github.com/prometheus/prometheus/storage"
 
+	"github.com/epimetheus-tsdb/epimetheus/gateway/account"
 	"github.com/epimetheus-tsdb/epimetheus/gateway/merge"
 )
 
@@ -22,6 +23,9 @@ type Explanation struct {
 	Selectors []SelectExplanation `json:"selectors"` // those that the engine reads itself
 	Blocks    int                 `json:"blocks"`    // that are visible in the query's time
 	Samples   int64               `json:"samples"`   // of blocks: all estimates together
+	// Exceeds are limits that the query would go beyond, about: of its time, series, and samples,
+	// those of heads and summaries too, but not of parts whose results are at hand.
+	Exceeds []account.Excess `json:"exceeds"`
 }
 
 // LeafExplanation is about a leaf.
@@ -51,7 +55,7 @@ type explainKey struct{}
 // WithExplanation makes queries that are executed with the context fill in the
 // explanation, and give no samples.
 func WithExplanation(ctx context.Context) (context.Context, *Explanation) {
-	e := &Explanation{Leaves: []LeafExplanation{}, Selectors: []SelectExplanation{}}
+	e := &Explanation{Leaves: []LeafExplanation{}, Selectors: []SelectExplanation{}, Exceeds: []account.Excess{}}
 	return context.WithValue(ctx, explainKey{}, e), e
 }
 
@@ -69,6 +73,11 @@ func (q *query) explain(ctx context.Context, e *Explanation) *promql.Result {
 	if q.stmt.Interval > 0 {
 		empty.Value = promql.Matrix{}
 	}
+	acc := account.From(ctx)
+	if e.Exceeds = acc.Exceeds(q.one.mint, q.one.maxt, 0, 0); len(e.Exceeds) > 0 {
+		e.Plan = q.Plan()
+		return empty // what heads have of so much time isn't read
+	}
 	ctx, cancel := context.WithTimeout(ctx, q.engine.opts.Timeout)
 	defer cancel()
 	querier, err := q.one.Queryable.Querier(q.one.mint, q.one.maxt)
@@ -85,6 +94,16 @@ func (q *query) explain(ctx context.Context, e *Explanation) *promql.Result {
 		return &promql.Result{Err: err}
 	}
 	e.Plan = q.Plan()
+	var series, samples int64 // that count to limits, about
+	count := func(sel *merge.Selection, mint, maxt, ofBlocks int64, share float64) error {
+		n, fresh := sel.HeadCounts()
+		old, err := sel.Snapshot().EstimateSeries(ctx, sel.Matchers(), mint, maxt)
+		if share > 0 {
+			series += max(n, old)
+		}
+		samples += fresh + int64(share*float64(ofBlocks))
+		return err
+	}
 	read := func(hints *storage.SelectHints, ms []*labels.Matcher) (*merge.Selection, error) {
 		sel := s.Selection(ctx, false, hints, ms...)
 		if sel == nil {
@@ -145,6 +164,12 @@ func (q *query) explain(ctx context.Context, e *Explanation) *promql.Result {
 		}
 		e.Leaves = append(e.Leaves, one)
 		e.Samples += one.Samples
+		if sel.Snapshot() != nil {
+			share := 1 - float64(one.Kept)/float64(max(one.Parts, 1))
+			if err := count(sel, l.mint(), l.maxt(), est.samples+est.windows, share); err != nil {
+				return &promql.Result{Err: err}
+			}
+		}
 	}
 	parser.Inspect(q.stmt.Expr, func(n parser.Node, path []parser.Node) error {
 		vs, ok := n.(*parser.VectorSelector)
@@ -162,10 +187,11 @@ func (q *query) explain(ctx context.Context, e *Explanation) *promql.Result {
 		}
 		e.Selectors = append(e.Selectors, one)
 		e.Samples += one.Samples
-		return nil
+		return count(sel, mint, maxt, one.Samples, 1)
 	})
 	if err != nil {
 		return &promql.Result{Err: err}
 	}
+	e.Exceeds = acc.Exceeds(q.one.mint, q.one.maxt, series, samples)
 	return empty
 }
