@@ -3,6 +3,7 @@ package gateway
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"log/slog"
 	"net/http"
@@ -238,13 +239,18 @@ func (a *API) wrap(h http.HandlerFunc) http.HandlerFunc {
 	})}.ServeHTTP)
 }
 
-// Work computes a part of another gateway's query: plan.Engine.Work.
-func (a *API) Work(ctx context.Context, h *history.History, t *plan.Task) ([]byte, error) {
+// Work computes a part of another gateway's query: plan.Engine.Work. It says what was read for
+// it, with an error too.
+func (a *API) Work(ctx context.Context, h *history.History, t *plan.Task) ([]byte, account.Cost, error) {
 	e := a.variantOf(ctx, []string{t.Tenant}).engine
-	// The limits of one query are the caller's to keep, memory is ours.
-	ctx, _, done := a.opts.Memory.Open(WithTenant(ctx, t.Tenant), t.Tenant, account.Limits{})
+	// Memory is ours; the limits of a query are the caller's to keep, who says what is left of them.
+	ctx, acc, done := a.opts.Memory.Open(WithTenant(ctx, t.Tenant), t.Tenant, t.Left)
 	defer done()
-	return e.Work(ctx, h, t)
+	b, err := e.Work(ctx, h, t)
+	if cause := context.Cause(ctx); err != nil && errors.Is(cause, account.ErrLimit) {
+		err = cause
+	}
+	return b, acc.Cost(), err
 }
 
 // whenReady answers 503 until the gateway can serve, as Prometheus does.

@@ -29,6 +29,11 @@ type Prices struct {
 	MillionIndexReads float64
 }
 
+// dollars of a query, for requests to the object store and the index.
+func (p Prices) dollars(c account.Cost) float64 {
+	return (float64(c.ObjectGets)*p.MillionObjectGets + float64(c.IndexQueries)*p.MillionIndexReads) / 1e6
+}
+
 // statusClientGone is Prometheus's code for a client that has gone.
 const statusClientGone = 499
 
@@ -219,7 +224,8 @@ func (a *API) protect(rw *responseWriter, r *http.Request, h http.Handler) {
 		"start", param("start"), "end", param("end"), "step", param("step"), "time", param("time"),
 		"took", took, "series", c.Series, "samples", c.Samples, "windows", c.Windows, "head_bytes", c.HeadBytes, "object_gets", c.ObjectGets, "object_bytes", c.ObjectBytes,
 		"index_queries", c.IndexQueries, "pages", c.Pages, "pages_cached", c.PagesCached, "pages_memcached", c.PagesMemcached,
-		"parts_kept", c.PartsKept, "parts_memcached", c.PartsMemcached, "parts_here", c.PartsHere, "parts_elsewhere", c.PartsElsewhere)
+		"parts_kept", c.PartsKept, "parts_memcached", c.PartsMemcached, "parts_here", c.PartsHere, "parts_elsewhere", c.PartsElsewhere,
+		"workers", c.Workers, "dollars", a.opts.Prices.dollars(c))
 }
 
 // readWriter gives errors of a remote read the status that they have elsewhere: Prometheus's
@@ -278,8 +284,7 @@ type queryCost struct {
 // renderStats is a v1.StatsRenderer, for stats=all.
 func (a *API) renderStats(ctx context.Context, s *stats.Statistics, _ string) stats.QueryStats {
 	c := account.From(ctx).Cost()
-	dollars := (float64(c.ObjectGets)*a.opts.Prices.MillionObjectGets + float64(c.IndexQueries)*a.opts.Prices.MillionIndexReads) / 1e6
-	return &queryStats{stats.NewQueryStats(s).Builtin(), queryCost{c, dollars}}
+	return &queryStats{stats.NewQueryStats(s).Builtin(), queryCost{c, a.opts.Prices.dollars(c)}}
 }
 
 // explain answers how a query would be computed. The parameters are those of the

@@ -426,12 +426,51 @@ func TestMemoryOfWorkers(t *testing.T) {
 	}{{5000, true}, {0, false}} {
 		reg := prometheus.NewRegistry()
 		api := newAPI(t, c, gateway.Options{Memory: account.NewMemory(q.bytes, reg)})
-		_, err := api.Work(t.Context(), c.History, &plan.Task{
+		_, _, err := api.Work(t.Context(), c.History, &plan.Task{
 			Tenant: gateway.DefaultTenant, Query: "rate(requests_total[5m])", Start: 0, End: 3_600_000, Step: 15_000, Lookback: 300_000,
 			MaxSamples: 1e6, Span: 24 * 3_600_000, To: 241, Blocks: snap.Blocks,
 		})
 		require.Equal(t, q.fails, err != nil, err)
 	}
+}
+
+// What a worker reads for a query is within what is left of its limits, and told with an error too.
+func TestLimitsOfWorkers(t *testing.T) {
+	c := fifty(t)
+	cold, err := history.New(history.Options{Objects: c.Objects, Index: c.Index, VisibilityDelay: 5 * time.Minute, PageCacheBytes: -1, Registerer: prometheus.NewRegistry()})
+	require.NoError(t, err)
+	snap, err := cold.Snapshot(t.Context(), gateway.DefaultTenant, 0, 3_600_000, nil, time.Time{})
+	require.NoError(t, err)
+	api := newAPI(t, c, gateway.Options{})
+	work := func(query string, left account.Limits) (account.Cost, error) {
+		_, cost, err := api.Work(t.Context(), cold, &plan.Task{
+			Tenant: gateway.DefaultTenant, Query: query, Start: 0, End: 3_600_000, Step: 15_000, Lookback: 300_000,
+			MaxSamples: 1e6, Left: left, Span: 24 * 3_600_000, To: 241, Blocks: snap.Blocks,
+		})
+		return cost, err
+	}
+	all, err := work("rate(requests_total[5m])", account.Limits{})
+	require.NoError(t, err)
+	require.Equal(t, int64(25), all.Series)
+	require.Positive(t, all.Samples)
+	require.Positive(t, all.ObjectGets)
+	require.Equal(t, int64(1), all.PartsHere)
+	_, err = work("rate(requests_total[5m])", account.Limits{Samples: all.Samples, Read: all.ObjectBytes})
+	require.NoError(t, err)
+	some, err := work("rate(requests_total[5m])", account.Limits{Samples: all.Samples - 1})
+	require.ErrorIs(t, err, account.ErrLimit)
+	require.Positive(t, some.ObjectGets)
+	some, err = work("rate(requests_total[5m])", account.Limits{Read: all.ObjectBytes - 1})
+	require.ErrorIs(t, err, account.ErrLimit)
+	require.Positive(t, some.ObjectBytes)
+	require.Less(t, some.ObjectBytes, all.ObjectBytes)
+	none, err := work("rate(requests_total[5m])", account.Limits{Read: 1})
+	require.ErrorIs(t, err, account.ErrLimit)
+	require.Zero(t, none.ObjectGets)
+
+	// What it can't read as a query the caller can.
+	_, err = work("max_of(", account.Limits{})
+	require.ErrorIs(t, err, plan.ErrUnlike)
 }
 
 // everyRead are requests other than queries that read what a tenant has.

@@ -3,6 +3,7 @@ package gateway_test
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"fmt"
 	"log/slog"
 	"net"
@@ -18,6 +19,7 @@ import (
 
 	"github.com/epimetheus-tsdb/epimetheus/chunkfmt"
 	"github.com/epimetheus-tsdb/epimetheus/gateway"
+	"github.com/epimetheus-tsdb/epimetheus/gateway/account"
 	"github.com/epimetheus-tsdb/epimetheus/gateway/gatewaytest"
 	"github.com/epimetheus-tsdb/epimetheus/gateway/plan"
 	"github.com/epimetheus-tsdb/epimetheus/gateway/worker"
@@ -74,7 +76,9 @@ func TestGatewaysShareWork(t *testing.T) {
 	require.NoError(t, err)
 	g := grpc.NewServer()
 	reg := prometheus.NewRegistry()
-	worker.NewServer(func(ctx context.Context, task *plan.Task) ([]byte, error) { return other.Work(ctx, c.History, task) },
+	worker.NewServer(func(ctx context.Context, task *plan.Task) ([]byte, account.Cost, error) {
+		return other.Work(ctx, c.History, task)
+	},
 		slog.New(slog.DiscardHandler), reg).Register(g)
 	served := make(chan struct{})
 	go func() {
@@ -88,7 +92,38 @@ func TestGatewaysShareWork(t *testing.T) {
 	peers := []worker.Peer{{ID: "other", Address: l.Addr().String()}}
 	pool := worker.NewPool("one", func() []worker.Peer { return peers }, slog.New(slog.DiscardHandler), prometheus.NewRegistry(), grpc.WithTransportCredentials(insecure.NewCredentials()))
 	t.Cleanup(func() { require.NoError(t, pool.Close()) })
-	one := newAPI(t, c, gateway.Options{Engine: engine, Spread: plan.Spread{Results: newResults(), Workers: pool}})
+	prices := gateway.Prices{MillionObjectGets: 0.4, MillionIndexReads: 0.25}
+	one := newAPI(t, c, gateway.Options{Engine: engine, Prices: prices, Spread: plan.Spread{Results: newResults(), Workers: pool}})
+
+	// What it has cost is of both.
+	last := fmt.Sprint(n * interval / 1000)
+	cost := func(api *gateway.API, offset int) (c struct {
+		account.Cost
+
+		Dollars float64
+	},
+	) {
+		a := call(t, api, "query_range", "query", fmt.Sprintf(`sum(rate(requests_total[5m] offset %ds))`, offset), "start", "3600", "end", last, "step", "3600", "stats", "all")
+		require.Equal(t, http.StatusOK, a.code, a.Error)
+		var data struct{ Stats struct{ Cost any } }
+		data.Stats.Cost = &c
+		require.NoError(t, json.Unmarshal(a.Data, &data))
+		return c
+	}
+	offset := 1
+	together := cost(one, offset)
+	for together.Workers == 0 { // they took long, and were computed at the caller meanwhile
+		offset++
+		require.Less(t, offset, 20)
+		together = cost(one, offset)
+	}
+	require.Equal(t, int64(1), together.Workers)
+	require.Positive(t, together.PartsElsewhere)
+	single := cost(alone, offset)
+	require.Equal(t, single.Series, together.Series)
+	require.GreaterOrEqual(t, together.Samples, single.Samples)
+	require.GreaterOrEqual(t, together.Pages, single.Pages)
+	require.InDelta(t, float64(together.ObjectGets)*prices.MillionObjectGets/1e6+float64(together.IndexQueries)*prices.MillionIndexReads/1e6, together.Dollars, 1e-12)
 
 	compare := func() {
 		for _, expr := range []string{`sum(rate(requests_total[5m]))`, `max_over_time(requests_total[1h])`, `label_replace(rate(requests_total[5m]), "n", "$1", "__name__", "(.*)")`} {
@@ -118,10 +153,10 @@ func TestGatewaysShareWork(t *testing.T) {
 	require.Greater(t, ok, 1.)
 
 	// Both have results of before; a worker doesn't look for deletions itself.
-	before := call(t, one, "query_range", "query", `sum(rate(requests_total[5m]))`, "start", "3600", "end", fmt.Sprint(n*interval/1000), "step", "3600")
+	before := call(t, one, "query_range", "query", `sum(rate(requests_total[5m]))`, "start", "3600", "end", last, "step", "3600")
 	_, err = c.History.Delete(t.Context(), gateway.DefaultTenant, 0, n*interval/2, labels.MustNewMatcher(labels.MatchRegexp, "i", "1.."))
 	require.NoError(t, err)
 	compare()
-	after := call(t, one, "query_range", "query", `sum(rate(requests_total[5m]))`, "start", "3600", "end", fmt.Sprint(n*interval/1000), "step", "3600")
+	after := call(t, one, "query_range", "query", `sum(rate(requests_total[5m]))`, "start", "3600", "end", last, "step", "3600")
 	require.NotEqual(t, before, after)
 }

@@ -69,7 +69,9 @@ func addGateway(app *kingpin.Application, commands map[string]command) {
 			return err
 		}
 		server := p.newGRPCServer()
-		worker.NewServer(func(ctx context.Context, t *plan.Task) ([]byte, error) { return api.Work(ctx, st.history, t) }, p.logger, p.reg).Register(server)
+		worker.NewServer(func(ctx context.Context, t *plan.Task) ([]byte, account.Cost, error) {
+			return api.Work(ctx, st.history, t)
+		}, p.logger, p.reg).Register(server)
 		p.addGRPC(server, l)
 		p.status = append(p.status, section{"Gateways", func(*http.Request) [][]string {
 			rows := [][]string{{"gateway", "address"}}

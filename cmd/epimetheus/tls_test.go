@@ -19,6 +19,7 @@ import (
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/status"
 
+	"github.com/epimetheus-tsdb/epimetheus/gateway/account"
 	"github.com/epimetheus-tsdb/epimetheus/gateway/plan"
 	"github.com/epimetheus-tsdb/epimetheus/gateway/worker"
 	"github.com/epimetheus-tsdb/epimetheus/gateway/worker/workpb"
@@ -47,7 +48,9 @@ func TestTLS(t *testing.T) {
 			t.Fatal(err)
 		}
 		s := role(c).newGRPCServer()
-		worker.NewServer(func(context.Context, *plan.Task) ([]byte, error) { return []byte("x"), nil },
+		worker.NewServer(func(context.Context, *plan.Task) ([]byte, account.Cost, error) {
+			return []byte("x"), account.Cost{}, nil
+		},
 			slog.New(slog.DiscardHandler), prometheus.NewRegistry()).Register(s)
 		done := make(chan struct{})
 		go func() {

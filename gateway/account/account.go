@@ -54,12 +54,14 @@ type Account struct {
 
 	series, samples, held, headBytes atomic.Int64
 	read                             atomic.Int64 // bytes, or about to be
-	kept, here, elsewhere, near      atomic.Int64 // parts
+	kept, here, near                 atomic.Int64 // parts
 	over                             atomic.Bool  // ended for memory
 	ended                            atomic.Bool  // for any limit
 
-	mu    sync.Mutex
-	stats []*history.Stats
+	mu      sync.Mutex
+	stats   []*history.Stats
+	workers map[string]struct{} // other gateways, by id
+	there   Cost                // what they have read
 }
 
 type key struct{}
@@ -226,15 +228,14 @@ func (a *Account) AddHistory(s *history.Stats) {
 	a.stats = append(a.stats, s)
 }
 
-// AddParts notes parts of the query: those whose result was in memory, those computed
-// here, and those computed by other gateways.
-func (a *Account) AddParts(kept, here, elsewhere int) {
+// AddParts notes parts of the query: those whose result was in memory, and those computed
+// here.
+func (a *Account) AddParts(kept, here int) {
 	if a == nil {
 		return
 	}
 	a.kept.Add(int64(kept))
 	a.here.Add(int64(here))
-	a.elsewhere.Add(int64(elsewhere))
 }
 
 // AddMemcachedParts notes parts whose result memcached had.
@@ -244,7 +245,50 @@ func (a *Account) AddMemcachedParts(n int) {
 	}
 }
 
-// Cost is what a query has read.
+// Left is what may still be read within the limits on samples and on bytes, of each 1 at the
+// least. Other limits aren't in it.
+func (a *Account) Left() (l Limits) {
+	if a == nil {
+		return l
+	}
+	if a.limits.Samples > 0 {
+		l.Samples = max(1, a.limits.Samples-a.samples.Load())
+	}
+	if a.limits.Read > 0 {
+		l.Read = max(1, a.limits.Read-a.read.Load())
+	}
+	return l
+}
+
+// AddWorker notes what another gateway has read for the query, by its own account: all but
+// series, of which several may have read the same. As with Read, what is beyond a limit ends
+// the query. Counts must not be negative.
+func (a *Account) AddWorker(id string, c Cost) {
+	if a == nil {
+		return
+	}
+	a.mu.Lock()
+	if a.workers == nil {
+		a.workers = map[string]struct{}{}
+	}
+	a.workers[id] = struct{}{}
+	t := &a.there
+	t.Windows += c.Windows
+	t.ObjectGets += c.ObjectGets
+	t.ObjectBytes += c.ObjectBytes
+	t.Pages += c.Pages
+	t.PagesCached += c.PagesCached
+	t.PagesMemcached += c.PagesMemcached
+	t.PartsKept += c.PartsKept
+	t.PartsElsewhere += c.PartsHere
+	a.mu.Unlock()
+	a.Read(c.ObjectBytes)
+	if err := a.AddSeries(0, c.Samples); err != nil {
+		a.cancel(err)
+	}
+}
+
+// Cost is what a query has read, here and at other gateways.
 type Cost struct {
 	Series         int64 `json:"series"`
 	Samples        int64 `json:"samples"`
@@ -258,24 +302,25 @@ type Cost struct {
 	Pages          int64 `json:"pages"`          // pages of blocks used
 	PagesCached    int64 `json:"pagesCached"`    // of them in memory
 	PagesMemcached int64 `json:"pagesMemcached"` // of them in memcached
-	PartsKept      int64 `json:"partsKept"`      // parts of long queries: result in memory
+	PartsKept      int64 `json:"partsKept"`      // parts of long queries: result in memory, here or at another gateway
 	PartsMemcached int64 `json:"partsMemcached"` // result in memcached
 	PartsHere      int64 `json:"partsHere"`      // computed by this gateway
 	PartsElsewhere int64 `json:"partsElsewhere"` // computed by others
+	Workers        int64 `json:"workers"`        // other gateways that had a share in it
 }
 
-// Cost so far. What other gateways read for their parts isn't in it, but for series
-// and samples.
+// Cost so far.
 func (a *Account) Cost() Cost {
 	if a == nil {
 		return Cost{}
 	}
-	c := Cost{
-		Series: a.series.Load(), Samples: a.samples.Load(), HeadBytes: a.headBytes.Load(),
-		PartsKept: a.kept.Load(), PartsHere: a.here.Load(), PartsElsewhere: a.elsewhere.Load(), PartsMemcached: a.near.Load(),
-	}
 	a.mu.Lock()
 	defer a.mu.Unlock()
+	c := a.there
+	c.Series, c.Samples, c.HeadBytes = a.series.Load(), a.samples.Load(), a.headBytes.Load()
+	c.PartsKept += a.kept.Load()
+	c.PartsHere, c.PartsMemcached = a.here.Load(), a.near.Load()
+	c.Workers = int64(len(a.workers))
 	for _, s := range a.stats {
 		c.Windows += s.Windows.Load()
 		c.Blocks += s.Blocks.Load()

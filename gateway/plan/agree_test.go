@@ -302,7 +302,12 @@ func gateways(t testing.TB, n int, run func(context.Context, *plan.Task) ([]byte
 			t.Fatal(err)
 		}
 		g := grpc.NewServer()
-		worker.NewServer(run, logger, prometheus.NewRegistry()).Register(g)
+		worker.NewServer(func(ctx context.Context, task *plan.Task) ([]byte, account.Cost, error) {
+			ctx, acc, done := account.NewMemory(0, prometheus.NewRegistry()).Open(ctx, task.Tenant, task.Left)
+			defer done()
+			b, err := run(ctx, task)
+			return b, acc.Cost(), err
+		}, logger, prometheus.NewRegistry()).Register(g)
 		done := make(chan struct{})
 		go func() {
 			defer close(done)

@@ -158,7 +158,7 @@ func (w *work) runShards(ctx context.Context) (*partial, error) {
 		}
 		outs = append(outs, p)
 		w.q.engine.spread.Results.count("here", some)
-		account.From(ctx).AddParts(0, some, 0)
+		account.From(ctx).AddParts(0, some)
 		return nil
 	}
 	g.Go(func() (err error) {
@@ -194,7 +194,7 @@ func (w *work) shardElsewhere(ctx context.Context, tenant string, i int, heads [
 	if taskBytes(heads) > maxTaskBytes {
 		return nil, nil //nolint:nilnil // as documented
 	}
-	t := w.task(tenant, w.l.mint(), w.l.maxt())
+	t := w.task(ctx, tenant, w.l.mint(), w.l.maxt())
 	t.To, t.Shard, t.Shards, t.Heads = w.l.Grid.Len(), i, len(w.sharded), heads
 	b, err := w.q.engine.spread.Workers.Run(ctx, w.sharded[i].key, t)
 	switch {
@@ -215,13 +215,7 @@ func (w *work) shardElsewhere(ctx context.Context, tenant string, i int, heads [
 		return nil, nil //nolint:nilnil // as documented
 	}
 	w.q.engine.spread.Results.count("worker", 1)
-	acc := account.From(ctx)
-	acc.AddParts(0, 0, 1)
-	read := int64(0)
-	for _, n := range out.counts.read {
-		read += n
-	}
-	return out, acc.AddSeries(out.counts.series, read)
+	return out, account.From(ctx).AddSeries(out.counts.series, 0) // the samples are in its cost
 }
 
 // fits: a shard's result has what combine relies on.

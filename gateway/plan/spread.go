@@ -75,7 +75,8 @@ type Workers interface {
 	// Here says whether the caller is that.
 	Here(key Key) bool
 	// Run computes the part at the gateway that the key falls to, or at another if
-	// that fails or is slow. ErrHere: the caller is to compute it.
+	// that fails or is slow. ErrHere: the caller is to compute it. What they read for it goes
+	// into the account of ctx, but for series.
 	Run(ctx context.Context, key Key, t *Task) ([]byte, error)
 	// Patience is how long a caller with nothing else to do waits for a part, before it
 	// computes it itself.
@@ -86,12 +87,12 @@ type Workers interface {
 var ErrHere = errors.New("to be computed here")
 
 // ErrUnlike is what a worker gives for a task that it would understand in another
-// way: its engine has other options, or it is of another version.
+// way, or not at all: its engine has other options, or it is of another version.
 var ErrUnlike = errors.New("worker differs in version or options")
 
 // Version of tasks and of what they give. Gateways of different versions compute
 // their parts themselves.
-const Version = 7
+const Version = 8
 
 // Task is some parts of a leaf, one after the other, for another gateway. It has the whole query: a leaf's
 // own text would change the meaning of start() and end(), and the places in
@@ -106,6 +107,9 @@ type Task struct {
 	// Of the engine.
 	StartTimestamps, DelayedNameRemoval, TypeAndUnitLabels bool
 	MaxSamples                                             int
+
+	// Left is what the query may still read: samples and bytes.
+	Left account.Limits
 
 	Leaf  int  // which, counted from 0
 	Split bool // the leaf without its aggregation
@@ -426,7 +430,7 @@ func (w *work) recall(ctx context.Context, tenant string) {
 	kept, near := w.keptParts(ctx, tenant)
 	w.q.engine.spread.Results.count("kept", kept)
 	w.q.engine.spread.Results.count("memcached", near)
-	account.From(ctx).AddParts(kept, 0, 0)
+	account.From(ctx).AddParts(kept, 0)
 	account.From(ctx).AddMemcachedParts(near)
 }
 
@@ -462,13 +466,13 @@ func (w *work) keptParts(ctx context.Context, tenant string) (kept, near int) {
 }
 
 // task for another gateway, with the blocks that have samples in mint to maxt.
-func (w *work) task(tenant string, mint, maxt int64) *Task {
+func (w *work) task(ctx context.Context, tenant string, mint, maxt int64) *Task {
 	q := w.q
 	t := &Task{
 		Tenant: tenant, Query: q.String(), Start: q.stmt.Start.UnixMilli(), End: q.stmt.End.UnixMilli(),
 		Step: q.stmt.Interval.Milliseconds(), Lookback: q.stmt.LookbackDelta.Milliseconds(),
 		StartTimestamps: q.opts.startTimestamps, DelayedNameRemoval: q.opts.delayedNameRemoval,
-		TypeAndUnitLabels: q.opts.typeAndUnitLabels, MaxSamples: q.opts.maxSamples,
+		TypeAndUnitLabels: q.opts.typeAndUnitLabels, MaxSamples: q.opts.maxSamples, Left: account.From(ctx).Left(),
 		Leaf: w.leaf, Split: w.l.Agg == nil && w.l.whole != w.l.expr(),
 		Hidden: w.sel.Snapshot().Hidden.Within(mint, maxt),
 	}
@@ -486,7 +490,7 @@ func (w *work) elsewhere(ctx context.Context, tenant string, n neighbours) error
 	q := w.q
 	mint, _ := w.l.reads(w.span, first.number)
 	_, maxt := w.l.reads(w.span, last.number)
-	t := w.task(tenant, mint, maxt)
+	t := w.task(ctx, tenant, mint, maxt)
 	t.Span, t.Number, t.From, t.To = w.span, first.number, first.from, last.to
 	b, err := q.engine.spread.Workers.Run(ctx, n.key, t)
 	switch {
@@ -504,13 +508,7 @@ func (w *work) elsewhere(ctx context.Context, tenant string, n neighbours) error
 		return nil
 	}
 	q.engine.spread.Results.count("worker", n.to-n.from)
-	acc := account.From(ctx)
-	acc.AddParts(0, 0, n.to-n.from)
-	read := int64(0)
-	for _, n := range out.counts.read {
-		read += n
-	}
-	if err := w.sel.AddSeries(out.counts.series, read); err != nil {
+	if err := w.sel.AddSeries(out.counts.series, 0); err != nil { // the samples are in its cost
 		return err
 	}
 	w.mu.Lock()
@@ -536,7 +534,7 @@ func (w *work) compute(ctx context.Context, is []int) error {
 			return err
 		}
 		w.q.engine.spread.Results.count("here", n)
-		account.From(ctx).AddParts(0, n, 0)
+		account.From(ctx).AddParts(0, n)
 		g := w.l.only(from, to).Grid
 		for _, i := range is[:n] {
 			p := w.parts[i]
@@ -647,7 +645,7 @@ func (e *Engine) Work(ctx context.Context, h *history.History, t *Task) ([]byte,
 		planned, err = e.NewRangeQuery(ctx, nil, opts, t.Query, start, end, time.Duration(t.Step)*time.Millisecond)
 	}
 	if err != nil {
-		return nil, err
+		return nil, fmt.Errorf("%w: %w", ErrUnlike, err) // the caller's engine takes it
 	}
 	q, ok := planned.(*query)
 	if !ok || t.Leaf < 0 || t.Leaf >= len(q.leaves) {
@@ -679,22 +677,34 @@ func (e *Engine) Work(ctx context.Context, h *history.History, t *Task) ([]byte,
 	return p.marshal(l.only(t.From, t.To).Grid)
 }
 
+// open gives the blocks of a task that a leaf reads.
+func open(ctx context.Context, h *history.History, t *Task, l *Leaf) *history.Snapshot {
+	acc := account.From(ctx)
+	snap := h.Open(t.Tenant, l.mint(), l.maxt(), t.Blocks, t.Hidden)
+	snap.Hold, snap.Read = acc.Hold, acc.Read
+	acc.AddHistory(snap.Stats)
+	return snap
+}
+
 // workParts gives the parts of a task: those that are kept, and the others computed in
 // one go.
 func (e *Engine) workParts(ctx context.Context, h *history.History, q *query, l *Leaf, t *Task) (*partial, error) {
 	compute := func(from, to int) (*partial, error) {
 		only := l.only(from, to)
-		snap := h.Open(t.Tenant, only.mint(), only.maxt(), t.Blocks, t.Hidden)
-		snap.Hold, snap.Read = account.From(ctx).Hold, account.From(ctx).Read
+		snap := open(ctx, h, t, only)
 		return run(ctx, only, q.opts, func(sums *history.Summaries) storage.SeriesSet {
 			return merge.Historical(ctx, snap, only.mint(), only.maxt(), sums, merge.Shards{}, nil, l.Selector.LabelMatchers)
 		}, 1)
 	}
-	r := e.spread.Results
-	if r == nil {
-		return compute(t.From, t.To)
-	}
+	acc, r := account.From(ctx), e.spread.Results
 	parts := l.partsOf(t.Span, t.From, t.To)
+	if r == nil {
+		p, err := compute(t.From, t.To)
+		if err == nil {
+			acc.AddParts(0, len(parts))
+		}
+		return p, err
+	}
 	out, keys := make([]*partial, len(parts)), make([]Key, len(parts))
 	first, last := len(parts), -1 // of those that aren't kept
 	for i, p := range parts {
@@ -705,6 +715,7 @@ func (e *Engine) workParts(ctx context.Context, h *history.History, q *query, l 
 		}
 	}
 	if last < 0 {
+		acc.AddParts(len(parts), 0)
 		return join(out), nil
 	}
 	from, to := parts[first].from, parts[last].to
@@ -712,6 +723,7 @@ func (e *Engine) workParts(ctx context.Context, h *history.History, q *query, l 
 	if err != nil {
 		return nil, err
 	}
+	acc.AddParts(first+len(parts)-last-1, last-first+1)
 	if len(all.annos)+len(all.over) == 0 { // which part they are of isn't known
 		g := l.only(from, to).Grid
 		for i := first; i <= last; i++ {
@@ -736,14 +748,14 @@ func (e *Engine) workShard(ctx context.Context, h *history.History, q *query, l 
 	only.shard = true
 	in := make([]bool, t.Shards)
 	in[t.Shard] = true
-	snap := h.Open(t.Tenant, l.mint(), l.maxt(), t.Blocks, t.Hidden)
-	snap.Hold, snap.Read = account.From(ctx).Hold, account.From(ctx).Read
+	snap := open(ctx, h, t, l)
 	p, err := run(ctx, &only, q.opts, func(sums *history.Summaries) storage.SeriesSet {
 		return merge.Historical(ctx, snap, l.mint(), l.maxt(), sums, merge.Shards{In: in}, t.Heads, l.Selector.LabelMatchers)
 	}, 1)
 	if err != nil {
 		return nil, err
 	}
+	account.From(ctx).AddParts(0, 1)
 	p.annos, p.over = tell(p.annos, t.Query), tell(p.over, t.Query)
 	return p.marshal(l.Grid)
 }

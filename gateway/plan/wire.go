@@ -147,7 +147,9 @@ func (r *reader) partial(g Grid, parts int) (*partial, error) {
 	for i := range steps {
 		p.counts.window[i], p.counts.read[i] = r.varint(), r.varint()
 	}
-	p.counts.series = r.varint()
+	if p.counts.series = r.varint(); p.counts.series < 0 {
+		return nil, fmt.Errorf("%w: %d series", errCorrupt, p.counts.series)
+	}
 	for range r.length(3) {
 		if !r.take(128) {
 			break

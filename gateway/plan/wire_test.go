@@ -141,6 +141,17 @@ func TestPointsTwice(t *testing.T) {
 	}
 }
 
+// No fewer series than none were read: they count to limits.
+func TestNegativeSeries(t *testing.T) {
+	g := Grid{Start: 0, End: 0, Step: 1}
+	p := &partial{counts: newCounts(1)}
+	p.counts.series = -1
+	b, err := p.marshal(g)
+	require.NoError(t, err)
+	_, err = unmarshal(b, g, 1, free)
+	require.ErrorIs(t, err, errCorrupt)
+}
+
 // FuzzPartial: whatever bytes come, they are refused or have the form of what is
 // written.
 func FuzzPartial(f *testing.F) {

@@ -10,6 +10,7 @@ import (
 	"github.com/prometheus/prometheus/tsdb/chunkenc"
 
 	"github.com/epimetheus-tsdb/epimetheus/chunkfmt"
+	"github.com/epimetheus-tsdb/epimetheus/gateway/account"
 	"github.com/epimetheus-tsdb/epimetheus/gateway/plan"
 	"github.com/epimetheus-tsdb/epimetheus/gateway/worker/workpb"
 	"github.com/epimetheus-tsdb/epimetheus/history"
@@ -20,7 +21,7 @@ import (
 //nolint:gosec // numbers of leaves and steps, levels
 func request(t *plan.Task) *workpb.RunRequest {
 	r := &workpb.RunRequest{
-		Version: plan.Version, Tenant: t.Tenant, Query: t.Query, Start: t.Start, End: t.End, Step: t.Step, Lookback: t.Lookback,
+		Version: plan.Version, Tenant: t.Tenant, Query: []byte(t.Query), Start: t.Start, End: t.End, Step: t.Step, Lookback: t.Lookback,
 		StartTimestamps: t.StartTimestamps, DelayedNameRemoval: t.DelayedNameRemoval, TypeAndUnitLabels: t.TypeAndUnitLabels,
 		MaxSamples: int64(t.MaxSamples), Leaf: uint32(t.Leaf), Split: t.Split, Span: t.Span, Number: t.Number,
 		From: uint32(t.From), To: uint32(t.To), Blocks: make([]*workpb.Block, len(t.Blocks)),
@@ -37,6 +38,7 @@ func request(t *plan.Task) *workpb.RunRequest {
 		r.Blocks[i] = out
 	}
 	r.Shard, r.Shards = uint32(t.Shard), uint32(t.Shards)
+	r.LeftSamples, r.LeftBytes = uint64(t.Left.Samples), uint64(t.Left.Read)
 	for _, list := range t.Heads {
 		out := &workpb.HeadList{Series: make([]*workpb.HeadSeries, len(list))}
 		for i := range list {
@@ -117,14 +119,48 @@ func heads(r *workpb.RunRequest) ([][]fetch.Series, error) {
 	return out, nil
 }
 
+// limit of a request.
+func limit(n uint64) int64 { return int64(min(n, math.MaxInt64)) } //nolint:gosec // bounded
+
+// cost writes what was read for a task.
+//
+//nolint:gosec // counts are not negative
+func cost(c account.Cost) *workpb.Cost {
+	return &workpb.Cost{
+		Samples: uint64(c.Samples), Windows: uint64(c.Windows), ObjectGets: uint64(c.ObjectGets), ObjectBytes: uint64(c.ObjectBytes),
+		Pages: uint64(c.Pages), PagesCached: uint64(c.PagesCached), PagesMemcached: uint64(c.PagesMemcached),
+		PartsKept: uint64(c.PartsKept), PartsComputed: uint64(c.PartsHere),
+	}
+}
+
+// maxCount bounds each count of a cost: thousands may be added up.
+const maxCount = 1 << 50
+
+// costOf reads a cost.
+func costOf(c *workpb.Cost) (out account.Cost, err error) {
+	count := func(n uint64) int64 {
+		if n > maxCount {
+			err = fmt.Errorf("the cost of a part has a count of %d, want 2^50 at most", n)
+		}
+		return int64(min(n, maxCount)) //nolint:gosec // bounded
+	}
+	out = account.Cost{
+		Samples: count(c.GetSamples()), Windows: count(c.GetWindows()), ObjectGets: count(c.GetObjectGets()), ObjectBytes: count(c.GetObjectBytes()),
+		Pages: count(c.GetPages()), PagesCached: count(c.GetPagesCached()), PagesMemcached: count(c.GetPagesMemcached()),
+		PartsKept: count(c.GetPartsKept()), PartsHere: count(c.GetPartsComputed()),
+	}
+	return out, err
+}
+
 // task reads a request. What it says of objects is checked when they are read.
 func task(r *workpb.RunRequest) (*plan.Task, error) {
 	t := &plan.Task{
-		Tenant: r.GetTenant(), Query: r.GetQuery(), Start: r.GetStart(), End: r.GetEnd(), Step: r.GetStep(), Lookback: r.GetLookback(),
+		Tenant: r.GetTenant(), Query: string(r.GetQuery()), Start: r.GetStart(), End: r.GetEnd(), Step: r.GetStep(), Lookback: r.GetLookback(),
 		StartTimestamps: r.GetStartTimestamps(), DelayedNameRemoval: r.GetDelayedNameRemoval(), TypeAndUnitLabels: r.GetTypeAndUnitLabels(),
 		MaxSamples: int(r.GetMaxSamples()), Leaf: int(r.GetLeaf()), Split: r.GetSplit(), Span: r.GetSpan(), Number: r.GetNumber(),
 		From: int(r.GetFrom()), To: int(r.GetTo()), Blocks: make([]history.Block, len(r.GetBlocks())),
 		Shard: int(r.GetShard()), Shards: int(r.GetShards()),
+		Left: account.Limits{Samples: limit(r.GetLeftSamples()), Read: limit(r.GetLeftBytes())},
 	}
 	const most = math.MaxInt64 / int64(time.Millisecond)
 	if t.Step < 0 || t.Step > most || t.Lookback < 0 || t.Lookback > most || t.Span < 0 || t.Span > most || (t.Span == 0) != (t.Shards > 0) {

@@ -16,6 +16,7 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
+	"github.com/epimetheus-tsdb/epimetheus/gateway/account"
 	"github.com/epimetheus-tsdb/epimetheus/gateway/plan"
 	"github.com/epimetheus-tsdb/epimetheus/gateway/worker/workpb"
 	"github.com/epimetheus-tsdb/epimetheus/internal/dial"
@@ -54,7 +55,7 @@ func NewPool(self string, peers func() []Peer, logger *slog.Logger, reg promethe
 		conns: dial.New(logger, append(options, grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxResult+1<<10)))...),
 		requests: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "epimetheus_gateway_worker_requests_total",
-			Help: "Parts of queries that other gateways were asked for, by outcome: ok, declined (the engine has to see the data, or versions differ), failed.",
+			Help: "Parts of queries that other gateways were asked for, by outcome: ok, declined (the engine has to see the data, versions or options differ, or a limit was reached), failed.",
 		}, []string{"outcome"}),
 		hedges: prometheus.NewCounter(prometheus.CounterOpts{
 			Name: "epimetheus_gateway_worker_hedges_total", Help: "Parts of queries that a second gateway was asked for since the first was slow.",
@@ -80,7 +81,7 @@ func (p *Pool) inLine(key plan.Key) []Peer {
 		rank uint64
 	}
 	var all []ranked
-	for _, peer := range append(p.peers(), Peer{ID: p.self}) {
+	for _, peer := range append(slices.Clip(p.peers()), Peer{ID: p.self}) {
 		if slices.ContainsFunc(all, func(r ranked) bool { return r.ID == peer.ID }) {
 			continue
 		}
@@ -163,7 +164,9 @@ func (p *Pool) Run(ctx context.Context, key plan.Key, t *plan.Task) ([]byte, err
 		case a := <-answers:
 			slow.Stop()
 			switch {
-			case a.err == nil, errors.Is(a.err, plan.ErrGiveUp), errors.Is(a.err, plan.ErrUnlike):
+			case ctx.Err() != nil: // perhaps for what they have read
+				return nil, context.Cause(ctx)
+			case a.err == nil, errors.Is(a.err, plan.ErrGiveUp), errors.Is(a.err, plan.ErrUnlike), errors.Is(a.err, plan.ErrHere):
 				return a.b, a.err
 			}
 			failed++
@@ -195,6 +198,14 @@ func (p *Pool) one(ctx context.Context, peer Peer, req *workpb.RunRequest) ([]by
 	start := time.Now()
 	r, err := workpb.NewWorkClient(c).Run(ctx, req)
 	took := time.Since(start)
+	if c := told(r, err); c != nil {
+		read, costErr := costOf(c)
+		if costErr == nil {
+			account.From(ctx).AddWorker(peer.ID, read)
+		} else if err == nil {
+			err = costErr
+		}
+	}
 	switch status.Code(err) {
 	case codes.OK:
 		p.requests.WithLabelValues("ok").Inc()
@@ -208,6 +219,9 @@ func (p *Pool) one(ctx context.Context, peer Peer, req *workpb.RunRequest) ([]by
 	case codes.Unimplemented:
 		p.requests.WithLabelValues("declined").Inc()
 		return nil, plan.ErrUnlike
+	case codes.OutOfRange:
+		p.requests.WithLabelValues("declined").Inc()
+		return nil, plan.ErrHere
 	case codes.Canceled:
 		p.tookLonger(took)
 		return nil, err
@@ -230,6 +244,16 @@ func (p *Pool) fails(peer Peer, err error) {
 	if err != nil && !was {
 		p.logger.Warn("another gateway fails to compute parts of queries, they are computed elsewhere", "gateway", peer.ID, "addr", peer.Address, "err", err)
 	}
+}
+
+// told gives what a gateway says it has read, with a result or an error; nil if it doesn't say.
+func told(r *workpb.RunResponse, err error) *workpb.Cost {
+	for _, d := range status.Convert(err).Details() {
+		if c, ok := d.(*workpb.Cost); ok {
+			return c
+		}
+	}
+	return r.GetCost()
 }
 
 // took notes how long a part has taken.

@@ -7,14 +7,17 @@ import (
 	"log/slog"
 	"runtime"
 	"runtime/debug"
+	"strings"
 	"sync/atomic"
 
 	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/prometheus/promql"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
 
+	"github.com/epimetheus-tsdb/epimetheus/gateway/account"
 	"github.com/epimetheus-tsdb/epimetheus/gateway/plan"
 	"github.com/epimetheus-tsdb/epimetheus/gateway/worker/workpb"
 )
@@ -22,15 +25,18 @@ import (
 // Server computes parts of other gateways' queries.
 type Server struct {
 	workpb.UnimplementedWorkServer
-	run    func(context.Context, *plan.Task) ([]byte, error)
+	run    RunFunc
 	turns  *turns
 	logger *slog.Logger
 	parts  *prometheus.CounterVec
 	held   atomic.Int64 // bytes of requests
 }
 
-// NewServer makes a server; run computes a part.
-func NewServer(run func(context.Context, *plan.Task) ([]byte, error), logger *slog.Logger, reg prometheus.Registerer) *Server {
+// RunFunc computes a part, and says what was read for it, with an error too.
+type RunFunc func(context.Context, *plan.Task) ([]byte, account.Cost, error)
+
+// NewServer makes a server.
+func NewServer(run RunFunc, logger *slog.Logger, reg prometheus.Registerer) *Server {
 	s := &Server{
 		run: run, turns: newTurns(runtime.GOMAXPROCS(0), maxWaiting), logger: logger,
 		parts: prometheus.NewCounterVec(prometheus.CounterOpts{
@@ -56,9 +62,16 @@ func (s *Server) Register(g *grpc.Server) { workpb.RegisterWorkServer(g, s) }
 
 // Run implements workpb.WorkServer.
 func (s *Server) Run(ctx context.Context, r *workpb.RunRequest) (*workpb.RunResponse, error) {
+	var read account.Cost
 	fail := func(outcome string, code codes.Code, err error) (*workpb.RunResponse, error) {
 		s.parts.WithLabelValues(outcome).Inc()
-		return nil, status.Error(code, err.Error())
+		st := status.New(code, strings.ToValidUTF8(err.Error(), "?")) // it may have the query's text
+		if read != (account.Cost{}) {
+			if with, err := st.WithDetails(cost(read)); err == nil {
+				st = with
+			}
+		}
+		return nil, st.Err()
 	}
 	if r.GetVersion() != plan.Version {
 		return fail("declined", codes.Unimplemented, plan.ErrUnlike)
@@ -80,7 +93,7 @@ func (s *Server) Run(ctx context.Context, r *workpb.RunRequest) (*workpb.RunResp
 	if err != nil {
 		return fail("failed", codes.InvalidArgument, err)
 	}
-	b, err := s.safely(ctx, t)
+	b, read, err := s.safely(ctx, t)
 	switch {
 	case errors.Is(err, plan.ErrGiveUp):
 		return fail("declined", codes.FailedPrecondition, err)
@@ -88,6 +101,8 @@ func (s *Server) Run(ctx context.Context, r *workpb.RunRequest) (*workpb.RunResp
 		return fail("declined", codes.Unimplemented, err)
 	case ctx.Err() != nil:
 		return fail("canceled", codes.Canceled, context.Cause(ctx))
+	case errors.Is(err, account.ErrLimit), errors.As(err, new(promql.ErrTooManySamples)):
+		return fail("declined", codes.OutOfRange, err)
 	case err != nil:
 		s.logger.Warn("part of a query failed", "tenant", t.Tenant, "query", plan.Excerpt(t.Query), "err", err)
 		return fail("failed", codes.Internal, err)
@@ -95,11 +110,11 @@ func (s *Server) Run(ctx context.Context, r *workpb.RunRequest) (*workpb.RunResp
 		return fail("refused", codes.ResourceExhausted, errTooLarge)
 	}
 	s.parts.WithLabelValues("ok").Inc()
-	return &workpb.RunResponse{Result: b}, nil
+	return &workpb.RunResponse{Result: b, Cost: cost(read)}, nil
 }
 
 // safely runs a part. A bug ends the part and not the process.
-func (s *Server) safely(ctx context.Context, t *plan.Task) (_ []byte, err error) {
+func (s *Server) safely(ctx context.Context, t *plan.Task) (_ []byte, read account.Cost, err error) {
 	defer func() {
 		if p := recover(); p != nil {
 			s.logger.Error("runtime panic in a part of a query", "err", p, "stacktrace", string(debug.Stack()))

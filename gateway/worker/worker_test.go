@@ -18,6 +18,7 @@ import (
 	"github.com/oklog/ulid/v2"
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/prometheus/model/labels"
+	"github.com/prometheus/prometheus/promql"
 	"github.com/stretchr/testify/require"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
@@ -26,6 +27,7 @@ import (
 	"google.golang.org/grpc/test/bufconn"
 
 	"github.com/epimetheus-tsdb/epimetheus/chunkfmt"
+	"github.com/epimetheus-tsdb/epimetheus/gateway/account"
 	"github.com/epimetheus-tsdb/epimetheus/gateway/plan"
 	"github.com/epimetheus-tsdb/epimetheus/gateway/worker"
 	"github.com/epimetheus-tsdb/epimetheus/gateway/worker/workpb"
@@ -34,13 +36,24 @@ import (
 )
 
 // serve starts gateways that compute parts by run, which is told which they are.
-func serve(t *testing.T, n int, run func(ctx context.Context, i int, task *plan.Task) ([]byte, error)) (peers []worker.Peer, servers []*grpc.Server) {
+func serve(t *testing.T, n int, run func(ctx context.Context, i int, task *plan.Task) ([]byte, error)) ([]worker.Peer, []*grpc.Server) {
+	t.Helper()
+	return serveCosts(t, n, func(ctx context.Context, i int, task *plan.Task) ([]byte, account.Cost, error) {
+		b, err := run(ctx, i, task)
+		return b, account.Cost{}, err
+	})
+}
+
+// serveCosts is serve of those that say what they read.
+func serveCosts(t *testing.T, n int, run func(ctx context.Context, i int, task *plan.Task) ([]byte, account.Cost, error)) (peers []worker.Peer, servers []*grpc.Server) {
 	t.Helper()
 	for i := range n {
 		l, err := net.Listen("tcp", "127.0.0.1:0")
 		require.NoError(t, err)
 		g := grpc.NewServer()
-		worker.NewServer(func(ctx context.Context, task *plan.Task) ([]byte, error) { return run(ctx, i, task) },
+		worker.NewServer(func(ctx context.Context, task *plan.Task) ([]byte, account.Cost, error) {
+			return run(ctx, i, task)
+		},
 			slog.New(slog.DiscardHandler), prometheus.NewRegistry()).Register(g)
 		done := make(chan struct{})
 		go func() {
@@ -208,6 +221,92 @@ func TestOutcomes(t *testing.T) {
 	}
 }
 
+// What gateways have read for a task goes into the account of the query, whether it came to a result or
+// not; what can't have been read, and its result, doesn't count.
+func TestCosts(t *testing.T) {
+	want := account.Cost{
+		Samples: 1, Windows: 2, ObjectGets: 3, ObjectBytes: 4, Pages: 5, PagesCached: 6, PagesMemcached: 7, PartsKept: 8, PartsElsewhere: 9, Workers: 1,
+	}
+	read := want
+	read.Workers, read.PartsElsewhere, read.PartsHere = 0, 0, 9
+	twice := account.Cost{
+		Samples: 2, Windows: 4, ObjectGets: 6, ObjectBytes: 8, Pages: 10, PagesCached: 12, PagesMemcached: 14, PartsKept: 16, PartsElsewhere: 18, Workers: 2,
+	}
+	hostile := read
+	hostile.ObjectBytes = -1
+	large := read
+	large.Samples = 1<<50 + 1
+	broken := errors.New("broken \xff")
+	for name, c := range map[string]struct {
+		read   account.Cost
+		fails  error
+		limits account.Limits
+		err    error
+		cost   account.Cost
+		runs   int64
+	}{
+		"a result":        {read: read, cost: want, runs: 1},
+		"declined":        {read: read, fails: plan.ErrGiveUp, err: plan.ErrGiveUp, cost: want, runs: 1},
+		"not understood":  {read: read, fails: fmt.Errorf("%w: 1:5: \xff", plan.ErrUnlike), err: plan.ErrUnlike, cost: want, runs: 1},
+		"beyond a limit":  {read: read, fails: fmt.Errorf("reading: %w", account.ErrLimit), err: plan.ErrHere, cost: want, runs: 1},
+		"too many points": {read: read, fails: promql.ErrTooManySamples("here"), err: plan.ErrHere, cost: want, runs: 1},
+		"nothing read":    {fails: plan.ErrUnlike, err: plan.ErrUnlike, runs: 1},
+		"broken":          {read: read, fails: broken, err: plan.ErrHere, cost: twice, runs: 2},
+		"hostile":         {read: hostile, err: plan.ErrHere, runs: 2},
+		"large":           {read: large, err: plan.ErrHere, runs: 2},
+		"hostile error":   {read: hostile, fails: plan.ErrGiveUp, err: plan.ErrGiveUp, runs: 1},
+		"within a limit":  {read: read, limits: account.Limits{Samples: 1}, cost: want, runs: 1},
+		"large error":     {read: large, fails: broken, limits: account.Limits{Samples: 1}, err: plan.ErrHere, runs: 2},
+		"bytes beyond":    {read: read, limits: account.Limits{Read: 3}, err: account.ErrLimit, cost: want, runs: 1},
+		"samples beyond":  {read: account.Cost{Samples: 2}, fails: broken, limits: account.Limits{Samples: 1}, err: account.ErrLimit, cost: account.Cost{Samples: 2, Workers: 1}, runs: 1},
+	} {
+		t.Run(name, func(t *testing.T) {
+			var runs atomic.Int64
+			peers, _ := serveCosts(t, 2, func(_ context.Context, _ int, x *plan.Task) ([]byte, account.Cost, error) {
+				runs.Add(1)
+				if x.Left != c.limits {
+					t.Errorf("%+v left, want %+v", x.Left, c.limits)
+				}
+				return []byte("x"), c.read, c.fails
+			})
+			p := pool(t, "caller", peers)
+			k := key(0) // of which the caller is the last in line
+			for i := 1; pool(t, "caller", peers[:1]).Here(k) || pool(t, "caller", peers[1:]).Here(k); i++ {
+				k = key(i)
+			}
+			ctx, acc, done := account.NewMemory(0, prometheus.NewRegistry()).Open(t.Context(), "t", c.limits)
+			defer done()
+			x := task()
+			x.Left = acc.Left()
+			_, err := p.Run(ctx, k, x)
+			if c.err == nil {
+				require.NoError(t, err)
+			} else {
+				require.ErrorIs(t, err, c.err)
+			}
+			require.Equal(t, c.cost, acc.Cost())
+			require.Equal(t, c.runs, runs.Load())
+		})
+	}
+}
+
+// The text of a query may be no UTF-8, in a comment.
+func TestTextOfQuery(t *testing.T) {
+	want := task()
+	want.Query = "rate(x[5m]) # \xff"
+	peers, _ := serve(t, 1, func(_ context.Context, _ int, got *plan.Task) ([]byte, error) {
+		require.Equal(t, want, got)
+		return []byte("x"), nil
+	})
+	p := pool(t, "caller", peers)
+	k := key(0)
+	for i := 1; p.Here(k); i++ {
+		k = key(i)
+	}
+	_, err := p.Run(t.Context(), k, want)
+	require.NoError(t, err)
+}
+
 // Whatever a task is, the worker goes on.
 func TestBadTasks(t *testing.T) {
 	var runs atomic.Int64
@@ -272,12 +371,12 @@ func TestSlowParts(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		l := bufconn.Listen(256 << 10)
 		g := grpc.NewServer()
-		worker.NewServer(func(ctx context.Context, _ *plan.Task) ([]byte, error) {
+		worker.NewServer(func(ctx context.Context, _ *plan.Task) ([]byte, account.Cost, error) {
 			select {
 			case <-ctx.Done():
-				return nil, context.Cause(ctx)
+				return nil, account.Cost{}, context.Cause(ctx)
 			case <-time.After(5 * time.Second):
-				return []byte("x"), nil
+				return []byte("x"), account.Cost{}, nil
 			}
 		}, slog.New(slog.DiscardHandler), prometheus.NewRegistry()).Register(g)
 		served := make(chan struct{})
@@ -392,9 +491,9 @@ func TestTenantsTakeTurns(t *testing.T) {
 // Requests that wait don't take all memory: beyond a bound the caller computes its parts.
 func TestBytesThatWait(t *testing.T) {
 	release := make(chan struct{})
-	s := worker.NewServer(func(context.Context, *plan.Task) ([]byte, error) {
+	s := worker.NewServer(func(context.Context, *plan.Task) ([]byte, account.Cost, error) {
 		<-release
-		return []byte("x"), nil
+		return []byte("x"), account.Cost{}, nil
 	}, slog.New(slog.DiscardHandler), prometheus.NewRegistry())
 	heads := []*workpb.HeadList{{Series: []*workpb.HeadSeries{{Chunks: []*workpb.HeadChunk{{Data: make([]byte, 4<<20)}}}}}}
 	run := func(tenant string) error {

@@ -266,7 +266,7 @@ type RunRequest struct {
 	state              protoimpl.MessageState `protogen:"open.v1"`
 	Version            uint32                 `protobuf:"varint,1,opt,name=version,proto3" json:"version,omitempty"`
 	Tenant             string                 `protobuf:"bytes,2,opt,name=tenant,proto3" json:"tenant,omitempty"`
-	Query              string                 `protobuf:"bytes,3,opt,name=query,proto3" json:"query,omitempty"`
+	Query              []byte                 `protobuf:"bytes,3,opt,name=query,proto3" json:"query,omitempty"`    // a text, perhaps not UTF-8
 	Start              int64                  `protobuf:"zigzag64,4,opt,name=start,proto3" json:"start,omitempty"` // ms since the epoch
 	End                int64                  `protobuf:"zigzag64,5,opt,name=end,proto3" json:"end,omitempty"`
 	Step               int64                  `protobuf:"varint,6,opt,name=step,proto3" json:"step,omitempty"`         // ms; 0: an instant query
@@ -287,9 +287,12 @@ type RunRequest struct {
 	BeforeShort        *int64                 `protobuf:"zigzag64,21,opt,name=before_short,json=beforeShort,proto3,oneof" json:"before_short,omitempty"` // ms; windows of 5 minutes that begin before it are
 	BeforeLong         *int64                 `protobuf:"zigzag64,22,opt,name=before_long,json=beforeLong,proto3,oneof" json:"before_long,omitempty"`    // ms; windows of an hour that begin before it are
 	// With shards, of all steps of the leaf this shard of the series; there is no span.
-	Shard         uint32      `protobuf:"varint,23,opt,name=shard,proto3" json:"shard,omitempty"`
-	Shards        uint32      `protobuf:"varint,24,opt,name=shards,proto3" json:"shards,omitempty"`
-	Heads         []*HeadList `protobuf:"bytes,25,rep,name=heads,proto3" json:"heads,omitempty"`
+	Shard  uint32      `protobuf:"varint,23,opt,name=shard,proto3" json:"shard,omitempty"`
+	Shards uint32      `protobuf:"varint,24,opt,name=shards,proto3" json:"shards,omitempty"`
+	Heads  []*HeadList `protobuf:"bytes,25,rep,name=heads,proto3" json:"heads,omitempty"`
+	// What the query may still read; 0: no limit.
+	LeftSamples   uint64 `protobuf:"varint,26,opt,name=left_samples,json=leftSamples,proto3" json:"left_samples,omitempty"`
+	LeftBytes     uint64 `protobuf:"varint,27,opt,name=left_bytes,json=leftBytes,proto3" json:"left_bytes,omitempty"` // of the object store
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -338,11 +341,11 @@ func (x *RunRequest) GetTenant() string {
 	return ""
 }
 
-func (x *RunRequest) GetQuery() string {
+func (x *RunRequest) GetQuery() []byte {
 	if x != nil {
 		return x.Query
 	}
-	return ""
+	return nil
 }
 
 func (x *RunRequest) GetStart() int64 {
@@ -497,6 +500,20 @@ func (x *RunRequest) GetHeads() []*HeadList {
 		return x.Heads
 	}
 	return nil
+}
+
+func (x *RunRequest) GetLeftSamples() uint64 {
+	if x != nil {
+		return x.LeftSamples
+	}
+	return 0
+}
+
+func (x *RunRequest) GetLeftBytes() uint64 {
+	if x != nil {
+		return x.LeftBytes
+	}
+	return 0
 }
 
 // What a head has of a shard, ascending in labels: as in the fetch protocol.
@@ -667,6 +684,7 @@ func (x *HeadChunk) GetData() []byte {
 type RunResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Result        []byte                 `protobuf:"bytes,1,opt,name=result,proto3" json:"result,omitempty"`
+	Cost          *Cost                  `protobuf:"bytes,2,opt,name=cost,proto3" json:"cost,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -708,6 +726,122 @@ func (x *RunResponse) GetResult() []byte {
 	return nil
 }
 
+func (x *RunResponse) GetCost() *Cost {
+	if x != nil {
+		return x.Cost
+	}
+	return nil
+}
+
+// What was read for a task.
+type Cost struct {
+	state          protoimpl.MessageState `protogen:"open.v1"`
+	Samples        uint64                 `protobuf:"varint,1,opt,name=samples,proto3" json:"samples,omitempty"`
+	Windows        uint64                 `protobuf:"varint,2,opt,name=windows,proto3" json:"windows,omitempty"`                                     // summaries, read in place of samples
+	ObjectGets     uint64                 `protobuf:"varint,3,opt,name=object_gets,json=objectGets,proto3" json:"object_gets,omitempty"`             // requests to the object store
+	ObjectBytes    uint64                 `protobuf:"varint,4,opt,name=object_bytes,json=objectBytes,proto3" json:"object_bytes,omitempty"`          // that these read
+	Pages          uint64                 `protobuf:"varint,5,opt,name=pages,proto3" json:"pages,omitempty"`                                         // of blocks
+	PagesCached    uint64                 `protobuf:"varint,6,opt,name=pages_cached,json=pagesCached,proto3" json:"pages_cached,omitempty"`          // of them in memory
+	PagesMemcached uint64                 `protobuf:"varint,7,opt,name=pages_memcached,json=pagesMemcached,proto3" json:"pages_memcached,omitempty"` // of them in memcached
+	PartsKept      uint64                 `protobuf:"varint,8,opt,name=parts_kept,json=partsKept,proto3" json:"parts_kept,omitempty"`                // whose result was in memory
+	PartsComputed  uint64                 `protobuf:"varint,9,opt,name=parts_computed,json=partsComputed,proto3" json:"parts_computed,omitempty"`    // a shard is one
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
+}
+
+func (x *Cost) Reset() {
+	*x = Cost{}
+	mi := &file_worker_worker_proto_msgTypes[8]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Cost) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Cost) ProtoMessage() {}
+
+func (x *Cost) ProtoReflect() protoreflect.Message {
+	mi := &file_worker_worker_proto_msgTypes[8]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Cost.ProtoReflect.Descriptor instead.
+func (*Cost) Descriptor() ([]byte, []int) {
+	return file_worker_worker_proto_rawDescGZIP(), []int{8}
+}
+
+func (x *Cost) GetSamples() uint64 {
+	if x != nil {
+		return x.Samples
+	}
+	return 0
+}
+
+func (x *Cost) GetWindows() uint64 {
+	if x != nil {
+		return x.Windows
+	}
+	return 0
+}
+
+func (x *Cost) GetObjectGets() uint64 {
+	if x != nil {
+		return x.ObjectGets
+	}
+	return 0
+}
+
+func (x *Cost) GetObjectBytes() uint64 {
+	if x != nil {
+		return x.ObjectBytes
+	}
+	return 0
+}
+
+func (x *Cost) GetPages() uint64 {
+	if x != nil {
+		return x.Pages
+	}
+	return 0
+}
+
+func (x *Cost) GetPagesCached() uint64 {
+	if x != nil {
+		return x.PagesCached
+	}
+	return 0
+}
+
+func (x *Cost) GetPagesMemcached() uint64 {
+	if x != nil {
+		return x.PagesMemcached
+	}
+	return 0
+}
+
+func (x *Cost) GetPartsKept() uint64 {
+	if x != nil {
+		return x.PartsKept
+	}
+	return 0
+}
+
+func (x *Cost) GetPartsComputed() uint64 {
+	if x != nil {
+		return x.PartsComputed
+	}
+	return 0
+}
+
 var File_worker_worker_proto protoreflect.FileDescriptor
 
 const file_worker_worker_proto_rawDesc = "" +
@@ -732,12 +866,12 @@ const file_worker_worker_proto_rawDesc = "" +
 	"\aMatcher\x12\x12\n" +
 	"\x04type\x18\x01 \x01(\rR\x04type\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\fR\x04name\x12\x14\n" +
-	"\x05value\x18\x03 \x01(\fR\x05value\"\xbd\x06\n" +
+	"\x05value\x18\x03 \x01(\fR\x05value\"\xff\x06\n" +
 	"\n" +
 	"RunRequest\x12\x18\n" +
 	"\aversion\x18\x01 \x01(\rR\aversion\x12\x16\n" +
 	"\x06tenant\x18\x02 \x01(\tR\x06tenant\x12\x14\n" +
-	"\x05query\x18\x03 \x01(\tR\x05query\x12\x14\n" +
+	"\x05query\x18\x03 \x01(\fR\x05query\x12\x14\n" +
 	"\x05start\x18\x04 \x01(\x12R\x05start\x12\x10\n" +
 	"\x03end\x18\x05 \x01(\x12R\x03end\x12\x12\n" +
 	"\x04step\x18\x06 \x01(\x03R\x04step\x12\x1a\n" +
@@ -762,7 +896,10 @@ const file_worker_worker_proto_rawDesc = "" +
 	"beforeLong\x88\x01\x01\x12\x14\n" +
 	"\x05shard\x18\x17 \x01(\rR\x05shard\x12\x16\n" +
 	"\x06shards\x18\x18 \x01(\rR\x06shards\x122\n" +
-	"\x05heads\x18\x19 \x03(\v2\x1c.epimetheus.work.v1.HeadListR\x05headsB\t\n" +
+	"\x05heads\x18\x19 \x03(\v2\x1c.epimetheus.work.v1.HeadListR\x05heads\x12!\n" +
+	"\fleft_samples\x18\x1a \x01(\x04R\vleftSamples\x12\x1d\n" +
+	"\n" +
+	"left_bytes\x18\x1b \x01(\x04R\tleftBytesB\t\n" +
 	"\a_beforeB\x0f\n" +
 	"\r_before_shortB\x0e\n" +
 	"\f_before_long\"B\n" +
@@ -776,9 +913,22 @@ const file_worker_worker_proto_rawDesc = "" +
 	"\bencoding\x18\x01 \x01(\rR\bencoding\x12\x12\n" +
 	"\x04mint\x18\x02 \x01(\x12R\x04mint\x12\x12\n" +
 	"\x04maxt\x18\x03 \x01(\x12R\x04maxt\x12\x12\n" +
-	"\x04data\x18\x04 \x01(\fR\x04data\"%\n" +
+	"\x04data\x18\x04 \x01(\fR\x04data\"S\n" +
 	"\vRunResponse\x12\x16\n" +
-	"\x06result\x18\x01 \x01(\fR\x06result2N\n" +
+	"\x06result\x18\x01 \x01(\fR\x06result\x12,\n" +
+	"\x04cost\x18\x02 \x01(\v2\x18.epimetheus.work.v1.CostR\x04cost\"\xa6\x02\n" +
+	"\x04Cost\x12\x18\n" +
+	"\asamples\x18\x01 \x01(\x04R\asamples\x12\x18\n" +
+	"\awindows\x18\x02 \x01(\x04R\awindows\x12\x1f\n" +
+	"\vobject_gets\x18\x03 \x01(\x04R\n" +
+	"objectGets\x12!\n" +
+	"\fobject_bytes\x18\x04 \x01(\x04R\vobjectBytes\x12\x14\n" +
+	"\x05pages\x18\x05 \x01(\x04R\x05pages\x12!\n" +
+	"\fpages_cached\x18\x06 \x01(\x04R\vpagesCached\x12'\n" +
+	"\x0fpages_memcached\x18\a \x01(\x04R\x0epagesMemcached\x12\x1d\n" +
+	"\n" +
+	"parts_kept\x18\b \x01(\x04R\tpartsKept\x12%\n" +
+	"\x0eparts_computed\x18\t \x01(\x04R\rpartsComputed2N\n" +
 	"\x04Work\x12F\n" +
 	"\x03Run\x12\x1e.epimetheus.work.v1.RunRequest\x1a\x1f.epimetheus.work.v1.RunResponseB=Z;github.com/epimetheus-tsdb/epimetheus/gateway/worker/workpbb\x06proto3"
 
@@ -794,7 +944,7 @@ func file_worker_worker_proto_rawDescGZIP() []byte {
 	return file_worker_worker_proto_rawDescData
 }
 
-var file_worker_worker_proto_msgTypes = make([]protoimpl.MessageInfo, 8)
+var file_worker_worker_proto_msgTypes = make([]protoimpl.MessageInfo, 9)
 var file_worker_worker_proto_goTypes = []any{
 	(*Block)(nil),       // 0: epimetheus.work.v1.Block
 	(*Deletion)(nil),    // 1: epimetheus.work.v1.Deletion
@@ -804,6 +954,7 @@ var file_worker_worker_proto_goTypes = []any{
 	(*HeadSeries)(nil),  // 5: epimetheus.work.v1.HeadSeries
 	(*HeadChunk)(nil),   // 6: epimetheus.work.v1.HeadChunk
 	(*RunResponse)(nil), // 7: epimetheus.work.v1.RunResponse
+	(*Cost)(nil),        // 8: epimetheus.work.v1.Cost
 }
 var file_worker_worker_proto_depIdxs = []int32{
 	2, // 0: epimetheus.work.v1.Deletion.matchers:type_name -> epimetheus.work.v1.Matcher
@@ -812,13 +963,14 @@ var file_worker_worker_proto_depIdxs = []int32{
 	4, // 3: epimetheus.work.v1.RunRequest.heads:type_name -> epimetheus.work.v1.HeadList
 	5, // 4: epimetheus.work.v1.HeadList.series:type_name -> epimetheus.work.v1.HeadSeries
 	6, // 5: epimetheus.work.v1.HeadSeries.chunks:type_name -> epimetheus.work.v1.HeadChunk
-	3, // 6: epimetheus.work.v1.Work.Run:input_type -> epimetheus.work.v1.RunRequest
-	7, // 7: epimetheus.work.v1.Work.Run:output_type -> epimetheus.work.v1.RunResponse
-	7, // [7:8] is the sub-list for method output_type
-	6, // [6:7] is the sub-list for method input_type
-	6, // [6:6] is the sub-list for extension type_name
-	6, // [6:6] is the sub-list for extension extendee
-	0, // [0:6] is the sub-list for field type_name
+	8, // 6: epimetheus.work.v1.RunResponse.cost:type_name -> epimetheus.work.v1.Cost
+	3, // 7: epimetheus.work.v1.Work.Run:input_type -> epimetheus.work.v1.RunRequest
+	7, // 8: epimetheus.work.v1.Work.Run:output_type -> epimetheus.work.v1.RunResponse
+	8, // [8:9] is the sub-list for method output_type
+	7, // [7:8] is the sub-list for method input_type
+	7, // [7:7] is the sub-list for extension type_name
+	7, // [7:7] is the sub-list for extension extendee
+	0, // [0:7] is the sub-list for field type_name
 }
 
 func init() { file_worker_worker_proto_init() }
@@ -833,7 +985,7 @@ func file_worker_worker_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_worker_worker_proto_rawDesc), len(file_worker_worker_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   8,
+			NumMessages:   9,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

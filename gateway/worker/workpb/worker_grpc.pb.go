@@ -31,7 +31,8 @@ const (
 type WorkClient interface {
 	// The result of a part. FAILED_PRECONDITION: the data are such that the leaf is
 	// the engine's. UNIMPLEMENTED: the worker's version or options differ.
-	// RESOURCE_EXHAUSTED: it has enough to do. All else: another may try.
+	// OUT_OF_RANGE: it would go beyond a limit; the caller knows more. RESOURCE_EXHAUSTED: it has
+	// enough to do. All else: another may try. With an error the status has the Cost, if there is one.
 	Run(ctx context.Context, in *RunRequest, opts ...grpc.CallOption) (*RunResponse, error)
 }
 
@@ -59,7 +60,8 @@ func (c *workClient) Run(ctx context.Context, in *RunRequest, opts ...grpc.CallO
 type WorkServer interface {
 	// The result of a part. FAILED_PRECONDITION: the data are such that the leaf is
 	// the engine's. UNIMPLEMENTED: the worker's version or options differ.
-	// RESOURCE_EXHAUSTED: it has enough to do. All else: another may try.
+	// OUT_OF_RANGE: it would go beyond a limit; the caller knows more. RESOURCE_EXHAUSTED: it has
+	// enough to do. All else: another may try. With an error the status has the Cost, if there is one.
 	Run(context.Context, *RunRequest) (*RunResponse, error)
 	mustEmbedUnimplementedWorkServer()
 }
