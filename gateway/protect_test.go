@@ -375,6 +375,42 @@ func (endless) Read(_ *fetchpb.ReadRequest, s grpc.ServerStreamingServer[fetchpb
 	return err
 }
 
+// What the engine takes at once, or for labels that functions make longer, counts before it is
+// taken: else one query ends the process.
+func TestMemoryOfEngine(t *testing.T) {
+	c := fifty(t)
+	longer := func(expr string, times int, replacement string) string {
+		for range times {
+			expr = `label_replace(` + expr + `, "i", "` + replacement + `", "i", "(.*)")`
+		}
+		return expr
+	}
+	for _, q := range []struct {
+		expr  string
+		ended bool
+	}{
+		{`count_over_time(vector(1)[100d:1ms])`, true},
+		{`count_over_time(requests_total[100d:1ms])`, true},
+		{`max_over_time(count_over_time(requests_total[5m])[100d:1ms])`, true},
+		{`count_over_time(vector(1)[1h:1s])`, false},
+		{`count_over_time(requests_total{i="1"}[30m:1s])`, false},
+		{longer(`requests_total`, 5, "$1$1$1$1$1$1$1$1"), true},
+		{longer(`rate(requests_total[5m])`, 5, "$1$1$1$1$1$1$1$1"), true},
+		{longer(`requests_total`, 1, strings.Repeat("x", 200_000)), true},
+		{longer(`requests_total`, 20, "$1"), false},
+		{longer(`rate(requests_total[5m])`, 20, "$1"), false},
+		{longer(`vector(1)`, 20, "$1$1$1$1$1$1$1$1"), false}, // of one series; the engine makes no labels that are too long
+	} {
+		reg := prometheus.NewRegistry()
+		api := newAPI(t, c, gateway.Options{Memory: account.NewMemory(3<<20, reg)})
+		a := call(t, api, "query", "query", q.expr, "time", "3600")
+		require.Equal(t, q.ended, strings.Contains(a.Error, "gateway.query_memory_bytes (3145728)"), "%s: %s", plan.Excerpt(q.expr), a.Error)
+		if q.ended {
+			require.Equal(t, http.StatusUnprocessableEntity, a.code, a.Error)
+		}
+	}
+}
+
 // What an ingester sends counts while it comes.
 func TestMemoryOfHeads(t *testing.T) {
 	c := gatewaytest.New(t, gatewaytest.Options{})

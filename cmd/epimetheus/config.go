@@ -106,7 +106,7 @@ type GatewayConfig struct {
 	TenantFederation bool                           `yaml:"tenant_federation,omitempty" doc:"Whether a request may be about several tenants, as 'X-Scope-OrgID: a|b'. Series then have the label '__tenant_id__'. The proxy that authenticates must check each of them. Off, a bar is a part of a tenant's name."`
 	Tenants          map[string]GatewayTenantConfig `yaml:"tenants,omitempty" doc:"By tenant: its own 'lookback_delta' and 'enable_features', where those that its sidecar reports aren't wanted, and its own 'limits'. With one of the first two, the other is as above if absent; 'enable_features: []' is none; a tenant with 'limits' has those alone, and the default of 'queries' if they don't say."`
 	Limits           QueryLimits                    `yaml:"limits,omitempty"`
-	QueryMemory      size                           `yaml:"query_memory_bytes,omitempty" doc:"Memory that all queries may hold together (samples of heads, series and pages of blocks, points that the engine makes, results, bodies of requests). Beyond it, of the tenant that holds most, the query that holds most is ended. 0: no bound."`
+	QueryMemory      size                           `yaml:"query_memory_bytes,omitempty" doc:"Memory that all queries may hold together (samples of heads, series and pages of blocks, points and labels that the engine makes, steps of subqueries, results, bodies of requests). Beyond it, of the tenant that holds most, the query that holds most is ended. 0: no bound."`
 	SlowQuery        duration                       `yaml:"slow_query,omitempty" doc:"Queries that take so long are logged, with what they read, and the first 2 KiB of what they say. 0: none are."`
 	Prices           PricesConfig                   `yaml:"prices,omitempty"`
 }

@@ -98,6 +98,7 @@ func (e *Engine) plan(inner promql.Query, one *snapshot, opts promql.QueryOpts) 
 		g.Step = 1 // as the engine does for an instant
 	}
 	q.grid = g
+	q.need = needOf(stmt.Expr, g, e.opts.NoStepSubqueryIntervalFn)
 	one.mint, one.maxt = promql.FindMinMaxTime(stmt)
 	one.alone = len(parser.ExtractSelectors(stmt.Expr)) == 1
 	p := &planner{lookback: stmt.LookbackDelta.Milliseconds(), noStep: e.opts.NoStepSubqueryIntervalFn}
@@ -121,6 +122,7 @@ type query struct {
 	grid   Grid
 	one    *snapshot
 	leaves []*Leaf
+	need   *need // of the engine; nil: there is no statement
 
 	answer promql.Matrix // of a query that is a leaf and nothing else
 	points int           // in answer, and what that was made of, as the engine counts them
@@ -142,7 +144,15 @@ func (q *query) Exec(ctx context.Context) *promql.Result {
 		return &promql.Result{Err: err}
 	}
 	if acc != nil {
-		q.one.hold = &engineHold{account: acc, samples: q.Query.Stats().Samples, window: q.lookback()}
+		q.one.hold = &engineHold{account: acc, samples: q.Query.Stats().Samples, window: q.lookback(), need: q.need}
+		if q.need != nil {
+			once := q.need.once()
+			acc.Hold(once)
+			defer acc.Hold(-once)
+		}
+		if err := context.Cause(ctx); errors.Is(err, account.ErrLimit) {
+			return &promql.Result{Err: err} // the engine takes it before it looks
+		}
 	}
 	r := q.exec(ctx)
 	switch {
@@ -418,6 +428,7 @@ func (q *query) compute(ctx context.Context) (annos annotations.Annotations, err
 		l.result.series = make([]storage.Series, len(p.series))
 		if h := q.one.hold; h != nil {
 			for j := range p.series {
+				h.label(p.series[j].Metric)
 				h.copies += seriesBytes + pointBytes*int64(pointsOf(&p.series[j].Series))
 			}
 			h.end()

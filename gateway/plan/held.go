@@ -1,6 +1,7 @@
 package plan
 
 import (
+	"github.com/prometheus/prometheus/model/labels"
 	"github.com/prometheus/prometheus/storage"
 	"github.com/prometheus/prometheus/tsdb/chunkenc"
 	"github.com/prometheus/prometheus/util/stats"
@@ -23,10 +24,12 @@ type engineHold struct {
 	account *account.Account
 	samples *stats.QuerySamples // the engine's
 	window  int64               // lookback delta, ms
+	need    *need               // nil: of nothing else
 
 	copies  int64 // bytes that results of leaves take once more, as the engine copies them
 	peak    int   // samples at the most, as far as the engine has told
 	pending int64 // estimated bytes since that has risen
+	labels  int64 // bytes of labels that functions may make
 	held    int64 // bytes that the account holds
 }
 
@@ -35,8 +38,18 @@ func (h *engineHold) add(bytes int64) {
 	h.settle()
 	h.pending += bytes
 	const atOnce = 4 << 10 // to tell the account of each series takes as long as to read a short one
-	if all := max(pointBytes*int64(h.peak), h.copies) + h.pending; all < h.held || all > h.held+atOnce {
+	if all := h.sure() + h.pending; all < h.held || all > h.held+atOnce {
 		h.hold(all)
+	}
+}
+
+// sure is what the engine has taken, as far as it has told, in bytes.
+func (h *engineHold) sure() int64 { return max(pointBytes*int64(h.peak), h.copies) + h.labels }
+
+// label notes a series of which functions may make longer labels.
+func (h *engineHold) label(ls labels.Labels) {
+	if h.need != nil {
+		h.labels += h.need.each(ls)
 	}
 }
 
@@ -53,7 +66,7 @@ func (h *engineHold) end() {
 		return
 	}
 	h.settle()
-	h.hold(max(pointBytes*int64(h.peak), h.copies))
+	h.hold(h.sure())
 }
 
 func (h *engineHold) hold(bytes int64) {
@@ -97,6 +110,7 @@ func (s *heldSet) Next() bool {
 	}
 	s.at, s.room = &s.room[0], s.room[1:]
 	*s.at = heldSeries{s.SeriesSet.At(), s}
+	s.hold.label(s.at.Labels())
 	return true
 }
 
