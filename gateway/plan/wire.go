@@ -19,8 +19,9 @@ import (
 	"github.com/epimetheus-tsdb/epimetheus/gateway/account"
 )
 
-// The form of a partial in caches and between gateways: docs/protocols/work.md.
-// Version 1. A reader that doesn't know a version computes the part itself.
+// The version of the form of a partial in caches and between gateways, docs/protocols/work.md, and of
+// what kernels compute: with either it is raised, see TestVersionOfResults. A reader that
+// doesn't know a version computes the part itself.
 const partialVersion = 2
 
 // errCorrupt: not what was written.
