@@ -327,11 +327,10 @@ func (w *work) send(ctx context.Context, g *errgroup.Group, n int, run func(ctx 
 				return nil // taken back, or there is an error already
 			}
 			defer func() { <-slots }()
-			err = run(ctx, i)
-			if errors.Is(context.Cause(ctx), errTakenBack) {
-				return nil
+			if err := run(ctx, i); !errors.Is(err, errTakenBack) {
+				return err
 			}
-			return err
+			return nil
 		})
 	}
 	return s

@@ -148,7 +148,8 @@ func (r *reader) partial(g Grid, parts int) (*partial, error) {
 	for i := range steps {
 		p.counts.window[i], p.counts.read[i] = r.varint(), r.varint()
 	}
-	if p.counts.series = r.varint(); p.counts.series < 0 {
+	const most = 1 << 50 // so that sums don't overflow
+	if p.counts.series = r.varint(); p.counts.series < 0 || p.counts.series > most {
 		return nil, fmt.Errorf("%w: %d series", errCorrupt, p.counts.series)
 	}
 	for range r.length(3) {

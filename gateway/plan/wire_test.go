@@ -141,15 +141,17 @@ func TestPointsTwice(t *testing.T) {
 	}
 }
 
-// No fewer series than none were read: they count to limits.
-func TestNegativeSeries(t *testing.T) {
+// Series count to limits: no fewer than none were read, and no more than sums can have.
+func TestImpossibleSeries(t *testing.T) {
 	g := Grid{Start: 0, End: 0, Step: 1}
-	p := &partial{counts: newCounts(1)}
-	p.counts.series = -1
-	b, err := p.marshal(g)
-	require.NoError(t, err)
-	_, err = unmarshal(b, g, 1, free)
-	require.ErrorIs(t, err, errCorrupt)
+	for _, n := range []int64{-1, 1<<50 + 1} {
+		p := &partial{counts: newCounts(1)}
+		p.counts.series = n
+		b, err := p.marshal(g)
+		require.NoError(t, err)
+		_, err = unmarshal(b, g, 1, free)
+		require.ErrorIs(t, err, errCorrupt)
+	}
 }
 
 // FuzzPartial: whatever bytes come, they are refused or have the form of what is

@@ -65,7 +65,7 @@ func (s *Server) Run(ctx context.Context, r *workpb.RunRequest) (*workpb.RunResp
 	var read account.Cost
 	fail := func(outcome string, code codes.Code, err error) (*workpb.RunResponse, error) {
 		s.parts.WithLabelValues(outcome).Inc()
-		st := status.New(code, strings.ToValidUTF8(err.Error(), "?")) // it may have the query's text
+		st := status.New(code, plan.Excerpt(strings.ToValidUTF8(err.Error(), "?"))) // it may have the query's text
 		if read != (account.Cost{}) {
 			if with, err := st.WithDetails(cost(read)); err == nil {
 				st = with
