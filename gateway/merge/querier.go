@@ -30,9 +30,11 @@ type Querier struct {
 	s          *Storage
 	mint, maxt int64
 
-	mu      sync.Mutex
+	listing sync.Mutex // held while snap is taken: Close and selectors that read heads don't wait for that
 	snap    *history.Snapshot
 	listed  time.Time // before snap was
+
+	mu      sync.Mutex
 	cancels []context.CancelFunc
 	queue   []func() // selectors that are to be read, in order
 	reading int      // goroutines that read them, see readingAtOnce
@@ -100,8 +102,8 @@ func done() {}
 // But a member that has left meanwhile, or has restarted, shows nothing of what it has
 // just published: what is listed before since won't do then.
 func (q *Querier) snapshot(ctx context.Context, must []ulid.ULID, since time.Time) (*history.Snapshot, error) {
-	q.mu.Lock()
-	defer q.mu.Unlock()
+	q.listing.Lock()
+	defer q.listing.Unlock()
 	if q.snap == nil || since.After(q.listed) {
 		now := time.Now()
 		snap, err := q.s.snapshot(ctx, q.s.tenantOf(ctx), q.mint, q.maxt, must, since)
