@@ -91,37 +91,37 @@ func ParseDataPage(b []byte) (*DataPage, error) {
 		return nil, fmt.Errorf("data page: %w", err)
 	}
 	p := &DataPage{id: pageIDs.Add(1)}
-	c := cursor{b: body}
-	p.times = make([]timesColumn, c.count(2))
+	c := over(body)
+	p.times = make([]timesColumn, c.Count(2))
 	sizes := make([]uint64, len(p.times))
 	for i := range p.times {
-		p.times[i].n = c.bounded("samples of a chunk", MaxChunkSamples)
-		sizes[i] = c.uvarint()
+		p.times[i].n = c.Bounded("samples of a chunk", MaxChunkSamples)
+		sizes[i] = c.Uvarint()
 	}
-	p.chunks = make([]pageChunk, c.count(3))
+	p.chunks = make([]pageChunk, c.Count(3))
 	for i := range p.chunks {
 		k := &p.chunks[i]
-		k.kind = c.byte()
-		k.times = uint32(c.uvarint())
+		k.kind = c.Byte()
+		k.times = uint32(c.Uvarint())
 		if k.times >= uint32(len(p.times)) {
-			c.fail("chunk %d names timestamps %d of %d", i, k.times, len(p.times))
+			c.Fail("chunk %d names timestamps %d of %d", i, k.times, len(p.times))
 		}
-		k.end = uint32(c.bounded("bytes of a chunk", MaxPage)) // for now its size
-		if c.err != nil {
+		k.end = uint32(c.Bounded("bytes of a chunk", MaxPage)) // for now its size
+		if c.Err != nil {
 			break
 		}
 	}
 	for i, n := range sizes {
-		if n > uint64(len(c.b)) {
-			c.fail("column of %d bytes, %d left", n, len(c.b))
+		if n > uint64(len(c.B)) {
+			c.Fail("column of %d bytes, %d left", n, len(c.B))
 			break
 		}
-		p.times[i].b = c.bytes(int(n))
+		p.times[i].b = c.Bytes(int(n))
 	}
-	if c.err == nil {
+	if c.Err == nil {
 		p.layOut(&c)
 	}
-	if err := c.end(); err != nil {
+	if err := c.End(); err != nil {
 		return nil, fmt.Errorf("data page: %w", err)
 	}
 	return p, nil
@@ -130,24 +130,24 @@ func ParseDataPage(b []byte) (*DataPage, error) {
 // layOut finds where chunks lie, and on which others they are based.
 func (p *DataPage) layOut(c *cursor) {
 	// With all its capacity, so that unpacking may load beyond the end of a chunk.
-	p.body = c.b
+	p.body = c.B
 	from := uint32(0)
 	before := make([]uint32, len(p.times)) // by timestamps: one more than the chunk before that has them
 	for i := range p.chunks {
 		k := &p.chunks[i]
 		k.values = uint32(i)
 		if k.end > uint32(len(p.body))-from {
-			c.fail("column of %d bytes, %d left", k.end, uint32(len(p.body))-from)
+			c.Fail("column of %d bytes, %d left", k.end, uint32(len(p.body))-from)
 			return
 		}
 		k.from, k.end = from, from+k.end
 		from = k.end
 		if k.kind&chunkBase != 0 {
-			b := cursor{b: p.body[k.from:k.end]}
-			k.base = uint32(b.bounded("base", uint64(i)))
-			k.from = k.end - uint32(len(b.b))
-			if b.err != nil || k.base == 0 || k.kind != byte(KindFloat)|chunkBase && k.kind != byte(KindFloat)|chunkBase|chunkST || !p.mayBase(i-int(k.base), k.times) {
-				c.fail("chunk %d has a base %d before it", i, k.base)
+			b := over(p.body[k.from:k.end])
+			k.base = uint32(b.Bounded("base", uint64(i)))
+			k.from = k.end - uint32(len(b.B))
+			if b.Err != nil || k.base == 0 || k.kind != byte(KindFloat)|chunkBase && k.kind != byte(KindFloat)|chunkBase|chunkST || !p.mayBase(i-int(k.base), k.times) {
+				c.Fail("chunk %d has a base %d before it", i, k.base)
 				return
 			}
 			// The upper buckets of a histogram are often the same. What is based on one of those is, as well, on the first of
@@ -166,7 +166,7 @@ func (p *DataPage) layOut(c *cursor) {
 		}
 		before[k.times] = uint32(i) + 1
 	}
-	c.b = c.b[from:]
+	c.B = c.B[from:]
 }
 
 // mayBase reports whether chunk i may be the base of one with such timestamps.
@@ -330,13 +330,13 @@ func (p *DataPage) Exemplars(i int, dst []exemplar.Exemplar) ([]exemplar.Exempla
 	if err != nil {
 		return dst, fmt.Errorf("chunk %d: %w", i, err)
 	}
-	c := cursor{b: b}
+	c := over(b)
 	builder := labels.NewScratchBuilder(2)
 	for j := range n {
 		e := exemplar.Exemplar{Ts: t[j], Value: c.float()}
-		head := c.uvarint()
-		if head>>1 > uint64(len(c.b)/2) {
-			c.fail("exemplar with %d labels", head>>1)
+		head := c.Uvarint()
+		if head>>1 > uint64(len(c.B)/2) {
+			c.Fail("exemplar with %d labels", head>>1)
 			break
 		}
 		e.HasTs = head&1 != 0
@@ -345,13 +345,13 @@ func (p *DataPage) Exemplars(i int, dst []exemplar.Exemplar) ([]exemplar.Exempla
 			name := c.label()
 			builder.Add(name, c.label())
 		}
-		if c.err != nil {
+		if c.Err != nil {
 			break
 		}
 		e.Labels = builder.Labels()
 		dst = append(dst, e)
 	}
-	if err := c.end(); err != nil {
+	if err := c.End(); err != nil {
 		return dst, fmt.Errorf("chunk %d: exemplars: %w", i, err)
 	}
 	return dst, nil

@@ -67,11 +67,11 @@ func ParseDirectory(b []byte) (*Directory, error) {
 	if err != nil {
 		return nil, fmt.Errorf("directory: %w", err)
 	}
-	c := cursor{b: body}
+	c := over(body)
 	self := c.offset()
 	d.Times = c.timeRange()
-	d.Series, d.Samples = c.uvarint(), c.uvarint()
-	if size := c.bounded("label page", MaxPage+pageHead+pageTail); size > 0 {
+	d.Series, d.Samples = c.Uvarint(), c.Uvarint()
+	if size := c.Bounded("label page", MaxPage+pageHead+pageTail); size > 0 {
 		d.Labels = Location{Offset: c.offset(), Size: int64(size)}
 	}
 	c.parts(func(list int, c *cursor) {
@@ -81,16 +81,16 @@ func ParseDirectory(b []byte) (*Directory, error) {
 		case listWindows:
 			for i := range d.pages {
 				p := &d.pages[i]
-				p.Short = Summarised{Windows: c.uvarint(), Samples: c.uvarint()}
-				p.Long = Summarised{Windows: c.uvarint(), Samples: c.uvarint()}
+				p.Short = Summarised{Windows: c.Uvarint(), Samples: c.Uvarint()}
+				p.Long = Summarised{Windows: c.Uvarint(), Samples: c.Uvarint()}
 			}
 		case listLevel:
-			d.Level = c.bounded("level", 255)
+			d.Level = c.Bounded("level", 255)
 		default:
-			c.b = nil
+			c.B = nil
 		}
 	})
-	if err := c.end(); err != nil {
+	if err := c.End(); err != nil {
 		return nil, fmt.Errorf("directory: %w", err)
 	}
 	with := Location{Offset: self + int64(len(b)-len(rest)), Size: int64(len(rest))}
@@ -104,26 +104,26 @@ func ParseDirectory(b []byte) (*Directory, error) {
 
 func (c *cursor) pageRefs() []PageRef {
 	offset := c.offset()
-	refs := make([]PageRef, c.count(9))
+	refs := make([]PageRef, c.Count(9))
 	last := ""
 	name := func() string {
-		shared := c.bounded("shared prefix", uint64(len(last)))
-		s := last[:shared] + c.text()
+		shared := c.Bounded("shared prefix", uint64(len(last)))
+		s := last[:shared] + c.Text()
 		if s < last {
-			c.fail("metric names out of order at %q", s)
+			c.Fail("metric names out of order at %q", s)
 		}
 		last = s
 		return s
 	}
 	for i := range refs {
 		p := &refs[i]
-		p.Location = Location{Offset: offset, Size: int64(c.bounded("series page", MaxPage+pageHead+pageTail))}
+		p.Location = Location{Offset: offset, Size: int64(c.Bounded("series page", MaxPage+pageHead+pageTail))}
 		offset += p.Size
 		p.Data = Location{Offset: c.offset(), Size: c.offset()}
 		p.FirstMetric, p.LastMetric = name(), name()
 		p.Times = c.timeRange()
-		p.Series, p.Samples = c.uvarint(), c.uvarint()
-		if c.err != nil {
+		p.Series, p.Samples = c.Uvarint(), c.Uvarint()
+		if c.Err != nil {
 			return nil
 		}
 	}
@@ -319,37 +319,37 @@ func ParseFooter(tail []byte, objectSize int64) (*Footer, error) {
 	if err != nil {
 		return nil, fmt.Errorf("footer: %w", err)
 	}
-	f, c := &Footer{Version: int(version)}, cursor{b: body}
-	f.Tenants = make([]TenantSummary, c.count(8))
+	f, c := &Footer{Version: int(version)}, over(body)
+	f.Tenants = make([]TenantSummary, c.Count(8))
 	for i := range f.Tenants {
 		t := &f.Tenants[i]
-		t.Tenant = c.text()
+		t.Tenant = c.Text()
 		t.Directory = Location{Offset: c.offset(), Size: c.offset()}
-		t.Series, t.Samples = c.uvarint(), c.uvarint()
-		t.Windows = make([]Range, c.count(2))
+		t.Series, t.Samples = c.Uvarint(), c.Uvarint()
+		t.Windows = make([]Range, c.Count(2))
 		for j := range t.Windows {
 			t.Windows[j] = c.timeRange()
 			if j == 0 {
 				t.Range = t.Windows[0]
 			} else if t.Windows[j].MinT <= t.MaxT {
-				c.fail("windows out of order")
+				c.Fail("windows out of order")
 			}
 			t.MaxT = t.Windows[j].MaxT
 		}
-		if c.err == nil && len(t.Windows) == 0 {
-			c.fail("tenant %q has no samples", t.Tenant)
+		if c.Err == nil && len(t.Windows) == 0 {
+			c.Fail("tenant %q has no samples", t.Tenant)
 		}
-		if c.err == nil && i > 0 && f.Tenants[i-1].Tenant >= t.Tenant {
-			c.fail("tenants out of order at %q", t.Tenant)
+		if c.Err == nil && i > 0 && f.Tenants[i-1].Tenant >= t.Tenant {
+			c.Fail("tenants out of order at %q", t.Tenant)
 		}
-		if c.err == nil && t.Directory.End() > objectSize-trailerSize-size {
-			c.fail("directory of tenant %q lies behind the end", t.Tenant)
+		if c.Err == nil && t.Directory.End() > objectSize-trailerSize-size {
+			c.Fail("directory of tenant %q lies behind the end", t.Tenant)
 		}
-		if c.err != nil {
+		if c.Err != nil {
 			break
 		}
 	}
-	if err := c.end(); err != nil {
+	if err := c.End(); err != nil {
 		return nil, fmt.Errorf("footer: %w", err)
 	}
 	return f, nil

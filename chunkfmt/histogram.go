@@ -53,13 +53,13 @@ func AppendHistogram(dst []byte, h *histogram.Histogram) []byte {
 // it. What it allocates is bounded by a multiple of len(b); errors wrap
 // ErrCorrupt.
 func DecodeHistogram(b []byte) (h *histogram.Histogram, rest []byte, err error) {
-	c := &cursor{b: b}
+	c := over(b)
 	h = &histogram.Histogram{}
 	flags := c.histogramHead(&h.CounterResetHint, &h.Schema, &h.Sum, false)
-	h.Count = c.uvarint()
+	h.Count = c.Uvarint()
 	if flags&histZero != 0 {
 		h.ZeroThreshold = c.float()
-		h.ZeroCount = c.uvarint()
+		h.ZeroCount = c.Uvarint()
 	}
 	side := func(flag byte) (spans []histogram.Span, buckets []int64) {
 		if flags&flag == 0 {
@@ -70,17 +70,17 @@ func DecodeHistogram(b []byte) (h *histogram.Histogram, rest []byte, err error) 
 			buckets = make([]int64, n)
 		}
 		for i := range buckets {
-			buckets[i] = c.varint()
+			buckets[i] = c.Varint()
 		}
 		return spans, buckets
 	}
 	h.PositiveSpans, h.PositiveBuckets = side(histPositive)
 	h.NegativeSpans, h.NegativeBuckets = side(histNegative)
 	h.CustomValues = c.custom(flags)
-	if c.err != nil {
-		return nil, nil, fmt.Errorf("histogram: %w", c.err)
+	if c.Err != nil {
+		return nil, nil, fmt.Errorf("histogram: %w", c.Err)
 	}
-	return h, c.b, nil
+	return h, c.B, nil
 }
 
 // AppendFloatHistogram is AppendHistogram for float counts.
@@ -113,7 +113,7 @@ func AppendFloatHistogram(dst []byte, h *histogram.FloatHistogram) []byte {
 // DecodeFloatHistogram reads what AppendFloatHistogram wrote and returns the
 // bytes behind it, bounded as DecodeHistogram is.
 func DecodeFloatHistogram(b []byte) (h *histogram.FloatHistogram, rest []byte, err error) {
-	c := &cursor{b: b}
+	c := over(b)
 	h = &histogram.FloatHistogram{}
 	flags := c.histogramHead(&h.CounterResetHint, &h.Schema, &h.Sum, true)
 	h.Count = c.float()
@@ -137,10 +137,10 @@ func DecodeFloatHistogram(b []byte) (h *histogram.FloatHistogram, rest []byte, e
 	h.PositiveSpans, h.PositiveBuckets = side(histPositive)
 	h.NegativeSpans, h.NegativeBuckets = side(histNegative)
 	h.CustomValues = c.custom(flags)
-	if c.err != nil {
-		return nil, nil, fmt.Errorf("float histogram: %w", c.err)
+	if c.Err != nil {
+		return nil, nil, fmt.Errorf("float histogram: %w", c.Err)
 	}
-	return h, c.b, nil
+	return h, c.B, nil
 }
 
 // ValidHistogram reports, with an error that wraps ErrInvalid, whether the
@@ -186,14 +186,14 @@ func appendHistogramHead(dst []byte, flags byte, schema int32, sum float64, posi
 }
 
 func (c *cursor) histogramHead(hint *histogram.CounterResetHint, schema *int32, sum *float64, floats bool) (flags byte) {
-	flags = c.byte()
+	flags = c.Byte()
 	if flags&0x80 != 0 || (flags&histFloat != 0) != floats {
-		c.fail("histogram flags %#x", flags)
+		c.Fail("histogram flags %#x", flags)
 	}
 	*hint = histogram.CounterResetHint(flags & histHint)
-	s := c.varint()
+	s := c.Varint()
 	if s != int64(int32(s)) {
-		c.fail("histogram schema %d", s)
+		c.Fail("histogram schema %d", s)
 	}
 	*schema = int32(s)
 	*sum = c.float()
@@ -212,19 +212,19 @@ func appendSpans(dst []byte, spans []histogram.Span) []byte {
 // spans reads spans and the number of buckets they cover, each of which takes
 // at least one of the bytes that follow.
 func (c *cursor) spans() (spans []histogram.Span, buckets int) {
-	spans = make([]histogram.Span, c.count(2))
+	spans = make([]histogram.Span, c.Count(2))
 	var n uint64
 	for i := range spans {
-		off, length := c.varint(), c.uvarint()
+		off, length := c.Varint(), c.Uvarint()
 		if off != int64(int32(off)) || length > math.MaxUint32 {
-			c.fail("histogram span %d, %d", off, length)
+			c.Fail("histogram span %d, %d", off, length)
 			return nil, 0
 		}
 		spans[i] = histogram.Span{Offset: int32(off), Length: uint32(length)}
 		n += length
 	}
-	if n > uint64(len(c.b)) {
-		c.fail("histogram has %d buckets and %d bytes left", n, len(c.b))
+	if n > uint64(len(c.B)) {
+		c.Fail("histogram has %d buckets and %d bytes left", n, len(c.B))
 		return nil, 0
 	}
 	return spans, int(n)
@@ -245,7 +245,7 @@ func (c *cursor) custom(flags byte) []float64 {
 	if flags&histCustom == 0 {
 		return nil
 	}
-	values := make([]float64, c.count(1))
+	values := make([]float64, c.Count(1))
 	for i := range values {
 		values[i] = c.float()
 	}

@@ -37,15 +37,15 @@ func (l *layout) append(dst []byte) []byte {
 }
 
 func (c *cursor) layout() (l layout) {
-	s := c.varint()
+	s := c.Varint()
 	if s != int64(int32(s)) {
-		c.fail("histogram schema %d", s)
+		c.Fail("histogram schema %d", s)
 	}
 	l.schema = int32(s)
 	l.zeroThreshold = c.float()
 	l.positive, l.nPos = c.spans()
 	l.negative, l.nNeg = c.spans()
-	if n := c.count(1); n > 0 {
+	if n := c.Count(1); n > 0 {
 		l.custom = make([]float64, n)
 		for i := range l.custom {
 			l.custom[i] = c.float()
@@ -167,15 +167,15 @@ func (ls *layouts) appendHead(e *codec.Encoder, dst []byte, hints []int64, sums 
 // head reads what layouts.appendHead wrote and checks that the samples
 // to come are within bounds.
 func (m *histogramMemory) head(d *codec.Decoder, b []byte, n int) (ls []layout, rest []byte, err error) {
-	c := cursor{b: b}
-	ls = make([]layout, c.bounded("layouts", min(uint64(n), uint64(len(b)/5))))
+	c := over(b)
+	ls = make([]layout, c.Bounded("layouts", min(uint64(n), uint64(len(b)/5))))
 	for i := range ls {
 		ls[i] = c.layout()
 	}
-	if c.err != nil {
-		return nil, nil, c.err
+	if c.Err != nil {
+		return nil, nil, c.Err
 	}
-	if m.of, rest, err = d.Ints(m.of[:0], c.b, n); err != nil {
+	if m.of, rest, err = d.Ints(m.of[:0], c.B, n); err != nil {
 		return nil, nil, err
 	}
 	for _, id := range m.of {

@@ -60,29 +60,29 @@ func ParseLabelPage(b []byte) (*LabelPage, error) {
 	if err != nil {
 		return nil, fmt.Errorf("label page: %w", err)
 	}
-	p, c := &LabelPage{}, cursor{b: body}
+	p, c := &LabelPage{}, over(body)
 	p.metrics = c.ascending()
-	p.names = make([]labelEntry, c.count(2))
+	p.names = make([]labelEntry, c.Count(2))
 	for i := range p.names {
 		n := &p.names[i]
-		n.name = c.text()
-		if c.err == nil && (n.name == "" || i > 0 && p.names[i-1].name >= n.name) {
-			c.fail("label names out of order at %q", n.name)
+		n.name = c.Text()
+		if c.Err == nil && (n.name == "" || i > 0 && p.names[i-1].name >= n.name) {
+			c.Fail("label names out of order at %q", n.name)
 		}
-		if size := c.uvarint(); size > 0 {
+		if size := c.Uvarint(); size > 0 {
 			if size > MaxPage {
-				c.fail("label values of %d bytes", size)
+				c.Fail("label values of %d bytes", size)
 			}
 			n.at = Location{Offset: c.offset(), Size: int64(size)}
 			continue
 		}
 		n.values = &LabelValues{metrics: p.metrics}
 		n.values.read(&c)
-		if c.err != nil {
-			return nil, fmt.Errorf("label page: %w", c.err)
+		if c.Err != nil {
+			return nil, fmt.Errorf("label page: %w", c.Err)
 		}
 	}
-	if err := c.end(); err != nil {
+	if err := c.End(); err != nil {
 		return nil, fmt.Errorf("label page: %w", err)
 	}
 	return p, nil
@@ -135,9 +135,9 @@ func (p *LabelPage) ParseValues(b []byte) (*LabelValues, error) {
 		if err != nil {
 			return nil, fmt.Errorf("label values: %w", err)
 		}
-		c := cursor{b: body}
+		c := over(body)
 		v.read(&c)
-		if err := c.end(); err != nil {
+		if err := c.End(); err != nil {
 			return nil, fmt.Errorf("label values: %w", err)
 		}
 		b = rest
@@ -149,16 +149,16 @@ func (p *LabelPage) ParseValues(b []byte) (*LabelValues, error) {
 func (v *LabelValues) read(c *cursor) {
 	values := c.ascending()
 	if len(v.values) > 0 && len(values) > 0 && v.values[len(v.values)-1] >= values[0] {
-		c.fail("label values out of order")
+		c.Fail("label values out of order")
 	}
 	base := uint32(len(v.sets))
-	for range c.count(2) {
-		set := make([]uint32, c.count(1))
+	for range c.Count(2) {
+		set := make([]uint32, c.Count(1))
 		next := uint64(0)
 		for j := range set {
-			d := c.uvarint()
+			d := c.Uvarint()
 			if d >= uint64(len(v.metrics)) || next+d >= uint64(len(v.metrics)) {
-				c.fail("metric %d of %d", next+d, len(v.metrics))
+				c.Fail("metric %d of %d", next+d, len(v.metrics))
 				return
 			}
 			set[j] = uint32(next + d)
@@ -167,14 +167,14 @@ func (v *LabelValues) read(c *cursor) {
 		v.sets = append(v.sets, set)
 	}
 	sets := uint32(len(v.sets)) - base
-	if len(values) > len(c.b) {
-		c.fail("ends early")
+	if len(values) > len(c.B) {
+		c.Fail("ends early")
 		return
 	}
 	for range values {
-		id := uint32(c.bounded("set of metrics", uint64(sets)))
+		id := uint32(c.Bounded("set of metrics", uint64(sets)))
 		if id >= sets {
-			c.fail("set of metrics %d of %d", id, sets)
+			c.Fail("set of metrics %d of %d", id, sets)
 			return
 		}
 		v.setOf = append(v.setOf, base+id)

@@ -110,18 +110,18 @@ func appendPage(dst []byte, typ pageType, body []byte, compress bool) []byte {
 // openPage checks the page at the start of b and returns its body, which may
 // share memory with b, and the bytes behind the page.
 func openPage(b []byte, typ pageType) (body, rest []byte, err error) {
-	c := cursor{b: b}
-	got := pageType(c.byte())
-	n := c.bounded("page length", MaxPage)
-	body = c.bytes(n)
-	sum := c.uint32()
-	if c.err != nil {
-		return nil, nil, c.err
+	c := over(b)
+	got := pageType(c.Byte())
+	n := c.Bounded("page length", MaxPage)
+	body = c.Bytes(n)
+	sum := c.Uint32()
+	if c.Err != nil {
+		return nil, nil, c.Err
 	}
 	if got&^pageZstd != typ {
 		return nil, nil, corrupt("page has type %d, not %d", got&^pageZstd, typ)
 	}
-	if crc32.Checksum(b[:len(b)-len(c.b)-pageTail], castagnoli) != sum {
+	if crc32.Checksum(b[:len(b)-len(c.B)-pageTail], castagnoli) != sum {
 		return nil, nil, corrupt("page of type %d: checksum mismatch", typ)
 	}
 	if got&pageZstd != 0 {
@@ -129,16 +129,16 @@ func openPage(b []byte, typ pageType) (body, rest []byte, err error) {
 			return nil, nil, err
 		}
 	}
-	return body, c.b, nil
+	return body, c.B, nil
 }
 
 func unpackBody(packed []byte) ([]byte, error) {
-	c := cursor{b: packed}
-	n := c.bounded("unpacked page length", min(MaxPage, maxRatio*uint64(len(packed))))
-	if c.err != nil {
-		return nil, c.err
+	c := over(packed)
+	n := c.Bounded("unpacked page length", min(MaxPage, maxRatio*uint64(len(packed))))
+	if c.Err != nil {
+		return nil, c.Err
 	}
-	body, err := zstdDecoder().DecodeAll(c.b, make([]byte, 0, n))
+	body, err := zstdDecoder().DecodeAll(c.B, make([]byte, 0, n))
 	if err != nil || len(body) != n {
 		return nil, corrupt("page does not unpack to %d bytes: %v", n, err)
 	}

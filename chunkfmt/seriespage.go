@@ -146,20 +146,20 @@ func ParseSeriesPage(b []byte) (*SeriesPage, error) {
 	if err != nil {
 		return nil, fmt.Errorf("series page: %w", err)
 	}
-	p, c := &SeriesPage{}, cursor{b: body}
-	p.series = c.count(1)
-	p.names = make([]labelColumn, c.count(3))
+	p, c := &SeriesPage{}, over(body)
+	p.series = c.Count(1)
+	p.names = make([]labelColumn, c.Count(3))
 	for i := range p.names {
 		l := &p.names[i]
 		l.name = c.label()
 		l.values = c.ascending()
 		l.width = idWidth(len(l.values))
-		l.ids = c.bytes(p.series * l.width)
-		if c.err == nil && (l.name == "" || i > 0 && p.names[i-1].name >= l.name) {
-			c.fail("label names out of order at %q", l.name)
+		l.ids = c.Bytes(p.series * l.width)
+		if c.Err == nil && (l.name == "" || i > 0 && p.names[i-1].name >= l.name) {
+			c.Fail("label names out of order at %q", l.name)
 		}
-		if c.err != nil {
-			return nil, fmt.Errorf("series page: %w", c.err)
+		if c.Err != nil {
+			return nil, fmt.Errorf("series page: %w", c.Err)
 		}
 		for s := range p.series {
 			if l.id(s) > uint32(len(l.values)) {
@@ -183,7 +183,7 @@ func ParseSeriesPage(b []byte) (*SeriesPage, error) {
 				windows = &p.long
 			}
 			if windows.of != nil {
-				c.fail("there are windows in another part too")
+				c.Fail("there are windows in another part too")
 				return
 			}
 			*windows = c.groupPart(p.series)
@@ -194,10 +194,10 @@ func ParseSeriesPage(b []byte) (*SeriesPage, error) {
 		case partGone:
 			p.readGone(c)
 		default:
-			c.b = nil
+			c.B = nil
 		}
 	})
-	if err := c.end(); err != nil {
+	if err := c.End(); err != nil {
 		return nil, fmt.Errorf("series page: %w", err)
 	}
 	return p, nil
@@ -206,70 +206,70 @@ func ParseSeriesPage(b []byte) (*SeriesPage, error) {
 // parts calls read for each part, with a cursor over the part alone.
 func (c *cursor) parts(read func(part int, c *cursor)) {
 	seen := 0
-	for len(c.b) > 0 && c.err == nil {
-		part := c.bounded("part", math.MaxInt32)
-		sub := cursor{b: c.bytes(c.count(1))}
-		if c.err != nil {
+	for len(c.B) > 0 && c.Err == nil {
+		part := c.Bounded("part", math.MaxInt32)
+		sub := over(c.Bytes(c.Count(1)))
+		if c.Err != nil {
 			return
 		}
 		if part <= seen {
-			c.fail("part %d behind part %d", part, seen)
+			c.Fail("part %d behind part %d", part, seen)
 			return
 		}
 		seen = part
 		read(part, &sub)
-		if err := sub.end(); err != nil {
-			c.fail("part %d: %v", part, err)
+		if err := sub.End(); err != nil {
+			c.Fail("part %d: %v", part, err)
 		}
 	}
 }
 
 func (p *SeriesPage) metadata(c *cursor) {
-	p.metas = make([]metadata.Metadata, c.count(3))
+	p.metas = make([]metadata.Metadata, c.Count(3))
 	for i := range p.metas {
-		p.metas[i] = metadata.Metadata{Type: model.MetricType(c.text()), Unit: c.text(), Help: c.text()}
+		p.metas[i] = metadata.Metadata{Type: model.MetricType(c.Text()), Unit: c.Text(), Help: c.Text()}
 	}
-	if p.series > len(c.b) {
-		c.fail("ends early")
+	if p.series > len(c.B) {
+		c.Fail("ends early")
 		return
 	}
 	p.metaOf = make([]uint32, p.series)
 	for i := range p.metaOf {
-		p.metaOf[i] = uint32(c.bounded("metadata", uint64(len(p.metas))))
+		p.metaOf[i] = uint32(c.Bounded("metadata", uint64(len(p.metas))))
 	}
 }
 
 func (p *SeriesPage) readFamilies(c *cursor) {
-	if len(p.metas) > len(c.b) {
-		c.fail("ends early")
+	if len(p.metas) > len(c.B) {
+		c.Fail("ends early")
 		return
 	}
 	p.families = make([]string, len(p.metas))
 	for i := range p.families {
-		p.families[i] = c.text()
+		p.families[i] = c.Text()
 	}
 }
 
 func (p *SeriesPage) readGone(c *cursor) {
-	p.gone = make([][]Range, c.count(3))
+	p.gone = make([][]Range, c.Count(3))
 	for i := range p.gone {
-		rs := make([]Range, c.count(2))
+		rs := make([]Range, c.Count(2))
 		for j := range rs {
 			rs[j] = c.timeRange()
 			if j > 0 && rs[j-1].MaxT >= rs[j].MinT || rs[j].MaxT%rollup.Short != 0 || (rs[j].MinT-1)%rollup.Short != 0 {
-				c.fail("times that are gone: %d to %d", rs[j].MinT, rs[j].MaxT)
+				c.Fail("times that are gone: %d to %d", rs[j].MinT, rs[j].MaxT)
 				return
 			}
 		}
 		p.gone[i] = rs
 	}
-	if p.series > len(c.b) {
-		c.fail("ends early")
+	if p.series > len(c.B) {
+		c.Fail("ends early")
 		return
 	}
 	p.goneOf = make([]uint32, p.series)
 	for i := range p.goneOf {
-		p.goneOf[i] = uint32(c.bounded("times that are gone", uint64(len(p.gone))))
+		p.goneOf[i] = uint32(c.Bounded("times that are gone", uint64(len(p.gone))))
 	}
 }
 
@@ -306,9 +306,9 @@ func (c *cursor) chunkPart(series int) chunkPart { return c.chunksIn(1, series) 
 
 // groupPart is chunkPart for windows in groups.
 func (c *cursor) groupPart(series int) (p chunkPart) {
-	groups := int(c.byte())
+	groups := int(c.Byte())
 	if groups < 1 || groups >= int(windowGroups) {
-		c.fail("%d groups of columns", groups)
+		c.Fail("%d groups of columns", groups)
 		return p
 	}
 	p = c.chunksIn(groups, series)
@@ -327,54 +327,54 @@ func (c *cursor) groupPart(series int) (p chunkPart) {
 
 func (c *cursor) chunksIn(groups, series int) (p chunkPart) {
 	offset := c.offset()
-	p.pages = make([]Location, c.count(1+groups))
+	p.pages = make([]Location, c.Count(1+groups))
 	p.first = make([]uint32, 1, len(p.pages)+1)
 	total := uint64(0)
-	size := func() int64 { return int64(c.bounded("page size", MaxPage+pageHead+pageTail)) }
+	size := func() int64 { return int64(c.Bounded("page size", MaxPage+pageHead+pageTail)) }
 	for i := range p.pages {
 		p.pages[i] = Location{Offset: offset, Size: size()}
 		offset = p.pages[i].End()
-		total += c.uvarint()
+		total += c.Uvarint()
 		for g := groupPrev; int(g) <= groups; g++ {
 			p.beside[g] = append(p.beside[g], Location{Size: size()})
 		}
-		if total > uint64(len(c.b)) {
-			c.fail("%d chunks, %d bytes left", total, len(c.b))
+		if total > uint64(len(c.B)) {
+			c.Fail("%d chunks, %d bytes left", total, len(c.B))
 			return p
 		}
 		p.first = append(p.first, uint32(total))
 	}
-	p.spans = make([]span, c.count(3))
+	p.spans = make([]span, c.Count(3))
 	for i := range p.spans {
-		p.spans[i] = span{Range: c.timeRange(), samples: c.bounded("samples of a chunk", MaxChunkSamples)}
+		p.spans[i] = span{Range: c.timeRange(), samples: c.Bounded("samples of a chunk", MaxChunkSamples)}
 	}
-	if series > len(c.b) {
-		c.fail("ends early")
+	if series > len(c.B) {
+		c.Fail("ends early")
 		return p
 	}
 	p.of = make([]uint32, 1, series+1)
 	sum := uint64(0)
 	for range series {
-		n := c.uvarint()
+		n := c.Uvarint()
 		if sum += n; n > total || sum > total {
-			c.fail("series have more than the %d chunks", total)
+			c.Fail("series have more than the %d chunks", total)
 			return p
 		}
 		p.of = append(p.of, uint32(sum))
 	}
 	if sum != total {
-		c.fail("series have %d of %d chunks", sum, total)
+		c.Fail("series have %d of %d chunks", sum, total)
 		return p
 	}
-	if 2*total > uint64(len(c.b)) {
-		c.fail("ends early")
+	if 2*total > uint64(len(c.B)) {
+		c.Fail("ends early")
 		return p
 	}
 	p.chunks = make([]chunkRef, total)
 	for i := range p.chunks {
-		p.chunks[i] = chunkRef{kind: Kind(c.byte()), span: uint32(c.bounded("time range", uint64(len(p.spans))))}
+		p.chunks[i] = chunkRef{kind: Kind(c.Byte()), span: uint32(c.Bounded("time range", uint64(len(p.spans))))}
 		if p.chunks[i].span == uint32(len(p.spans)) {
-			c.fail("time range %d of %d", p.chunks[i].span, len(p.spans))
+			c.Fail("time range %d of %d", p.chunks[i].span, len(p.spans))
 			return p
 		}
 	}
@@ -382,14 +382,14 @@ func (c *cursor) chunksIn(groups, series int) (p chunkPart) {
 }
 
 // offset reads an offset in the object.
-func (c *cursor) offset() int64 { return int64(c.bounded("offset", math.MaxInt64/2)) }
+func (c *cursor) offset() int64 { return int64(c.Bounded("offset", math.MaxInt64/2)) }
 
 // timeRange reads the first instant and the distance of the last.
 func (c *cursor) timeRange() Range {
-	mint := c.varint()
-	r := Range{MinT: mint, MaxT: int64(uint64(mint) + c.uvarint())}
+	mint := c.Varint()
+	r := Range{MinT: mint, MaxT: int64(uint64(mint) + c.Uvarint())}
 	if r.MaxT < r.MinT {
-		c.fail("time range ends before it starts")
+		c.Fail("time range ends before it starts")
 	}
 	return r
 }
@@ -402,7 +402,7 @@ func appendTimeRange(dst []byte, r Range) []byte {
 // ascending reads strings in strictly ascending order: each is the length of
 // the start it shares with the one before, and the rest.
 func (c *cursor) ascending() []string {
-	n := c.count(2)
+	n := c.Count(2)
 	if n == 0 {
 		return nil
 	}
@@ -411,16 +411,16 @@ func (c *cursor) ascending() []string {
 	// What comes out may be larger than what came in; MaxPage bounds it.
 	total := 0
 	for i := range out {
-		shared := c.bounded("shared prefix", uint64(len(last)))
-		last = append(last[:shared], c.bytes(c.count(1))...)
+		shared := c.Bounded("shared prefix", uint64(len(last)))
+		last = append(last[:shared], c.Bytes(c.Count(1))...)
 		out[i] = string(last)
 		if total += len(last); total > MaxPage || len(last) > MaxLabel {
-			c.fail("strings exceed %d bytes", MaxPage)
+			c.Fail("strings exceed %d bytes", MaxPage)
 		}
 		if i > 0 && out[i-1] >= out[i] {
-			c.fail("strings out of order at %q", out[i])
+			c.Fail("strings out of order at %q", out[i])
 		}
-		if c.err != nil {
+		if c.Err != nil {
 			return nil
 		}
 	}

@@ -35,13 +35,13 @@ func CheckHeader(b []byte) error {
 // PageSize says how many bytes a page takes that starts with b, of which PageHead
 // bytes are enough.
 func PageSize(b []byte) (int64, error) {
-	c := cursor{b: b}
-	c.byte()
-	n := c.bounded("page length", MaxPage)
-	if c.err != nil {
-		return 0, c.err
+	c := over(b)
+	c.Byte()
+	n := c.Bounded("page length", MaxPage)
+	if c.Err != nil {
+		return 0, c.Err
 	}
-	return int64(len(b)-len(c.b)) + int64(n) + pageTail, nil
+	return int64(len(b)-len(c.B)) + int64(n) + pageTail, nil
 }
 
 // CheckPage checks a page of whatever type: its length, its checksum, and that it

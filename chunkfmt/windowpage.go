@@ -108,65 +108,65 @@ func ParseWindowPage(b []byte) (*WindowPage, error) {
 		return nil, fmt.Errorf("windows page: %w", err)
 	}
 	p := &WindowPage{id: pageIDs.Add(1)}
-	c := cursor{b: body}
-	if p.width = int64(c.bounded("width", maxWidth)); p.width == 0 && c.err == nil {
-		if p.group = windowGroup(c.byte()); p.group == allColumns || p.group >= windowGroups {
-			c.fail("group %d of columns", p.group)
+	c := over(body)
+	if p.width = int64(c.Bounded("width", maxWidth)); p.width == 0 && c.Err == nil {
+		if p.group = windowGroup(c.Byte()); p.group == allColumns || p.group >= windowGroups {
+			c.Fail("group %d of columns", p.group)
 		}
-		if p.width = int64(c.bounded("width", maxWidth)); p.width == 0 {
-			c.fail("width is 0")
+		if p.width = int64(c.Bounded("width", maxWidth)); p.width == 0 {
+			c.Fail("width is 0")
 		}
 	}
 	shapes := p.group <= groupEnds
 	var sizes []uint64
 	if shapes {
-		p.shapes = make([]timesColumn, c.count(leastShape))
+		p.shapes = make([]timesColumn, c.Count(leastShape))
 		sizes = make([]uint64, len(p.shapes))
 	}
 	for i := range p.shapes {
-		p.shapes[i].n = c.bounded("windows of a chunk", maxRunWindows)
-		sizes[i] = c.uvarint()
+		p.shapes[i].n = c.Bounded("windows of a chunk", maxRunWindows)
+		sizes[i] = c.Uvarint()
 	}
 	least := leastOther
 	if shapes {
 		least = leastFirst
 	}
-	p.chunks = make([]windowChunk, c.count(least))
+	p.chunks = make([]windowChunk, c.Count(least))
 	for i := range p.chunks {
 		k := &p.chunks[i]
 		if shapes {
-			if k.shape = uint32(c.bounded("shape", math.MaxInt32)); k.shape >= uint32(len(p.shapes)) {
-				c.fail("chunk %d names shape %d of %d", i, k.shape, len(p.shapes))
+			if k.shape = uint32(c.Bounded("shape", math.MaxInt32)); k.shape >= uint32(len(p.shapes)) {
+				c.Fail("chunk %d names shape %d of %d", i, k.shape, len(p.shapes))
 			}
 		}
-		k.end = uint32(c.bounded("bytes of a chunk", MaxPage)) // for now its size
-		if c.err != nil {
+		k.end = uint32(c.Bounded("bytes of a chunk", MaxPage)) // for now its size
+		if c.Err != nil {
 			break
 		}
 	}
 	for i, n := range sizes {
-		if n > uint64(len(c.b)) {
-			c.fail("shape of %d bytes, %d left", n, len(c.b))
+		if n > uint64(len(c.B)) {
+			c.Fail("shape of %d bytes, %d left", n, len(c.B))
 			break
 		}
-		p.shapes[i].b = c.bytes(int(n))
+		p.shapes[i].b = c.Bytes(int(n))
 	}
 	// With all its capacity, so that unpacking may load beyond the end of a chunk.
-	p.body = c.b
+	p.body = c.B
 	from := uint32(0)
 	for i := range p.chunks {
 		k := &p.chunks[i]
 		if k.end > uint32(len(p.body))-from {
-			c.fail("chunk of %d bytes, %d left", k.end, uint32(len(p.body))-from)
+			c.Fail("chunk of %d bytes, %d left", k.end, uint32(len(p.body))-from)
 			break
 		}
 		k.end += from
 		from = k.end
 	}
-	if c.err == nil {
-		c.b = c.b[from:]
+	if c.Err == nil {
+		c.B = c.B[from:]
 	}
-	if err := c.end(); err != nil {
+	if err := c.End(); err != nil {
 		return nil, fmt.Errorf("windows page: %w", err)
 	}
 	return p, nil
@@ -497,21 +497,21 @@ func (p *WindowPage) chunk(i int, parts *[windowParts][]byte) (head byte, err er
 	if i > 0 {
 		from = p.chunks[i-1].end
 	}
-	c := cursor{b: p.body[from:p.chunks[i].end]}
-	n := uint64(len(c.b))
+	c := over(p.body[from:p.chunks[i].end])
+	n := uint64(len(c.B))
 	if p.group <= groupEnds {
-		head = c.byte()
+		head = c.Byte()
 	}
 	first, to := p.group.parts()
 	var size [windowParts]int
 	for k := first; k < to-1; k++ {
-		size[k] = c.bounded("part", n)
+		size[k] = c.Bounded("part", n)
 	}
 	for k := first; k < to-1; k++ {
-		parts[k] = c.bytes(size[k])
+		parts[k] = c.Bytes(size[k])
 	}
-	parts[to-1] = c.b
-	return head, c.err
+	parts[to-1] = c.B
+	return head, c.Err
 }
 
 // values appends the columns of values of n windows, which are a chunk of p, to w, which has

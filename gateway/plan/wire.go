@@ -17,6 +17,7 @@ import (
 	"github.com/prometheus/prometheus/util/annotations"
 
 	"github.com/epimetheus-tsdb/epimetheus/gateway/account"
+	"github.com/epimetheus-tsdb/epimetheus/internal/untrusted"
 )
 
 // The version of the form of a partial in caches and between gateways, docs/protocols/work.md, and of
@@ -120,10 +121,10 @@ func unmarshal(b []byte, g Grid, parts int, hold func(bytes int64) error) (_ *pa
 	if crc32.Checksum(body, castagnoli) != binary.LittleEndian.Uint32(b[len(body):]) {
 		return nil, fmt.Errorf("%w: checksum", errCorrupt)
 	}
-	r := reader{b: body[1:], hold: hold}
+	r := reader{Reader: untrusted.Reader{B: body[1:], Kind: errCorrupt}, hold: hold}
 	p, err := r.partial(g, parts)
-	if r.err != nil {
-		err = r.err
+	if r.Err != nil {
+		err = r.Err
 	}
 	if err != nil {
 		r.took = 0
@@ -137,26 +138,26 @@ func unmarshal(b []byte, g Grid, parts int, hold func(bytes int64) error) (_ *pa
 	return p, nil
 }
 
-// partial reads a result. If r is bad afterwards, it is of no use.
+// partial reads a result. If r has an Err afterwards, it is of no use.
 func (r *reader) partial(g Grid, parts int) (*partial, error) {
 	steps := g.Len()
-	if n := r.length(2); n != steps {
+	if n := r.Count(2); n != steps {
 		return nil, fmt.Errorf("%w: %d steps, want %d", errCorrupt, n, steps)
 	}
 	r.take(2 * 8 * steps)
 	p := &partial{counts: newCounts(steps)}
 	for i := range steps {
-		p.counts.window[i], p.counts.read[i] = r.varint(), r.varint()
+		p.counts.window[i], p.counts.read[i] = r.Varint(), r.Varint()
 	}
 	const most = 1 << 50 // so that sums don't overflow
-	if p.counts.series = r.varint(); p.counts.series < 0 || p.counts.series > most {
+	if p.counts.series = r.Varint(); p.counts.series < 0 || p.counts.series > most {
 		return nil, fmt.Errorf("%w: %d series", errCorrupt, p.counts.series)
 	}
-	for range r.length(3) {
+	for range r.Count(3) {
 		if !r.take(128) {
 			break
 		}
-		flag := r.byte()
+		flag := r.Byte()
 		a := &told{info: flag&1 != 0, text: r.text(), located: r.text()}
 		if flag&2 != 0 {
 			p.over.Add(a)
@@ -164,7 +165,7 @@ func (r *reader) partial(g Grid, parts int) (*partial, error) {
 			p.annos.Add(a)
 		}
 	}
-	n := r.length(4)
+	n := r.Count(4)
 	if int64(n)/mostColumns/int64(parts) > max(1, p.counts.series) {
 		return nil, fmt.Errorf("%w: %d series of %d", errCorrupt, n, p.counts.series)
 	}
@@ -175,7 +176,7 @@ func (r *reader) partial(g Grid, parts int) (*partial, error) {
 	set := func() labels.Labels {
 		builder.Reset()
 		const label = 32 // in the builder
-		n := r.length(2)
+		n := r.Count(2)
 		if !r.take(label * n) {
 			return labels.EmptyLabels()
 		}
@@ -189,7 +190,7 @@ func (r *reader) partial(g Grid, parts int) (*partial, error) {
 	}
 	for range n {
 		var s partialSeries
-		flag := r.byte()
+		flag := r.Byte()
 		s.DropName = flag&1 != 0
 		s.Metric = set()
 		if s.order = s.Metric; flag&2 == 0 {
@@ -198,12 +199,12 @@ func (r *reader) partial(g Grid, parts int) (*partial, error) {
 		if err := r.points(&s, g, steps); err != nil {
 			return nil, err
 		}
-		if r.bad {
+		if r.Err != nil {
 			break
 		}
 		p.series = append(p.series, s)
 	}
-	if r.bad || len(r.b) > 0 {
+	if r.Err != nil || len(r.B) > 0 {
 		return nil, fmt.Errorf("%w: length", errCorrupt)
 	}
 	return p, nil
@@ -211,28 +212,28 @@ func (r *reader) partial(g Grid, parts int) (*partial, error) {
 
 // points reads those of a series.
 func (r *reader) points(s *partialSeries, g Grid, steps int) error {
-	if n := r.length(9); n > 0 && r.take(16*n) {
+	if n := r.Count(9); n > 0 && r.take(16*n) {
 		s.Floats = make([]promql.FPoint, n)
 		k := int64(0)
 		for i := range s.Floats {
-			d := r.varint()
+			d := r.Varint()
 			if k += d; k < 0 || k >= int64(steps) || i > 0 && d <= 0 {
 				return fmt.Errorf("%w: step %d of %d", errCorrupt, k, steps)
 			}
 			s.Floats[i].T = g.At(int(k))
 		}
 		for i := range s.Floats {
-			s.Floats[i].F = math.Float64frombits(r.uint64())
+			s.Floats[i].F = math.Float64frombits(r.Uint64())
 		}
 	}
-	n := r.length(1)
+	n := r.Count(1)
 	if n == 0 || !r.take(16*n) {
 		return nil
 	}
 	s.Histograms = make([]promql.HPoint, n)
 	before := g.Start - 1
 	for i := range s.Histograms {
-		b := r.bytes()
+		b := r.Sized()
 		// A span takes two bytes at the least, and eight in memory, twice while it is read.
 		const fields = 512
 		if !r.take(fields + 8*len(b)) {
@@ -267,15 +268,12 @@ func spanned(spans []histogram.Span, buckets int) bool {
 	return n == uint64(buckets) //nolint:gosec // a length
 }
 
-// reader takes values off the front of bytes. After something that isn't there it
-// is bad and gives zeros.
+// reader reads the fields of results.
 type reader struct {
-	b   []byte
-	bad bool
+	untrusted.Reader // Err is hold's too
 
 	hold       func(int64) error
 	took, told int64 // bytes of memory, and those that hold was told of
-	err        error // hold's
 }
 
 // take notes bytes of memory that are about to be taken, or aren't needed any more. It
@@ -285,11 +283,11 @@ func (r *reader) take(bytes int) bool {
 	if r.took += int64(bytes); r.took > r.told {
 		more := max(r.took-r.told, atOnce)
 		r.told += more
-		if r.err = r.hold(more); r.err != nil {
-			r.fail()
+		if err := r.hold(more); err != nil && r.Err == nil {
+			r.B, r.Err = nil, err
 		}
 	}
-	return !r.bad
+	return r.Err == nil
 }
 
 // settle tells how much was taken in the end.
@@ -299,60 +297,9 @@ func (r *reader) settle() error {
 	return r.hold(more)
 }
 
-func (r *reader) fail() {
-	r.b, r.bad = nil, true
-}
-
-func (r *reader) byte() byte {
-	if len(r.b) == 0 {
-		r.fail()
-		return 0
-	}
-	x := r.b[0]
-	r.b = r.b[1:]
-	return x
-}
-
-func (r *reader) varint() int64 {
-	x, n := binary.Varint(r.b)
-	if n <= 0 {
-		r.fail()
-		return 0
-	}
-	r.b = r.b[n:]
-	return x
-}
-
-// length of a list whose elements take so many bytes at least.
-func (r *reader) length(least int) int {
-	x, n := binary.Uvarint(r.b)
-	if n <= 0 || x > uint64((len(r.b)-n)/least) {
-		r.fail()
-		return 0
-	}
-	r.b = r.b[n:]
-	return int(x) //nolint:gosec // bounded
-}
-
-func (r *reader) uint64() uint64 {
-	if len(r.b) < 8 {
-		r.fail()
-		return 0
-	}
-	x := binary.LittleEndian.Uint64(r.b)
-	r.b = r.b[8:]
-	return x
-}
-
-func (r *reader) bytes() []byte {
-	n := r.length(1)
-	x := r.b[:n]
-	r.b = r.b[n:]
-	return x
-}
-
+// text reads one that is held in memory.
 func (r *reader) text() string {
-	b := r.bytes()
+	b := r.Sized()
 	if !r.take(len(b) + 2) {
 		return ""
 	}

@@ -102,25 +102,25 @@ func decodeChoiceRow(tenant, group string, it Item) (ChoiceRow, error) {
 	if err != nil {
 		return r, err
 	}
-	names := make([]string, d.count(1))
+	names := make([]string, d.Count(1))
 	for i := range names {
-		names[i] = d.text()
+		names[i] = d.Text()
 	}
-	r.Choices = make([]Choice, d.count(3))
+	r.Choices = make([]Choice, d.Count(3))
 	last := r.Day * ChoiceDay
 	for i := range r.Choices {
 		c := &r.Choices[i]
 		c.From = last + d.within(ChoiceDay)
 		c.Until = c.From + d.within(ChoiceDay)
 		last = c.Until
-		n := d.uvarint()
+		n := d.Uvarint()
 		if n >= uint64(len(names)) {
-			d.fail("unknown replica")
+			d.Fail("unknown replica")
 			break
 		}
 		c.Replica = names[n]
 	}
-	if err := d.end(); err != nil {
+	if err := d.End(); err != nil {
 		return r, err
 	}
 	if err := r.validate(); err != nil {
@@ -131,9 +131,9 @@ func decodeChoiceRow(tenant, group string, it Item) (ChoiceRow, error) {
 
 // within reads a number of at most limit.
 func (d *decoder) within(limit int64) int64 {
-	v := d.uvarint()
+	v := d.Uvarint()
 	if v > uint64(limit) { //nolint:gosec // positive
-		d.fail("number too large")
+		d.Fail("number too large")
 		return 0
 	}
 	return int64(v) //nolint:gosec // bounded

@@ -103,16 +103,16 @@ func appendRef(b []byte, r *BlockRef) []byte {
 }
 
 func (d *decoder) ref() (r BlockRef) {
-	copy(r.Block[:], d.bytes(ulidSize))
-	r.Object = d.text()
+	copy(r.Block[:], d.Bytes(ulidSize))
+	r.Object = d.Text()
 	if r.ObjectSize = d.size(); r.Object == "" {
-		d.fail("no object")
+		d.Fail("no object")
 	}
 	return r
 }
 
 func (d *decoder) time() int64 {
-	b := d.bytes(8)
+	b := d.Bytes(8)
 	if b == nil {
 		return 0
 	}
@@ -127,9 +127,9 @@ func appendCompacted(b []byte, r *CompactedRow) []byte {
 }
 
 func (d *decoder) compacted() (r CompactedRow) {
-	r.Level, r.End, r.Tenant = Level(d.byte()), d.time(), d.text()
+	r.Level, r.End, r.Tenant = Level(d.Byte()), d.time(), d.Text()
 	if r.Level == 0 {
-		d.fail("level 0")
+		d.Fail("level 0")
 	}
 	r.BlockRef = d.ref()
 	return r
@@ -159,9 +159,9 @@ func (x *Index) Compacted(ctx context.Context) ([]CompactedRow, error) {
 		}
 		r := d.compacted()
 		if !bytes.Equal(it.Range, r.Block[:]) {
-			d.fail("another block than its key's")
+			d.Fail("another block than its key's")
 		}
-		return r, d.end()
+		return r, d.End()
 	})
 }
 
@@ -193,12 +193,12 @@ func (x *Index) Aside(ctx context.Context) ([]AsideRow, error) {
 		if err != nil {
 			return AsideRow{}, err
 		}
-		r := AsideRow{Level: Level(d.byte()), Reason: d.text()}
+		r := AsideRow{Level: Level(d.Byte()), Reason: d.Text()}
 		r.BlockRef = d.ref()
 		if !bytes.Equal(it.Range, r.Block[:]) {
-			d.fail("another block than its key's")
+			d.Fail("another block than its key's")
 		}
-		return r, d.end()
+		return r, d.End()
 	})
 }
 
@@ -261,22 +261,22 @@ func decodeJob(it Item) (Job, error) {
 		return j, fmt.Errorf("%w: range key of %d bytes", ErrCorrupt, len(it.Range))
 	}
 	j.Level, j.Slot = Level(it.Range[0]), it.Range[1]
-	if j.State = JobState(d.byte()); int(j.State) >= len(jobStates) {
-		d.fail(j.State.String())
+	if j.State = JobState(d.Byte()); int(j.State) >= len(jobStates) {
+		d.Fail("%s", j.State)
 	}
-	j.Owner = d.text()
-	copy(j.ID[:], d.bytes(ulidSize))
-	j.Beat = d.uvarint()
-	j.Sources = make([]JobSource, d.count(ulidSize+3))
+	j.Owner = d.Text()
+	copy(j.ID[:], d.Bytes(ulidSize))
+	j.Beat = d.Uvarint()
+	j.Sources = make([]JobSource, d.Count(ulidSize+3))
 	for i := range j.Sources {
-		j.Sources[i].Level = Level(d.byte())
+		j.Sources[i].Level = Level(d.Byte())
 		j.Sources[i].BlockRef = d.ref()
 	}
-	j.Outputs = make([]CompactedRow, d.count(ulidSize+12))
+	j.Outputs = make([]CompactedRow, d.Count(ulidSize+12))
 	for i := range j.Outputs {
 		j.Outputs[i] = d.compacted()
 	}
-	return j, d.end()
+	return j, d.End()
 }
 
 // Jobs returns the jobs of all slots that have ever been used, by level and slot. Where
@@ -319,7 +319,7 @@ func (x *Index) FirstDay(ctx context.Context) (int64, error) {
 		return 0, rowError(items[0], err)
 	}
 	day := d.size()
-	if err := d.end(); err != nil {
+	if err := d.End(); err != nil {
 		return 0, rowError(items[0], err)
 	}
 	return day, nil

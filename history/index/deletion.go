@@ -107,24 +107,24 @@ func AppendMatchers(b []byte, ms []*labels.Matcher) []byte {
 }
 
 func (d *decoder) matchers() []*labels.Matcher {
-	n := d.count(3)
+	n := d.Count(3)
 	if n == 0 {
 		return nil
 	}
 	out := make([]*labels.Matcher, 0, n)
 	for range n {
-		t := labels.MatchType(d.byte())
-		name, value := d.text(), d.text()
-		if d.err != nil {
+		t := labels.MatchType(d.Byte())
+		name, value := d.Text(), d.Text()
+		if d.Err != nil {
 			return nil
 		}
 		if t > labels.MatchNotRegexp {
-			d.fail("unknown type of a matcher")
+			d.Fail("unknown type of a matcher")
 			return nil
 		}
 		m, err := labels.NewMatcher(t, name, value)
 		if err != nil {
-			d.fail(err.Error())
+			d.Fail("%s", err)
 			return nil
 		}
 		out = append(out, m)
@@ -141,19 +141,19 @@ func decodeDeletionsRow(it Item) (DeletionsRow, error) {
 	if err != nil {
 		return r, err
 	}
-	r.Deletions = make([]Deletion, d.count(ulidSize+8+8+1+8+1))
+	r.Deletions = make([]Deletion, d.Count(ulidSize+8+8+1+8+1))
 	for i := range r.Deletions {
 		x := &r.Deletions[i]
-		copy(x.ID[:], d.bytes(ulidSize))
+		copy(x.ID[:], d.Bytes(ulidSize))
 		x.MinT, x.MaxT = d.time(), d.time()
-		x.Clean = d.byte() != 0
+		x.Clean = d.Byte() != 0
 		x.Gone = d.time()
 		x.Matchers = d.matchers()
-		if d.err == nil && x.MinT > x.MaxT {
-			d.fail("a deletion of no time")
+		if d.Err == nil && x.MinT > x.MaxT {
+			d.Fail("a deletion of no time")
 		}
 	}
-	return r, d.end()
+	return r, d.End()
 }
 
 // Deletions returns those of a tenant that are in force, consistently.
@@ -228,8 +228,8 @@ func (x *Index) DeletionsNoted(ctx context.Context) (id ulid.ULID, _ error) {
 	if err != nil {
 		return id, rowError(items[0], err)
 	}
-	copy(id[:], d.bytes(ulidSize))
-	if err := d.end(); err != nil {
+	copy(id[:], d.Bytes(ulidSize))
+	if err := d.End(); err != nil {
 		return id, rowError(items[0], err)
 	}
 	return id, nil

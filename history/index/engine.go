@@ -59,13 +59,13 @@ func decodeEngineRow(tenant string, it Item) (EngineRow, error) {
 		return r, err
 	}
 	r.LookbackDelta = d.within(math.MaxInt64)
-	if n := d.count(2); n > 0 {
+	if n := d.Count(2); n > 0 {
 		r.Features = make([]string, n)
 	}
 	for i := range r.Features {
-		r.Features[i] = d.text()
+		r.Features[i] = d.Text()
 	}
-	if err := d.end(); err != nil {
+	if err := d.End(); err != nil {
 		return r, err
 	}
 	if err := r.Validate(); err != nil {

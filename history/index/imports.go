@@ -69,17 +69,17 @@ func decodeImport(id ImportID, it Item) (Import, error) {
 	if err != nil {
 		return r, err
 	}
-	r.Done = d.byte() != 0
-	r.Level, r.Width = Level(d.byte()), d.size()
-	r.MinT, r.Ref = d.time(), d.uvarint()
-	r.Samples, r.Faults = d.uvarint(), d.uvarint()
-	if n := d.count(ulidSize + 12); n > 0 {
+	r.Done = d.Byte() != 0
+	r.Level, r.Width = Level(d.Byte()), d.size()
+	r.MinT, r.Ref = d.time(), d.Uvarint()
+	r.Samples, r.Faults = d.Uvarint(), d.Uvarint()
+	if n := d.Count(ulidSize + 12); n > 0 {
 		r.Outputs = make([]CompactedRow, n)
 	}
 	for i := range r.Outputs {
 		r.Outputs[i] = d.compacted()
 	}
-	return r, d.end()
+	return r, d.End()
 }
 
 // Import returns how far an import is, consistently; one that never began has

@@ -11,6 +11,7 @@ import (
 	"github.com/oklog/ulid/v2"
 
 	"github.com/epimetheus-tsdb/epimetheus/chunkfmt"
+	"github.com/epimetheus-tsdb/epimetheus/internal/untrusted"
 )
 
 // ErrCorrupt is what reading a row wraps that is not as it was written.
@@ -171,79 +172,14 @@ func open(it Item, version byte) (*decoder, error) { //nolint:unparam // all are
 	if body[0] != version {
 		return nil, fmt.Errorf("%w: %d, this program reads %d", ErrVersion, body[0], version)
 	}
-	return &decoder{b: body[1:]}, nil
+	return &decoder{untrusted.Reader{B: body[1:], Kind: ErrCorrupt}}, nil
 }
 
-// decoder reads fields; its first error sticks.
-type decoder struct {
-	b   []byte
-	err error
-}
-
-func (d *decoder) fail(what string) {
-	if d.err == nil {
-		d.err = fmt.Errorf("%w: %s", ErrCorrupt, what)
-	}
-	d.b = nil
-}
-
-func (d *decoder) uvarint() uint64 {
-	v, n := binary.Uvarint(d.b)
-	if n <= 0 {
-		d.fail("bad varint")
-		return 0
-	}
-	d.b = d.b[n:]
-	return v
-}
+// decoder reads the fields of rows.
+type decoder struct{ untrusted.Reader }
 
 // size reads a size or offset in bytes.
-func (d *decoder) size() int64 {
-	v := d.uvarint()
-	if v > math.MaxInt64/2 {
-		d.fail("impossible size")
-		return 0
-	}
-	return int64(v)
-}
-
-// bytes returns the next n bytes of the input.
-func (d *decoder) bytes(n uint64) []byte {
-	if n > uint64(len(d.b)) {
-		d.fail("ends early")
-		return nil
-	}
-	b := d.b[:n]
-	d.b = d.b[n:]
-	return b
-}
-
-func (d *decoder) text() string { return string(d.bytes(d.uvarint())) }
-
-// count reads the number of items that take at least each bytes.
-func (d *decoder) count(each int) int {
-	n := d.uvarint()
-	if n > uint64(len(d.b)/each) {
-		d.fail("ends early")
-		return 0
-	}
-	return int(n) //nolint:gosec // bounded by the input
-}
-
-func (d *decoder) byte() byte {
-	b := d.bytes(1)
-	if b == nil {
-		return 0
-	}
-	return b[0]
-}
-
-func (d *decoder) end() error {
-	if d.err == nil && len(d.b) > 0 {
-		d.fail(fmt.Sprintf("%d bytes behind the end", len(d.b)))
-	}
-	return d.err
-}
+func (d *decoder) size() int64 { return int64(d.Bounded("size", math.MaxInt64/2)) }
 
 func appendText(b []byte, s string) []byte {
 	return append(binary.AppendUvarint(b, uint64(len(s))), s...)
@@ -302,26 +238,26 @@ func decodeBlockRow(tenant string, it Item) (BlockRow, error) {
 	if err != nil {
 		return r, err
 	}
-	r.Level = Level(d.byte())
-	r.MinT = int64(uint64(r.MaxT) - d.uvarint()) //nolint:gosec // validated below
-	r.Object = d.text()
+	r.Level = Level(d.Byte())
+	r.MinT = int64(uint64(r.MaxT) - d.Uvarint()) //nolint:gosec // validated below
+	r.Object = d.Text()
 	r.ObjectSize = d.size()
 	r.Directory.Offset, r.Directory.Size = d.size(), d.size()
-	r.Series, r.Samples = d.uvarint(), d.uvarint()
-	if n := d.count(rowIDSize); n > 0 {
+	r.Series, r.Samples = d.Uvarint(), d.Uvarint()
+	if n := d.Count(rowIDSize); n > 0 {
 		r.Replaces = make([]RowID, n)
 		for i := range r.Replaces {
-			r.Replaces[i] = parseRowID(d.bytes(rowIDSize))
+			r.Replaces[i] = parseRowID(d.Bytes(rowIDSize))
 		}
 	}
-	if n := d.count(siblingSize); n > 0 {
+	if n := d.Count(siblingSize); n > 0 {
 		r.Siblings = make([]Sibling, n)
 		for i := range r.Siblings {
-			b := d.bytes(siblingSize)
+			b := d.Bytes(siblingSize)
 			r.Siblings[i] = Sibling{RowID: parseRowID(b), MinT: int64(binary.BigEndian.Uint64(b[rowIDSize:]) ^ 1<<63)} //nolint:gosec // bits
 		}
 	}
-	if err := d.end(); err != nil {
+	if err := d.End(); err != nil {
 		return r, err
 	}
 	if err := r.validate(); err != nil {
@@ -373,14 +309,14 @@ func decodeWorkRow(day int64, shard int, it Item) (WorkRow, error) {
 		return w, err
 	}
 	copy(w.Block[:], it.Range)
-	w.Level = Level(d.byte())
-	w.Object = d.text()
+	w.Level = Level(d.Byte())
+	w.Object = d.Text()
 	w.ObjectSize = d.size()
-	w.Tenants = make([]string, d.count(1))
+	w.Tenants = make([]string, d.Count(1))
 	for i := range w.Tenants {
-		w.Tenants[i] = d.text()
+		w.Tenants[i] = d.Text()
 	}
-	return w, d.end()
+	return w, d.End()
 }
 
 func encodeGuard(block ulid.ULID, s GuardState) Item {
@@ -392,8 +328,8 @@ func decodeGuard(it Item) (GuardState, error) {
 	if err != nil {
 		return 0, err
 	}
-	s := GuardState(d.byte())
-	if err := d.end(); err != nil {
+	s := GuardState(d.Byte())
+	if err := d.End(); err != nil {
 		return 0, err
 	}
 	if s != Published && s != Condemned {

@@ -15,6 +15,7 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	"github.com/epimetheus-tsdb/epimetheus/ingest/ship/shippb"
+	"github.com/epimetheus-tsdb/epimetheus/internal/untrusted"
 )
 
 // Sizes and bounds of docs/formats/commitlog.md.
@@ -247,46 +248,46 @@ type Record struct {
 // is for Refs, Rest and Metadata.
 func (r *Record) Parse(payload []byte) error {
 	*r = Record{Refused: r.Refused[:0], Limited: r.Limited[:0], payload: r.payload, pool: r.pool}
-	d := reader{b: payload}
-	r.Kind = Kind(d.byte())
+	d := over(payload)
+	r.Kind = Kind(d.Byte())
 	if r.Kind == KindMetadata {
 		r.Tenant = d.tenant()
-		r.packed, d.b = d.b, nil
-		return d.err
+		r.packed, d.B = d.B, nil
+		return d.Err
 	}
-	r.Index = d.uvarint()
+	r.Index = d.Uvarint()
 	switch r.Kind {
 	case KindSession:
 		s := &r.Session
 		s.Tenant = d.tenant()
-		copy(s.ID[:], d.bytes(16))
-		copy(s.Source[:], d.bytes(16))
-		s.First, s.Previous = d.uvarint(), d.uvarint()
-		refs := d.uvarint()
+		copy(s.ID[:], d.Bytes(16))
+		copy(s.Source[:], d.Bytes(16))
+		s.First, s.Previous = d.Uvarint(), d.Uvarint()
+		refs := d.Uvarint()
 		if s.First == 0 || s.Previous > maxGeneration || refs > maxRefs {
-			d.fail("number out of range")
+			d.Fail("number out of range")
 		}
 		s.Refs = int(refs)
 	case KindRefs:
-		from := d.uvarint()
+		from := d.Uvarint()
 		if from > maxRefs {
-			d.fail("ref out of range")
+			d.Fail("ref out of range")
 		}
 		r.From = int(from)
-		r.packed, d.b = d.b, nil
+		r.packed, d.B = d.B, nil
 	case KindBatch:
-		r.Seq = d.uvarint()
+		r.Seq = d.Uvarint()
 		r.Refused = d.ascending(r.Refused)
 		r.Limited = d.ascending(r.Limited)
-		r.Columns = d.bytes(d.uvarint())
-		r.packed, d.b = d.b, nil
+		r.Columns = d.Sized()
+		r.packed, d.B = d.B, nil
 	default:
-		d.fail("unknown kind")
+		d.Fail("unknown kind")
 	}
-	if len(d.b) > 0 {
-		d.fail("bytes behind the last field")
+	if len(d.B) > 0 {
+		d.Fail("bytes behind the last field")
 	}
-	return d.err
+	return d.Err
 }
 
 // Scratch is memory for what is decompressed, to be reused.
@@ -320,31 +321,32 @@ func (r *Record) Refs(s *Scratch, fn func(Ref) error) error {
 	if err != nil {
 		return err
 	}
-	d := reader{b: b, src: string(b)}
-	for len(d.b) > 0 {
+	d := over(b)
+	d.src = string(b)
+	for len(d.B) > 0 {
 		var ref Ref
-		switch state := d.byte(); state {
+		switch state := d.Byte(); state {
 		case refNone:
 		case refAnnounced, refRefused:
 			ref = Ref{Announced: true, Refused: state == refRefused}
 			s.builder.Reset()
 			last := ""
-			for n := d.uvarint(); n > 0 && d.err == nil; n-- {
+			for n := d.Uvarint(); n > 0 && d.Err == nil; n-- {
 				name, value := d.text(), d.text()
-				if name <= last && d.err == nil {
-					d.fail("label names out of order")
+				if name <= last && d.Err == nil {
+					d.Fail("label names out of order")
 				}
 				last = name
 				s.builder.Add(name, value)
 			}
-			if d.err == nil {
+			if d.Err == nil {
 				ref.Labels = s.builder.Labels()
 			}
 		default:
-			d.fail("unknown state of a ref")
+			d.Fail("unknown state of a ref")
 		}
-		if d.err != nil {
-			return d.err
+		if d.Err != nil {
+			return d.Err
 		}
 		if err := fn(ref); err != nil {
 			return err
@@ -461,99 +463,67 @@ func (r *Record) Metadata(s *Scratch, fn func(Metadata)) error {
 	if err != nil {
 		return err
 	}
-	d := reader{b: b}
-	for len(d.b) > 0 {
+	d := over(b)
+	for len(d.B) > 0 {
 		var m Metadata
-		switch d.byte() {
+		switch d.Byte() {
 		case metadataOfFamily:
 			m.Family, m.Type, m.Unit, m.Help = d.text(), d.text(), d.text(), d.text()
 		case familyOfMetric:
 			m.Metric, m.Family = d.text(), d.text()
-			if m.Metric == "" && d.err == nil {
-				d.fail("metric without a name")
+			if m.Metric == "" && d.Err == nil {
+				d.Fail("metric without a name")
 			}
 		default:
-			d.fail("unknown form of metadata")
+			d.Fail("unknown form of metadata")
 		}
-		if d.err != nil {
-			return d.err
+		if d.Err != nil {
+			return d.Err
 		}
 		fn(m)
 	}
 	return nil
 }
 
-// reader takes fields off the front of b; after the first error it gives zeros.
+// reader reads the fields of records.
 type reader struct {
-	b   []byte
-	src string // if not empty, what ends where b does: texts are parts of it
-	err error
+	untrusted.Reader
+
+	src string // if not empty, what ends where B does: texts are parts of it
 }
 
-func (d *reader) fail(what string) {
-	if d.err == nil {
-		d.err = fmt.Errorf("%w: %s", ErrRecord, what)
-	}
-	d.b = nil
-}
-
-func (d *reader) byte() byte {
-	if b := d.bytes(1); b != nil {
-		return b[0]
-	}
-	return 0
-}
-
-func (d *reader) uvarint() uint64 {
-	u, n := binary.Uvarint(d.b)
-	if n <= 0 {
-		d.fail("truncated or overlong number")
-		return 0
-	}
-	d.b = d.b[n:]
-	return u
-}
-
-func (d *reader) bytes(n uint64) []byte {
-	if n > uint64(len(d.b)) {
-		d.fail("truncated field")
-		return nil
-	}
-	b := d.b[:n:n]
-	d.b = d.b[n:]
-	return b
-}
+func over(b []byte) reader { return reader{Reader: untrusted.Reader{B: b, Kind: ErrRecord}} }
 
 func (d *reader) text() string {
-	b := d.bytes(d.uvarint())
+	b := d.Sized()
 	if d.src == "" {
 		return string(b)
 	}
-	end := len(d.src) - len(d.b)
+	end := len(d.src) - len(d.B)
 	return d.src[end-len(b) : end]
 }
 
 func (d *reader) tenant() string {
 	t := d.text()
-	if (t == "" || len(t) > maxTenant) && d.err == nil {
-		d.fail("tenant of impossible length")
+	if (t == "" || len(t) > maxTenant) && d.Err == nil {
+		d.Fail("tenant of impossible length")
 	}
 	return t
 }
 
 func (d *reader) ascending(refs []uint32) []uint32 {
-	n := d.uvarint()
-	if n > uint64(len(d.b)) { // a ref takes a byte at least
-		d.fail("count of refs that the record can't hold")
+	n := d.Uvarint()
+	if n > uint64(len(d.B)) { // a ref takes a byte at least
+		d.Fail("count of refs that the record can't hold")
 		return refs
 	}
 	next := uint64(0)
 	for range n {
-		u := d.uvarint()
+		u := d.Uvarint()
 		if u > math.MaxUint32 || next+u > math.MaxUint32 {
-			d.fail("ref out of range")
+			d.Fail("ref out of range")
 		}
-		if d.err != nil {
+		if d.Err != nil {
 			return refs
 		}
 		refs = append(refs, uint32(next+u))

@@ -11,6 +11,7 @@ import (
 	"github.com/prometheus/prometheus/model/histogram"
 
 	"github.com/epimetheus-tsdb/epimetheus/chunkfmt"
+	"github.com/epimetheus-tsdb/epimetheus/internal/untrusted"
 )
 
 // Columns are the samples of a batch. The columns of one kind have the same
@@ -164,15 +165,15 @@ func (d *Decoder) Decode(b []byte, c *Columns) error {
 	if err != nil {
 		return fmt.Errorf("%w: decompress: %w", ErrColumns, err)
 	}
-	r := reader{b: raw}
+	r := reader{untrusted.Reader{B: raw, Kind: ErrColumns}}
 	seen := [kindFloatHistograms + 1]bool{}
-	for len(r.b) > 0 && r.err == nil {
-		kind := r.b[0]
+	for len(r.B) > 0 && r.Err == nil {
+		kind := r.B[0]
 		if kind < kindFloats || kind > kindFloatHistograms || seen[kind] {
 			return fmt.Errorf("%w: section of kind %d, unknown or repeated", ErrColumns, kind)
 		}
 		seen[kind] = true
-		r.b = r.b[1:]
+		r.B = r.B[1:]
 		switch kind {
 		case kindFloats:
 			f := &c.Floats
@@ -188,58 +189,24 @@ func (d *Decoder) Decode(b []byte, c *Columns) error {
 			h.H = histograms(&r, h.H, len(h.T), chunkfmt.DecodeFloatHistogram)
 		}
 	}
-	return r.err
+	return r.Err
 }
 
-// reader takes fields off the front of b; after the first error it gives zeros.
-type reader struct {
-	b   []byte
-	err error
-}
-
-func (r *reader) fail(what string) {
-	if r.err == nil {
-		r.err = fmt.Errorf("%w: %s", ErrColumns, what)
-	}
-	r.b = nil
-}
-
-func (r *reader) varint() int64 {
-	// Nearly all differences take one byte.
-	if len(r.b) > 0 && r.b[0] < 0x80 {
-		u := r.b[0]
-		r.b = r.b[1:]
-		return int64(u>>1) ^ -int64(u&1)
-	}
-	v, n := binary.Varint(r.b)
-	if n <= 0 {
-		r.fail("truncated or overlong number")
-		return 0
-	}
-	r.b = r.b[n:]
-	return v
-}
+// reader reads the fields of columns.
+type reader struct{ untrusted.Reader }
 
 // section reads what the kinds have in common.
-func (r *reader) section(refs []uint32, ts, st []int64, limit uint64) ([]uint32, []int64, []int64) {
-	if len(r.b) == 0 {
-		r.fail("truncated section")
-		return refs, ts, st
-	}
-	flags := r.b[0]
-	r.b = r.b[1:]
+func (r *reader) section(refs []uint32, ts, st []int64, limit int) ([]uint32, []int64, []int64) {
+	flags := r.Byte()
 	if flags&^flagStart != 0 {
-		r.fail("unknown flags")
-		return refs, ts, st
+		r.Fail("unknown flags")
 	}
-	u, w := binary.Uvarint(r.b)
 	// A sample takes at least three bytes in the section: ref, time, value.
-	if w <= 0 || u == 0 || u > limit || u > uint64(len(r.b)-w)/3 {
-		r.fail("count of samples that the section can't hold")
+	n := r.Count(3)
+	if n == 0 || n > limit {
+		r.Fail("%d samples, and at most %d in a section", n, limit)
 		return refs, ts, st
 	}
-	r.b = r.b[w:]
-	n := int(u)
 	refs = r.refs(refs, n)
 	ts = r.times(ts, n)
 	if flags&flagStart != 0 {
@@ -256,13 +223,13 @@ const ones = 0x8080808080808080
 func (r *reader) refs(refs []uint32, n int) []uint32 {
 	refs = slices.Grow(refs, n)
 	ref, wrong := int64(0), uint64(0)
-	for end := len(refs) + n; len(refs) < end && r.err == nil; {
-		for len(refs)+8 <= end && len(r.b) >= 8 {
-			u := binary.LittleEndian.Uint64(r.b)
+	for end := len(refs) + n; len(refs) < end && r.Err == nil; {
+		for len(refs)+8 <= end && len(r.B) >= 8 {
+			u := binary.LittleEndian.Uint64(r.B)
 			if u&ones != 0 {
 				break
 			}
-			r.b = r.b[8:]
+			r.B = r.B[8:]
 			out := refs[len(refs) : len(refs)+8 : len(refs)+8]
 			for i := range out {
 				d := u & 0x7f
@@ -275,13 +242,13 @@ func (r *reader) refs(refs []uint32, n int) []uint32 {
 		}
 		// Up to the next number that takes more than a byte, or the end.
 		for i := 0; i < 8 && len(refs) < end; i++ {
-			ref += r.varint()
+			ref += r.Varint()
 			wrong |= uint64(ref)
 			refs = append(refs, uint32(ref))
 		}
 	}
 	if wrong > math.MaxUint32 {
-		r.fail("ref out of range")
+		r.Fail("ref out of range")
 	}
 	return refs
 }
@@ -290,13 +257,13 @@ func (r *reader) refs(refs []uint32, n int) []uint32 {
 func (r *reader) times(ts []int64, n int) []int64 {
 	ts = slices.Grow(ts, n)
 	t := int64(0)
-	for end := len(ts) + n; len(ts) < end && r.err == nil; {
-		for len(ts)+8 <= end && len(r.b) >= 8 {
-			u := binary.LittleEndian.Uint64(r.b)
+	for end := len(ts) + n; len(ts) < end && r.Err == nil; {
+		for len(ts)+8 <= end && len(r.B) >= 8 {
+			u := binary.LittleEndian.Uint64(r.B)
 			if u&ones != 0 {
 				break
 			}
-			r.b = r.b[8:]
+			r.B = r.B[8:]
 			out := ts[len(ts) : len(ts)+8 : len(ts)+8]
 			if u == 0 {
 				for i := range out {
@@ -313,7 +280,7 @@ func (r *reader) times(ts []int64, n int) []int64 {
 			ts = ts[:len(ts)+8]
 		}
 		for i := 0; i < 8 && len(ts) < end; i++ {
-			t += r.varint()
+			t += r.Varint()
 			ts = append(ts, t)
 		}
 	}
@@ -321,41 +288,36 @@ func (r *reader) times(ts []int64, n int) []int64 {
 }
 
 func (r *reader) floats(vs []float64, n int) []float64 {
-	if r.err != nil {
+	if r.Err != nil {
 		return vs
 	}
-	if len(r.b) < 8*n {
-		r.fail("truncated values")
+	if len(r.B) < 8*n {
+		r.Fail("truncated values")
 		return vs
 	}
 	at := len(vs)
 	vs = slices.Grow(vs, n)[:at+n]
-	out, b := vs[at:], r.b[:8*n]
+	out, b := vs[at:], r.B[:8*n]
 	for i := range out {
 		out[i] = math.Float64frombits(binary.LittleEndian.Uint64(b))
 		b = b[8:]
 	}
-	r.b = r.b[8*n:]
+	r.B = r.B[8*n:]
 	return vs
 }
 
 func histograms[H any](r *reader, hs []H, n int, decode func([]byte) (H, []byte, error)) []H {
 	for range n {
-		if r.err != nil {
+		b := r.Sized()
+		if r.Err != nil {
 			return hs
 		}
-		size, w := binary.Uvarint(r.b)
-		if w <= 0 || size > uint64(len(r.b)-w) {
-			r.fail("truncated histogram")
-			return hs
-		}
-		h, rest, err := decode(r.b[w : w+int(size)])
+		h, rest, err := decode(b)
 		if err != nil || len(rest) > 0 {
-			r.fail(fmt.Sprintf("histogram of %d bytes, %d left over: %v", size, len(rest), err))
+			r.Fail("histogram of %d bytes, %d left over: %v", len(b), len(rest), err)
 			return hs
 		}
 		hs = append(hs, h)
-		r.b = r.b[w+int(size):]
 	}
 	return hs
 }
