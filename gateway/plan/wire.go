@@ -248,8 +248,11 @@ func (r *reader) points(s *partialSeries, g Grid, steps int) error {
 			return fmt.Errorf("%w: a histogram at %d", errCorrupt, ph.Timestamp)
 		}
 		before = ph.Timestamp
-		if !ph.IsFloatHistogram() || !spanned(h.PositiveSpans, len(h.PositiveBuckets)) || !spanned(h.NegativeSpans, len(h.NegativeBuckets)) {
-			return fmt.Errorf("%w: histogram", errCorrupt)
+		if !ph.IsFloatHistogram() {
+			return fmt.Errorf("%w: an integer histogram", errCorrupt)
+		}
+		if err := sound(h); err != nil {
+			return fmt.Errorf("%w: histogram: %w", errCorrupt, err)
 		}
 		s.Histograms[i] = promql.HPoint{T: ph.Timestamp, H: h}
 		r.take(16*histogramSize(h) - fields - 8*len(b))
@@ -257,15 +260,14 @@ func (r *reader) points(s *partialSeries, g Grid, steps int) error {
 	return nil
 }
 
-// spanned reports whether spans are of so many buckets: a result may be negative
-// where a stored histogram may not, but whoever walks through the spans expects
-// this.
-func spanned(spans []histogram.Span, buckets int) bool {
-	n := uint64(0)
-	for _, s := range spans {
-		n += uint64(s.Length)
+// sound is what Validate finds but for counts below zero, which a result may have where a stored histogram may not: whoever
+// walks through its buckets expects it.
+func sound(h *histogram.FloatHistogram) error {
+	err := h.Validate()
+	if errors.Is(err, histogram.ErrHistogramNegativeBucketCount) || errors.Is(err, histogram.ErrHistogramNegativeCount) {
+		return nil
 	}
-	return n == uint64(buckets) //nolint:gosec // a length
+	return err
 }
 
 // reader reads the fields of results.
