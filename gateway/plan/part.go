@@ -10,6 +10,7 @@ import (
 	"github.com/prometheus/common/model"
 	"github.com/prometheus/prometheus/model/labels"
 	"github.com/prometheus/prometheus/promql"
+	"github.com/prometheus/prometheus/promql/parser"
 	"github.com/prometheus/prometheus/util/annotations"
 
 	"github.com/epimetheus-tsdb/epimetheus/history"
@@ -118,6 +119,10 @@ func (l *Leaf) key(tenant string, span, number int64, o options, blocks []histor
 		l.Selector.SkipHistogramBuckets, o.startTimestamps, o.delayedNameRemoval, o.typeAndUnitLabels, span)
 	mint, maxt := l.reads(span, number)
 	var b []byte
+	for _, x := range l.literals() { // the text of a literal such as 1s5ms is rounded
+		b = binary.BigEndian.AppendUint64(b, math.Float64bits(x))
+	}
+	h.Write(b)
 	for i := range blocks {
 		if !blocks[i].Overlaps(mint, maxt) {
 			continue
@@ -143,6 +148,18 @@ func (l *Leaf) key(tenant string, span, number int64, o options, blocks []histor
 		h.Write(b)
 	}
 	return Key(h.Sum(nil))
+}
+
+// literals are the numbers that the leaf's function and its aggregation are given. How many there are
+// follows from what these are.
+func (l *Leaf) literals() []float64 {
+	out := slices.Clip(l.params)
+	if l.Agg != nil {
+		if p, ok := l.Agg.Param.(*parser.NumberLiteral); ok {
+			out = append(out, p.Val)
+		}
+	}
+	return out
 }
 
 // reads is the time of the samples that a whole part may need, inclusive.

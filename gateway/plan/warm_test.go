@@ -1,0 +1,477 @@
+package plan_test
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"log/slog"
+	"math"
+	"math/rand"
+	"slices"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/oklog/ulid/v2"
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/prometheus/model/histogram"
+	"github.com/prometheus/prometheus/model/labels"
+	"github.com/prometheus/prometheus/model/value"
+	"github.com/prometheus/prometheus/promql"
+	"github.com/prometheus/prometheus/promql/promqltest"
+	"github.com/prometheus/prometheus/tsdb/tsdbutil"
+	"github.com/prometheus/prometheus/util/annotations"
+	"github.com/stretchr/testify/require"
+
+	"github.com/epimetheus-tsdb/epimetheus/chunkfmt"
+	"github.com/epimetheus-tsdb/epimetheus/gateway"
+	"github.com/epimetheus-tsdb/epimetheus/gateway/gatewaytest"
+	"github.com/epimetheus-tsdb/epimetheus/gateway/merge"
+	"github.com/epimetheus-tsdb/epimetheus/gateway/plan"
+	"github.com/epimetheus-tsdb/epimetheus/history"
+	"github.com/epimetheus-tsdb/epimetheus/history/compact"
+	"github.com/epimetheus-tsdb/epimetheus/history/historytest"
+	"github.com/epimetheus-tsdb/epimetheus/history/object"
+	"github.com/epimetheus-tsdb/epimetheus/internal/testenv"
+)
+
+var (
+	warmSeed  = flag.Int64("warm.seed", 1, "first seed of TestWarm")
+	warmN     = flag.Int("warm.n", 1, "seeds of TestWarm")
+	warmSteps = flag.Int("warm.steps", 40, "steps of each seed of TestWarm")
+)
+
+// warmDelay is the visibility delay of TestWarm.
+const warmDelay = 300 * time.Millisecond
+
+// TestWarm: whatever happens to the samples, gateways that keep results, in memory and in a
+// memcached that they share, answer what one answers that keeps nothing. -warm.seed repeats a world.
+func TestWarm(t *testing.T) {
+	for i := range int64(*warmN) {
+		t.Run(fmt.Sprint("seed ", *warmSeed+i), func(t *testing.T) {
+			t.Parallel()
+			runWarm(t, *warmSeed+i)
+		})
+	}
+}
+
+// warmWorld is what happens to samples.
+type warmWorld struct {
+	t          *testing.T
+	rnd        *rand.Rand
+	c          *gatewaytest.Cluster
+	send       *gatewaytest.Shipper
+	base       time.Time // of the samples, which are of warmHours from then on
+	retentions atomic.Pointer[history.Retentions]
+	compactor  *compact.Compactor
+	toxic      *testenv.Toxic
+	all        *warmGateway // keeps nothing, and sees all at once
+	log        []string
+	pool       []int // of warmExprs
+}
+
+const warmHours = 36
+
+// warmGateway answers queries.
+type warmGateway struct {
+	name    string
+	history *history.History
+	storage *merge.Storage
+	warm    []*plan.Engine // by variant
+	cold    []*plan.Engine
+	kept    []*historytest.Memcached
+	reg     *prometheus.Registry
+}
+
+// warmVariants are engines that tenants may have.
+var warmVariants = []struct {
+	delayed, starts bool
+	lookback        time.Duration
+}{{false, false, 5 * time.Minute}, {true, true, 5 * time.Minute}, {false, false, 2 * time.Minute}}
+
+func (w *warmWorld) engines(s plan.Spread) (out []*plan.Engine) {
+	for _, v := range warmVariants {
+		o := suiteOptions
+		o.MaxSamples, o.EnableDelayedNameRemoval, o.UseStartTimestamps, o.LookbackDelta = 50_000_000, v.delayed, v.starts, v.lookback
+		out = append(out, plan.New(promqltest.NewTestEngineWithOpts(w.t, o), o, s))
+	}
+	return out
+}
+
+// gateway makes one that keeps rows for half of a visibility delay.
+func (w *warmWorld) gateway(name string, delay time.Duration, memcached string, workers bool) *warmGateway {
+	t := w.t
+	g := &warmGateway{name: name, reg: prometheus.NewRegistry()}
+	var err error
+	g.history, err = history.New(history.Options{Objects: w.c.Objects, Index: w.c.Index, VisibilityDelay: delay, Retentions: w.retentions.Load})
+	require.NoError(t, err)
+	heads := merge.NewHeads(w.c.Live, slog.New(slog.DiscardHandler), prometheus.NewRegistry(), w.c.DialOptions()...)
+	t.Cleanup(func() { require.NoError(t, heads.Close()) })
+	g.storage = merge.New(heads, g.history, tenantOf)
+	g.cold = w.engines(plan.Spread{})
+	if memcached == "" {
+		return g
+	}
+	spread := func(reg prometheus.Registerer) plan.Spread {
+		m := historytest.StartMemcached(t, memcached)
+		g.kept = append(g.kept, m)
+		r, err := plan.NewResults(2<<20, m.Client, reg)
+		require.NoError(t, err)
+		return plan.Tight(plan.Spread{TenantOf: tenantOf, Results: r})
+	}
+	s := spread(g.reg)
+	if workers {
+		others := w.engines(spread(prometheus.NewRegistry()))
+		s.Workers = gateways(t, 2, func(ctx context.Context, task *plan.Task) ([]byte, error) {
+			for i, v := range warmVariants {
+				if v.delayed == task.DelayedNameRemoval && v.starts == task.StartTimestamps {
+					return others[i].Work(ctx, g.history, task)
+				}
+			}
+			return nil, plan.ErrUnlike
+		})
+	}
+	g.warm = w.engines(s)
+	return g
+}
+
+func (w *warmWorld) did(format string, args ...any) {
+	w.log = append(w.log, fmt.Sprintf(format, args...))
+}
+
+// series are some of those that there are, with samples in a random time.
+func (w *warmWorld) series() (out []*chunkfmt.Series) {
+	r := w.rnd
+	from := w.base.Add(time.Duration(r.Int63n(int64(warmHours+3)*int64(time.Hour))) - 3*time.Hour).UnixMilli()
+	length := []time.Duration{time.Minute, 20 * time.Minute, 3 * time.Hour, 12 * time.Hour}[r.Intn(4)]
+	to := min(from+length.Milliseconds(), w.base.UnixMilli()+warmHours*3_600_000)
+	skip := []float64{0, 0.1, 0.95}[r.Intn(3)]
+	share := []float64{1, 0.5, 0.1}[r.Intn(3)]
+	for _, name := range []string{"latency", "load", "requests_total"} {
+		for i := range 6 {
+			if r.Float64() > share {
+				continue
+			}
+			s := &chunkfmt.Series{Labels: labels.FromStrings("__name__", name, "i", fmt.Sprint(i), "job", fmt.Sprint(i%3))}
+			v := float64(r.Intn(1000))
+			for ts := from - from%60_000 + int64(i)*1000; ts < to; ts += 60_000 {
+				if v += float64(r.Intn(9)); r.Intn(300) == 0 {
+					v = 0
+				}
+				switch {
+				case r.Float64() < skip:
+				case name == "latency":
+					s.Histograms.T, s.Histograms.H = append(s.Histograms.T, ts), append(s.Histograms.H, tsdbutil.GenerateTestHistogram(int64(v)))
+				case r.Intn(200) == 0:
+					s.Floats.T, s.Floats.V = append(s.Floats.T, ts), append(s.Floats.V, math.Float64frombits(value.StaleNaN))
+				default:
+					s.Floats.T, s.Floats.V = append(s.Floats.T, ts), append(s.Floats.V, v)
+				}
+			}
+			if len(s.Floats.T)+len(s.Histograms.T) > 0 {
+				out = append(out, s)
+			}
+		}
+	}
+	w.did("samples of %d series from %d to %d min", len(out), (from-w.base.UnixMilli())/60_000, (to-w.base.UnixMilli())/60_000)
+	return out
+}
+
+func (w *warmWorld) ship() {
+	var ss []gatewaytest.Sample
+	for _, s := range w.series() {
+		for i, ts := range s.Floats.T {
+			ss = append(ss, gatewaytest.Sample{Labels: s.Labels, T: ts, V: s.Floats.V[i]})
+		}
+		for i, ts := range s.Histograms.T {
+			ss = append(ss, gatewaytest.Sample{Labels: s.Labels, T: ts, H: s.Histograms.H[i]})
+		}
+	}
+	for part := range slices.Chunk(ss, 10_000) {
+		require.NoError(w.t, w.send.Send(w.t.Context(), part...))
+	}
+	w.did("  shipped")
+}
+
+// importBlock publishes a block that no head has had.
+func (w *warmWorld) importBlock() {
+	all := w.series()
+	if len(all) == 0 {
+		return
+	}
+	var buf bytes.Buffer
+	wr := chunkfmt.NewWriter(&buf, chunkfmt.WriterOptions{Window: history.Window, Rollups: w.rnd.Intn(2) == 0})
+	for _, s := range all {
+		require.NoError(w.t, wr.Add(gateway.DefaultTenant, s))
+	}
+	sum, err := wr.Close()
+	require.NoError(w.t, err)
+	id := ulid.Make()
+	require.NoError(w.t, w.c.History.Publish(w.t.Context(), id, buf.Bytes(), sum))
+	w.did("  imported as %s", id)
+}
+
+func (w *warmWorld) flush() {
+	require.NoError(w.t, w.c.Flush(w.t.Context()))
+	w.did("flushed")
+}
+
+func (w *warmWorld) settle() {
+	w.flush()
+	time.Sleep(warmDelay + 1100*time.Millisecond) // heads look each second
+	w.did("settled")
+}
+
+func (w *warmWorld) compact() {
+	for range 1 + w.rnd.Intn(5) {
+		if _, err := w.compactor.Round(w.t.Context()); err != nil {
+			w.t.Fatal(err)
+		}
+		time.Sleep(60 * time.Millisecond)
+	}
+	w.did("compacted")
+}
+
+func (w *warmWorld) delete() {
+	from := w.base.Add(time.Duration(w.rnd.Int63n(warmHours * int64(time.Hour)))).UnixMilli()
+	to := from + w.rnd.Int63n(6*3_600_000)
+	var ms []*labels.Matcher
+	if w.rnd.Intn(3) > 0 {
+		ms = append(ms, labels.MustNewMatcher(labels.MatchEqual, "__name__", []string{"requests_total", "load", "latency"}[w.rnd.Intn(3)]))
+	}
+	if w.rnd.Intn(2) == 0 {
+		ms = append(ms, labels.MustNewMatcher(labels.MatchRegexp, "i", []string{"1|2", "[3-5]", "0"}[w.rnd.Intn(3)]))
+	}
+	id, err := w.all.history.Delete(w.t.Context(), gateway.DefaultTenant, from, to, ms...)
+	require.NoError(w.t, err)
+	if w.rnd.Intn(3) == 0 {
+		require.NoError(w.t, w.all.history.Clean(w.t.Context(), gateway.DefaultTenant))
+	}
+	w.did("deleted %v from %d to %d min: %s", ms, (from-w.base.UnixMilli())/60_000, (to-w.base.UnixMilli())/60_000, id)
+}
+
+func (w *warmWorld) cancel() {
+	ds, err := w.all.history.Deletions(w.t.Context(), gateway.DefaultTenant)
+	require.NoError(w.t, err)
+	if len(ds) > 0 {
+		id := ds[w.rnd.Intn(len(ds))].ID
+		require.NoError(w.t, w.all.history.Cancel(w.t.Context(), gateway.DefaultTenant, id))
+		w.did("cancelled %s", id)
+	}
+}
+
+func (w *warmWorld) retain() {
+	r := history.Retention{}
+	if w.rnd.Intn(3) > 0 {
+		r.Raw = time.Since(w.base.Add(time.Duration(w.rnd.Intn(warmHours*60)) * time.Minute))
+		if w.rnd.Intn(2) == 0 {
+			r.Long = r.Raw + time.Duration(w.rnd.Intn(100))*time.Hour
+		}
+		if w.rnd.Intn(2) == 0 {
+			r.Short = r.Raw + time.Duration(w.rnd.Intn(10))*time.Hour
+		}
+	}
+	w.retentions.Store(&history.Retentions{Default: r})
+	w.did("retention %+v", r)
+}
+
+func (w *warmWorld) memcached() {
+	mode := []testenv.Toxin{testenv.Damage, testenv.Cut, testenv.Pure, testenv.Pure}[w.rnd.Intn(4)]
+	w.toxic.Set(mode)
+	w.did("memcached: %v", mode)
+}
+
+// act does one thing.
+func (w *warmWorld) act() {
+	for _, a := range []struct {
+		weight int
+		do     func()
+	}{
+		{8, w.ship}, {4, w.importBlock}, {4, w.flush}, {6, w.settle}, {6, w.compact}, {3, w.delete}, {2, w.cancel}, {2, w.retain}, {1, w.memcached},
+	} {
+		if x := w.rnd.Intn(60); x < a.weight {
+			a.do()
+			return
+		}
+	}
+}
+
+// warmExprs are queries that come again and again.
+var warmExprs = []string{
+	"sum by (job) (rate(requests_total[10m]))", "requests_total", "sum(load)", "max_over_time(load[1h])", "avg by (job) (load offset 20m)",
+	"sum(increase(requests_total[1h] offset -30m))", "topk(2, load)", "quantile(0.5, load)", "count_over_time(load[7m13s])", "rate(load[5m])",
+	"max_over_time(sum(rate(requests_total[5m]))[1h:5m])", "avg_over_time(load[30m]) - avg_over_time(load[30m] offset 1h)",
+	"sum(rate(requests_total[10m])) / sum(rate(requests_total[10m] @ end()))", "max_over_time(load[1h:7m] offset 10m)", "absent_over_time(load{i=\"2\"}[10m])",
+	"histogram_quantile(0.9, sum by (job) (rate(latency[10m])))", "histogram_count(rate(latency[10m]))", "sum(latency)",
+	"last_over_time(load{job!=\"1\"}[20m])", "count by (job) (load > 100)", "stddev_over_time(load[1h])", "limitk(2, requests_total)", "irate(requests_total[5m])",
+	"sum_over_time(max_over_time(load[20m] @ start())[1h:10m])", "predict_linear(load[30m], 10m)", "predict_linear(load[30m], 1s5ms)", "predict_linear(load[30m], 1s4ms)",
+	"min by (i) (min_over_time(load[2h]))", "sum(load or vector(0))", "group({__name__=~\"load|requests_total\"})", "sum(rate({__name__=~\"load|requests_total\"}[10m]))",
+}
+
+// alike takes out of a result what depends on which blocks samples are in: hints at counter resets, and
+// warnings of times of which there are only summaries, which are about blocks beside the samples that
+// are needed, too.
+func alike(r *promql.Result) *promql.Result {
+	var out annotations.Annotations
+	for text, err := range r.Warnings {
+		if !strings.Contains(text, "past their retention") {
+			out.Add(err)
+		}
+	}
+	r.Warnings = out
+	hint := func(h *histogram.FloatHistogram) *histogram.FloatHistogram {
+		if h == nil {
+			return nil
+		}
+		h = h.Copy()
+		h.CounterResetHint = histogram.UnknownCounterReset
+		return h
+	}
+	switch v := r.Value.(type) {
+	case promql.Matrix:
+		for i := range v {
+			for j := range v[i].Histograms {
+				v[i].Histograms[j].H = hint(v[i].Histograms[j].H)
+			}
+		}
+	case promql.Vector:
+		for i := range v {
+			v[i].H = hint(v[i].H)
+		}
+	}
+	return r
+}
+
+// ask asks all gateways the same.
+func (w *warmWorld) ask(gs []*warmGateway) {
+	r := w.rnd
+	expr := warmExprs[w.pool[r.Intn(len(w.pool))]]
+	variant := r.Intn(len(warmVariants))
+	step := []time.Duration{time.Minute, 10 * time.Minute, 10 * time.Minute, 10 * time.Minute, 10 * time.Minute, time.Hour, 7*time.Minute + 13*time.Second + 7*time.Millisecond}[r.Intn(7)]
+	start := w.base.Add(time.Duration(r.Int63n(warmHours * int64(time.Hour)))).Truncate(step)
+	if r.Intn(5) == 0 {
+		start = start.Add(1234 * time.Millisecond)
+	}
+	steps := 1 + r.Intn(300)
+	if r.Intn(2) == 0 {
+		start, steps = w.base.Truncate(step), int(warmHours*time.Hour/step)
+	}
+	end := start.Add(time.Duration(min(steps, 500)) * step)
+	instant := r.Intn(6) == 0
+	run := func(e *plan.Engine, s *merge.Storage) *promql.Result {
+		var q promql.Query
+		var err error
+		opts := promql.NewPrometheusQueryOpts(false, 0, nil)
+		if instant {
+			q, err = e.NewInstantQuery(w.t.Context(), s, opts, expr, end)
+		} else {
+			q, err = e.NewRangeQuery(w.t.Context(), s, opts, expr, start, end, step)
+		}
+		require.NoError(w.t, err)
+		defer q.Close()
+		return detach(q.Exec(w.t.Context()))
+	}
+	for _, k := range r.Perm(len(gs)) {
+		g := gs[k]
+		ok, diff := false, ""
+		for try := range 4 {
+			want := run(w.all.cold[variant], w.all.storage)
+			got := run(g.warm[variant], g.storage)
+			if diff = differ(alike(want), alike(got)); diff == "" {
+				ok = true
+				break
+			}
+			if errors.Is(got.Err, object.ErrNotExist) || errors.Is(want.Err, object.ErrNotExist) {
+				w.did("object gone")
+				time.Sleep(warmDelay)
+				continue
+			}
+			if g.name == "fresh" && try == 1 {
+				break // try 0 may have been at the turn of a minute
+			}
+			if g.name != "fresh" {
+				time.Sleep([]time.Duration{warmDelay, 2 * time.Second, 2 * time.Second, 0}[try]) // it doesn't know yet
+			}
+		}
+		for _, m := range g.kept {
+			m.Idle(w.t)
+		}
+		if !ok {
+			for _, l := range w.log {
+				w.t.Log(l)
+			}
+			w.t.Fatalf("%s, variant %d: %s from %d to %d min by %s (instant %t): %s", g.name, variant, expr,
+				start.Sub(w.base)/time.Minute, end.Sub(w.base)/time.Minute, step, instant, diff)
+		}
+	}
+}
+
+func runWarm(t *testing.T, seed int64) {
+	w := &warmWorld{t: t, rnd: rand.New(rand.NewSource(seed)), base: time.Now().Add(-(warmHours + 6) * time.Hour).Truncate(time.Hour)}
+	w.pool = w.rnd.Perm(len(warmExprs))[:6]
+	w.retentions.Store(&history.Retentions{})
+	w.c = gatewaytest.New(t, gatewaytest.Options{Ingesters: 2, VisibilityDelay: warmDelay, Run: true, Retentions: w.retentions.Load})
+	w.send = w.c.Shipper(gateway.DefaultTenant)
+	var err error
+	w.compactor, err = compact.New(compact.Options{
+		Objects: w.c.Objects, Index: w.c.Index, Dir: t.TempDir(), Grace: 150 * time.Millisecond, MaxSources: 4, CleanAge: 40 * time.Millisecond,
+		Ranges: []time.Duration{2 * time.Hour, 24 * time.Hour}, Retentions: w.retentions.Load,
+	})
+	require.NoError(t, err)
+	addr, _ := testenv.Memcached(t)
+	w.toxic = testenv.StartToxic(t, addr)
+	w.all = w.gateway("all", 0, "", false)
+	gs := []*warmGateway{w.gateway("fresh", 0, w.toxic.Addr, false), w.gateway("other", warmDelay, w.toxic.Addr, true)}
+	for range 4 {
+		w.ship()
+	}
+	w.settle()
+	for range *warmSteps {
+		w.act()
+		for range 6 {
+			w.ask(gs)
+		}
+	}
+	for _, g := range gs {
+		ms, err := g.reg.Gather()
+		require.NoError(t, err)
+		for _, m := range ms {
+			if m.GetName() == "epimetheus_gateway_query_parts_total" {
+				for _, x := range m.GetMetric() {
+					t.Logf("%s: %s %v", g.name, x.GetLabel()[0].GetValue(), x.GetCounter().GetValue())
+				}
+			}
+		}
+	}
+}
+
+// TestNearlySame: results are told apart by all that differs in queries, also where their text is the same once they have been
+// parsed.
+func TestNearlySame(t *testing.T) {
+	c := gatewaytest.New(t, gatewaytest.Options{})
+	dataset(t, rand.New(rand.NewSource(1)), gatewaytest.NewShipped(c, gatewaytest.Splits[0], true), 4)
+	old := summarised(t, c).Storage // most is in blocks alone
+	results, err := plan.NewResults(16<<20, nil, prometheus.NewRegistry())
+	require.NoError(t, err)
+	o := suiteOptions
+	o.MaxSamples = 50_000_000
+	engine := promqltest.NewTestEngineWithOpts(t, o)
+	planned := plan.New(engine, o, plan.Tight(plan.Spread{TenantOf: tenantOf, Results: results}))
+	for _, expr := range []string{
+		"predict_linear(requests_total[10m], 1s4ms)", "predict_linear(requests_total[10m], 1s5ms)", "predict_linear(requests_total[10m], 1.0041)",
+		"quantile(58ms, temperature)", "quantile(0.058, temperature)", "quantile(0.0581, temperature)", "topk(1, temperature)", "topk(1s1ms, temperature)", "topk(2s, temperature)",
+	} {
+		run := func(e promql.QueryEngine) *promql.Result {
+			q, err := e.NewRangeQuery(t.Context(), old, nil, expr, time.Unix(0, 0), time.Unix(2*3600, 0), time.Minute)
+			require.NoError(t, err)
+			defer q.Close()
+			return detach(q.Exec(t.Context()))
+		}
+		if diff := differ(run(engine), run(planned)); diff != "" {
+			t.Errorf("%s: %s", expr, diff)
+		}
+	}
+}
