@@ -14,6 +14,15 @@ func Tight(s Spread) Spread {
 	return s
 }
 
+// Usual makes parts as large as ever, but of so many times less samples.
+func Usual(s Spread, less int64) Spread {
+	s.parting = usual
+	s.parting.samples /= less
+	s.parting.far /= less
+	s.parting.shard /= less
+	return s
+}
+
 // TightShards makes shards of all leaves that can be cut so.
 func TightShards(s Spread) Spread {
 	s.parting = parting{samples: 1}

@@ -22,15 +22,15 @@ type parting struct {
 	shard   int64   // that a shard reads at least, about: whoever computes one looks up all series
 	far     int64   // that a task for another gateway reads, about: a request costs some milliseconds, of both and of the caches of processors
 	spans   []int64 // times that parts may have, ms; few, so that the same parts come back when a query of another time comes
-	// A part has so many times the range of windows, which reach into the part
-	// before, and so many steps, at least.
-	ranges, steps int64
+	// A part has so many times the range of windows, which reach into the part before, and so many
+	// steps, at least. A task has taskRanges times the range: the parts of one are read in one go.
+	ranges, steps, taskRanges int64
 }
 
 //nolint:gochecknoglobals // a constant
 var usual = parting{
 	samples: 1 << 20, far: 1 << 23, shard: 1 << 25, spans: []int64{3 * hour / 2, 6 * hour, 24 * hour, 4 * 24 * hour, 16 * 24 * hour, 64 * 24 * hour},
-	ranges: 8, steps: 4,
+	ranges: 1, steps: 4, taskRanges: 8,
 }
 
 const hour = int64(3600 * 1000) // ms

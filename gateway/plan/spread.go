@@ -389,7 +389,7 @@ func (w *work) assign(tenant string) (mine []int, elsewhere []neighbours) {
 	}
 	// The same parts go together whatever the time of the query, for caches to be warm.
 	together := int64(1)
-	for float64(together)*float64(w.span)/float64(w.l.Grid.Step)*w.cost < far {
+	for float64(together)*float64(w.span)/float64(w.l.Grid.Step)*w.cost < far || together*w.span < w.q.opts.parting.taskRanges*w.l.Range {
 		together *= 2
 	}
 	group := func(i int) int64 { return floorDiv(w.parts[i].number, together) }

@@ -308,7 +308,7 @@ var warmExprs = []string{
 	"histogram_quantile(0.9, sum by (job) (rate(latency[10m])))", "histogram_count(rate(latency[10m]))", "sum(latency)",
 	"last_over_time(load{job!=\"1\"}[20m])", "count by (job) (load > 100)", "stddev_over_time(load[1h])", "limitk(2, requests_total)", "irate(requests_total[5m])",
 	"sum_over_time(max_over_time(load[20m] @ start())[1h:10m])", "predict_linear(load[30m], 10m)", "predict_linear(load[30m], 1s5ms)", "predict_linear(load[30m], 1s4ms)",
-	"min by (i) (min_over_time(load[2h]))", "sum(load or vector(0))", "group({__name__=~\"load|requests_total\"})", "sum(rate({__name__=~\"load|requests_total\"}[10m]))",
+	"min by (i) (min_over_time(load[2h]))", "sum(rate(requests_total[1h15s]))", "avg by (job) (avg_over_time(load[1h]))", "sum(load or vector(0))", "group({__name__=~\"load|requests_total\"})", "sum(rate({__name__=~\"load|requests_total\"}[10m]))",
 }
 
 // alike takes out of a result what depends on which blocks samples are in: hints at counter resets, and
