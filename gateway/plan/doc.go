@@ -28,7 +28,8 @@
 // These are no leaves: anything under info(); selectors that are anchored or
 // smoothed; selectors with @ below a subquery or in what isn't evaluated once;
 // functions with parameters that aren't literals; more than a million steps; plain selectors outside of an
-// aggregation, where there is nothing to gain but in an instant query: heads then give
-// a sample in place of chunks; count_values and limit_ratio, which are
+// aggregation, where there is little to gain but in an instant query, for which heads give
+// a sample in place of chunks, and in one of a day or more at steps no shorter than the lookback delta, of which
+// parts are kept; count_values and limit_ratio, which are
 // the engine's over a leaf: nobody has found that a kernel would pay.
 package plan

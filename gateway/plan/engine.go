@@ -442,10 +442,10 @@ func (q *query) compute(ctx context.Context) (annos annotations.Annotations, err
 }
 
 // leavePlain leaves selectors that stand by themselves to the engine, if there are
-// samples of all their time, and more than the newest is wanted.
+// samples of all their time, and they aren't sparse.
 func (q *query) leavePlain(ctx context.Context, s selector) error {
 	for _, l := range q.leaves {
-		if !l.plain || l.newest() || q.opts.summarise {
+		if !l.plain || l.newest() || l.sparse() || q.opts.summarise {
 			continue
 		}
 		from, err := s.SamplesFrom(ctx)

@@ -37,7 +37,7 @@ type Leaf struct {
 	once bool
 	in   []subquery
 	// plain: the selector stands by itself. The engine is as good at it, but where
-	// there are no samples any more, or heads give the newest without their chunks.
+	// there are no samples any more, heads give the newest without their chunks, or it is sparse.
 	plain bool
 	given bool // up: the engine computes it
 
@@ -307,14 +307,22 @@ func (l *Leaf) split() bool {
 	return true
 }
 
-// plain is the leaf of a selector that stands by itself, if summaries could answer it, or the newest sample does.
+// sparse: most samples are between the steps, of which there are many enough for parts of them to be kept: the
+// engine would decode all of them, each time.
+func (l *Leaf) sparse() bool {
+	const long = 24 * hour
+	return l.Grid.Step >= l.Range && l.maxt()-l.mint() >= long
+}
+
+// plain is the leaf of a selector that stands by itself, if summaries could answer it, the newest sample does, or parts
+// of it pay.
 func (p *planner) plain(vs *parser.VectorSelector, at place) *Leaf {
 	l := p.selector(vs, at)
 	if l == nil {
 		return nil
 	}
 	l.Range, l.plain = p.lookback, true
-	if !l.newest() && l.query(options{}).Width() == 0 {
+	if !l.newest() && !l.sparse() && l.query(options{}).Width() == 0 {
 		return nil
 	}
 	return l

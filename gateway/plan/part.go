@@ -44,24 +44,31 @@ type part struct {
 }
 
 // cut gives the parts of a leaf that reads about so many samples; one if it isn't
-// to be parted.
-func (l *Leaf) cut(samples int64, o options) (span int64, parts []part) {
+// to be parted. What is kept of parts of one span is of no use for another, and estimates are
+// another each time, if by little: where kept says no of the span that fits, and yes of one beside it,
+// that is taken.
+func (l *Leaf) cut(samples int64, o options, kept func(parts []part, span int64) bool) (span int64, parts []part) {
 	n := l.Grid.Len()
 	whole := []part{{to: n}}
 	if n < 2 || samples < 2*o.parting.samples || !l.separable(o) {
 		return 0, whole
 	}
 	want := float64(l.maxt()-l.mint()) / float64(samples) * float64(o.parting.samples)
-	for _, s := range o.parting.spans {
-		if float64(s) >= want && s >= o.parting.ranges*l.Range && s >= o.parting.steps*l.Grid.Step {
-			span = s
-			break
-		}
-	}
-	if span == 0 {
+	least := max(o.parting.ranges*l.Range, o.parting.steps*l.Grid.Step)
+	spans := o.parting.spans
+	fits := slices.IndexFunc(spans, func(s int64) bool { return float64(s) >= want && s >= least })
+	if fits < 0 {
 		return 0, whole
 	}
-	return span, l.partsOf(span, 0, n)
+	for _, i := range []int{fits, fits - 1, fits + 1} {
+		if i < 0 || i == len(spans) || spans[i] < least {
+			continue
+		}
+		if parts := l.partsOf(spans[i], 0, n); len(parts) > 1 && kept(parts, spans[i]) {
+			return spans[i], parts
+		}
+	}
+	return spans[fits], l.partsOf(spans[fits], 0, n)
 }
 
 // partsOf gives the parts of a span of the steps from, up to, without, to.

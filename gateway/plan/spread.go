@@ -198,7 +198,9 @@ func (q *query) part(ctx context.Context, i int, sel *merge.Selection) (_ *work,
 	if err != nil {
 		return nil, e, err
 	}
-	w.span, w.parts = l.cut(e.cost(), q.opts)
+	w.span, w.parts = l.cut(e.cost(), q.opts, func(parts []part, span int64) bool {
+		return sp.Results == nil || w.mostlyKept(sp.TenantOf(ctx), parts, span)
+	})
 	w.cost = float64(e.cost()) / float64(l.Grid.Len())
 	// What heads have may change: those parts are neither kept nor computed elsewhere.
 	w.fresh = make([]bool, len(w.parts))
@@ -421,6 +423,20 @@ func (w *work) kept(ctx context.Context, i int) *partial {
 	return out
 }
 
+// mostlyKept says whether at least half of some parts, from all over the leaf's time, are in memory.
+func (w *work) mostlyKept(tenant string, parts []part, span int64) bool {
+	const looks = 8
+	snap, looked, have := w.sel.Snapshot(), 0, 0
+	for i := 0; i < len(parts); i += (len(parts) + looks - 1) / looks {
+		p := parts[i]
+		looked++
+		if w.q.engine.spread.Results.has(w.l.key(tenant, span, p.number, w.q.opts, snap.Blocks, snap.Hidden), w.l.only(p.from, p.to).Grid) {
+			have++
+		}
+	}
+	return 2*have >= looked
+}
+
 // grid is that of the steps of a part.
 func (w *work) grid(i int) Grid { return w.l.only(w.parts[i].from, w.parts[i].to).Grid }
 
@@ -561,16 +577,28 @@ func (r *Results) get(ctx context.Context, key Key, g Grid) (*partial, bool) {
 	return stepsOf(ctx, b, g)
 }
 
+// has says whether the steps of a grid are in memory.
+func (r *Results) has(key Key, g Grid) bool {
+	b, ok := r.cache.Peek(key)
+	return ok && covers(b, g)
+}
+
+// covers says whether a result that was kept has the steps of a grid.
+func covers(b []byte, g Grid) bool {
+	if len(b) < gridBytes {
+		return false
+	}
+	was := gridOf(b)
+	return was.Step == g.Step && was.Start <= g.Start && was.End >= g.End && (g.Start-was.Start)%g.Step == 0
+}
+
 // stepsOf gives the steps of a grid of a result that was kept. It is absent if that
 // has only others, or can't be read: then it is computed. The account of ctx holds it.
 func stepsOf(ctx context.Context, b []byte, g Grid) (*partial, bool) {
-	if len(b) < gridBytes {
+	if !covers(b, g) {
 		return nil, false
 	}
 	was := gridOf(b)
-	if was.Step != g.Step || was.Start > g.Start || was.End < g.End || (g.Start-was.Start)%g.Step != 0 {
-		return nil, false
-	}
 	if n := was.Len(); n < g.Len() || n > len(b) { // each step takes bytes
 		return nil, false
 	}

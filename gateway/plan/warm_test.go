@@ -71,6 +71,7 @@ type warmWorld struct {
 	all        *warmGateway // keeps nothing, and sees all at once
 	log        []string
 	pool       []int // of warmExprs
+	forever    bool  // all is kept so long
 }
 
 const warmHours = 36
@@ -81,7 +82,7 @@ type warmGateway struct {
 	history *history.History
 	storage *merge.Storage
 	warm    []*plan.Engine // by variant
-	cold    []*plan.Engine
+	cold    []promql.QueryEngine
 	kept    []*historytest.Memcached
 	reg     *prometheus.Registry
 }
@@ -92,13 +93,19 @@ var warmVariants = []struct {
 	lookback        time.Duration
 }{{false, false, 5 * time.Minute}, {true, true, 5 * time.Minute}, {false, false, 2 * time.Minute}}
 
-func (w *warmWorld) engines(s plan.Spread) (out []*plan.Engine) {
+func (w *warmWorld) engines(s plan.Spread) (planned []*plan.Engine, cold []promql.QueryEngine) {
 	for _, v := range warmVariants {
 		o := suiteOptions
 		o.MaxSamples, o.EnableDelayedNameRemoval, o.UseStartTimestamps, o.LookbackDelta = 50_000_000, v.delayed, v.starts, v.lookback
-		out = append(out, plan.New(promqltest.NewTestEngineWithOpts(w.t, o), o, s))
+		inner := promqltest.NewTestEngineWithOpts(w.t, o)
+		planned = append(planned, plan.New(inner, o, s))
+		if w.forever {
+			cold = append(cold, inner)
+		} else { // Prometheus's engine alone reads no summaries
+			cold = append(cold, plan.New(inner, o, plan.Spread{}))
+		}
 	}
-	return out
+	return planned, cold
 }
 
 // gateway makes one that keeps rows for half of a visibility delay.
@@ -111,7 +118,7 @@ func (w *warmWorld) gateway(name string, delay time.Duration, memcached string, 
 	heads := merge.NewHeads(w.c.Live, slog.New(slog.DiscardHandler), prometheus.NewRegistry(), w.c.DialOptions()...)
 	t.Cleanup(func() { require.NoError(t, heads.Close()) })
 	g.storage = merge.New(heads, g.history, tenantOf)
-	g.cold = w.engines(plan.Spread{})
+	_, g.cold = w.engines(plan.Spread{})
 	if memcached == "" {
 		return g
 	}
@@ -124,7 +131,7 @@ func (w *warmWorld) gateway(name string, delay time.Duration, memcached string, 
 	}
 	s := spread(g.reg)
 	if workers {
-		others := w.engines(spread(prometheus.NewRegistry()))
+		others, _ := w.engines(spread(prometheus.NewRegistry()))
 		s.Workers = gateways(t, 2, func(ctx context.Context, task *plan.Task) ([]byte, error) {
 			for i, v := range warmVariants {
 				if v.delayed == task.DelayedNameRemoval && v.starts == task.StartTimestamps {
@@ -134,7 +141,7 @@ func (w *warmWorld) gateway(name string, delay time.Duration, memcached string, 
 			return nil, plan.ErrUnlike
 		})
 	}
-	g.warm = w.engines(s)
+	g.warm, _ = w.engines(s)
 	return g
 }
 
@@ -264,6 +271,9 @@ func (w *warmWorld) cancel() {
 }
 
 func (w *warmWorld) retain() {
+	if w.forever {
+		return
+	}
 	r := history.Retention{}
 	if w.rnd.Intn(3) > 0 {
 		r.Raw = time.Since(w.base.Add(time.Duration(w.rnd.Intn(warmHours*60)) * time.Minute))
@@ -301,7 +311,7 @@ func (w *warmWorld) act() {
 
 // warmExprs are queries that come again and again.
 var warmExprs = []string{
-	"sum by (job) (rate(requests_total[10m]))", "requests_total", "sum(load)", "max_over_time(load[1h])", "avg by (job) (load offset 20m)",
+	"sum by (job) (rate(requests_total[10m]))", "requests_total", "latency", "load offset 20m * 2", "requests_total", "sum(load)", "max_over_time(load[1h])", "avg by (job) (load offset 20m)",
 	"sum(increase(requests_total[1h] offset -30m))", "topk(2, load)", "quantile(0.5, load)", "count_over_time(load[7m13s])", "rate(load[5m])",
 	"max_over_time(sum(rate(requests_total[5m]))[1h:5m])", "avg_over_time(load[30m]) - avg_over_time(load[30m] offset 1h)",
 	"sum(rate(requests_total[10m])) / sum(rate(requests_total[10m] @ end()))", "max_over_time(load[1h:7m] offset 10m)", "absent_over_time(load{i=\"2\"}[10m])",
@@ -361,7 +371,7 @@ func (w *warmWorld) ask(gs []*warmGateway) {
 	}
 	end := start.Add(time.Duration(min(steps, 500)) * step)
 	instant := r.Intn(6) == 0
-	run := func(e *plan.Engine, s *merge.Storage) *promql.Result {
+	run := func(e promql.QueryEngine, s *merge.Storage) *promql.Result {
 		var q promql.Query
 		var err error
 		opts := promql.NewPrometheusQueryOpts(false, 0, nil)
@@ -411,6 +421,7 @@ func (w *warmWorld) ask(gs []*warmGateway) {
 
 func runWarm(t *testing.T, seed int64) {
 	w := &warmWorld{t: t, rnd: rand.New(rand.NewSource(seed)), base: time.Now().Add(-(warmHours + 6) * time.Hour).Truncate(time.Hour)}
+	w.forever = w.rnd.Intn(2) == 0
 	w.pool = w.rnd.Perm(len(warmExprs))[:6]
 	w.retentions.Store(&history.Retentions{})
 	w.c = gatewaytest.New(t, gatewaytest.Options{Ingesters: 2, VisibilityDelay: warmDelay, Run: true, Retentions: w.retentions.Load})

@@ -1,0 +1,118 @@
+package plan_test
+
+import (
+	"bytes"
+	"fmt"
+	"testing"
+	"time"
+
+	"github.com/oklog/ulid/v2"
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/prometheus/model/labels"
+	"github.com/prometheus/prometheus/promql/promqltest"
+	"github.com/stretchr/testify/require"
+
+	"github.com/epimetheus-tsdb/epimetheus/chunkfmt"
+	"github.com/epimetheus-tsdb/epimetheus/gateway"
+	"github.com/epimetheus-tsdb/epimetheus/gateway/account"
+	"github.com/epimetheus-tsdb/epimetheus/gateway/gatewaytest"
+	"github.com/epimetheus-tsdb/epimetheus/gateway/plan"
+	"github.com/epimetheus-tsdb/epimetheus/history"
+)
+
+// TestPan: a dashboard of a month that is refreshed, as time goes on, and panned, reads only what is new.
+func TestPan(t *testing.T) {
+	const day, interval, series = 24 * time.Hour, time.Minute, 20
+	const delay = 300 * time.Millisecond
+	c := gatewaytest.New(t, gatewaytest.Options{VisibilityDelay: delay, Run: true})
+	end := 60 * day
+	value := func(i int, at time.Duration) float64 { return float64(i+1) * float64(at/time.Minute) }
+	publish := func(from, to time.Duration) {
+		var buf bytes.Buffer
+		w := chunkfmt.NewWriter(&buf, chunkfmt.WriterOptions{Window: history.Window, Rollups: to-from >= day})
+		for _, name := range []string{"load", "requests_total"} {
+			for i := range series {
+				s := &chunkfmt.Series{Labels: labels.FromStrings("__name__", name, "i", fmt.Sprintf("%02d", i), "job", fmt.Sprint(i%3))}
+				for at := from + interval; at <= to; at += interval {
+					s.Floats.T, s.Floats.V = append(s.Floats.T, at.Milliseconds()), append(s.Floats.V, value(i, at))
+				}
+				require.NoError(t, w.Add(gateway.DefaultTenant, s))
+			}
+		}
+		sum, err := w.Close()
+		require.NoError(t, err)
+		require.NoError(t, c.History.Publish(t.Context(), ulid.Make(), buf.Bytes(), sum))
+	}
+	for at := time.Duration(0); at < end-day; at += day {
+		publish(at, at+day)
+	}
+	for at := end - day; at < end-time.Hour; at += time.Hour {
+		publish(at, at+time.Hour)
+	}
+	send := c.Shipper(gateway.DefaultTenant)
+	ship := func(from, to time.Duration) {
+		var ss []gatewaytest.Sample
+		for at := from + interval; at <= to; at += interval {
+			for _, name := range []string{"load", "requests_total"} {
+				for i := range series {
+					ss = append(ss, gatewaytest.Sample{
+						Labels: labels.FromStrings("__name__", name, "i", fmt.Sprintf("%02d", i), "job", fmt.Sprint(i%3)), T: at.Milliseconds(), V: value(i, at),
+					})
+				}
+			}
+		}
+		require.NoError(t, send.Send(t.Context(), ss...))
+	}
+	ship(end-time.Hour, end)
+
+	o := suiteOptions
+	o.MaxSamples = 50_000_000
+	inner := promqltest.NewTestEngineWithOpts(t, o)
+	for _, q := range []struct {
+		expr    string
+		step    time.Duration
+		instant bool
+	}{
+		{expr: "sum by (job) (rate(requests_total[5m]))", step: 30 * time.Minute},
+		{expr: "sum by (job) (rate(requests_total[1h15s]))", step: time.Hour},
+		{expr: "load", step: 30 * time.Minute},
+		{expr: "sum(load)", step: 10 * time.Minute},
+		{expr: "max_over_time(load[6h])", step: time.Hour},
+		{expr: "sum(increase(requests_total[1d]))", step: time.Hour},
+		{expr: "max_over_time(sum(rate(requests_total[5m]))[1h:5m])", step: time.Hour},
+		{expr: "max_over_time(sum(rate(requests_total[5m]))[30d:5m])", instant: true},
+	} {
+		results, err := plan.NewResults(64<<20, nil, prometheus.NewRegistry())
+		require.NoError(t, err)
+		e := plan.New(inner, o, plan.Usual(plan.Spread{TenantOf: tenantOf, Results: results}, 1<<8))
+		read := func(from, to time.Duration) account.Cost {
+			ctx, acc, done := account.NewMemory(0, prometheus.NewRegistry()).Open(t.Context(), "", account.Limits{})
+			defer done()
+			at := func(d time.Duration) time.Time { return time.UnixMilli(d.Milliseconds()) }
+			query, err := e.NewRangeQuery(ctx, c.Storage, nil, q.expr, at(from.Truncate(q.step)), at(to.Truncate(q.step)), q.step)
+			if q.instant {
+				query, err = e.NewInstantQuery(ctx, c.Storage, nil, q.expr, at(to))
+			}
+			require.NoError(t, err)
+			defer query.Close()
+			require.NoError(t, query.Exec(ctx).Err)
+			return acc.Cost()
+		}
+		all := read(end-30*day, end)
+		require.Greater(t, all.PartsHere, int64(20), q.expr)
+		least := 0.1 * float64(all.PartsHere) // two or three parts are fresh
+		for _, x := range []struct {
+			what string
+			from time.Duration
+			new  float64
+		}{
+			{"again", 0, 0}, {"a minute later", time.Minute, 0}, {"an hour later", time.Hour, 0}, {"a day before", -day, 1. / 30},
+			{"a week before", -7 * day, 6. / 30}, {"back", 0, 0},
+		} {
+			got := read(end-30*day+x.from, end+x.from)
+			if most := least + 1.1*x.new*float64(all.PartsHere); float64(got.PartsHere) > most || got.PartsHere+got.PartsKept < all.PartsHere/2 {
+				t.Errorf("%s, %s: %d parts were computed, want %g at most, and %d were kept; first %d were computed", q.expr, x.what, got.PartsHere, most, got.PartsKept, all.PartsHere)
+			}
+		}
+	}
+}
