@@ -106,8 +106,12 @@ func TestPan(t *testing.T) {
 			from time.Duration
 			new  float64
 		}{
-			{"again", 0, 0}, {"a minute later", time.Minute, 0}, {"an hour later", time.Hour, 0}, {"a day before", -day, 1. / 30},
-			{"a week before", -7 * day, 6. / 30}, {"back", 0, 0},
+			{"again", 0, 0},
+			{"a minute later", time.Minute, 0},
+			{"an hour later", time.Hour, 0},
+			{"a day before", -day, 1. / 30},
+			{"a week before", -7 * day, 6. / 30},
+			{"back", 0, 0},
 		} {
 			got := read(end-30*day+x.from, end+x.from)
 			if most := least + 1.1*x.new*float64(all.PartsHere); float64(got.PartsHere) > most || got.PartsHere+got.PartsKept < all.PartsHere/2 {
