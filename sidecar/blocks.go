@@ -190,10 +190,14 @@ func (b *blocks) open(reason string, newest int64, wbl int) {
 	b.logger.Warn("samples of the WAL may not have been read, they will be read from Prometheus's blocks", "reason", reason)
 }
 
-// list takes in the blocks that there are, newest first. maxAge bounds the backfill; 0 for no bound, less for none at all.
-func (b *blocks) list(listed []backfill.Block, now time.Time, maxAge time.Duration) {
+// list takes in the blocks that there are, newest first, and those of which only the folder
+// could be read. maxAge bounds the backfill; 0 for no bound, less for none at all.
+func (b *blocks) list(listed []backfill.Block, bad []ulid.ULID, now time.Time, maxAge time.Duration) {
 	b.listed = listed
 	present := map[ulid.ULID]bool{}
+	for _, id := range bad {
+		present[id] = true
+	}
 	for _, x := range listed {
 		for _, id := range x.Sources {
 			present[id] = true
@@ -212,6 +216,7 @@ func (b *blocks) list(listed []backfill.Block, now time.Time, maxAge time.Durati
 	}
 	wanted := map[ulid.ULID]*fill{}
 	for _, f := range b.fills {
+		wanted[f.block.ULID] = f // by what rewrites it
 		for _, id := range f.block.Sources {
 			wanted[id] = f
 		}
@@ -255,7 +260,7 @@ func (b *blocks) list(listed []backfill.Block, now time.Time, maxAge time.Durati
 		b.logger.Info("block of Prometheus will be read", "block", x.ULID, "reason", reason, "series", x.NumSeries, "samples", x.NumSamples)
 	}
 	b.waiting = waiting
-	b.settle(present)
+	b.settle(present, bad)
 	b.sort()
 }
 
@@ -281,7 +286,7 @@ func (b *blocks) plan(now time.Time, maxAge time.Duration) {
 
 // settle finds the folders of fills that were loaded, and drops those whose block
 // is gone.
-func (b *blocks) settle(present map[ulid.ULID]bool) {
+func (b *blocks) settle(present map[ulid.ULID]bool, bad []ulid.ULID) {
 	b.fills = slices.DeleteFunc(b.fills, func(f *fill) bool {
 		if !f.begun && b.knows(f.block.Sources) {
 			b.changed = true
@@ -295,11 +300,11 @@ func (b *blocks) settle(present map[ulid.ULID]bool) {
 			f.gone = false
 			return false
 		}
-		if f.begun && !f.gone {
-			return false // its files are open
+		if f.begun && !f.gone || slices.Contains(bad, f.block.ULID) {
+			return false // its files are open, or it may be listed again
 		}
 		b.changed = true
-		if !slices.ContainsFunc(f.block.Sources, func(id ulid.ULID) bool { return present[id] }) {
+		if !present[f.block.ULID] && !slices.ContainsFunc(f.block.Sources, func(id ulid.ULID) bool { return present[id] }) {
 			b.metrics.blocksLost.Inc()
 			b.logger.Warn("block of Prometheus is gone before it was read: it was deleted, by Prometheus's retention perhaps", "block", f.block.ULID)
 		}

@@ -11,6 +11,7 @@ import (
 
 	"github.com/oklog/ulid/v2"
 	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/testutil"
 	"github.com/prometheus/common/promslog"
 	"github.com/prometheus/prometheus/model/labels"
 	"github.com/prometheus/prometheus/storage"
@@ -271,7 +272,7 @@ func TestGapCloses(t *testing.T) {
 	}
 	look := func(open bool, minValid int64, firstWBL int, listed ...backfill.Block) {
 		t.Helper()
-		b.list(listed, time.Now(), -1)
+		b.list(listed, nil, time.Now(), -1)
 		b.close(minValid, firstWBL)
 		if got := b.gap != nil; got != open {
 			t.Fatalf("the gap is open: %v, want %v", got, open)
@@ -335,5 +336,82 @@ func TestGapStaysOpenInCompaction(t *testing.T) {
 		if !sh.blocks.filling(b.Meta().ULID) {
 			t.Errorf("block %s will not be read", b.Meta().ULID)
 		}
+	}
+}
+
+// Deleting samples through Prometheus's API, and cleaning up behind that, rewrites blocks. One
+// that is still to be read is read in its new form, however compacted it was.
+func TestRewrittenBlock(t *testing.T) {
+	b, err := loadBlocks(t.TempDir(), promslog.NewNopLogger(), newMetrics(prometheus.NewRegistry()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	id := func(n byte) ulid.ULID { return ulid.ULID{15: n} }
+	old := backfill.Block{ULID: id(3), MaxTime: 1000, Level: 2, Sources: []ulid.ULID{id(1), id(2)}}
+	b.list([]backfill.Block{old}, nil, time.Now(), 0)
+	if !b.filling(old.ULID) {
+		t.Fatal("no backfill")
+	}
+	rewritten := backfill.Block{ULID: id(4), MaxTime: 1000, Level: 1, Sources: []ulid.ULID{id(4)}, Rewrites: old.ULID}
+	b.list([]backfill.Block{rewritten}, nil, time.Now(), 0)
+	if !b.filling(rewritten.ULID) || b.fills[0].reason != reasonBackfill {
+		t.Errorf("what a block was rewritten to isn't read: %v", b.fills)
+	}
+	if n := testutil.ToFloat64(b.metrics.blocksLost); n != 0 || len(b.fills) != 1 {
+		t.Errorf("%v blocks lost, %d to be read", n, len(b.fills))
+	}
+}
+
+// A block whose meta.json can't be read, for a moment or for longer, is not taken for gone, nor
+// for one that there is nothing to read of.
+func TestUnlistedBlock(t *testing.T) {
+	h := newHarness(t, 1)
+	s, err := New(h.opts, promslog.NewNopLogger(), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	sh := s.shipper
+	sh.warned = map[string]bool{}
+	b := sh.blocks
+	id := func(n byte) ulid.ULID { return ulid.ULID{15: n} }
+	block := func(n byte) backfill.Block {
+		return backfill.Block{ULID: id(n), Dir: id(n).String(), MaxTime: 1000 * int64(n), Level: 1, Sources: []ulid.ULID{id(n)}}
+	}
+	look := func(listed []backfill.Block, unread ...byte) {
+		t.Helper()
+		sh.listBlocks = func() (_ []backfill.Block, bad []*backfill.BadBlockError, _ error) {
+			for _, n := range unread {
+				bad = append(bad, &backfill.BadBlockError{ULID: id(n), Dir: id(n).String(), Err: os.ErrPermission})
+			}
+			return listed, bad, nil
+		}
+		sh.lookAtBlocks()
+	}
+	look([]backfill.Block{block(2)}, 1) // the first start
+	look([]backfill.Block{block(1), block(2)})
+	if !b.filling(id(1)) || !b.filling(id(2)) {
+		t.Fatal("a block is left out of the backfill")
+	}
+	for range 3 {
+		look([]backfill.Block{block(2)}, 1)
+	}
+	if n := testutil.ToFloat64(b.metrics.blocksLost); n != 0 || !b.filling(id(1)) {
+		t.Errorf("the block isn't waited for, %v are lost", n)
+	}
+	b.know([]ulid.ULID{id(1), id(2)})
+	look([]backfill.Block{block(2)}, 1)
+	if !b.known[id(1)] {
+		t.Error("it isn't remembered that the block was read")
+	}
+	b.open("test", 2500, -1)
+	look([]backfill.Block{block(3)}, 4) // 3 isn't read
+	b.know([]ulid.ULID{id(3)})
+	look([]backfill.Block{block(3)}, 5)
+	if b.gap == nil {
+		t.Error("the gap was closed though a block couldn't be listed")
+	}
+	look([]backfill.Block{block(3), block(5)})
+	if !b.filling(id(5)) {
+		t.Error("a block of the gap isn't read")
 	}
 }

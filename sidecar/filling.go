@@ -9,6 +9,7 @@ import (
 	"slices"
 	"time"
 
+	"github.com/oklog/ulid/v2"
 	"github.com/prometheus/prometheus/model/labels"
 	"github.com/prometheus/prometheus/tsdb/wlog"
 
@@ -68,19 +69,25 @@ func (s *shipper) lookAtBlocks() {
 		s.once("blocks").Warn("blocks of Prometheus can't be listed, trying on", "err", err)
 		return
 	}
+	var unlisted []ulid.ULID
+	fresh := false
 	for _, b := range bad {
+		unlisted = append(unlisted, b.ULID)
 		// Prometheus may be about to write it: it is counted when it stays so.
 		switch seen, ok := s.blocks.bad[b.Dir]; {
 		case !ok:
-			s.blocks.bad[b.Dir] = false
+			s.blocks.bad[b.Dir], fresh = false, true
 		case !seen:
 			s.blocks.bad[b.Dir] = true
 			s.metrics.blocksBad.Inc()
 			s.logger.Warn("block of Prometheus can't be read", "dir", b.Dir, "err", b.Err)
 		}
 	}
+	if fresh {
+		return // what a backfill or a gap waits for may be in it
+	}
 	s.blocks.finish()
-	s.blocks.list(listed, time.Now(), s.opts.BackfillAge)
+	s.blocks.list(listed, unlisted, time.Now(), s.opts.BackfillAge)
 	s.blocks.close(minValid, firstWBL)
 }
 

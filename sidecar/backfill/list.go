@@ -53,8 +53,9 @@ type Block struct {
 
 // BadBlockError says why a block's folder was left out.
 type BadBlockError struct {
-	Dir string
-	Err error
+	ULID ulid.ULID // as the folder's name has it
+	Dir  string
+	Err  error
 }
 
 func (e *BadBlockError) Error() string { return fmt.Sprintf("block %s: %v", e.Dir, e.Err) }
@@ -88,14 +89,15 @@ func (l *Lister) List() (blocks []Block, bad []*BadBlockError, err error) {
 	known := make(map[string]Block, len(l.known))
 	for _, e := range entries {
 		// As isBlockDir in tsdb/db.go.
-		if _, err := ulid.ParseStrict(e.Name()); err != nil || !e.IsDir() {
+		id, err := ulid.ParseStrict(e.Name())
+		if err != nil || !e.IsDir() {
 			continue
 		}
 		b, ok := l.known[e.Name()]
 		if !ok {
 			dir := filepath.Join(l.dir, e.Name())
 			if b, err = readMeta(dir); err != nil {
-				bad = append(bad, &BadBlockError{dir, err})
+				bad = append(bad, &BadBlockError{id, dir, err})
 				continue
 			}
 		}
