@@ -93,6 +93,15 @@ func oddRequests() []request {
 			out = append(out, request{method: method, path: "/query", params: "query=up" + at, header: h}, request{method: method, path: "/series", params: "match[]=up", header: h})
 		}
 	}
+	// As `curl -F query=up` sends it. It is no form to the endpoints that ask for one.
+	parts := "--B\r\nContent-Disposition: form-data; name=\"query\"\r\n\r\nup\r\n" +
+		"--B\r\nContent-Disposition: form-data; name=\"time\"\r\n\r\n1700000900\r\n" +
+		"--B\r\nContent-Disposition: form-data; name=\"match[]\"\r\n\r\nup\r\n--B--\r\n"
+	for _, path := range []string{"/query", "/query?stats=all", "/query_range?" + span[1:], "/query_exemplars?" + all[1:], "/format_query", "/series", "/labels"} {
+		for _, boundary := range []string{"B", "C"} {
+			out = append(out, request{method: http.MethodPost, path: path, params: parts, header: "Content-Type: multipart/form-data; boundary=" + boundary})
+		}
+	}
 	return out
 }
 

@@ -206,9 +206,10 @@ func (a *API) protect(rw *responseWriter, r *http.Request, h http.Handler) {
 	param := func(string) string { return "" }
 	switch r.URL.Path {
 	case "/api/v1/query", "/api/v1/query_range":
-		// Handlers work on copies of the request: what they parse isn't seen here.
-		// These two of Prometheus's overlook an error too.
-		_ = r.ParseForm()
+		// Handlers work on copies of the request: what they parse isn't seen here. These
+		// two of Prometheus's overlook an error too, and take a form of several parts,
+		// which r.ParseForm would leave out for good.
+		_ = r.FormValue("query")
 		param = func(name string) string { return plan.Excerpt(r.Form.Get(name)) }
 	}
 	if timed(r.URL.Path) {
