@@ -136,7 +136,8 @@ func onlySummaries(snap *history.Snapshot, mint, maxt, width int64) error {
 	}
 	when := hourly
 	if h.Short < h.Raw {
-		when += ", from " + showTime(max(h.Short, snap.MinT)) + " on of whole 5 minutes"
+		// Since when isn't said: parts of a query would say different times.
+		when += ", and of whole 5 minutes where summaries of such are left"
 	}
 	return warning(h.Raw, "samples", when)
 }

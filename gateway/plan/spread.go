@@ -544,6 +544,7 @@ func (w *work) compute(ctx context.Context, is []int) error {
 			n++
 		}
 		from, to := w.parts[is[0]].from, w.parts[is[n-1]].to
+		lists := w.sel.Snapshot().Stats.IndexQueries.Load()
 		all, err := w.here(ctx, from, to)
 		if err != nil {
 			return err
@@ -551,11 +552,13 @@ func (w *work) compute(ctx context.Context, is []int) error {
 		w.q.engine.spread.Results.count("here", n)
 		account.From(ctx).AddParts(0, n)
 		g := w.l.only(from, to).Grid
+		// Which part annotations are of isn't known. And what was read of other blocks, since some were gone, isn't
+		// what the key says.
+		keep := len(all.annos)+len(all.over) == 0 && w.sel.Snapshot().Stats.IndexQueries.Load() == lists
 		for _, i := range is[:n] {
 			p := w.parts[i]
 			w.out[i] = all.slice(g, p.from-from, p.to-from)
-			// Which part annotations are of isn't known.
-			if r := w.q.engine.spread.Results; r != nil && !w.fresh[i] && len(all.annos)+len(all.over) == 0 {
+			if r := w.q.engine.spread.Results; r != nil && !w.fresh[i] && keep {
 				if err := r.put(tenant, w.keys[i], w.grid(i), w.out[i]); err != nil {
 					return err
 				}
@@ -716,9 +719,10 @@ func open(ctx context.Context, h *history.History, t *Task, l *Leaf) *history.Sn
 // workParts gives the parts of a task: those that are kept, and the others computed in
 // one go.
 func (e *Engine) workParts(ctx context.Context, h *history.History, q *query, l *Leaf, t *Task) (*partial, error) {
+	var snap *history.Snapshot
 	compute := func(from, to int) (*partial, error) {
 		only := l.only(from, to)
-		snap := open(ctx, h, t, only)
+		snap = open(ctx, h, t, only)
 		return run(ctx, only, q.opts, func(sums *history.Summaries) storage.SeriesSet {
 			return merge.Historical(ctx, snap, only.mint(), only.maxt(), sums, merge.Shards{}, nil, l.Selector.LabelMatchers)
 		}, 1)
@@ -751,7 +755,7 @@ func (e *Engine) workParts(ctx context.Context, h *history.History, q *query, l 
 		return nil, err
 	}
 	acc.AddParts(first+len(parts)-last-1, last-first+1)
-	if len(all.annos)+len(all.over) == 0 { // which part they are of isn't known
+	if len(all.annos)+len(all.over) == 0 && snap.Stats.IndexQueries.Load() == 0 { // as in work.compute
 		g := l.only(from, to).Grid
 		for i := first; i <= last; i++ {
 			p := parts[i]

@@ -11,6 +11,7 @@ import (
 	"math/rand"
 	"slices"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -28,6 +29,7 @@ import (
 
 	"github.com/epimetheus-tsdb/epimetheus/chunkfmt"
 	"github.com/epimetheus-tsdb/epimetheus/gateway"
+	"github.com/epimetheus-tsdb/epimetheus/gateway/account"
 	"github.com/epimetheus-tsdb/epimetheus/gateway/gatewaytest"
 	"github.com/epimetheus-tsdb/epimetheus/gateway/merge"
 	"github.com/epimetheus-tsdb/epimetheus/gateway/plan"
@@ -35,6 +37,7 @@ import (
 	"github.com/epimetheus-tsdb/epimetheus/history/compact"
 	"github.com/epimetheus-tsdb/epimetheus/history/historytest"
 	"github.com/epimetheus-tsdb/epimetheus/history/object"
+	"github.com/epimetheus-tsdb/epimetheus/ingest/ring"
 	"github.com/epimetheus-tsdb/epimetheus/internal/testenv"
 )
 
@@ -108,6 +111,20 @@ func (w *warmWorld) engines(s plan.Spread) (planned []*plan.Engine, cold []promq
 	return planned, cold
 }
 
+// heads are those of the cluster, of which no gateway takes the ingesters for restarted: each would list blocks
+// anew for each query.
+func (w *warmWorld) heads() *merge.Heads {
+	members := slices.Clone(w.c.Live.Ring().Snapshot().Members)
+	for i := range members {
+		members[i].Process = ""
+	}
+	live := &ring.Live{}
+	live.Set(ring.NewSnapshot(members))
+	heads := merge.NewHeads(live, slog.New(slog.DiscardHandler), prometheus.NewRegistry(), w.c.DialOptions()...)
+	w.t.Cleanup(func() { require.NoError(w.t, heads.Close()) })
+	return heads
+}
+
 // gateway makes one that keeps rows for half of a visibility delay.
 func (w *warmWorld) gateway(name string, delay time.Duration, memcached string, workers bool) *warmGateway {
 	t := w.t
@@ -115,9 +132,7 @@ func (w *warmWorld) gateway(name string, delay time.Duration, memcached string, 
 	var err error
 	g.history, err = history.New(history.Options{Objects: w.c.Objects, Index: w.c.Index, VisibilityDelay: delay, Retentions: w.retentions.Load})
 	require.NoError(t, err)
-	heads := merge.NewHeads(w.c.Live, slog.New(slog.DiscardHandler), prometheus.NewRegistry(), w.c.DialOptions()...)
-	t.Cleanup(func() { require.NoError(t, heads.Close()) })
-	g.storage = merge.New(heads, g.history, tenantOf)
+	g.storage = merge.New(w.heads(), g.history, tenantOf)
 	_, g.cold = w.engines(plan.Spread{})
 	if memcached == "" {
 		return g
@@ -485,4 +500,114 @@ func TestNearlySame(t *testing.T) {
 			t.Errorf("%s: %s", expr, diff)
 		}
 	}
+}
+
+// TestOtherBlocks: what was read of other blocks than those that a gateway has listed, since these are gone, isn't kept
+// as a result of those.
+func TestOtherBlocks(t *testing.T) {
+	c := gatewaytest.New(t, gatewaytest.Options{Run: true})
+	w := &warmWorld{t: t, rnd: rand.New(rand.NewSource(1)), c: c, forever: true}
+	publish := func(from, to time.Duration) {
+		var buf bytes.Buffer
+		wr := chunkfmt.NewWriter(&buf, chunkfmt.WriterOptions{Window: history.Window})
+		s := &chunkfmt.Series{Labels: labels.FromStrings("__name__", "load")}
+		for at := from; at < to; at += time.Minute {
+			s.Floats.T, s.Floats.V = append(s.Floats.T, at.Milliseconds()), append(s.Floats.V, at.Seconds())
+		}
+		require.NoError(t, wr.Add(gateway.DefaultTenant, s))
+		sum, err := wr.Close()
+		require.NoError(t, err)
+		require.NoError(t, c.History.Publish(t.Context(), ulid.Make(), buf.Bytes(), sum))
+	}
+	var err error
+	w.compactor, err = compact.New(compact.Options{
+		Objects: c.Objects, Index: c.Index, Dir: t.TempDir(), Grace: 20 * time.Millisecond, MaxSources: 2, Ranges: []time.Duration{24 * time.Hour},
+	})
+	require.NoError(t, err)
+	h, err := history.New(history.Options{Objects: c.Objects, Index: c.Index, VisibilityDelay: time.Hour, PageCacheBytes: -1})
+	require.NoError(t, err)
+	storage := merge.New(w.heads(), h, tenantOf)
+	results := func() *plan.Results {
+		r, err := plan.NewResults(2<<20, nil, prometheus.NewRegistry())
+		require.NoError(t, err)
+		return r
+	}
+	alone, _ := w.engines(plan.Tight(plan.Spread{TenantOf: tenantOf, Results: results()}))
+	others, _ := w.engines(plan.Tight(plan.Spread{TenantOf: tenantOf, Results: results()}))
+	spread := plan.Tight(plan.Spread{TenantOf: tenantOf, Results: results()})
+	var atWorkers account.Cost
+	var mu sync.Mutex
+	spread.Workers = gateways(t, 2, func(ctx context.Context, task *plan.Task) ([]byte, error) {
+		b, err := others[0].Work(ctx, h, task)
+		mu.Lock()
+		defer mu.Unlock()
+		atWorkers.PartsKept += account.From(ctx).Cost().PartsKept
+		atWorkers.PartsHere += account.From(ctx).Cost().PartsHere
+		return b, err
+	})
+	with, _ := w.engines(spread)
+	run := func(e *plan.Engine, expr string) account.Cost {
+		ctx, acc, done := account.NewMemory(0, prometheus.NewRegistry()).Open(t.Context(), "", account.Limits{})
+		defer done()
+		q, err := e.NewRangeQuery(ctx, storage, nil, expr, time.Unix(0, 0), time.Unix(10*3600, 0), 5*time.Minute)
+		require.NoError(t, err)
+		defer q.Close()
+		require.NoError(t, q.Exec(ctx).Err)
+		return acc.Cost()
+	}
+	publish(0, 5*time.Hour)
+	publish(5*time.Hour, 10*time.Hour)
+	run(alone[0], "count(load)") // now the blocks are listed
+	listed, err := c.Index.AllBlocks(t.Context(), gateway.DefaultTenant)
+	require.NoError(t, err)
+	require.Eventually(t, func() bool {
+		_, err := w.compactor.Round(t.Context())
+		require.NoError(t, err)
+		_, err = c.Objects.Size(t.Context(), listed[0].Object)
+		return errors.Is(err, object.ErrNotExist)
+	}, time.Minute, 20*time.Millisecond)
+	publish(2*time.Hour, 3*time.Hour) // late samples
+	for range 2 {
+		cost := run(alone[0], "sum(load)")
+		require.Zero(t, cost.PartsKept)
+		require.Positive(t, cost.PartsHere)
+		run(with[0], "sum(load)")
+	}
+	require.Positive(t, atWorkers.PartsHere)
+	require.Zero(t, atWorkers.PartsKept)
+}
+
+// TestKeptWarns: what is kept is used while an ingester is out of reach, and the answer warns as it would without.
+func TestKeptWarns(t *testing.T) {
+	c := gatewaytest.New(t, gatewaytest.Options{})
+	w := &warmWorld{t: t, rnd: rand.New(rand.NewSource(1)), c: c, forever: true, base: time.Unix(0, 0)}
+	for range 5 {
+		w.importBlock()
+	}
+	results, err := plan.NewResults(2<<20, nil, prometheus.NewRegistry())
+	require.NoError(t, err)
+	planned, cold := w.engines(plan.Tight(plan.Spread{TenantOf: tenantOf, Results: results}))
+	run := func(e promql.QueryEngine, s *merge.Storage) (*promql.Result, account.Cost) {
+		ctx, acc, done := account.NewMemory(0, prometheus.NewRegistry()).Open(t.Context(), "", account.Limits{})
+		defer done()
+		q, err := e.NewRangeQuery(ctx, s, nil, "sum by (job) (rate(requests_total[10m]))", time.Unix(0, 0), time.Unix(warmHours*3600, 0), 10*time.Minute)
+		require.NoError(t, err)
+		defer q.Close()
+		return detach(q.Exec(ctx)), acc.Cost()
+	}
+	well := merge.New(w.heads(), c.History, tenantOf)
+	want, _ := run(cold[0], well)
+	got, cost := run(planned[0], well)
+	require.Empty(t, differ(want, got))
+	require.Empty(t, got.Warnings)
+	require.Positive(t, cost.PartsHere)
+
+	c.Serve("gone", ring.Lost, nil)
+	ill := merge.New(w.heads(), c.History, tenantOf)
+	want, _ = run(cold[0], ill)
+	require.Len(t, want.Warnings, 1)
+	got, again := run(planned[0], ill)
+	require.Empty(t, differ(want, got))
+	require.Equal(t, cost.PartsHere, again.PartsKept)
+	require.Zero(t, again.PartsHere)
 }
