@@ -116,7 +116,7 @@ func TestResultsInMemcached(t *testing.T) {
 	require.Equal(t, all["here"], parts(f)["here"])
 	x.Set(testenv.Pure)
 
-	// With warnings or infos: kept by nobody.
+	// With warnings: kept by nobody.
 	g := gateways()
 	check(g, "sum(rate(requests_total[10m])) + sum(quantile_over_time(2, requests_total[10m]))", 0, 24*time.Hour)
 	stored := g.m.Metric(t, "epimetheus_memcached_sets_total", "stored")

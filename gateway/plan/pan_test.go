@@ -76,6 +76,7 @@ func TestPan(t *testing.T) {
 		{expr: "sum by (job) (rate(requests_total[5m]))", step: 30 * time.Minute},
 		{expr: "sum by (job) (rate(requests_total[1h15s]))", step: time.Hour},
 		{expr: "load", step: 30 * time.Minute},
+		{expr: "sum(rate(load[5m]))", step: 30 * time.Minute}, // with an info: it isn't named as counters are
 		{expr: "sum(load)", step: 10 * time.Minute},
 		{expr: "max_over_time(load[6h])", step: time.Hour},
 		{expr: "sum(increase(requests_total[1d]))", step: time.Hour},

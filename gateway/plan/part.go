@@ -103,10 +103,84 @@ func (l *Leaf) separable(o options) bool {
 }
 
 // fixesName: all series have the same name.
-func (l *Leaf) fixesName() bool {
-	return slices.ContainsFunc(l.Selector.LabelMatchers, func(m *labels.Matcher) bool {
+func (l *Leaf) fixesName() bool { return l.name() != nil }
+
+// name is that of all series; nil: they may have several.
+func (l *Leaf) name() *labels.Matcher {
+	i := slices.IndexFunc(l.Selector.LabelMatchers, func(m *labels.Matcher) bool {
 		return m.Type == labels.MatchEqual && m.Name == model.MetricNameLabel
 	})
+	if i < 0 {
+		return nil
+	}
+	return l.Selector.LabelMatchers[i]
+}
+
+// told is the info that the metric isn't named as counters are, if the leaf has that of each part of which a float
+// comes, and of no other; else nil.
+func (l *Leaf) told(o options) error {
+	name := l.name()
+	if fn := l.function(); fn != "rate" && fn != "increase" || o.typeAndUnitLabels || name == nil || name.Value == "" || likeCounter(name.Value) {
+		return nil
+	}
+	if l.Agg != nil {
+		switch l.Agg.Op {
+		case parser.SUM, parser.AVG, parser.MIN, parser.MAX, parser.STDDEV, parser.STDVAR, parser.QUANTILE, parser.TOPK, parser.BOTTOMK:
+		default:
+			return nil // of histograms come floats
+		}
+	}
+	return annotations.NewPossibleNonCounterInfo(name.Value, l.Call.Args[0].PositionRange())
+}
+
+// keepable says whether parts of a result can be kept: it has no annotations of which it isn't known which part
+// they are of.
+func (l *Leaf) keepable(p *partial, o options) bool {
+	if len(p.annos)+len(p.over) == 0 {
+		return true
+	}
+	info := l.told(o)
+	if info == nil || len(p.over) > 0 {
+		return false
+	}
+	for text := range p.annos {
+		if text != info.Error() {
+			return false
+		}
+	}
+	return true
+}
+
+// toKeep is what is kept of a part of a keepable result.
+func (l *Leaf) toKeep(part *partial, all *partial, o options) *partial {
+	if len(all.annos) == 0 || !part.floats() {
+		return part
+	}
+	text := l.told(o).Error()
+	kept := *part
+	kept.annotated = annotated{}
+	kept.annos.Add(&told{text: text, located: text, info: true})
+	return &kept
+}
+
+// recalled makes what was kept, or some steps of it, a result of this query, whose place annotations name. It reports false if
+// that can't have been kept.
+func (l *Leaf) recalled(p *partial, o options) bool {
+	if !l.keepable(p, o) {
+		return false
+	}
+	if len(p.annos) > 0 {
+		p.annotated = annotated{}
+		if p.floats() {
+			p.annos.Add(l.told(o))
+		}
+	}
+	return true
+}
+
+// floats says whether there are any among the points.
+func (p *partial) floats() bool {
+	return slices.ContainsFunc(p.series, func(s partialSeries) bool { return len(s.Floats) > 0 })
 }
 
 // only is the leaf of the steps of a part alone.

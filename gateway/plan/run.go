@@ -407,12 +407,14 @@ func warnOfName(l *Leaf, o options, s *slot, annos *annotations.Annotations) {
 		}
 		return
 	}
-	for _, suffix := range []string{"_total", "_sum", "_count", "_bucket"} {
-		if strings.HasSuffix(name, suffix) {
-			return
-		}
+	if !likeCounter(name) {
+		annos.Add(annotations.NewPossibleNonCounterInfo(name, pos))
 	}
-	annos.Add(annotations.NewPossibleNonCounterInfo(name, pos))
+}
+
+// likeCounter says whether a metric is named as counters are.
+func likeCounter(name string) bool {
+	return slices.ContainsFunc([]string{"_total", "_sum", "_count", "_bucket"}, func(suffix string) bool { return strings.HasSuffix(name, suffix) })
 }
 
 // absent gives 1 where no series was present.

@@ -419,7 +419,7 @@ func (w *work) kept(ctx context.Context, i int) *partial {
 	if r == nil {
 		return nil
 	}
-	out, _ := r.get(ctx, w.keys[i], w.grid(i))
+	out, _ := r.get(ctx, w.keys[i], w.l, w.q.opts, w.grid(i))
 	return out
 }
 
@@ -472,7 +472,7 @@ func (w *work) keptParts(ctx context.Context, tenant string) (kept, near int) {
 		keys[j], grids[j] = w.keys[i], w.grid(i)
 	}
 	for j, p := range r.fromMemcached(ctx, tenant, keys, grids) {
-		if p != nil {
+		if p != nil && w.l.recalled(p, w.q.opts) {
 			w.out[absent[j]] = p
 			near++
 		}
@@ -552,14 +552,14 @@ func (w *work) compute(ctx context.Context, is []int) error {
 		w.q.engine.spread.Results.count("here", n)
 		account.From(ctx).AddParts(0, n)
 		g := w.l.only(from, to).Grid
-		// Which part annotations are of isn't known. And what was read of other blocks, since some were gone, isn't
+		// Which part most annotations are of isn't known. And what was read of other blocks, since some were gone, isn't
 		// what the key says.
-		keep := len(all.annos)+len(all.over) == 0 && w.sel.Snapshot().Stats.IndexQueries.Load() == lists
+		keep := w.l.keepable(all, w.q.opts) && w.sel.Snapshot().Stats.IndexQueries.Load() == lists
 		for _, i := range is[:n] {
 			p := w.parts[i]
 			w.out[i] = all.slice(g, p.from-from, p.to-from)
 			if r := w.q.engine.spread.Results; r != nil && !w.fresh[i] && keep {
-				if err := r.put(tenant, w.keys[i], w.grid(i), w.out[i]); err != nil {
+				if err := r.put(tenant, w.keys[i], w.grid(i), w.l.toKeep(w.out[i], all, w.q.opts)); err != nil {
 					return err
 				}
 			}
@@ -570,14 +570,18 @@ func (w *work) compute(ctx context.Context, is []int) error {
 	return nil
 }
 
-// get gives the steps of a grid of what is in memory. It is absent if only other steps
+// get gives the steps of a grid of what is in memory of a leaf. It is absent if only other steps
 // are.
-func (r *Results) get(ctx context.Context, key Key, g Grid) (*partial, bool) {
+func (r *Results) get(ctx context.Context, key Key, l *Leaf, o options, g Grid) (*partial, bool) {
 	b, ok := r.cache.Peek(key)
 	if !ok {
 		return nil, false
 	}
-	return stepsOf(ctx, b, g)
+	p, ok := stepsOf(ctx, b, g)
+	if !ok || !l.recalled(p, o) {
+		return nil, false
+	}
+	return p, true
 }
 
 // has says whether the steps of a grid are in memory.
@@ -611,7 +615,9 @@ func stepsOf(ctx context.Context, b []byte, g Grid) (*partial, bool) {
 	}
 	from := int((g.Start - was.Start) / g.Step)
 	if n := g.Len(); n < was.Len() {
+		all := p.annotated
 		p = p.slice(was, from, from+n)
+		p.annotated = all
 	}
 	return p, true
 }
@@ -741,7 +747,7 @@ func (e *Engine) workParts(ctx context.Context, h *history.History, q *query, l 
 	for i, p := range parts {
 		keys[i] = l.key(t.Tenant, t.Span, p.number, q.opts, t.Blocks, t.Hidden)
 		var ok bool
-		if out[i], ok = r.get(ctx, keys[i], l.only(p.from, p.to).Grid); !ok {
+		if out[i], ok = r.get(ctx, keys[i], l, q.opts, l.only(p.from, p.to).Grid); !ok {
 			first, last = min(first, i), i
 		}
 	}
@@ -755,11 +761,11 @@ func (e *Engine) workParts(ctx context.Context, h *history.History, q *query, l 
 		return nil, err
 	}
 	acc.AddParts(first+len(parts)-last-1, last-first+1)
-	if len(all.annos)+len(all.over) == 0 && snap.Stats.IndexQueries.Load() == 0 { // as in work.compute
+	if l.keepable(all, q.opts) && snap.Stats.IndexQueries.Load() == 0 { // as in work.compute
 		g := l.only(from, to).Grid
 		for i := first; i <= last; i++ {
 			p := parts[i]
-			if err := r.put(t.Tenant, keys[i], l.only(p.from, p.to).Grid, all.slice(g, p.from-from, p.to-from)); err != nil {
+			if err := r.put(t.Tenant, keys[i], l.only(p.from, p.to).Grid, l.toKeep(all.slice(g, p.from-from, p.to-from), all, q.opts)); err != nil {
 				return nil, err
 			}
 		}

@@ -326,7 +326,7 @@ func (w *warmWorld) act() {
 
 // warmExprs are queries that come again and again.
 var warmExprs = []string{
-	"sum by (job) (rate(requests_total[10m]))", "requests_total", "latency", "load offset 20m * 2", "requests_total", "sum(load)", "max_over_time(load[1h])", "avg by (job) (load offset 20m)",
+	"sum by (job) (rate(requests_total[10m]))", "requests_total", "latency", "load offset 20m * 2", "requests_total", "rate(load[10m])", "1 + sum by (job) (increase(load[10m]))", "sum(load)", "max_over_time(load[1h])", "avg by (job) (load offset 20m)",
 	"sum(increase(requests_total[1h] offset -30m))", "topk(2, load)", "quantile(0.5, load)", "count_over_time(load[7m13s])", "rate(load[5m])",
 	"max_over_time(sum(rate(requests_total[5m]))[1h:5m])", "avg_over_time(load[30m]) - avg_over_time(load[30m] offset 1h)",
 	"sum(rate(requests_total[10m])) / sum(rate(requests_total[10m] @ end()))", "max_over_time(load[1h:7m] offset 10m)", "absent_over_time(load{i=\"2\"}[10m])",
@@ -575,6 +575,62 @@ func TestOtherBlocks(t *testing.T) {
 	}
 	require.Positive(t, atWorkers.PartsHere)
 	require.Zero(t, atWorkers.PartsKept)
+}
+
+// TestKeptInfos: the info that a metric may not be a counter doesn't keep results from being kept. It is there where it would
+// be without, at its place in each query.
+func TestKeptInfos(t *testing.T) {
+	c := gatewaytest.New(t, gatewaytest.Options{})
+	dataset(t, rand.New(rand.NewSource(1)), gatewaytest.NewShipped(c, gatewaytest.Splits[0], true), 8)
+	c = summarised(t, c) // most is in blocks alone
+	results, err := plan.NewResults(16<<20, nil, prometheus.NewRegistry())
+	require.NoError(t, err)
+	o := suiteOptions
+	o.MaxSamples = 50_000_000
+	engine := promqltest.NewTestEngineWithOpts(t, o)
+	planned := plan.New(engine, o, plan.Tight(plan.Spread{TenantOf: tenantOf, Results: results}))
+	others := plan.New(engine, o, plan.Tight(plan.Spread{TenantOf: tenantOf, Results: results}))
+	with := plan.Tight(plan.Spread{TenantOf: tenantOf})
+	with.Workers = gateways(t, 2, func(ctx context.Context, task *plan.Task) ([]byte, error) { return others.Work(ctx, c.History, task) })
+	for _, e := range []*plan.Engine{planned, plan.New(engine, o, with)} {
+		kept := int64(0)
+		for _, expr := range []string{
+			"sum(rate(temperature[10m]))", "  sum( rate(temperature[10m]) ) / 2", "1 + sum(rate(temperature[10m]))", "rate(temperature[10m])", "   rate(temperature[10m])",
+			"count(rate(temperature[10m]))", "count(rate(mixed[10m]))", "sum(rate(mixed[10m]))", "rate(mixed[10m])", "-rate(mixed[10m])", "max(rate(mixed[10m]))", "rate(latency[10m])",
+			"topk(2, rate(mixed[10m]))", "abs(topk(2, rate(mixed[10m])))", "quantile(0.5, increase(mixed[2m]))", "1 * quantile(0.5, increase(mixed[2m]))",
+		} {
+			for _, hours := range [][2]int64{{0, 3}, {1, 2}, {0, 4}} {
+				run := func(e promql.QueryEngine) (*promql.Result, int64) {
+					ctx, acc, done := account.NewMemory(0, prometheus.NewRegistry()).Open(t.Context(), "", account.Limits{})
+					defer done()
+					q, err := e.NewRangeQuery(ctx, c.Storage, nil, expr, time.Unix(hours[0]*3600, 0), time.Unix(hours[1]*3600, 0), time.Minute)
+					require.NoError(t, err)
+					defer q.Close()
+					return detach(q.Exec(ctx)), acc.Cost().PartsKept
+				}
+				want, _ := run(engine)
+				got, n := run(e)
+				if diff := differ(want, got); diff != "" {
+					t.Errorf("%s, %v: %s", expr, hours, diff)
+				}
+				if w := strings.Join(where(got, expr), "\n"); w != strings.Join(where(want, expr), "\n") {
+					t.Errorf("%s: %s, want %s", expr, w, where(want, expr))
+				}
+				if strings.Contains(expr, "temperature") && !strings.Contains(expr, "count") {
+					kept += n
+				}
+			}
+		}
+		require.Greater(t, kept, int64(300))
+	}
+}
+
+// where are the annotations of a result, with their places.
+func where(r *promql.Result, expr string) []string {
+	ws, infos := r.Warnings.AsStrings(expr, 0, 0)
+	out := slices.Concat(ws, infos)
+	slices.Sort(out)
+	return out
 }
 
 // TestKeptWarns: what is kept is used while an ingester is out of reach, and the answer warns as it would without.

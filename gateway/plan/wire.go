@@ -23,7 +23,7 @@ import (
 // The version of the form of a partial in caches and between gateways, docs/protocols/work.md, and of
 // what kernels compute: with either it is raised, see TestVersionOfResults. A reader that
 // doesn't know a version computes the part itself.
-const partialVersion = 2
+const partialVersion = 3
 
 // errCorrupt: not what was written.
 var errCorrupt = errors.New("corrupt result of a part")
