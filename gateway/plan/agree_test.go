@@ -748,7 +748,7 @@ var newest = regexp.MustCompile("irate|idelta|last_over_time|present_over_time|a
 // made of summaries.
 var (
 	rounded     = regexp.MustCompile(`count_values(.|\n)*(avg|sum)_over_time`)
-	roundedSums = regexp.MustCompile(`count_values(.|\n)*(rate|increase|delta)\(`)
+	roundedSums = regexp.MustCompile(`count_values(.|\n)*(rate|increase|delta|stddev_over_time|stdvar_over_time)\(`)
 )
 
 // order of the series in a vector. A matrix is sorted.

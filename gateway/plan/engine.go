@@ -101,7 +101,7 @@ func (e *Engine) plan(inner promql.Query, one *snapshot, opts promql.QueryOpts) 
 	q.need = needOf(stmt.Expr, g, e.opts.NoStepSubqueryIntervalFn)
 	one.mint, one.maxt = promql.FindMinMaxTime(stmt)
 	one.alone = len(parser.ExtractSelectors(stmt.Expr)) == 1
-	p := &planner{lookback: stmt.LookbackDelta.Milliseconds(), noStep: e.opts.NoStepSubqueryIntervalFn}
+	p := &planner{lookback: stmt.LookbackDelta.Milliseconds(), long: e.spread.parting.long, noStep: e.opts.NoStepSubqueryIntervalFn}
 	// The limits of the feature query-cost count what the engine reads itself.
 	if g.bounded() && !e.opts.EnableQueryCost {
 		stmt.Expr = p.walk(stmt.Expr, place{grid: g})
@@ -445,7 +445,7 @@ func (q *query) compute(ctx context.Context) (annos annotations.Annotations, err
 // samples of all their time, and they aren't sparse.
 func (q *query) leavePlain(ctx context.Context, s selector) error {
 	for _, l := range q.leaves {
-		if !l.plain || l.newest() || l.sparse() || q.opts.summarise {
+		if !l.plain || l.newest() || l.sparse || q.opts.summarise {
 			continue
 		}
 		from, err := s.SamplesFrom(ctx)

@@ -39,7 +39,10 @@ type Leaf struct {
 	// plain: the selector stands by itself. The engine is as good at it, but where
 	// there are no samples any more, heads give the newest without their chunks, or it is sparse.
 	plain bool
-	given bool // up: the engine computes it
+	// sparse: most samples are between the steps, of which there are many enough for parts to be kept: the
+	// engine would decode all samples each time.
+	sparse bool
+	given  bool // up: the engine computes it
 
 	// shard: of some series only. An aggregation gives what combine needs.
 	shard bool
@@ -145,6 +148,7 @@ func isSelector(e parser.Expr) bool {
 // planner walks through a query.
 type planner struct {
 	lookback int64 // ms
+	long     int64 // as of parting
 	noStep   func(rangeMillis int64) int64
 	leaves   []*Leaf
 }
@@ -307,13 +311,6 @@ func (l *Leaf) split() bool {
 	return true
 }
 
-// sparse: most samples are between the steps, of which there are many enough for parts of them to be kept: the
-// engine would decode all of them, each time.
-func (l *Leaf) sparse() bool {
-	const long = 24 * hour
-	return l.Grid.Step >= l.Range && l.maxt()-l.mint() >= long
-}
-
 // plain is the leaf of a selector that stands by itself, if summaries could answer it, the newest sample does, or parts
 // of it pay.
 func (p *planner) plain(vs *parser.VectorSelector, at place) *Leaf {
@@ -322,7 +319,8 @@ func (p *planner) plain(vs *parser.VectorSelector, at place) *Leaf {
 		return nil
 	}
 	l.Range, l.plain = p.lookback, true
-	if !l.newest() && !l.sparse() && l.query(options{}).Width() == 0 {
+	l.sparse = l.Grid.Step >= l.Range && l.maxt()-l.mint() >= p.long
+	if !l.newest() && !l.sparse && l.query(options{}).Width() == 0 {
 		return nil
 	}
 	return l

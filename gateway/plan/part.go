@@ -25,12 +25,13 @@ type parting struct {
 	// A part has so many times the range of windows, which reach into the part before, and so many
 	// steps, at least. A task has taskRanges times the range: the parts of one are read in one go.
 	ranges, steps, taskRanges int64
+	long                      int64 // time in ms from which on parts of selectors by themselves pay
 }
 
 //nolint:gochecknoglobals // a constant
 var usual = parting{
 	samples: 1 << 20, far: 1 << 23, shard: 1 << 25, spans: []int64{3 * hour / 2, 6 * hour, 24 * hour, 4 * 24 * hour, 16 * 24 * hour, 64 * 24 * hour},
-	ranges: 1, steps: 4, taskRanges: 8,
+	ranges: 1, steps: 4, taskRanges: 8, long: 24 * hour,
 }
 
 const hour = int64(3600 * 1000) // ms
