@@ -92,7 +92,9 @@ func benchShipper(tb testing.TB, dir string, members int) (*shipper, *[]*sink, f
 }
 
 func (s *shipper) readAll(ctx context.Context) {
-	for s.housekeep(ctx); s.readTail(ctx); s.housekeep(ctx) {
+	s.housekeep(ctx)
+	for more := true; more; s.housekeep(ctx) {
+		more, _ = s.readTail(ctx)
 	}
 	s.flushAll(ctx)
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"math"
+	"net"
 	"os"
 	"path/filepath"
 	"testing"
@@ -413,5 +414,49 @@ func TestUnlistedBlock(t *testing.T) {
 	look([]backfill.Block{block(3), block(5)})
 	if !b.filling(id(5)) {
 		t.Error("a block of the gap isn't read")
+	}
+}
+
+// While a segment can't be read the tail stands still, and hasn't read what Prometheus has
+// written: nothing is declared, and blocks aren't taken for read.
+func TestUnreadableSegment(t *testing.T) {
+	h := newHarness(t, 1)
+	h.opts.BackfillAge = -1
+	d := h.openDB()
+	d.put(time.Minute)
+	// A socket can't be opened.
+	var listening net.ListenConfig
+	path := filepath.Join(t.TempDir(), "s")
+	socket, err := listening.Listen(t.Context(), "unix", path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer socket.Close()
+	if err := os.Symlink(path, filepath.Join(h.promDir, "wal", "00000001")); err != nil {
+		t.Fatal(err)
+	}
+	h.run()
+	h.want(d.all, false)
+	if err := os.Mkdir(filepath.Join(h.promDir, "block"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	id := "01HEZ000000000000000000001"
+	meta := `{"ulid":"` + id + `","minTime":1,"maxTime":2,"version":1,"compaction":{"level":1,"sources":["` + id + `"]}}`
+	if err := os.WriteFile(filepath.Join(h.promDir, "block", "meta.json"), []byte(meta), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Rename(filepath.Join(h.promDir, "block"), filepath.Join(h.promDir, id)); err != nil {
+		t.Fatal(err)
+	}
+	looks := h.metric("epimetheus_sidecar_checkpoints_total")
+	eventually(t, "the segment is tried several times", func() bool {
+		for _, f := range h.ingesters {
+			f.flush()
+		}
+		return h.metric("epimetheus_sidecar_wal_read_errors_total") > 10 && h.metric("epimetheus_sidecar_checkpoints_total") > looks+10
+	})
+	h.stop()
+	if sh := h.sidecar.shipper; sh.caughtUp || len(sh.blocks.waiting) != 1 {
+		t.Errorf("all was read: %v, blocks that aren't %v, that may be %v", sh.caughtUp, sh.blocks.waiting, sh.blocks.seen)
 	}
 }

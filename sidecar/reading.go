@@ -11,19 +11,19 @@ import (
 	"github.com/epimetheus-tsdb/epimetheus/sidecar/tail"
 )
 
-// readTail reads about one range's worth. It returns true if there may be more to
-// read now.
-func (s *shipper) readTail(ctx context.Context) bool {
+// readTail reads about one range's worth. It says whether there may be more to read
+// now, and whether it has come to the end of what there is.
+func (s *shipper) readTail(ctx context.Context) (more, end bool) {
 	for n := int64(0); n < s.opts.RangeBytes && !s.dirty && s.fatal == nil && ctx.Err() == nil; {
 		b, err := s.tail.Next()
 		if errors.Is(err, io.EOF) {
 			s.endRange(ctx, false)
-			return false
+			return false, true
 		}
 		if br, ok := errors.AsType[*tail.BreakError](err); ok {
 			s.jumped(ctx, br)
 			if br.Moved() {
-				return true
+				return true, false
 			}
 			n += br.To.Offset - br.From.Offset
 			continue
@@ -31,18 +31,18 @@ func (s *shipper) readTail(ctx context.Context) bool {
 		if err != nil {
 			s.metrics.readErrors.Inc()
 			s.once("wal_read").Warn("WAL can't be read, trying on", "err", err)
-			return false
+			return false, false
 		}
 		if s.hold(b) {
 			s.tail.Unread(b)
 			s.endRange(ctx, true)
-			return false
+			return false, false
 		}
 		n += b.To.Offset - b.From.Offset
 		s.record(ctx, b)
 		s.renewClaim()
 	}
-	return true
+	return true, false
 }
 
 // record takes a record of the live tail into the range that is being read.

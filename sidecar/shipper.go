@@ -146,12 +146,12 @@ func (s *shipper) run(ctx context.Context) error {
 			continue
 		}
 		s.takeClaims()
-		more := s.readTail(ctx)
+		more, end := s.readTail(ctx)
 		s.flushAll(ctx)
 		s.sendFamilies(ctx)
 		again := false
 		held := !s.choosing.since.IsZero()
-		if !more && !held {
+		if end && !held {
 			s.coverageDue = s.coverageDue || !s.caughtUp
 			s.caughtUp = true
 			s.blocks.current(s.tail.Position())
