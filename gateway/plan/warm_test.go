@@ -475,29 +475,38 @@ func runWarm(t *testing.T, seed int64) {
 }
 
 // TestNearlySame: results are told apart by all that differs in queries, also where their text is the same once they have been
-// parsed.
+// parsed, and by the options of engines.
 func TestNearlySame(t *testing.T) {
 	c := gatewaytest.New(t, gatewaytest.Options{})
 	dataset(t, rand.New(rand.NewSource(1)), gatewaytest.NewShipped(c, gatewaytest.Splits[0], true), 4)
 	old := summarised(t, c).Storage // most is in blocks alone
-	results, err := plan.NewResults(16<<20, nil, prometheus.NewRegistry())
+	results, err := plan.NewResults(64<<20, nil, prometheus.NewRegistry())
 	require.NoError(t, err)
-	o := suiteOptions
-	o.MaxSamples = 50_000_000
-	engine := promqltest.NewTestEngineWithOpts(t, o)
-	planned := plan.New(engine, o, plan.Tight(plan.Spread{TenantOf: tenantOf, Results: results}))
-	for _, expr := range []string{
-		"predict_linear(requests_total[10m], 1s4ms)", "predict_linear(requests_total[10m], 1s5ms)", "predict_linear(requests_total[10m], 1.0041)",
-		"quantile(58ms, temperature)", "quantile(0.058, temperature)", "quantile(0.0581, temperature)", "topk(1, temperature)", "topk(1s1ms, temperature)", "topk(2s, temperature)",
-	} {
-		run := func(e promql.QueryEngine) *promql.Result {
-			q, err := e.NewRangeQuery(t.Context(), old, nil, expr, time.Unix(0, 0), time.Unix(2*3600, 0), time.Minute)
-			require.NoError(t, err)
-			defer q.Close()
-			return detach(q.Exec(t.Context()))
-		}
-		if diff := differ(run(engine), run(planned)); diff != "" {
-			t.Errorf("%s: %s", expr, diff)
+	for bits := range 8 {
+		o := suiteOptions
+		o.MaxSamples, o.LookbackDelta = 50_000_000, time.Duration(5-bits%3)*time.Minute
+		o.EnableDelayedNameRemoval, o.UseStartTimestamps, o.EnableTypeAndUnitLabels = bits&1 != 0, bits&2 != 0, bits&4 != 0
+		engine := promqltest.NewTestEngineWithOpts(t, o)
+		planned := plan.New(engine, o, plan.Tight(plan.Spread{TenantOf: tenantOf, Results: results}))
+		for _, expr := range []string{
+			"predict_linear(requests_total[10m], 1s4ms)", "predict_linear(requests_total[10m], 1s5ms)", "predict_linear(requests_total[10m], 1.0041)",
+			"quantile(58ms, temperature)", "quantile(0.058, temperature)", "quantile(0.0581, temperature)", "topk(1, temperature)", "topk(1s1ms, temperature)", "topk(2s, temperature)",
+			"rate(requests_total[5m])", "sum by (__name__, job) (rate(requests_total[5m]))", "sum by (__name__) (requests_total)",
+			`label_replace(sum by (__name__, job) (rate(requests_total[5m])), "was", "$1", "__name__", "(.*)")`, "max(requests_total)", "max(requests_total offset 1m)",
+			"max(requests_total offset 1001ms)", "max_over_time(requests_total[1001ms])", "max_over_time(requests_total[1s])", "histogram_count(sum(rate(sizes[5m])))",
+			"histogram_quantile(0.9, sum(rate(sizes[5m])))", "sum(rate(sizes[5m]))", "sum by (job) (temperature)", "sum without (job) (temperature)", "max by () (temperature)",
+		} {
+			for _, step := range []time.Duration{time.Minute, 61 * time.Second} {
+				run := func(e promql.QueryEngine) *promql.Result {
+					q, err := e.NewRangeQuery(t.Context(), old, nil, expr, time.Unix(0, 0), time.Unix(2*3600, 0), step)
+					require.NoError(t, err)
+					defer q.Close()
+					return detach(q.Exec(t.Context()))
+				}
+				if diff := differ(run(engine), run(planned)); diff != "" {
+					t.Errorf("options %d: %s by %s: %s", bits, expr, step, diff)
+				}
+			}
 		}
 	}
 }
@@ -666,4 +675,37 @@ func TestKeptWarns(t *testing.T) {
 	require.Empty(t, differ(want, got))
 	require.Equal(t, cost.PartsHere, again.PartsKept)
 	require.Zero(t, again.PartsHere)
+}
+
+// TestKeptByTenant: blocks have several tenants, and what is kept of them is of one.
+func TestKeptByTenant(t *testing.T) {
+	c := gatewaytest.New(t, gatewaytest.Options{})
+	var buf bytes.Buffer
+	wr := chunkfmt.NewWriter(&buf, chunkfmt.WriterOptions{Window: history.Window})
+	for i, tenant := range []string{"a", "b"} {
+		s := &chunkfmt.Series{Labels: labels.FromStrings("__name__", "load")}
+		for at := time.Duration(0); at < 10*time.Hour; at += time.Minute {
+			s.Floats.T, s.Floats.V = append(s.Floats.T, at.Milliseconds()), append(s.Floats.V, float64(i))
+		}
+		require.NoError(t, wr.Add(tenant, s))
+	}
+	sum, err := wr.Close()
+	require.NoError(t, err)
+	require.NoError(t, c.History.Publish(t.Context(), ulid.Make(), buf.Bytes(), sum))
+	results, err := plan.NewResults(2<<20, nil, prometheus.NewRegistry())
+	require.NoError(t, err)
+	e := plan.New(promqltest.NewTestEngineWithOpts(t, suiteOptions), suiteOptions, plan.Tight(plan.Spread{TenantOf: gateway.TenantOf, Results: results}))
+	for range 2 {
+		for i, tenant := range []string{"a", "b"} {
+			q, err := e.NewRangeQuery(gateway.WithTenant(t.Context(), tenant), c.Storage, nil, "sum(load)", time.Unix(0, 0), time.Unix(9*3600, 0), 10*time.Minute)
+			require.NoError(t, err)
+			m, err := q.Exec(gateway.WithTenant(t.Context(), tenant)).Matrix()
+			require.NoError(t, err)
+			require.Len(t, m, 1)
+			for _, p := range m[0].Floats {
+				require.InDelta(t, i, p.F, 0)
+			}
+			q.Close()
+		}
+	}
 }
