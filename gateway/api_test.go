@@ -105,13 +105,13 @@ func dataset() []gatewaytest.Sample {
 // toPrometheus starts a Prometheus that has the samples.
 func toPrometheus(t *testing.T, ss []gatewaytest.Sample, features ...string) *testenv.PrometheusServer {
 	t.Helper()
-	return toPrometheusWith(t, ss, "--enable-feature="+strings.Join(append(features, "exemplar-storage"), ","))
+	return toPrometheusWith(t, ss, "global: {}\n", "--enable-feature="+strings.Join(append(features, "exemplar-storage"), ","))
 }
 
-// toPrometheusWith gives it flags.
-func toPrometheusWith(t *testing.T, ss []gatewaytest.Sample, args ...string) *testenv.PrometheusServer {
+// toPrometheusWith gives it a configuration and flags.
+func toPrometheusWith(t *testing.T, ss []gatewaytest.Sample, config string, args ...string) *testenv.PrometheusServer {
 	t.Helper()
-	p := testenv.Prometheus(t, "", "global: {}\n", append(args, "--web.enable-remote-write-receiver")...)
+	p := testenv.Prometheus(t, "", config, append(args, "--web.enable-remote-write-receiver")...)
 	var req prompb.WriteRequest
 	for _, s := range ss {
 		ts := prompb.TimeSeries{Labels: prompb.FromLabels(s.Labels, nil)}

@@ -70,7 +70,7 @@ var touched = regexp.MustCompile(`"seriesTouched":\d+,?`)
 // gateway, compares the answers, and then what is left, at another gateway too.
 func TestDeletionLikePrometheus(t *testing.T) {
 	ss := dataset()
-	p := toPrometheusWith(t, ss, "--web.enable-admin-api")
+	p := toPrometheusWith(t, ss, "global: {}\n", "--web.enable-admin-api")
 	cluster := gatewayOf(t, ss)
 	admin := serve(t, newAPI(t, cluster, gateway.Options{Deletions: cluster.History}))
 	other := serve(t, newAPI(t, cluster, gateway.Options{}))

@@ -463,7 +463,7 @@ func TestMemoryOfWorkers(t *testing.T) {
 		reg := prometheus.NewRegistry()
 		api := newAPI(t, c, gateway.Options{Memory: account.NewMemory(q.bytes, reg)})
 		_, _, err := api.Work(t.Context(), c.History, &plan.Task{
-			Tenant: gateway.DefaultTenant, Query: "rate(requests_total[5m])", Start: 0, End: 3_600_000, Step: 15_000, Lookback: 300_000,
+			Tenant: gateway.DefaultTenant, Query: "rate(requests_total[5m])", Start: 0, End: 3_600_000, Step: 15_000, Lookback: 300_000, SubqueryStep: 60_000,
 			MaxSamples: 1e6, Span: 24 * 3_600_000, To: 241, Blocks: snap.Blocks,
 		})
 		require.Equal(t, q.fails, err != nil, err)
@@ -480,7 +480,7 @@ func TestLimitsOfWorkers(t *testing.T) {
 	api := newAPI(t, c, gateway.Options{})
 	work := func(query string, left account.Limits) (account.Cost, error) {
 		_, cost, err := api.Work(t.Context(), cold, &plan.Task{
-			Tenant: gateway.DefaultTenant, Query: query, Start: 0, End: 3_600_000, Step: 15_000, Lookback: 300_000,
+			Tenant: gateway.DefaultTenant, Query: query, Start: 0, End: 3_600_000, Step: 15_000, Lookback: 300_000, SubqueryStep: 60_000,
 			MaxSamples: 1e6, Left: left, Span: 24 * 3_600_000, To: 241, Blocks: snap.Blocks,
 		})
 		return cost, err

@@ -30,11 +30,12 @@ const (
 	maxReportBytes = 64 << 10 // of a request
 )
 
-// EngineReport is the body of POST /api/v1/engine: the flags of a tenant's
-// Prometheus that change what a query means.
+// EngineReport is the body of POST /api/v1/engine: what of the flags and the
+// configuration of a tenant's Prometheus changes what a query means.
 type EngineReport struct {
-	LookbackDelta  model.Duration `json:"lookback_delta"`
-	EnableFeatures []string       `json:"enable_features"` // all of them, known to this gateway or not
+	LookbackDelta      model.Duration `json:"lookback_delta"`
+	EnableFeatures     []string       `json:"enable_features"`     // all of them, known to this gateway or not
+	EvaluationInterval model.Duration `json:"evaluation_interval"` // 0: it isn't known
 }
 
 // reports are what sidecars have told of their Prometheis' engines, as the index
@@ -60,7 +61,7 @@ type report struct {
 
 // errNotReported is what answers warn of where a tenant's engine options were never
 // read.
-var errNotReported = errors.New("engine options of the tenant's Prometheus (lookback delta, feature flags) can't be read from the index, this answer is by those that the gateway is configured with: it may differ from that Prometheus's")
+var errNotReported = errors.New("engine options of the tenant's Prometheus (lookback delta, feature flags, evaluation interval) can't be read from the index, this answer is by those that the gateway is configured with: it may differ from that Prometheus's")
 
 func (s *reports) of(tenant string) *report {
 	s.mu.Lock()
@@ -130,16 +131,23 @@ func (s *reports) put(ctx context.Context, row index.EngineRow) error {
 	defer r.mu.Unlock()
 	if !r.row.Equal(row) {
 		s.logger.Info("engine options of the tenant's Prometheus reported", "tenant", row.Tenant,
-			"lookback_delta", time.Duration(row.LookbackDelta)*time.Millisecond, "enable_features", row.Features)
+			"lookback_delta", time.Duration(row.LookbackDelta)*time.Millisecond, "enable_features", row.Features,
+			"evaluation_interval", time.Duration(row.EvaluationInterval)*time.Millisecond)
 	}
 	r.row, r.known, r.next = row, true, time.Now().Add(reportAge)
 	return nil
 }
 
 // with gives the options of a tenant whose Prometheus has these: its lookback
-// delta, and its features beside those that all tenants have.
+// delta, its evaluation interval if that is known, and its features beside those that
+// all tenants have.
 func (o EngineOptions) with(row index.EngineRow) EngineOptions {
-	e := EngineOptions{LookbackDelta: time.Duration(row.LookbackDelta) * time.Millisecond, Features: slices.Clone(o.Features)}
+	e := EngineOptions{
+		LookbackDelta: time.Duration(row.LookbackDelta) * time.Millisecond, EvaluationInterval: o.EvaluationInterval, Features: slices.Clone(o.Features),
+	}
+	if row.EvaluationInterval > 0 {
+		e.EvaluationInterval = time.Duration(row.EvaluationInterval) * time.Millisecond
+	}
 	for _, f := range row.Features {
 		if slices.Contains(Features(), f) && !e.has(f) {
 			e.Features = append(e.Features, f)
@@ -224,6 +232,7 @@ func (a *API) engine(w http.ResponseWriter, r *http.Request) {
 	slices.Sort(q.EnableFeatures)
 	row := index.EngineRow{
 		Tenant: TenantOf(r.Context()), LookbackDelta: time.Duration(q.LookbackDelta).Milliseconds(), Features: slices.Compact(q.EnableFeatures),
+		EvaluationInterval: time.Duration(q.EvaluationInterval).Milliseconds(),
 	}
 	if err := row.Validate(); err != nil {
 		respondError(w, http.StatusBadRequest, "bad_data", err)

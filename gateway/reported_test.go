@@ -73,6 +73,20 @@ func TestReportedEngine(t *testing.T) {
 		query(api, "configured", "up", http.StatusOK, `"__name__":"up"`)
 	}
 
+	// A subquery's own steps are those of the rules.
+	steps := func(want string) {
+		t.Helper()
+		query(api, "b", "count_over_time(vector(1)[5m:])", http.StatusOK, `[1700000060,"`+want+`"]`)
+		do(api, http.MethodGet, "b", "/query?time=1700000060&stats=all&query=count_over_time(vector(1)[5m:])", "", http.StatusOK, `[1700000060,"`+want+`"]`)
+	}
+	steps("5")
+	report("b", `{"lookback_delta":"5m","evaluation_interval":"15s"}`, http.StatusOK, "success")
+	steps("20")
+	do(api, http.MethodGet, "b", "/status/config", "", http.StatusOK, `evaluation_interval: 15s`)
+	report("b", `{"lookback_delta":"5m","evaluation_interval":"-1s"}`, http.StatusBadRequest, "not a valid duration")
+	report("b", `{"lookback_delta":"5m"}`, http.StatusOK, "success")
+	steps("5")
+
 	report("b", `{"lookback_delta":"-1s"}`, http.StatusBadRequest, "not a valid duration")
 	report("b", `{"enable_features":["x"]}`, http.StatusBadRequest, "lookback delta of 0 ms")
 	report("b", `{"lookback_delta":"1m","enable_features":[""]}`, http.StatusBadRequest, "is empty")

@@ -29,12 +29,17 @@ import (
 // own, since its Prometheus has.
 type EngineOptions struct {
 	LookbackDelta time.Duration // 5 minutes by default
-	Features      []string      // of Features
+	// EvaluationInterval is the step of subqueries that name none; a minute by default.
+	EvaluationInterval time.Duration
+	Features           []string // of Features
 }
 
 func (o *EngineOptions) setDefaults() {
 	if o.LookbackDelta == 0 {
 		o.LookbackDelta = 5 * time.Minute
+	}
+	if o.EvaluationInterval == 0 {
+		o.EvaluationInterval = time.Minute
 	}
 }
 
@@ -59,6 +64,9 @@ func (o *EngineOptions) Validate() error {
 	if o.LookbackDelta < 0 {
 		return fmt.Errorf("the lookback delta %s is negative", o.LookbackDelta)
 	}
+	if o.EvaluationInterval != 0 && o.EvaluationInterval < time.Millisecond {
+		return fmt.Errorf("the evaluation interval %s is less than 1ms", o.EvaluationInterval)
+	}
 	for _, f := range o.Features {
 		if !slices.Contains(Features(), f) {
 			return fmt.Errorf("feature %q is not one of %s", f, strings.Join(Features(), ", "))
@@ -73,7 +81,7 @@ func (o *EngineOptions) has(feature string) bool { return slices.Contains(o.Feat
 func (o *EngineOptions) key() string {
 	fs := slices.Clone(o.Features)
 	slices.Sort(fs)
-	return strings.Join(append([]string{model.Duration(o.LookbackDelta).String()}, slices.Compact(fs)...), ",")
+	return strings.Join(append([]string{model.Duration(o.LookbackDelta).String(), model.Duration(o.EvaluationInterval).String()}, slices.Compact(fs)...), ",")
 }
 
 // variant is Prometheus's API with an engine of certain options.
@@ -94,7 +102,7 @@ type variant struct {
 func newEngine(o *Options, e *EngineOptions, parse parser.Parser, registry features.Collector, logger *slog.Logger, reg prometheus.Registerer) *plan.Engine {
 	eo := promql.EngineOpts{
 		Logger: logger, Reg: reg, MaxSamples: o.MaxSamples, Timeout: o.QueryTimeout, LookbackDelta: e.LookbackDelta,
-		NoStepSubqueryIntervalFn: func(int64) int64 { return time.Minute.Milliseconds() },
+		NoStepSubqueryIntervalFn: func(int64) int64 { return e.EvaluationInterval.Milliseconds() },
 		EnableAtModifier:         true, EnableNegativeOffset: true,
 		EnablePerStepStats:       e.has("promql-per-step-stats"),
 		EnableDelayedNameRemoval: e.has("promql-delayed-name-removal"),
@@ -125,6 +133,8 @@ func (a *API) newVariant(e EngineOptions, reg prometheus.Registerer, gatherer pr
 	flags := maps.Clone(o.Flags)
 	flags["query.lookback-delta"] = model.Duration(e.LookbackDelta).String()
 	flags["enable-feature"] = strings.Join(e.Features, ",")
+	shown := config.DefaultConfig
+	shown.GlobalConfig.EvaluationInterval = model.Duration(e.EvaluationInterval)
 	// Most of what an API costs to make is its description in OpenAPI, which all have in
 	// common: one has it.
 	none := []string{"/none"}
@@ -134,7 +144,7 @@ func (a *API) newVariant(e EngineOptions, reg prometheus.Registerer, gatherer pr
 			func(context.Context) v1.ScrapePoolsRetriever { return noScraping{} },
 			a.targets,
 			func(context.Context) v1.AlertmanagerRetriever { return noScraping{} },
-			func() config.Config { return config.DefaultConfig },
+			func() config.Config { return shown },
 			flags,
 			v1.GlobalURLOptions{ListenAddress: o.ListenAddress, Host: o.ListenAddress, Scheme: "http"},
 			a.whenReady,

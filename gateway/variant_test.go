@@ -98,3 +98,26 @@ func TestFeaturesLikePrometheus(t *testing.T) {
 	}
 	t.Logf("%d requests", len(rs))
 }
+
+// TestSubqueriesLikePrometheus compares subqueries that name no step, where rules are
+// evaluated at another interval than the default.
+func TestSubqueriesLikePrometheus(t *testing.T) {
+	ss := dataset()
+	p := toPrometheusWith(t, ss, "global: {evaluation_interval: 20s}\n")
+	base := serve(t, newAPI(t, gatewayOf(t, ss), gateway.Options{Engine: gateway.EngineOptions{EvaluationInterval: 20 * time.Second}}))
+	c := client(t)
+	for _, expr := range []string{
+		"up[5m:]", "count_over_time(up[5m:])", "max_over_time(rate(http_requests_total[1m])[5m:])", "sum(rate(http_requests_total[5m:]))", "avg_over_time(sum(up)[5m:] offset 1m)",
+		"count_over_time((up + up)[5m:])", "count_over_time(up[5m:] @ 1700000300)", "rate(up[5m:15s])", "max_over_time(count_over_time(up[1m:])[5m:])",
+	} {
+		q := "query=" + url.QueryEscape(expr)
+		for _, r := range []request{
+			{path: "/query", params: q + "&time=1700000800&stats=all"},
+			{path: "/query_range", params: q + "&start=1700000000&end=1700000900&step=30&stats=all"},
+		} {
+			if diff := gocmp.Diff(r.ask(t, c, p.URL), r.ask(t, c, base)); diff != "" {
+				t.Errorf("%s: Prometheus -, gateway +\n%s", r, diff)
+			}
+		}
+	}
+}

@@ -1,6 +1,7 @@
 package sidecar
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -9,14 +10,16 @@ import (
 	"slices"
 	"strings"
 	"time"
+
+	"go.yaml.in/yaml/v2"
 )
 
 // flagsInterval is how often Prometheus is asked for its flags, which change when it
-// is started anew.
+// is started anew, and its evaluation interval.
 const flagsInterval = time.Minute
 
-// flags tells gateways with which flags Prometheus evaluates queries, so that they
-// mean the same there: POST /api/v1/engine of docs/api.md.
+// flags tells gateways with which flags, and what of its configuration, Prometheus
+// evaluates queries, so that they mean the same there: POST /api/v1/engine of docs/api.md.
 type flags struct {
 	url      string   // of the Prometheus; empty: nothing is told
 	gateways []string // base URLs, taken in turn when one fails
@@ -29,8 +32,9 @@ type flags struct {
 
 // engineFlags is the body of a report.
 type engineFlags struct {
-	LookbackDelta  string   `json:"lookback_delta"`
-	EnableFeatures []string `json:"enable_features"`
+	LookbackDelta      string   `json:"lookback_delta"`
+	EnableFeatures     []string `json:"enable_features"`
+	EvaluationInterval string   `json:"evaluation_interval"`
 }
 
 func (f *flags) run(ctx context.Context) {
@@ -41,7 +45,7 @@ func (f *flags) run(ctx context.Context) {
 	failing, next := false, 0
 	for pause := time.Second; ; {
 		got, err := f.get(ctx)
-		if err == nil && got != nil && (told == nil || got.LookbackDelta != told.LookbackDelta || !slices.Equal(got.EnableFeatures, told.EnableFeatures)) {
+		if err == nil && got != nil && (told == nil || got.LookbackDelta != told.LookbackDelta || got.EvaluationInterval != told.EvaluationInterval || !slices.Equal(got.EnableFeatures, told.EnableFeatures)) {
 			if err = postToGateway(ctx, f.gateway, f.gateways[next%len(f.gateways)], "/api/v1/engine", f.tenant, got, nil); err == nil {
 				told = got
 			} else {
@@ -70,7 +74,7 @@ func (f *flags) run(ctx context.Context) {
 	}
 }
 
-// get returns the flags of the running Prometheus; nil for an agent, which evaluates
+// get returns the flags and the evaluation interval of the running Prometheus; nil for an agent, which evaluates
 // no queries.
 func (f *flags) get(ctx context.Context) (*engineFlags, error) {
 	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
@@ -93,5 +97,18 @@ func (f *flags) get(ctx context.Context) (*engineFlags, error) {
 			e.EnableFeatures = append(e.EnableFeatures, name)
 		}
 	}
+	text, err := askConfig(ctx, f.client, f.url)
+	if err != nil {
+		return nil, err
+	}
+	var c struct {
+		Global struct {
+			EvaluationInterval string `yaml:"evaluation_interval"`
+		} `yaml:"global"`
+	}
+	if err := yaml.Unmarshal([]byte(text), &c); err != nil {
+		return nil, fmt.Errorf("configuration of Prometheus: %w", err)
+	}
+	e.EvaluationInterval = cmp.Or(c.Global.EvaluationInterval, "1m") // which is Prometheus's default
 	return e, nil
 }

@@ -17,15 +17,20 @@ import (
 // agent's don't.
 func TestFlags(t *testing.T) {
 	var mu sync.Mutex
-	answer := map[string]string{}
+	answer, config := map[string]string{}, "global: {scrape_interval: 10s}\n"
 	prometheus := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		mu.Lock()
 		defer mu.Unlock()
-		if r.URL.Path != "/api/v1/status/flags" {
+		data := any(answer)
+		switch r.URL.Path {
+		case "/api/v1/status/config":
+			data = map[string]string{"yaml": config}
+		case "/api/v1/status/flags":
+		default:
 			http.NotFound(w, r)
 			return
 		}
-		if err := json.NewEncoder(w).Encode(map[string]any{"status": "success", "data": answer}); err != nil {
+		if err := json.NewEncoder(w).Encode(map[string]any{"status": "success", "data": data}); err != nil {
 			t.Error(err)
 		}
 	}))
@@ -62,8 +67,9 @@ func TestFlags(t *testing.T) {
 	}
 	get(map[string]string{"agent": "true", "query.lookback-delta": "5m", "enable-feature": ""}, nil)
 	get(map[string]string{"storage.agent.path": "x"}, nil)
-	get(map[string]string{"query.lookback-delta": "5m", "enable-feature": ""}, &engineFlags{"5m", []string{}})
-	get(map[string]string{"query.lookback-delta": "1m", "enable-feature": "a, b,c"}, &engineFlags{"1m", []string{"a", "b", "c"}})
+	get(map[string]string{"query.lookback-delta": "5m", "enable-feature": ""}, &engineFlags{"5m", []string{}, "1m"})
+	config = "global: {evaluation_interval: 15s, unknown: x}\n"
+	get(map[string]string{"query.lookback-delta": "1m", "enable-feature": "a, b,c"}, &engineFlags{"1m", []string{"a", "b", "c"}, "15s"})
 	mu.Lock()
 	answer = nil
 	mu.Unlock()
@@ -80,7 +86,7 @@ func TestFlags(t *testing.T) {
 		defer close(done)
 		f.run(ctx)
 	}()
-	if got, want := <-reports, `POST /api/v1/engine acme {"lookback_delta":"1m","enable_features":["a"]}`; got != want {
+	if got, want := <-reports, `POST /api/v1/engine acme {"lookback_delta":"1m","enable_features":["a"],"evaluation_interval":"15s"}`; got != want {
 		t.Errorf("report %s, want %s", got, want)
 	}
 	cancel()

@@ -115,18 +115,11 @@ func (e *externalLabels) get(ctx context.Context) (labels.Labels, time.Time, err
 	}
 	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
 	defer cancel()
-	var config struct {
-		Data struct {
-			YAML *string `json:"yaml"`
-		} `json:"data"`
+	text, err := askConfig(ctx, e.client, e.url)
+	if err != nil {
+		return none, time.Time{}, err
 	}
-	if err := ask(ctx, e.client, e.url, "/api/v1/status/config", &config); err != nil {
-		return none, time.Time{}, fmt.Errorf("ask Prometheus for its configuration: %w", err)
-	}
-	if config.Data.YAML == nil {
-		return none, time.Time{}, errors.New("configuration that Prometheus answered: no data.yaml in it")
-	}
-	ls, err := parseExternalLabels([]byte(*config.Data.YAML), false)
+	ls, err := parseExternalLabels([]byte(text), false)
 	if err != nil {
 		return none, time.Time{}, err
 	}
@@ -147,6 +140,22 @@ func (e *externalLabels) get(ctx context.Context) (labels.Labels, time.Time, err
 		return ls, time.Time{}, nil
 	}
 	return ls, info.Data.LastConfigTime, nil
+}
+
+// askConfig gives the configuration that the Prometheus at url runs with, as YAML.
+func askConfig(ctx context.Context, client *http.Client, url string) (string, error) {
+	var config struct {
+		Data struct {
+			YAML *string `json:"yaml"`
+		} `json:"data"`
+	}
+	if err := ask(ctx, client, url, "/api/v1/status/config", &config); err != nil {
+		return "", fmt.Errorf("ask Prometheus for its configuration: %w", err)
+	}
+	if config.Data.YAML == nil {
+		return "", errors.New("configuration that Prometheus answered: no data.yaml in it")
+	}
+	return *config.Data.YAML, nil
 }
 
 // ask decodes what the Prometheus at url answers to a GET.

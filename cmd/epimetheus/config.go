@@ -97,18 +97,19 @@ type IngesterConfig struct {
 
 // GatewayConfig is for gateways.
 type GatewayConfig struct {
-	QueryTimeout     duration                       `yaml:"query_timeout,omitempty" doc:"The longest query, and the longest request for series, labels, metadata, exemplars, cardinality or a remote read, which ends though its client still takes the answer."`
-	LookbackDelta    duration                       `yaml:"lookback_delta,omitempty" doc:"As Prometheus's --query.lookback-delta."`
-	MaxSamples       int                            `yaml:"max_samples,omitempty" doc:"As Prometheus's --query.max-samples: in memory for one query."`
-	CacheBytes       size                           `yaml:"cache_bytes,omitempty" doc:"Memory for pages of blocks."`
-	ResultBytes      size                           `yaml:"result_cache_bytes,omitempty" doc:"Memory for results of parts of long queries."`
-	EnableFeatures   []string                       `yaml:"enable_features,omitempty" doc:"As Prometheus's --enable-feature, of what concerns queries: promql-binop-fill-modifiers, promql-delayed-name-removal, promql-experimental-functions, promql-per-step-stats, promql-unquoted-utf8-names, query-cost, search-api, type-and-unit-labels, use-start-timestamps."`
-	TenantFederation bool                           `yaml:"tenant_federation,omitempty" doc:"Whether a request may be about several tenants, as 'X-Scope-OrgID: a|b'. Series then have the label '__tenant_id__'. The proxy that authenticates must check each of them. Off, a bar is a part of a tenant's name."`
-	Tenants          map[string]GatewayTenantConfig `yaml:"tenants,omitempty" doc:"By tenant: its own 'lookback_delta' and 'enable_features', where those that its sidecar reports aren't wanted, and its own 'limits'. With one of the first two, the other is as above if absent; 'enable_features: []' is none; a tenant with 'limits' has those alone, and the default of 'queries' if they don't say."`
-	Limits           QueryLimits                    `yaml:"limits,omitempty"`
-	QueryMemory      size                           `yaml:"query_memory_bytes,omitempty" doc:"Memory that all queries may hold together (samples of heads, series and pages of blocks, points and labels that the engine makes, steps of subqueries, results, bodies of requests). Beyond it, of the tenant that holds most, the query that holds most is ended. 0: no bound."`
-	SlowQuery        duration                       `yaml:"slow_query,omitempty" doc:"Queries that take so long are logged, with what they read, and the first 2 KiB of what they say. 0: none are."`
-	Prices           PricesConfig                   `yaml:"prices,omitempty"`
+	QueryTimeout       duration                       `yaml:"query_timeout,omitempty" doc:"The longest query, and the longest request for series, labels, metadata, exemplars, cardinality or a remote read, which ends though its client still takes the answer."`
+	LookbackDelta      duration                       `yaml:"lookback_delta,omitempty" doc:"As Prometheus's --query.lookback-delta."`
+	EvaluationInterval duration                       `yaml:"evaluation_interval,omitempty" doc:"As 'global.evaluation_interval' of Prometheus's configuration: the step of subqueries that name none, such as 'x[1h:]'."`
+	MaxSamples         int                            `yaml:"max_samples,omitempty" doc:"As Prometheus's --query.max-samples: in memory for one query."`
+	CacheBytes         size                           `yaml:"cache_bytes,omitempty" doc:"Memory for pages of blocks."`
+	ResultBytes        size                           `yaml:"result_cache_bytes,omitempty" doc:"Memory for results of parts of long queries."`
+	EnableFeatures     []string                       `yaml:"enable_features,omitempty" doc:"As Prometheus's --enable-feature, of what concerns queries: promql-binop-fill-modifiers, promql-delayed-name-removal, promql-experimental-functions, promql-per-step-stats, promql-unquoted-utf8-names, query-cost, search-api, type-and-unit-labels, use-start-timestamps."`
+	TenantFederation   bool                           `yaml:"tenant_federation,omitempty" doc:"Whether a request may be about several tenants, as 'X-Scope-OrgID: a|b'. Series then have the label '__tenant_id__'. The proxy that authenticates must check each of them. Off, a bar is a part of a tenant's name."`
+	Tenants            map[string]GatewayTenantConfig `yaml:"tenants,omitempty" doc:"By tenant: its own 'lookback_delta', 'evaluation_interval' and 'enable_features', where those that its sidecar reports aren't wanted, and its own 'limits'. With one of the first three, the others are as above if absent; 'enable_features: []' is none; a tenant with 'limits' has those alone, and the default of 'queries' if they don't say."`
+	Limits             QueryLimits                    `yaml:"limits,omitempty"`
+	QueryMemory        size                           `yaml:"query_memory_bytes,omitempty" doc:"Memory that all queries may hold together (samples of heads, series and pages of blocks, points and labels that the engine makes, steps of subqueries, results, bodies of requests). Beyond it, of the tenant that holds most, the query that holds most is ended. 0: no bound."`
+	SlowQuery          duration                       `yaml:"slow_query,omitempty" doc:"Queries that take so long are logged, with what they read, and the first 2 KiB of what they say. 0: none are."`
+	Prices             PricesConfig                   `yaml:"prices,omitempty"`
 }
 
 // QueryLimits are of each tenant.
@@ -150,27 +151,31 @@ type PricesConfig struct {
 
 // GatewayTenantConfig is what a tenant has of its own.
 type GatewayTenantConfig struct {
-	LookbackDelta  duration `yaml:"lookback_delta,omitempty"`
-	EnableFeatures []string `yaml:"enable_features"`
+	LookbackDelta      duration `yaml:"lookback_delta,omitempty"`
+	EvaluationInterval duration `yaml:"evaluation_interval,omitempty"`
+	EnableFeatures     []string `yaml:"enable_features"`
 
 	Limits *QueryLimits `yaml:"limits,omitempty"`
 }
 
 // engine gives the options of the engine for most tenants.
 func (c *GatewayConfig) engine() gateway.EngineOptions {
-	return gateway.EngineOptions{LookbackDelta: time.Duration(c.LookbackDelta), Features: c.EnableFeatures}
+	return gateway.EngineOptions{LookbackDelta: time.Duration(c.LookbackDelta), EvaluationInterval: time.Duration(c.EvaluationInterval), Features: c.EnableFeatures}
 }
 
 // tenants gives the options of the engine for those that have their own.
 func (c *GatewayConfig) tenants() map[string]gateway.EngineOptions {
 	out := map[string]gateway.EngineOptions{}
 	for name, t := range c.Tenants {
-		if t.LookbackDelta == 0 && t.EnableFeatures == nil {
+		if t.LookbackDelta == 0 && t.EvaluationInterval == 0 && t.EnableFeatures == nil {
 			continue // those that its sidecar reports
 		}
 		e := c.engine()
 		if t.LookbackDelta != 0 {
 			e.LookbackDelta = time.Duration(t.LookbackDelta)
+		}
+		if t.EvaluationInterval != 0 {
+			e.EvaluationInterval = time.Duration(t.EvaluationInterval)
 		}
 		if t.EnableFeatures != nil {
 			e.Features = t.EnableFeatures
@@ -311,15 +316,16 @@ func defaultConfig() Config {
 			Limits:          ingest.Limits{LabelsPerSeries: 128, LabelNameBytes: 1024, LabelValueBytes: 64 << 10},
 		},
 		Gateway: GatewayConfig{
-			QueryTimeout:  duration(2 * time.Minute),
-			LookbackDelta: duration(5 * time.Minute),
-			MaxSamples:    50_000_000,
-			CacheBytes:    512 * mib,
-			ResultBytes:   128 * mib,
-			QueryMemory:   2048 * mib,
-			SlowQuery:     duration(10 * time.Second),
-			Limits:        QueryLimits{Queries: gateway.DefaultQueries},
-			Prices:        PricesConfig{MillionObjectGets: 0.4, MillionIndexReads: 0.25},
+			QueryTimeout:       duration(2 * time.Minute),
+			LookbackDelta:      duration(5 * time.Minute),
+			EvaluationInterval: duration(time.Minute),
+			MaxSamples:         50_000_000,
+			CacheBytes:         512 * mib,
+			ResultBytes:        128 * mib,
+			QueryMemory:        2048 * mib,
+			SlowQuery:          duration(10 * time.Second),
+			Limits:             QueryLimits{Queries: gateway.DefaultQueries},
+			Prices:             PricesConfig{MillionObjectGets: 0.4, MillionIndexReads: 0.25},
 		},
 		Compactor: CompactorConfig{Enabled: true, BlockBytes: 512 * mib},
 		Sidecar: SidecarConfig{
@@ -405,6 +411,9 @@ func (c *Config) validate() error {
 	}
 	if g.LookbackDelta <= 0 {
 		bad("gateway.lookback_delta: %s is not positive", g.LookbackDelta)
+	}
+	if g.EvaluationInterval <= 0 {
+		bad("gateway.evaluation_interval: %s is not positive", g.EvaluationInterval)
 	}
 	if e := (gateway.EngineOptions{Features: g.EnableFeatures}); e.Validate() != nil {
 		bad("gateway.enable_features: %s", e.Validate())

@@ -522,7 +522,7 @@ func TestTasksThatDoNotFit(t *testing.T) {
 	const hour, minute = 3_600_000, 60_000
 	ok := plan.Task{
 		Tenant: gateway.DefaultTenant, Query: "sum(rate(x[5m]))", Start: hour / 2, End: 3 * hour, Step: minute, Lookback: 5 * minute,
-		StartTimestamps: true, DelayedNameRemoval: true, MaxSamples: 1000, Span: hour, Number: 1, From: 30, To: 90,
+		SubqueryStep: minute, StartTimestamps: true, DelayedNameRemoval: true, MaxSamples: 1000, Span: hour, Number: 1, From: 30, To: 90,
 	}
 	for _, q := range []struct {
 		name   string
@@ -534,6 +534,7 @@ func TestTasksThatDoNotFit(t *testing.T) {
 		{"two parts and a piece", func(t *plan.Task) { t.To = 151 }, nil},
 		{"ends after the query", func(t *plan.Task) { t.To = 152 }, plan.ErrUnlike},
 		{"another part", func(t *plan.Task) { t.Number++ }, plan.ErrUnlike},
+		{"another step of subqueries", func(t *plan.Task) { t.SubqueryStep /= 2 }, plan.ErrUnlike},
 		{"no span", func(t *plan.Task) { t.Span = 0 }, plan.ErrUnlike},
 		{"billions of steps", func(t *plan.Task) { t.Start, t.End, t.Step, t.To, t.Span, t.Number = 0, 1e10, 1, 3e9, 1e11, 0 }, plan.ErrUnlike},
 	} {

@@ -92,7 +92,7 @@ var ErrUnlike = errors.New("worker differs in version or options")
 
 // Version of tasks and of what they give. Gateways of different versions compute
 // their parts themselves.
-const Version = 8
+const Version = 9
 
 // Task is some parts of a leaf, one after the other, for another gateway. It has the whole query: a leaf's
 // own text would change the meaning of start() and end(), and the places in
@@ -103,6 +103,8 @@ type Task struct {
 	Start, End int64 // ms
 	Step       int64 // ms; 0: an instant query
 	Lookback   int64 // ms
+	// SubqueryStep is that of subqueries that name none, in ms.
+	SubqueryStep int64
 
 	// Of the engine.
 	StartTimestamps, DelayedNameRemoval, TypeAndUnitLabels bool
@@ -486,6 +488,7 @@ func (w *work) task(ctx context.Context, tenant string, mint, maxt int64) *Task 
 	t := &Task{
 		Tenant: tenant, Query: q.String(), Start: q.stmt.Start.UnixMilli(), End: q.stmt.End.UnixMilli(),
 		Step: q.stmt.Interval.Milliseconds(), Lookback: q.stmt.LookbackDelta.Milliseconds(),
+		SubqueryStep:    q.engine.opts.NoStepSubqueryIntervalFn(0),
 		StartTimestamps: q.opts.startTimestamps, DelayedNameRemoval: q.opts.delayedNameRemoval,
 		TypeAndUnitLabels: q.opts.typeAndUnitLabels, MaxSamples: q.opts.maxSamples, Left: account.From(ctx).Left(),
 		Leaf: w.leaf, Split: w.l.Agg == nil && w.l.whole != w.l.expr(),
@@ -688,7 +691,7 @@ func (e *Engine) Work(ctx context.Context, h *history.History, t *Task) ([]byte,
 		return nil, ErrUnlike
 	}
 	if q.opts.startTimestamps != t.StartTimestamps || q.opts.delayedNameRemoval != t.DelayedNameRemoval ||
-		q.opts.typeAndUnitLabels != t.TypeAndUnitLabels {
+		q.opts.typeAndUnitLabels != t.TypeAndUnitLabels || e.opts.NoStepSubqueryIntervalFn(0) != t.SubqueryStep {
 		return nil, ErrUnlike
 	}
 	l := q.leaves[t.Leaf]

@@ -22,7 +22,7 @@ import (
 func request(t *plan.Task) *workpb.RunRequest {
 	r := &workpb.RunRequest{
 		Version: plan.Version, Tenant: t.Tenant, Query: []byte(t.Query), Start: t.Start, End: t.End, Step: t.Step, Lookback: t.Lookback,
-		StartTimestamps: t.StartTimestamps, DelayedNameRemoval: t.DelayedNameRemoval, TypeAndUnitLabels: t.TypeAndUnitLabels,
+		SubqueryStep: t.SubqueryStep, StartTimestamps: t.StartTimestamps, DelayedNameRemoval: t.DelayedNameRemoval, TypeAndUnitLabels: t.TypeAndUnitLabels,
 		MaxSamples: int64(t.MaxSamples), Leaf: uint32(t.Leaf), Split: t.Split, Span: t.Span, Number: t.Number,
 		From: uint32(t.From), To: uint32(t.To), Blocks: make([]*workpb.Block, len(t.Blocks)),
 	}
@@ -156,7 +156,7 @@ func costOf(c *workpb.Cost) (out account.Cost, err error) {
 func task(r *workpb.RunRequest) (*plan.Task, error) {
 	t := &plan.Task{
 		Tenant: r.GetTenant(), Query: string(r.GetQuery()), Start: r.GetStart(), End: r.GetEnd(), Step: r.GetStep(), Lookback: r.GetLookback(),
-		StartTimestamps: r.GetStartTimestamps(), DelayedNameRemoval: r.GetDelayedNameRemoval(), TypeAndUnitLabels: r.GetTypeAndUnitLabels(),
+		SubqueryStep: r.GetSubqueryStep(), StartTimestamps: r.GetStartTimestamps(), DelayedNameRemoval: r.GetDelayedNameRemoval(), TypeAndUnitLabels: r.GetTypeAndUnitLabels(),
 		MaxSamples: int(r.GetMaxSamples()), Leaf: int(r.GetLeaf()), Split: r.GetSplit(), Span: r.GetSpan(), Number: r.GetNumber(),
 		From: int(r.GetFrom()), To: int(r.GetTo()), Blocks: make([]history.Block, len(r.GetBlocks())),
 		Shard: int(r.GetShard()), Shards: int(r.GetShards()),

@@ -80,7 +80,7 @@ func pool(t *testing.T, self string, peers []worker.Peer) *worker.Pool {
 
 func task() *plan.Task {
 	return &plan.Task{
-		Tenant: "t", Query: "rate(x[5m])", Start: -5, End: 10_000, Step: 10, Lookback: 300_000, StartTimestamps: true, TypeAndUnitLabels: true,
+		Tenant: "t", Query: "rate(x[5m])", Start: -5, End: 10_000, Step: 10, Lookback: 300_000, SubqueryStep: 20_000, StartTimestamps: true, TypeAndUnitLabels: true,
 		MaxSamples: 7, Leaf: 1, Split: true, Span: 3_600_000, Number: -1, From: 3, To: 9,
 		Blocks: []history.Block{{
 			ID: ulid.MustNew(1, nil), Object: "blocks/x", ObjectSize: 12, Directory: chunkfmt.Location{Offset: 3, Size: 4},

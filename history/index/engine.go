@@ -15,11 +15,12 @@ const (
 )
 
 // EngineRow says how the Prometheus of a tenant evaluates queries, as it has been
-// told by flags.
+// told by flags and its configuration.
 type EngineRow struct {
-	Tenant        string
-	LookbackDelta int64    // ms, at least 1
-	Features      []string // by the names that --enable-feature has, ascending, known to us or not
+	Tenant             string
+	LookbackDelta      int64    // ms, at least 1
+	Features           []string // by the names that --enable-feature has, ascending, known to us or not
+	EvaluationInterval int64    // ms; 0: it isn't known
 }
 
 const engineVersion = 1
@@ -28,9 +29,9 @@ func engineKey(tenant string) Key { return Key{Hash: "o/" + tenant, Range: []byt
 
 // Validate says what of a row is impossible.
 func (r *EngineRow) Validate() error {
-	if r.Tenant == "" || r.LookbackDelta < 1 || len(r.Features) > MaxFeatures {
-		return fmt.Errorf("engine row of tenant %q: lookback delta of %d ms, at least 1 is possible; %d features, at most %d are possible",
-			r.Tenant, r.LookbackDelta, len(r.Features), MaxFeatures)
+	if r.Tenant == "" || r.LookbackDelta < 1 || r.EvaluationInterval < 0 || len(r.Features) > MaxFeatures {
+		return fmt.Errorf("engine row of tenant %q: lookback delta of %d ms, at least 1 is possible; evaluation interval of %d ms, at least 0; %d features, at most %d are possible",
+			r.Tenant, r.LookbackDelta, r.EvaluationInterval, len(r.Features), MaxFeatures)
 	}
 	for i, f := range r.Features {
 		if f == "" || len(f) > MaxFeatureBytes || i > 0 && r.Features[i-1] >= f {
@@ -49,6 +50,9 @@ func (r *EngineRow) encode() (Item, error) {
 	for _, f := range r.Features {
 		b = appendText(b, f)
 	}
+	if r.EvaluationInterval > 0 {
+		b = binary.AppendUvarint(b, uint64(r.EvaluationInterval)) //nolint:gosec // validated
+	}
 	return seal(engineKey(r.Tenant), b), nil
 }
 
@@ -64,6 +68,9 @@ func decodeEngineRow(tenant string, it Item) (EngineRow, error) {
 	}
 	for i := range r.Features {
 		r.Features[i] = d.Text()
+	}
+	if len(d.B) > 0 { // else the sidecar doesn't know it
+		r.EvaluationInterval = d.within(math.MaxInt64)
 	}
 	if err := d.End(); err != nil {
 		return r, err
@@ -102,5 +109,5 @@ func (x *Index) PutEngine(ctx context.Context, r EngineRow) error {
 
 // Equal reports whether two rows say the same.
 func (r EngineRow) Equal(o EngineRow) bool {
-	return r.Tenant == o.Tenant && r.LookbackDelta == o.LookbackDelta && slices.Equal(r.Features, o.Features)
+	return r.Tenant == o.Tenant && r.LookbackDelta == o.LookbackDelta && r.EvaluationInterval == o.EvaluationInterval && slices.Equal(r.Features, o.Features)
 }

@@ -143,7 +143,7 @@ func FuzzDecodeRows(f *testing.F) {
 	if err != nil {
 		f.Fatal(err)
 	}
-	engine, err := (&EngineRow{Tenant: "acme", LookbackDelta: 300_000, Features: []string{"a", "b"}}).encode()
+	engine, err := (&EngineRow{Tenant: "acme", LookbackDelta: 300_000, Features: []string{"a", "b"}, EvaluationInterval: 15_000}).encode()
 	if err != nil {
 		f.Fatal(err)
 	}

@@ -292,7 +292,8 @@ type RunRequest struct {
 	Heads  []*HeadList `protobuf:"bytes,25,rep,name=heads,proto3" json:"heads,omitempty"`
 	// What the query may still read; 0: no limit.
 	LeftSamples   uint64 `protobuf:"varint,26,opt,name=left_samples,json=leftSamples,proto3" json:"left_samples,omitempty"`
-	LeftBytes     uint64 `protobuf:"varint,27,opt,name=left_bytes,json=leftBytes,proto3" json:"left_bytes,omitempty"` // of the object store
+	LeftBytes     uint64 `protobuf:"varint,27,opt,name=left_bytes,json=leftBytes,proto3" json:"left_bytes,omitempty"`          // of the object store
+	SubqueryStep  int64  `protobuf:"varint,28,opt,name=subquery_step,json=subqueryStep,proto3" json:"subquery_step,omitempty"` // ms; of subqueries that name none
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -512,6 +513,13 @@ func (x *RunRequest) GetLeftSamples() uint64 {
 func (x *RunRequest) GetLeftBytes() uint64 {
 	if x != nil {
 		return x.LeftBytes
+	}
+	return 0
+}
+
+func (x *RunRequest) GetSubqueryStep() int64 {
+	if x != nil {
+		return x.SubqueryStep
 	}
 	return 0
 }
@@ -866,7 +874,7 @@ const file_worker_worker_proto_rawDesc = "" +
 	"\aMatcher\x12\x12\n" +
 	"\x04type\x18\x01 \x01(\rR\x04type\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\fR\x04name\x12\x14\n" +
-	"\x05value\x18\x03 \x01(\fR\x05value\"\xff\x06\n" +
+	"\x05value\x18\x03 \x01(\fR\x05value\"\xa4\a\n" +
 	"\n" +
 	"RunRequest\x12\x18\n" +
 	"\aversion\x18\x01 \x01(\rR\aversion\x12\x16\n" +
@@ -899,7 +907,8 @@ const file_worker_worker_proto_rawDesc = "" +
 	"\x05heads\x18\x19 \x03(\v2\x1c.epimetheus.work.v1.HeadListR\x05heads\x12!\n" +
 	"\fleft_samples\x18\x1a \x01(\x04R\vleftSamples\x12\x1d\n" +
 	"\n" +
-	"left_bytes\x18\x1b \x01(\x04R\tleftBytesB\t\n" +
+	"left_bytes\x18\x1b \x01(\x04R\tleftBytes\x12#\n" +
+	"\rsubquery_step\x18\x1c \x01(\x03R\fsubqueryStepB\t\n" +
 	"\a_beforeB\x0f\n" +
 	"\r_before_shortB\x0e\n" +
 	"\f_before_long\"B\n" +
