@@ -8,10 +8,12 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"net/url"
+	"slices"
 	"strings"
 	"testing"
 	"time"
 
+	gocmp "github.com/google/go-cmp/cmp"
 	"github.com/oklog/ulid/v2"
 	"github.com/prometheus/common/model"
 	"github.com/prometheus/prometheus/model/exemplar"
@@ -267,6 +269,54 @@ func TestWhoseTrouble(t *testing.T) {
 		}
 		if code, body := ask("a|c", "/api/v1/"+path); code != http.StatusOK {
 			t.Errorf("a|c, %s: %d %s", path, code, body)
+		}
+	}
+}
+
+// TestFederationLikePrometheus: several tenants together answer as a Prometheus that has the
+// samples of all, with the tenant as a label.
+func TestFederationLikePrometheus(t *testing.T) {
+	names := []string{"a", "b", "c"}
+	of := map[string][]gatewaytest.Sample{}
+	var all []gatewaytest.Sample
+	for _, s := range dataset() {
+		tenant := names[labels.StableHash(s.Labels)%3]
+		of[tenant] = append(of[tenant], s)
+		b := labels.NewBuilder(s.Labels)
+		s.Labels = b.Set(gateway.TenantLabel, tenant).Labels()
+		all = append(all, s)
+	}
+	// As in dataset.
+	slices.SortStableFunc(all, func(a, b gatewaytest.Sample) int {
+		return cmp.Or(cmp.Compare(a.T, b.T), labels.Compare(a.Labels, b.Labels))
+	})
+	c := gatewaytest.New(t, gatewaytest.Options{Ingesters: 3})
+	for _, tenant := range names {
+		ss, send := of[tenant], c.Shipper(tenant)
+		if err := send.Send(t.Context(), ss[:len(ss)/2]...); err != nil {
+			t.Fatal(err)
+		}
+		if err := c.Flush(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		if err := send.Send(t.Context(), ss[len(ss)/2:]...); err != nil {
+			t.Fatal(err)
+		}
+	}
+	p := toPrometheus(t, all, "search-api")
+	api := newAPI(t, c, gateway.Options{Tenancy: gateway.Header, TenantFederation: true, Engine: gateway.EngineOptions{Features: []string{"search-api"}}})
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		r.Header.Set(gateway.TenantHeader, "a|b|c")
+		api.ServeHTTP(w, r)
+	}))
+	t.Cleanup(server.Close)
+	cl := client(t)
+	for _, r := range requests() {
+		if r.differs != "" || strings.HasPrefix(r.path, "/admin/") { // refused
+			continue
+		}
+		if diff := gocmp.Diff(r.ask(t, cl, p.URL), r.ask(t, cl, server.URL)); diff != "" {
+			t.Errorf("%s: Prometheus -, gateway +\n%s", r, diff)
 		}
 	}
 }
