@@ -170,7 +170,14 @@ func toGateway(t *testing.T, ss []gatewaytest.Sample) *gateway.API {
 func gatewayOf(t *testing.T, ss []gatewaytest.Sample) *gatewaytest.Cluster {
 	t.Helper()
 	c := gatewaytest.New(t, gatewaytest.Options{Ingesters: 3})
-	send := c.Shipper(gateway.DefaultTenant)
+	shipHalves(t, c, gateway.DefaultTenant, ss)
+	return c
+}
+
+// shipHalves gives a tenant the samples, the older half of them in blocks.
+func shipHalves(t *testing.T, c *gatewaytest.Cluster, tenant string, ss []gatewaytest.Sample) {
+	t.Helper()
+	send := c.Shipper(tenant)
 	if err := send.Send(t.Context(), ss[:len(ss)/2]...); err != nil {
 		t.Fatal(err)
 	}
@@ -180,7 +187,6 @@ func gatewayOf(t *testing.T, ss []gatewaytest.Sample) *gatewaytest.Cluster {
 	if err := send.Send(t.Context(), ss[len(ss)/2:]...); err != nil {
 		t.Fatal(err)
 	}
-	return c
 }
 
 // request is one for both sides.

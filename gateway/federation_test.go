@@ -292,16 +292,7 @@ func TestFederationLikePrometheus(t *testing.T) {
 	})
 	c := gatewaytest.New(t, gatewaytest.Options{Ingesters: 3})
 	for _, tenant := range names {
-		ss, send := of[tenant], c.Shipper(tenant)
-		if err := send.Send(t.Context(), ss[:len(ss)/2]...); err != nil {
-			t.Fatal(err)
-		}
-		if err := c.Flush(t.Context()); err != nil {
-			t.Fatal(err)
-		}
-		if err := send.Send(t.Context(), ss[len(ss)/2:]...); err != nil {
-			t.Fatal(err)
-		}
+		shipHalves(t, c, tenant, of[tenant])
 	}
 	p := toPrometheus(t, all, "search-api")
 	api := newAPI(t, c, gateway.Options{Tenancy: gateway.Header, TenantFederation: true, Engine: gateway.EngineOptions{Features: []string{"search-api"}}})

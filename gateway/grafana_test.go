@@ -179,16 +179,7 @@ func TestGrafana(t *testing.T) {
 	p := toPrometheus(t, ss)
 	tenants := gatewaytest.New(t, gatewaytest.Options{Ingesters: 2})
 	for _, tenant := range []string{"team-a", "team-b"} {
-		send := tenants.Shipper(tenant)
-		if err := send.Send(t.Context(), ss[:len(ss)/2]...); err != nil {
-			t.Fatal(err)
-		}
-		if err := tenants.Flush(t.Context()); err != nil {
-			t.Fatal(err)
-		}
-		if err := send.Send(t.Context(), ss[len(ss)/2:]...); err != nil {
-			t.Fatal(err)
-		}
+		shipHalves(t, tenants, tenant, ss)
 	}
 	single := serve(t, toGateway(t, ss))
 	byHeader := serve(t, newAPI(t, tenants, gateway.Options{Tenancy: gateway.Header, TenantFederation: true}))

@@ -117,9 +117,9 @@ func (l *Leaf) name() *labels.Matcher {
 	return l.Selector.LabelMatchers[i]
 }
 
-// told is the info that the metric isn't named as counters are, if the leaf has that of each part of which a float
+// nonCounter is the info that the metric isn't named as counters are, if the leaf has that of each part of which a float
 // comes, and of no other; else nil.
-func (l *Leaf) told(o options) error {
+func (l *Leaf) nonCounter(o options) error {
 	name := l.name()
 	if fn := l.function(); fn != "rate" && fn != "increase" || o.typeAndUnitLabels || name == nil || name.Value == "" || likeCounter(name.Value) {
 		return nil
@@ -140,7 +140,7 @@ func (l *Leaf) keepable(p *partial, o options) bool {
 	if len(p.annos)+len(p.over) == 0 {
 		return true
 	}
-	info := l.told(o)
+	info := l.nonCounter(o)
 	if info == nil || len(p.over) > 0 {
 		return false
 	}
@@ -157,7 +157,7 @@ func (l *Leaf) toKeep(part *partial, all *partial, o options) *partial {
 	if len(all.annos) == 0 || !part.floats() {
 		return part
 	}
-	text := l.told(o).Error()
+	text := l.nonCounter(o).Error()
 	kept := *part
 	kept.annotated = annotated{}
 	kept.annos.Add(&told{text: text, located: text, info: true})
@@ -173,7 +173,7 @@ func (l *Leaf) recalled(p *partial, o options) bool {
 	if len(p.annos) > 0 {
 		p.annotated = annotated{}
 		if p.floats() {
-			p.annos.Add(l.told(o))
+			p.annos.Add(l.nonCounter(o))
 		}
 	}
 	return true
