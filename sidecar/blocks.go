@@ -33,7 +33,6 @@ import (
 // was in blocks then is known. Blocks that it writes later don't count: there may
 // always be one that isn't durable yet.
 type blocks struct {
-	path    string
 	logger  *slog.Logger
 	metrics *metrics
 
@@ -107,12 +106,14 @@ type fillFile struct {
 	MinTime int64       `json:"min_time"`
 }
 
+func blocksPath(dir string) string { return filepath.Join(dir, "blocks.json") }
+
 func loadBlocks(dir string, logger *slog.Logger, m *metrics) (*blocks, error) {
 	b := &blocks{
-		path: filepath.Join(dir, "blocks.json"), logger: logger, metrics: m,
+		logger: logger, metrics: m,
 		known: map[ulid.ULID]bool{}, bad: map[string]bool{},
 	}
-	raw, err := os.ReadFile(b.path)
+	raw, err := os.ReadFile(blocksPath(dir))
 	if errors.Is(err, fs.ErrNotExist) {
 		b.first = true
 		return b, nil
@@ -122,10 +123,10 @@ func loadBlocks(dir string, logger *slog.Logger, m *metrics) (*blocks, error) {
 	}
 	var f blocksFile
 	if err := json.Unmarshal(raw, &f); err != nil {
-		return nil, fmt.Errorf("account of blocks %s: %w; if it can't be repaired remove it: all blocks are then sent again", b.path, err)
+		return nil, fmt.Errorf("account of blocks %s: %w; if it can't be repaired remove it: all blocks are then sent again", blocksPath(dir), err)
 	}
 	if f.Version != 1 {
-		return nil, fmt.Errorf("account of blocks %s is of version %d, this program knows version 1", b.path, f.Version)
+		return nil, fmt.Errorf("account of blocks %s is of version %d, this program knows version 1", blocksPath(dir), f.Version)
 	}
 	for _, id := range f.Known {
 		b.known[id] = true
@@ -140,13 +141,13 @@ func loadBlocks(dir string, logger *slog.Logger, m *metrics) (*blocks, error) {
 	return b, nil
 }
 
-// save writes the file if there is something new.
-func (b *blocks) save() error {
+// encode returns the new content of the file, nil if there is nothing new.
+func (b *blocks) encode() ([]byte, error) {
 	if b.first {
-		return nil
+		return nil, nil
 	}
 	if !b.changed && (len(b.fills) == 0 || time.Since(b.progress) < 5*time.Second) {
-		return nil
+		return nil, nil
 	}
 	f := blocksFile{Version: 1, Gap: b.gap, Known: make([]ulid.ULID, 0, len(b.known))}
 	for id := range b.known {
@@ -160,12 +161,16 @@ func (b *blocks) save() error {
 	}
 	raw, err := json.Marshal(f)
 	if err != nil {
-		return fmt.Errorf("save the account of blocks: %w", err)
-	}
-	if err := writeFile(b.path, append(raw, '\n')); err != nil {
-		return fmt.Errorf("save the account of blocks: %w", err)
+		return nil, fmt.Errorf("save the account of blocks: %w", err)
 	}
 	b.changed, b.progress = false, time.Now()
+	return append(raw, '\n'), nil
+}
+
+func writeBlocks(dir string, b []byte) error {
+	if err := writeFile(blocksPath(dir), b); err != nil {
+		return fmt.Errorf("save the account of blocks: %w", err)
+	}
 	return nil
 }
 

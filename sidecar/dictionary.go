@@ -45,6 +45,10 @@ type dictionary struct {
 	live int64  // bytes of records that still mean something
 	mark tail.Position
 
+	synced  int64 // bytes of the file that are on disk
+	syncing bool  // there is a dictionarySync
+	moved   bool  // f has yet to replace the file at path
+
 	pages     map[uint64]*refPage
 	recent    *refPage // the page of recentKey, since refs come in runs
 	recentKey uint64
@@ -134,6 +138,7 @@ func openDictionary(dir string) (*dictionary, error) {
 		slots: 1, chunks: []*[slotsPerChunk]slot{new([slotsPerChunk]slot)},
 		dec: record.NewDecoder(labels.NewSymbolTable(), nil),
 	}
+	_ = os.Remove(d.path + ".tmp") // a crash has left it
 	f, err := os.OpenFile(d.path, os.O_RDWR|os.O_CREATE, 0o600)
 	if err != nil {
 		return nil, fmt.Errorf("open dictionary: %w", err)
@@ -583,7 +588,7 @@ func (d *dictionary) sweep(n int, fn func(i uint32)) (int, error) {
 			return 0, err
 		}
 	}
-	if d.size > 1<<20 && d.live < d.size/2 {
+	if d.size > 1<<20 && d.live < d.size/2 && !d.syncing && !d.moved {
 		return len(dead), d.compact()
 	}
 	return len(dead), nil
@@ -653,27 +658,76 @@ func (d *dictionary) applyFork(from tail.Position, carried bool, off int64) {
 	}
 }
 
-// setMark notes that all series before pos are in the dictionary, and brings
-// everything to disk.
-func (d *dictionary) setMark(pos tail.Position) error {
-	if pos == d.mark && len(d.buf) == 0 {
+// setMark notes that all series before pos are in the dictionary, and returns what
+// brings everything to disk: nil if it is there.
+func (d *dictionary) setMark(pos tail.Position) (*dictionarySync, error) {
+	if pos != d.mark || len(d.buf) > 0 {
+		buf := encoding.Encbuf{B: d.scratch[:0]}
+		buf.PutByte(kindMark)
+		encodePosition(&buf, pos)
+		d.scratch = buf.Get()
+		if _, err := d.append(d.scratch); err != nil {
+			return nil, err
+		}
+		d.mark = pos
+		if err := d.flush(); err != nil {
+			return nil, err
+		}
+	}
+	if d.size == d.synced && !d.moved {
+		return nil, nil
+	}
+	d.syncing = true
+	return &dictionarySync{d: d, f: d.f, path: d.path, size: d.size, move: d.moved}, nil
+}
+
+// dictionarySync brings to disk what a dictionary held when it was made. There is
+// one at a time; meanwhile the dictionary is used, but not compacted. A nil one has
+// nothing to do.
+type dictionarySync struct {
+	d    *dictionary // not for write
+	f    *os.File
+	path string
+	size int64
+	move bool // f to path
+}
+
+// write may be called by any goroutine.
+func (x *dictionarySync) write() error {
+	if x == nil {
 		return nil
 	}
-	buf := encoding.Encbuf{B: d.scratch[:0]}
-	buf.PutByte(kindMark)
-	encodePosition(&buf, pos)
-	d.scratch = buf.Get()
-	if _, err := d.append(d.scratch); err != nil {
-		return err
-	}
-	d.mark = pos
-	if err := d.flush(); err != nil {
-		return err
-	}
-	if err := d.f.Sync(); err != nil {
+	if err := x.f.Sync(); err != nil {
 		return fmt.Errorf("sync dictionary: %w", err)
 	}
+	if x.move {
+		if err := x.replace(); err != nil {
+			return fmt.Errorf("compact dictionary: %w", err)
+		}
+	}
 	return nil
+}
+
+func (x *dictionarySync) replace() error {
+	own, err := x.f.Stat()
+	if err != nil {
+		return err
+	}
+	if there, err := os.Stat(x.path); err == nil && os.SameFile(own, there) {
+		return syncFolder(filepath.Dir(x.path)) // that failed the last time
+	}
+	return replaceFile(x.f.Name(), x.path)
+}
+
+// end takes in, by the dictionary's owner, that it was written, or the error.
+func (x *dictionarySync) end(err error) {
+	if x == nil {
+		return
+	}
+	x.d.syncing = false
+	if err == nil {
+		x.d.synced, x.d.moved = x.size, x.d.moved && !x.move
+	}
 }
 
 func (d *dictionary) append(payload []byte) (off int64, err error) {
@@ -743,7 +797,8 @@ func (d *dictionary) read(off int64) ([]byte, error) {
 	return payload, nil
 }
 
-// compact writes a new file that holds what is alive, and takes it.
+// compact writes a new file that holds what is alive, and takes it. The one before
+// stays in its place until the new one is on disk.
 func (d *dictionary) compact() error {
 	if err := d.flush(); err != nil {
 		return err
@@ -783,10 +838,7 @@ func (d *dictionary) compact() error {
 		}
 	}
 	if err == nil {
-		err = n.setMark(d.mark)
-	}
-	if err == nil {
-		err = replaceFile(tmp.Name(), d.path)
+		_, err = n.setMark(d.mark)
 	}
 	if err != nil {
 		tmp.Close()
@@ -797,7 +849,7 @@ func (d *dictionary) compact() error {
 		*p.move = offs[k]
 	}
 	d.f.Close()
-	d.f, d.size, d.live = tmp, n.size, n.size
+	d.f, d.size, d.live, d.synced, d.moved = tmp, n.size, n.size, 0, true
 	return nil
 }
 

@@ -1,6 +1,7 @@
 package sidecar
 
 import (
+	"errors"
 	"fmt"
 	"math/rand"
 	"os"
@@ -110,6 +111,7 @@ func TestDictionaryModel(t *testing.T) {
 				if rnd.Intn(10) > 0 {
 					break
 				}
+				syncMark(t, d, d.mark)
 				if err := d.compact(); err != nil {
 					t.Fatal(err)
 				}
@@ -117,9 +119,7 @@ func TestDictionaryModel(t *testing.T) {
 				if rnd.Intn(10) > 0 {
 					break
 				}
-				if err := d.setMark(pos); err != nil {
-					t.Fatal(err)
-				}
+				syncMark(t, d, pos)
 				if err := d.close(); err != nil {
 					t.Fatal(err)
 				}
@@ -147,6 +147,82 @@ func TestDictionaryModel(t *testing.T) {
 	}
 }
 
+func syncMark(t *testing.T, d *dictionary, pos tail.Position) {
+	t.Helper()
+	x, err := d.setMark(pos)
+	if err == nil {
+		err = x.write()
+	}
+	x.end(err)
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// A crash before a compacted file is on disk leaves the one before, with what was
+// written up to the last mark.
+func TestDictionaryCompactedAndKilled(t *testing.T) {
+	dir := t.TempDir()
+	d := openTestDictionary(t, dir)
+	define := func(from, to int) {
+		for i := from; i < to; i++ {
+			if _, _, err := d.define(uint64(i), seriesLabels(i), at(int64(i))); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	after := func(what string, mark, series int) {
+		t.Helper()
+		found := openTestDictionary(t, dir)
+		defer found.close()
+		if found.mark != at(int64(mark)) || found.count != series {
+			t.Errorf("%s: %d series up to %v, want %d up to %v", what, found.count, found.mark, series, at(int64(mark)))
+		}
+	}
+	define(0, 100)
+	for i := range 50 {
+		if err := d.gone(uint64(i), func(uint32) {}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	syncMark(t, d, at(100))
+	if err := d.compact(); err != nil {
+		t.Fatal(err)
+	}
+	define(100, 150)
+	x, err := d.setMark(at(150))
+	if err != nil {
+		t.Fatal(err)
+	}
+	after("compacted", 100, 50)
+	// openDictionary has removed what a crash leaves, which here is in use.
+	if err := x.write(); err == nil {
+		t.Error("the compacted file was put in its place although it is gone")
+	} else {
+		x.end(err)
+	}
+	if d = openTestDictionary(t, dir); d.count != 50 {
+		t.Fatalf("%d series", d.count)
+	}
+	define(100, 150)
+	if err := d.compact(); err != nil {
+		t.Fatal(err)
+	}
+	define(150, 200)
+	if x, err = d.setMark(at(200)); err != nil {
+		t.Fatal(err)
+	}
+	define(200, 250) // while it is being synced
+	if err := x.write(); err != nil {
+		t.Fatal(err)
+	}
+	after("in place", 200, 150)
+	// The folder couldn't be synced: the next one tries again.
+	x.end(errors.New("folder"))
+	syncMark(t, d, at(250))
+	after("again", 250, 200)
+}
+
 // Whatever a crash or a disk left of the file: it opens, and what it then says
 // is what was written.
 func TestDictionaryDamaged(t *testing.T) {
@@ -157,9 +233,7 @@ func TestDictionaryDamaged(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	if err := d.setMark(at(100)); err != nil {
-		t.Fatal(err)
-	}
+	syncMark(t, d, at(100))
 	whole, err := os.ReadFile(d.path)
 	if err != nil {
 		t.Fatal(err)

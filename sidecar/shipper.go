@@ -91,6 +91,7 @@ type shipper struct {
 	newestT        int64 // of the samples sent, ms
 	sentBefore     int64 // no later one was sent by the process before, ms
 	nextLabels     time.Time
+	saving         *saving // nil: no checkpoint is being written
 	lastCheckpoint time.Time
 	lastCollect    time.Time
 	lastStatus     time.Time
@@ -121,6 +122,9 @@ func (s *shipper) run(ctx context.Context) error {
 			}
 		}
 		_ = s.group.Wait() // they return nil
+		if s.saving != nil {
+			<-s.saving.done
+		}
 	}()
 	s.sessions = []*session{nil}
 	s.owners = map[string]*owner{}
@@ -258,15 +262,7 @@ func (s *shipper) tend(ctx context.Context) {
 			s.once("keep").Warn("WAL segments can't be kept, trying on", "err", err)
 		}
 	}
-	if now.Sub(s.lastCheckpoint) >= s.opts.CheckpointInterval {
-		s.lastCheckpoint = now
-		err := s.saveCheckpoint()
-		s.health.Note("checkpoint", err != nil, "the checkpoint can't be written, a restart will send more than necessary again: %v", err)
-		if err != nil {
-			s.metrics.checkpointErr.Inc()
-			s.once("checkpoint").Warn("checkpoint can't be written, trying on", "err", err)
-		}
-	}
+	s.tendCheckpoint(now)
 	if now.Sub(s.lastStatus) >= time.Second {
 		s.lastStatus = now
 		s.report(now)

@@ -5,7 +5,10 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strings"
+	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -127,6 +130,49 @@ func TestKeepWhileStuck(t *testing.T) {
 			t.Errorf("a segment written while the tail waited isn't kept: %v", err)
 		}
 	}
+}
+
+// TestSlowDisk: while the disk takes as long as it likes for a checkpoint, samples are
+// sent; the sidecar says what is wrong. Then checkpoints are written again.
+func TestSlowDisk(t *testing.T) {
+	h := newHarness(t, 2)
+	w := h.wal()
+	w.series(0, 10)
+	w.scrape(0, 10, 1)
+	h.run()
+	h.want(w.all, false)
+	// To open a pipe for writing takes until somebody reads, and it can't be synced.
+	pipe := checkpointPath(h.dataDir) + ".tmp"
+	eventually(t, "a pipe in place of the file", func() bool { return syscall.Mkfifo(pipe, 0o600) == nil })
+	release := sync.OnceFunc(func() {
+		f, err := os.Open(pipe)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { f.Close() })
+		if err := os.Remove(pipe); err != nil {
+			t.Fatal(err)
+		}
+	})
+	t.Cleanup(release) // or the sidecar couldn't stop
+	ill := func() bool {
+		for _, c := range h.sidecar.shipper.health.Conditions() {
+			if strings.Contains(c.What, "under way to the disk") {
+				return true
+			}
+		}
+		return false
+	}
+	eventually(t, "a slow disk is told", ill)
+	was := h.metric("epimetheus_sidecar_checkpoints_total")
+	w.series(10, 20)
+	w.scrape(0, 20, 2)
+	h.want(w.all, false)
+	if n := h.metric("epimetheus_sidecar_checkpoints_total"); n != was {
+		t.Errorf("%v checkpoints were written meanwhile", n-was)
+	}
+	release()
+	eventually(t, "checkpoints again", func() bool { return h.metric("epimetheus_sidecar_checkpoints_total") > was && !ill() })
 }
 
 func lostPart(a *account, member string) bool { return a.isLost(member) }
