@@ -55,6 +55,7 @@ type Gossip struct {
 	live   *ring.Live
 	logger *slog.Logger
 	list   *memberlist.Memberlist
+	update func(within time.Duration) error // memberlist's UpdateNode
 	began  time.Time
 
 	telling   sync.Mutex // held while others are told what is new of this member
@@ -102,6 +103,7 @@ const (
 	joinEvery    = 10 * time.Second // anew, so that parts that lost each other meet again
 	leaveTimeout = 2 * time.Second
 	updateWithin = 2 * time.Second
+	leftTries    = 5 // each updateWithin at most
 	// settleTime is how long a member is joining at least.
 	settleTime = 3 * time.Second
 )
@@ -162,6 +164,7 @@ func New(o Options, live *ring.Live, logger *slog.Logger, reg prometheus.Registe
 	if g.list, err = memberlist.Create(c); err != nil {
 		return nil, fmt.Errorf("listen for gossip on %s: %w", o.Bind, err)
 	}
+	g.update = g.list.UpdateNode
 	reg.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 		Name: "epimetheus_gossip_members", Help: "Processes that take part in the gossip, this one included.",
 	}, func() float64 { return float64(g.list.NumMembers()) }))
@@ -211,7 +214,13 @@ func (g *Gossip) SetState(s ring.State) {
 	g.mu.Lock()
 	g.state = s
 	g.mu.Unlock()
-	if err := g.tell(); err != nil { // it is still on its way
+	err := g.tell()
+	// Of this they hear now or never: the farewell with which Run ends takes the place of
+	// what is still on its way, and they would take the member for lost.
+	for try := 1; err != nil && s == ring.Left && try < leftTries; try++ {
+		err = g.tell()
+	}
+	if err != nil { // it is still on its way
 		g.logger.Warn("the state of this member has not been passed on yet, others hear of it later", "state", s, "err", err)
 	}
 }
@@ -221,7 +230,7 @@ func (g *Gossip) SetState(s ring.State) {
 func (g *Gossip) tell() error {
 	g.telling.Lock()
 	defer g.telling.Unlock()
-	return g.list.UpdateNode(updateWithin)
+	return g.update(updateWithin)
 }
 
 // tellResending spreads whether a source is sending again, where that changed.

@@ -2,6 +2,7 @@ package gossip
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"net"
@@ -119,6 +120,28 @@ func TestMembersComeAndGo(t *testing.T) {
 		t.Fatal(err)
 	}
 	await(t, a, "a=active c=lost d=lost")
+}
+
+// One that has left is not taken for lost where the word of it takes long to go out.
+func TestLeftIsTold(t *testing.T) {
+	a := start(t, "a")
+	b := start(t, "b", a.addr)
+	for _, n := range []*node{a, b} {
+		n.SetState(ring.Active)
+	}
+	for _, n := range []*node{a, b} {
+		await(t, n, "a=active b=active")
+	}
+	update, busy := b.update, 2
+	b.update = func(within time.Duration) error {
+		if busy--; busy >= 0 {
+			return errors.New("not yet")
+		}
+		return update(within)
+	}
+	b.SetState(ring.Left)
+	b.stop()
+	await(t, a, "a=active")
 }
 
 // A lost member stays until its sources have sent again what it held; those that
