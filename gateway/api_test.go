@@ -290,7 +290,7 @@ var (
 	// What a query has cost is told beside Prometheus's statistics.
 	cost = regexp.MustCompile(`,"cost":\{"series":[^}]*\}`)
 	// Where a query is when its time is over depends on how fast the machine is.
-	timedOut = regexp.MustCompile(`(query timed out in )[a-z ]+`)
+	timedOut = regexp.MustCompile(`(expanding series: )?(query timed out in )[a-z ]+`)
 	// The planner has other samples in memory at a time than Prometheus's engine.
 	peak = regexp.MustCompile(`"peakSamples":\d+`)
 )
@@ -300,7 +300,7 @@ var (
 // other bytes stay as they are.
 func (a answer) ordered() answer {
 	a.Body = timings.ReplaceAllString(a.Body, `"timings":{}`)
-	a.Body = timedOut.ReplaceAllString(a.Body, "$1")
+	a.Body = timedOut.ReplaceAllString(a.Body, "$2")
 	a.Body = peak.ReplaceAllString(cost.ReplaceAllString(a.Body, ""), `"peakSamples":0`)
 	sorted := func(raw json.RawMessage) {
 		var list []json.RawMessage
