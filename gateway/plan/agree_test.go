@@ -847,7 +847,7 @@ func differSeries(w, g *promql.Series) string {
 	}
 	for i := range w.Histograms {
 		if w.Histograms[i].T != g.Histograms[i].T || !sameHistogram(w.Histograms[i].H, g.Histograms[i].H) {
-			return fmt.Sprintf("%s: %v, want %v", w.Metric, g.Histograms[i], w.Histograms[i])
+			return fmt.Sprintf("%s: %v (hint %d), want %v (hint %d)", w.Metric, g.Histograms[i], g.Histograms[i].H.CounterResetHint, w.Histograms[i], w.Histograms[i].H.CounterResetHint)
 		}
 	}
 	return ""

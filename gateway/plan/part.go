@@ -3,11 +3,14 @@ package plan
 import (
 	"crypto/sha256"
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"math"
 	"slices"
+	"strings"
 
 	"github.com/prometheus/common/model"
+	"github.com/prometheus/prometheus/model/histogram"
 	"github.com/prometheus/prometheus/model/labels"
 	"github.com/prometheus/prometheus/promql"
 	"github.com/prometheus/prometheus/promql/parser"
@@ -152,8 +155,13 @@ func (l *Leaf) keepable(p *partial, o options) bool {
 	return true
 }
 
-// toKeep is what is kept of a part of a keepable result.
+// toKeep is what is kept of a part of a keepable result; of a hinted one only that it is, whatever steps of it are wanted.
 func (l *Leaf) toKeep(part *partial, all *partial, o options) *partial {
+	if part.hinted() {
+		kept := &partial{counts: part.counts}
+		kept.annos.Add(&told{text: errHinted.Error(), located: errHinted.Error()})
+		return kept
+	}
 	if len(all.annos) == 0 || !part.floats() {
 		return part
 	}
@@ -167,6 +175,9 @@ func (l *Leaf) toKeep(part *partial, all *partial, o options) *partial {
 // recalled makes what was kept, or some steps of it, a result of this query, whose place annotations name. It reports false if
 // that can't have been kept.
 func (l *Leaf) recalled(p *partial, o options) bool {
+	if p.hinted() {
+		return true
+	}
 	if !l.keepable(p, o) {
 		return false
 	}
@@ -177,6 +188,25 @@ func (l *Leaf) recalled(p *partial, o options) bool {
 		}
 	}
 	return true
+}
+
+// errHinted is what parts that are hinted give: the whole leaf is to be computed in one go.
+var errHinted = errors.New("hints of counter resets depend on where a part begins")
+
+// hinted says whether a result depends on how long before its first step samples were read from: it has hints of counter resets,
+// or warns of such. A hint speaks of the sample before; it is known no more where another block has a sample between the two,
+// and that is seen only of what is read.
+func (p *partial) hinted() bool {
+	for _, set := range []annotations.Annotations{p.annos, p.over} {
+		for text := range set {
+			if text == errHinted.Error() || strings.Contains(text, annotations.HistogramCounterResetCollisionWarning.Error()) {
+				return true
+			}
+		}
+	}
+	return slices.ContainsFunc(p.series, func(s partialSeries) bool {
+		return slices.ContainsFunc(s.Histograms, func(h promql.HPoint) bool { return h.H.CounterResetHint != histogram.GaugeType })
+	})
 }
 
 // floats says whether there are any among the points.

@@ -92,7 +92,7 @@ var ErrUnlike = errors.New("worker differs in version or options")
 
 // Version of tasks and of what they give. Gateways of different versions compute
 // their parts themselves.
-const Version = 9
+const Version = 10
 
 // Task is some parts of a leaf, one after the other, for another gateway. It has the whole query: a leaf's
 // own text would change the meaning of start() and end(), and the places in
@@ -144,8 +144,10 @@ func (q *query) leaf(ctx context.Context, i int, sel *merge.Selection) (*partial
 		run = w.runShards
 	}
 	p, err := run(ctx)
-	if w.sharded != nil && errors.Is(err, ErrGiveUp) {
-		return w.here(ctx, 0, w.l.Grid.Len()) // the order matters
+	switch {
+	case w.sharded != nil && errors.Is(err, ErrGiveUp), // the order matters
+		errors.Is(err, errHinted):
+		return w.here(ctx, 0, w.l.Grid.Len())
 	}
 	if p != nil {
 		p.annos.Merge(sel.Warnings())
@@ -259,8 +261,10 @@ const tasksAtOnce = 64
 func (w *work) run(ctx context.Context) (*partial, error) {
 	sp := &w.q.engine.spread
 	tenant := sp.TenantOf(ctx)
+	if err := w.recall(ctx, tenant); err != nil {
+		return nil, err
+	}
 	g, gctx := errgroup.WithContext(ctx)
-	w.recall(ctx, tenant)
 	mine, tasks := w.assign(tenant)
 	out := w.send(gctx, g, len(tasks), func(ctx context.Context, i int) error { return w.elsewhere(ctx, tenant, tasks[i]) })
 	// Here meanwhile. An error ends what is elsewhere.
@@ -442,13 +446,17 @@ func (w *work) mostlyKept(tenant string, parts []part, span int64) bool {
 // grid is that of the steps of a part.
 func (w *work) grid(i int) Grid { return w.l.only(w.parts[i].from, w.parts[i].to).Grid }
 
-// recall gets the results that are kept: in memory, else in memcached.
-func (w *work) recall(ctx context.Context, tenant string) {
+// recall gets the results that are kept: in memory, else in memcached. It gives errHinted if one is hinted.
+func (w *work) recall(ctx context.Context, tenant string) error {
 	kept, near := w.keptParts(ctx, tenant)
+	if slices.ContainsFunc(w.out, func(p *partial) bool { return p != nil && p.hinted() }) {
+		return errHinted
+	}
 	w.q.engine.spread.Results.count("kept", kept)
 	w.q.engine.spread.Results.count("memcached", near)
 	account.From(ctx).AddParts(kept, 0)
 	account.From(ctx).AddMemcachedParts(near)
+	return nil
 }
 
 // keptParts gets the results that are in memory, and those that are in memcached, and
@@ -525,6 +533,9 @@ func (w *work) elsewhere(ctx context.Context, tenant string, n neighbours) error
 		q.opts.logger.Warn("result of a worker can't be read, computed again", "err", err)
 		return nil
 	}
+	if out.hinted() {
+		return errHinted
+	}
 	q.engine.spread.Results.count("worker", n.to-n.from)
 	if err := w.sel.AddSeries(out.counts.series, 0); err != nil { // the samples are in its cost
 		return err
@@ -566,6 +577,9 @@ func (w *work) compute(ctx context.Context, is []int) error {
 					return err
 				}
 			}
+		}
+		if to-from < w.l.Grid.Len() && all.hinted() {
+			return errHinted
 		}
 		w.out[is[0]].annotated = all.annotated
 		is = is[n:]

@@ -18,7 +18,6 @@ import (
 
 	"github.com/oklog/ulid/v2"
 	"github.com/prometheus/client_golang/prometheus"
-	"github.com/prometheus/prometheus/model/histogram"
 	"github.com/prometheus/prometheus/model/labels"
 	"github.com/prometheus/prometheus/model/value"
 	"github.com/prometheus/prometheus/promql"
@@ -336,8 +335,7 @@ var warmExprs = []string{
 	"min by (i) (min_over_time(load[2h]))", "sum(rate(requests_total[1h15s]))", "avg by (job) (avg_over_time(load[1h]))", "sum(load or vector(0))", "group({__name__=~\"load|requests_total\"})", "sum(rate({__name__=~\"load|requests_total\"}[10m]))",
 }
 
-// alike takes out of a result what depends on which blocks samples are in: hints at counter resets, and
-// warnings of times of which there are only summaries, which are about blocks beside the samples that
+// alike takes out of a result warnings of times of which there are only summaries, which are about blocks beside the samples that
 // are needed, too.
 func alike(r *promql.Result) *promql.Result {
 	var out annotations.Annotations
@@ -347,26 +345,6 @@ func alike(r *promql.Result) *promql.Result {
 		}
 	}
 	r.Warnings = out
-	hint := func(h *histogram.FloatHistogram) *histogram.FloatHistogram {
-		if h == nil {
-			return nil
-		}
-		h = h.Copy()
-		h.CounterResetHint = histogram.UnknownCounterReset
-		return h
-	}
-	switch v := r.Value.(type) {
-	case promql.Matrix:
-		for i := range v {
-			for j := range v[i].Histograms {
-				v[i].Histograms[j].H = hint(v[i].Histograms[j].H)
-			}
-		}
-	case promql.Vector:
-		for i := range v {
-			v[i].H = hint(v[i].H)
-		}
-	}
 	return r
 }
 
