@@ -34,10 +34,10 @@ demo: build $(TOOLS_STAMP_SERVERS) ## run Epimetheus beside a real Prometheus (D
 # simulations' (golang/go#78156): those run without it. What they simulate has
 # tests with it. The end-to-end tests mostly wait for processes of the built binary, which
 # has no race detector: four at a time. What runs on one goroutine and computes for minutes
-# where the detector looks on has nothing to show to it: chunkfmt, these tests, and
-# most of the planner's, whose suites that run on several goroutines have it. (With it
+# where the detector looks on has nothing to show to it: chunkfmt, these tests (TestLikePrometheus has it for all requests that are
+# compared with Prometheus's answers), and most of the planner's, whose suites that run on several goroutines have it. (With it
 # a gateway takes so long for its share of a query that others don't wait for it.)
-NO_RACE := TestGatewaysShareWork|TestLedgerModel|TestMergeCorrupt|TestMergeRandom|TestPrometheusSuite|TestReusedSummaries|TestSelectWindows|TestSimulation|TestSimulationRepeats
+NO_RACE := TestFederationLikePrometheus|TestGatewaysShareWork|TestLedgerModel|TestMergeCorrupt|TestMergeRandom|TestOddLikePrometheus|TestPrometheusSuite|TestReusedSummaries|TestSelectWindows|TestSimulation|TestSimulationRepeats
 .PHONY: test
 test: tools-test ## every test, unit to end to end; with the race detector where there are goroutines to race
 	go test -race -timeout 20m -skip '^($(NO_RACE))$$' $$(go list ./... | grep -v -e /chunkfmt -e /e2e$$ -e /e2e/sim$$ -e /e2e/cost$$ -e /gateway/plan$$)
