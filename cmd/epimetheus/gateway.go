@@ -139,6 +139,7 @@ func (p *process) addGateway(st *stores, live *ring.Live, local map[string]fetch
 	p.health = append(p.health, func() []health.Condition { return ringConditions(live.Ring()) })
 	p.mux.Handle("/api/v1/", api)
 	p.mux.Handle("/federate", api)
+	p.mux.Handle("/federate/", api)
 	p.mux.HandleFunc("GET /ring", serveRing(live, heads))
 	p.status = append(p.status, section{"Ring", func(r *http.Request) [][]string { return ringTable(r.Context(), live, heads) }})
 	return api, nil

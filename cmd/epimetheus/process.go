@@ -23,6 +23,7 @@ import (
 	versioncollector "github.com/prometheus/client_golang/prometheus/collectors/version"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 	"github.com/prometheus/common/promslog"
+	"github.com/prometheus/common/route"
 	"github.com/prometheus/common/version"
 	"github.com/prometheus/exporter-toolkit/web"
 	"github.com/prometheus/exporter-toolkit/web/kingpinflag"
@@ -97,11 +98,18 @@ func newProcess(role string, g *global, f *webFlags) (*process, error) {
 		collectors.NewGoCollector(collectors.WithGoCollectorRuntimeMetrics(collectors.MetricsGC, collectors.MetricsMemory)),
 		collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}),
 	)
-	p.mux.Handle("GET /metrics", promhttp.HandlerFor(p.reg, promhttp.HandlerOpts{Registry: p.reg}))
-	p.mux.HandleFunc("GET /-/healthy", func(w http.ResponseWriter, _ *http.Request) {
-		fmt.Fprintf(w, "epimetheus %s is healthy\n", p.role)
-	})
-	p.mux.HandleFunc("GET /-/ready", p.serveReady)
+	// What a Prometheus has too is served by its router, which redirects: from /-/ready/, say.
+	also := route.New()
+	also.Get("/metrics", promhttp.HandlerFor(p.reg, promhttp.HandlerOpts{Registry: p.reg}).ServeHTTP)
+	for _, method := range []func(string, http.HandlerFunc){also.Get, also.Head} {
+		method("/-/healthy", func(w http.ResponseWriter, _ *http.Request) {
+			fmt.Fprintf(w, "epimetheus %s is healthy\n", p.role)
+		})
+		method("/-/ready", p.serveReady)
+	}
+	for _, path := range []string{"/metrics", "/metrics/", "/-/"} {
+		p.mux.Handle(path, also)
+	}
 	p.mux.HandleFunc("GET /debug/pprof/", pprof.Index)
 	p.mux.HandleFunc("GET /debug/pprof/cmdline", pprof.Cmdline)
 	p.mux.HandleFunc("GET /debug/pprof/profile", pprof.Profile)
