@@ -455,7 +455,7 @@ func apiAnswers(t *testing.T, gw string, tenants []*tenant) {
 		if len(exemplars) == 0 || len(exemplars[0].Exemplars) == 0 || exemplars[0].Exemplars[0].Labels["trace_id"] == "" {
 			t.Errorf("%s: exemplars %v", n.name, exemplars)
 		}
-		v, err := query(ctx, gw, n.name, `histogram_quantile(0.9, rate(test_native_seconds[10s]))`)
+		v, err := query(ctx, gw, n.name, `histogram_quantile(0.9, rate(test_native_seconds[1m]))`)
 		if err != nil || len(v.Result) != 1 {
 			t.Errorf("%s: native histogram: %v, %v", n.name, v, err)
 		}

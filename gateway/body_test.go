@@ -12,12 +12,14 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/klauspost/compress/s2"
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/prometheus/prompb"
 	"github.com/stretchr/testify/require"
+	"google.golang.org/grpc/test/bufconn"
 
 	"github.com/epimetheus-tsdb/epimetheus/gateway"
 	"github.com/epimetheus-tsdb/epimetheus/gateway/account"
@@ -136,43 +138,52 @@ func TestBodySize(t *testing.T) {
 // A client that doesn't take its answer keeps no place from its tenant's queries; one
 // that takes it slowly gets all of it.
 func TestSlowReader(t *testing.T) {
-	api := newAPI(t, fifty(t), gateway.Options{Limits: gateway.Limits{Queries: 1}})
-	api.SetTimeouts(400 * time.Millisecond)
-	server := httptest.NewServer(api)
-	defer server.Close()
-	// Longer than what sockets hold.
-	long := url.Values{"query": {"requests_total"}, "start": {"0"}, "end": {"3600"}, "step": {"0.4"}}.Encode()
-	dial := func() net.Conn {
-		c, err := (&net.Dialer{}).DialContext(t.Context(), "tcp", server.Listener.Addr().String())
-		require.NoError(t, err)
-		_, err = fmt.Fprintf(c, "GET /api/v1/query_range?%s HTTP/1.1\r\nHost: x\r\n\r\n", long)
-		require.NoError(t, err)
-		return c
-	}
-	stalled := dial()
-	defer stalled.Close()
-	_, err := io.ReadFull(stalled, make([]byte, 64<<10)) // it has the place
-	require.NoError(t, err)
-	require.Equal(t, http.StatusOK, call(t, api, "query", "query", "1").code)
-
-	slow := dial()
-	defer slow.Close()
-	begin := time.Now()
-	resp, err := http.ReadResponse(bufio.NewReader(slow), nil)
-	require.NoError(t, err)
-	defer resp.Body.Close()
-	n := 0
-	for {
-		some, err := io.CopyN(io.Discard, resp.Body, 1<<20)
-		n += int(some)
-		if err != nil {
-			require.ErrorIs(t, err, io.EOF)
-			break
+	synctest.Test(t, func(t *testing.T) {
+		api := newAPI(t, fifty(t), gateway.Options{Limits: gateway.Limits{Queries: 1}})
+		api.SetTimeouts(400 * time.Millisecond)
+		l := bufconn.Listen(64 << 10) // what a connection holds
+		server, served := &http.Server{Handler: api}, make(chan struct{})
+		go func() {
+			defer close(served)
+			_ = server.Serve(l) // ends with Close
+		}()
+		defer func() {
+			require.NoError(t, server.Close())
+			<-served
+		}()
+		long := url.Values{"query": {"requests_total"}, "start": {"0"}, "end": {"3600"}, "step": {"0.4"}}.Encode()
+		dial := func() net.Conn {
+			c, err := l.DialContext(t.Context())
+			require.NoError(t, err)
+			_, err = fmt.Fprintf(c, "GET /api/v1/query_range?%s HTTP/1.1\r\nHost: x\r\n\r\n", long)
+			require.NoError(t, err)
+			return c
 		}
-		time.Sleep(100 * time.Millisecond) // what a slow client does
-	}
-	require.Greater(t, n, 8<<20)
-	require.Greater(t, time.Since(begin), 800*time.Millisecond)
+		stalled := dial()
+		defer stalled.Close()
+		_, err := io.ReadFull(stalled, make([]byte, 64<<10)) // it has the place
+		require.NoError(t, err)
+		require.Equal(t, http.StatusOK, call(t, api, "query", "query", "1").code)
+
+		slow := dial()
+		defer slow.Close()
+		begin := time.Now()
+		resp, err := http.ReadResponse(bufio.NewReader(slow), nil)
+		require.NoError(t, err)
+		defer resp.Body.Close()
+		n := 0
+		for {
+			some, err := io.CopyN(io.Discard, resp.Body, 1<<20)
+			n += int(some)
+			if err != nil {
+				require.ErrorIs(t, err, io.EOF)
+				break
+			}
+			time.Sleep(100 * time.Millisecond) // what a slow client does
+		}
+		require.Greater(t, n, 8<<20)
+		require.GreaterOrEqual(t, time.Since(begin), 800*time.Millisecond)
+	})
 }
 
 // A remote read takes no longer than a query may, whether its client stops to take the

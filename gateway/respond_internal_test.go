@@ -1,6 +1,7 @@
 package gateway
 
 import (
+	"bufio"
 	"bytes"
 	"io"
 	"math"
@@ -8,6 +9,7 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/prometheus/prometheus/model/labels"
@@ -16,6 +18,7 @@ import (
 	"github.com/prometheus/prometheus/tsdb/tsdbutil"
 	v1 "github.com/prometheus/prometheus/web/api/v1"
 	"github.com/stretchr/testify/require"
+	"google.golang.org/grpc/test/bufconn"
 )
 
 // Answers are byte for byte Prometheus's, whatever is in them.
@@ -91,32 +94,47 @@ func BenchmarkEncode(b *testing.B) {
 // A handler that writes all of its answer at once, as Prometheus's do, gives a slow client no less time
 // than one that writes pieces.
 func TestSlowReaderOfOneWrite(t *testing.T) {
-	const size, timeout = 96 << 20, time.Second // more than sockets hold
-	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		rw := &responseWriter{ResponseWriter: w, answers: &streaming{}, encodings: &encodings{}, timeout: timeout}
-		defer rw.close()
-		n, err := rw.Write(make([]byte, size))
-		if n != size || err != nil {
-			t.Errorf("%d bytes written: %v", n, err)
+	synctest.Test(t, func(t *testing.T) {
+		const size, timeout = 96 << 20, time.Second
+		l := bufconn.Listen(64 << 10) // what a connection holds
+		server := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			rw := &responseWriter{ResponseWriter: w, answers: &streaming{}, encodings: &encodings{}, timeout: timeout}
+			defer rw.close()
+			n, err := rw.Write(make([]byte, size))
+			if n != size || err != nil {
+				t.Errorf("%d bytes written: %v", n, err)
+			}
+		})}
+		served := make(chan struct{})
+		go func() {
+			defer close(served)
+			_ = server.Serve(l) // ends with Close
+		}()
+		defer func() {
+			require.NoError(t, server.Close())
+			<-served
+		}()
+		c, err := l.DialContext(t.Context())
+		require.NoError(t, err)
+		defer c.Close()
+		_, err = io.WriteString(c, "GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+		require.NoError(t, err)
+		resp, err := http.ReadResponse(bufio.NewReader(c), nil)
+		require.NoError(t, err)
+		defer resp.Body.Close()
+		begin, n := time.Now(), 0
+		for {
+			some, err := io.CopyN(io.Discard, resp.Body, 4<<20)
+			n += int(some)
+			if err != nil {
+				require.ErrorIs(t, err, io.EOF)
+				break
+			}
+			time.Sleep(100 * time.Millisecond) // what a slow client does
 		}
-	}))
-	defer server.Close()
-	req, err := http.NewRequestWithContext(t.Context(), http.MethodGet, server.URL, nil)
-	require.NoError(t, err)
-	resp, err := server.Client().Do(req)
-	require.NoError(t, err)
-	defer resp.Body.Close()
-	n := 0
-	for {
-		some, err := io.CopyN(io.Discard, resp.Body, 4<<20)
-		n += int(some)
-		if err != nil {
-			require.ErrorIs(t, err, io.EOF)
-			break
-		}
-		time.Sleep(100 * time.Millisecond) // what a slow client does
-	}
-	require.Equal(t, size, n)
+		require.Equal(t, size, n)
+		require.Greater(t, time.Since(begin), 2*timeout)
+	})
 }
 
 // An answer may pause: a deadline is of a write, also where HTTP/2 resets a stream when it passes.

@@ -35,7 +35,9 @@ import (
 	"github.com/epimetheus-tsdb/epimetheus/history/index"
 )
 
-// serve starts gateways that compute parts by run, which is told which they are.
+// serve starts gateways that compute parts by run, which is told which they are. Tests that
+// count runs are in a bubble: the network isn't, so time stands still while a gateway is asked,
+// and none is taken for slow, whatever the machine.
 func serve(t *testing.T, n int, run func(ctx context.Context, i int, task *plan.Task) ([]byte, error)) ([]worker.Peer, []*grpc.Server) {
 	t.Helper()
 	return serveCosts(t, n, func(ctx context.Context, i int, task *plan.Task) ([]byte, account.Cost, error) {
@@ -97,128 +99,136 @@ func key(i int) plan.Key { return plan.Key{byte(i), byte(i >> 8)} }
 
 // A part goes to the gateway that its key names, whoever asks, with all of it.
 func TestPartsGoToOneGateway(t *testing.T) {
-	var mu sync.Mutex
-	at := map[plan.Key]int{}
-	var now plan.Key
-	peers, _ := serve(t, 3, func(_ context.Context, i int, got *plan.Task) ([]byte, error) {
-		require.Equal(t, task(), got)
-		mu.Lock()
-		defer mu.Unlock()
-		if was, ok := at[now]; ok {
-			require.Equal(t, was, i)
-		}
-		at[now] = i
-		return []byte{byte(i)}, nil
-	})
-	a, b := pool(t, "gateway-0", peers), pool(t, "gateway-1", peers)
-	here := [3]int{}
-	for i := range 100 {
-		mu.Lock()
-		now = key(i)
-		mu.Unlock()
-		for j, p := range []*worker.Pool{a, b} {
-			if p.Here(now) {
-				here[j]++
-				continue
+	synctest.Test(t, func(t *testing.T) {
+		var mu sync.Mutex
+		at := map[plan.Key]int{}
+		var now plan.Key
+		peers, _ := serve(t, 3, func(_ context.Context, i int, got *plan.Task) ([]byte, error) {
+			require.Equal(t, task(), got)
+			mu.Lock()
+			defer mu.Unlock()
+			if was, ok := at[now]; ok {
+				require.Equal(t, was, i)
 			}
-			out, err := p.Run(t.Context(), now, task())
-			require.NoError(t, err)
-			require.Len(t, out, 1)
+			at[now] = i
+			return []byte{byte(i)}, nil
+		})
+		a, b := pool(t, "gateway-0", peers), pool(t, "gateway-1", peers)
+		here := [3]int{}
+		for i := range 100 {
+			mu.Lock()
+			now = key(i)
+			mu.Unlock()
+			for j, p := range []*worker.Pool{a, b} {
+				if p.Here(now) {
+					here[j]++
+					continue
+				}
+				out, err := p.Run(t.Context(), now, task())
+				require.NoError(t, err)
+				require.Len(t, out, 1)
+			}
+			require.False(t, a.Here(now) && b.Here(now))
 		}
-		require.False(t, a.Here(now) && b.Here(now))
-	}
-	require.Greater(t, here[0], 10)
-	require.Greater(t, here[1], 10)
+		require.Greater(t, here[0], 10)
+		require.Greater(t, here[1], 10)
+	})
 }
 
 // A gateway that is gone costs a try, and the caller computes what nobody else does.
 func TestGatewaysDie(t *testing.T) {
-	var runs [3]atomic.Int64
-	peers, servers := serve(t, 3, func(_ context.Context, i int, _ *plan.Task) ([]byte, error) {
-		runs[i].Add(1)
-		return []byte("x"), nil
+	synctest.Test(t, func(t *testing.T) {
+		var runs [3]atomic.Int64
+		peers, servers := serve(t, 3, func(_ context.Context, i int, _ *plan.Task) ([]byte, error) {
+			runs[i].Add(1)
+			return []byte("x"), nil
+		})
+		p := pool(t, "gateway-0", peers)
+		servers[1].Stop()
+		here := 0
+		for i := range 60 {
+			if p.Here(key(i)) {
+				continue
+			}
+			out, err := p.Run(t.Context(), key(i), task())
+			if errors.Is(err, plan.ErrHere) {
+				here++
+				continue
+			}
+			require.NoError(t, err)
+			require.Equal(t, "x", string(out))
+		}
+		require.Positive(t, here) // where gateway-1 is first and gateway-0 next
+		require.Greater(t, runs[2].Load(), int64(15))
+		servers[2].Stop()
+		for i := range 20 {
+			if !p.Here(key(i)) {
+				_, err := p.Run(t.Context(), key(i), task())
+				require.ErrorIs(t, err, plan.ErrHere)
+			}
+		}
 	})
-	p := pool(t, "gateway-0", peers)
-	servers[1].Stop()
-	here := 0
-	for i := range 60 {
-		if p.Here(key(i)) {
-			continue
-		}
-		out, err := p.Run(t.Context(), key(i), task())
-		if errors.Is(err, plan.ErrHere) {
-			here++
-			continue
-		}
-		require.NoError(t, err)
-		require.Equal(t, "x", string(out))
-	}
-	require.Positive(t, here) // where gateway-1 is first and gateway-0 next
-	require.Greater(t, runs[2].Load(), int64(15))
-	servers[2].Stop()
-	for i := range 20 {
-		if !p.Here(key(i)) {
-			_, err := p.Run(t.Context(), key(i), task())
-			require.ErrorIs(t, err, plan.ErrHere)
-		}
-	}
 }
 
 // That a gateway fails is logged when it begins, not for each part.
 func TestFailuresLogged(t *testing.T) {
-	var fails atomic.Bool
-	peers, _ := serve(t, 1, func(context.Context, int, *plan.Task) ([]byte, error) {
-		if fails.Load() {
-			return nil, errors.New("disk on fire")
-		}
-		return []byte("x"), nil
-	})
-	var log bytes.Buffer
-	p := worker.NewPool("caller", func() []worker.Peer { return peers }, slog.New(slog.NewTextHandler(&log, nil)), prometheus.NewRegistry(),
-		grpc.WithTransportCredentials(insecure.NewCredentials()))
-	defer p.Close()
-	for round := range 2 {
-		for _, f := range []bool{true, false} {
-			fails.Store(f)
-			for i := range 20 {
-				if !p.Here(key(i)) {
-					_, err := p.Run(t.Context(), key(i), task())
-					require.Equal(t, f, err != nil)
+	synctest.Test(t, func(t *testing.T) {
+		var fails atomic.Bool
+		peers, _ := serve(t, 1, func(context.Context, int, *plan.Task) ([]byte, error) {
+			if fails.Load() {
+				return nil, errors.New("disk on fire")
+			}
+			return []byte("x"), nil
+		})
+		var log bytes.Buffer
+		p := worker.NewPool("caller", func() []worker.Peer { return peers }, slog.New(slog.NewTextHandler(&log, nil)), prometheus.NewRegistry(),
+			grpc.WithTransportCredentials(insecure.NewCredentials()))
+		defer p.Close()
+		for round := range 2 {
+			for _, f := range []bool{true, false} {
+				fails.Store(f)
+				for i := range 20 {
+					if !p.Here(key(i)) {
+						_, err := p.Run(t.Context(), key(i), task())
+						require.Equal(t, f, err != nil)
+					}
 				}
 			}
+			require.Equal(t, round+1, strings.Count(log.String(), "disk on fire"), log.String())
 		}
-		require.Equal(t, round+1, strings.Count(log.String(), "disk on fire"), log.String())
-	}
+	})
 }
 
 // What the engine has to see, and what a worker would understand in another way, is
 // told and not tried elsewhere. Other failures are.
 func TestOutcomes(t *testing.T) {
-	var fails atomic.Pointer[error]
-	var runs atomic.Int64
-	peers, _ := serve(t, 3, func(context.Context, int, *plan.Task) ([]byte, error) {
-		runs.Add(1)
-		return nil, *fails.Load()
-	})
-	p := pool(t, "somebody else", peers)
-	for _, c := range []struct {
-		fails, want error
-		runs        int64
-	}{
-		{plan.ErrGiveUp, plan.ErrGiveUp, 1},
-		{plan.ErrUnlike, plan.ErrUnlike, 1},
-		{errors.New("disk on fire"), plan.ErrHere, 2},
-	} {
-		fails.Store(&c.fails)
-		k := key(0)
-		for i := 1; p.Here(k); i++ {
-			k = key(i)
+	synctest.Test(t, func(t *testing.T) {
+		var fails atomic.Pointer[error]
+		var runs atomic.Int64
+		peers, _ := serve(t, 3, func(context.Context, int, *plan.Task) ([]byte, error) {
+			runs.Add(1)
+			return nil, *fails.Load()
+		})
+		p := pool(t, "somebody else", peers)
+		for _, c := range []struct {
+			fails, want error
+			runs        int64
+		}{
+			{plan.ErrGiveUp, plan.ErrGiveUp, 1},
+			{plan.ErrUnlike, plan.ErrUnlike, 1},
+			{errors.New("disk on fire"), plan.ErrHere, 2},
+		} {
+			fails.Store(&c.fails)
+			k := key(0)
+			for i := 1; p.Here(k); i++ {
+				k = key(i)
+			}
+			runs.Store(0)
+			_, err := p.Run(t.Context(), k, task())
+			require.ErrorIs(t, err, c.want)
+			require.LessOrEqual(t, runs.Load(), c.runs)
 		}
-		runs.Store(0)
-		_, err := p.Run(t.Context(), k, task())
-		require.ErrorIs(t, err, c.want)
-		require.LessOrEqual(t, runs.Load(), c.runs)
-	}
+	})
 }
 
 // What gateways have read for a task goes into the account of the query, whether it came to a result or
@@ -261,83 +271,89 @@ func TestCosts(t *testing.T) {
 		"samples beyond":  {read: account.Cost{Samples: 2}, fails: broken, limits: account.Limits{Samples: 1}, err: account.ErrLimit, cost: account.Cost{Samples: 2, Workers: 1}, runs: 1},
 	} {
 		t.Run(name, func(t *testing.T) {
-			var runs atomic.Int64
-			peers, _ := serveCosts(t, 2, func(_ context.Context, _ int, x *plan.Task) ([]byte, account.Cost, error) {
-				runs.Add(1)
-				if x.Left != c.limits {
-					t.Errorf("%+v left, want %+v", x.Left, c.limits)
+			synctest.Test(t, func(t *testing.T) {
+				var runs atomic.Int64
+				peers, _ := serveCosts(t, 2, func(_ context.Context, _ int, x *plan.Task) ([]byte, account.Cost, error) {
+					runs.Add(1)
+					if x.Left != c.limits {
+						t.Errorf("%+v left, want %+v", x.Left, c.limits)
+					}
+					return []byte("x"), c.read, c.fails
+				})
+				p := pool(t, "caller", peers)
+				k := key(0) // of which the caller is the last in line
+				for i := 1; pool(t, "caller", peers[:1]).Here(k) || pool(t, "caller", peers[1:]).Here(k); i++ {
+					k = key(i)
 				}
-				return []byte("x"), c.read, c.fails
+				ctx, acc, done := account.NewMemory(0, prometheus.NewRegistry()).Open(t.Context(), "t", c.limits)
+				defer done()
+				x := task()
+				x.Left = acc.Left()
+				_, err := p.Run(ctx, k, x)
+				if c.err == nil {
+					require.NoError(t, err)
+				} else {
+					require.ErrorIs(t, err, c.err)
+				}
+				require.Equal(t, c.cost, acc.Cost())
+				require.Equal(t, c.runs, runs.Load())
 			})
-			p := pool(t, "caller", peers)
-			k := key(0) // of which the caller is the last in line
-			for i := 1; pool(t, "caller", peers[:1]).Here(k) || pool(t, "caller", peers[1:]).Here(k); i++ {
-				k = key(i)
-			}
-			ctx, acc, done := account.NewMemory(0, prometheus.NewRegistry()).Open(t.Context(), "t", c.limits)
-			defer done()
-			x := task()
-			x.Left = acc.Left()
-			_, err := p.Run(ctx, k, x)
-			if c.err == nil {
-				require.NoError(t, err)
-			} else {
-				require.ErrorIs(t, err, c.err)
-			}
-			require.Equal(t, c.cost, acc.Cost())
-			require.Equal(t, c.runs, runs.Load())
 		})
 	}
 }
 
 // The text of a query may be no UTF-8, in a comment.
 func TestTextOfQuery(t *testing.T) {
-	want := task()
-	want.Query = "rate(x[5m]) # \xff"
-	peers, _ := serve(t, 1, func(_ context.Context, _ int, got *plan.Task) ([]byte, error) {
-		require.Equal(t, want, got)
-		return []byte("x"), nil
+	synctest.Test(t, func(t *testing.T) {
+		want := task()
+		want.Query = "rate(x[5m]) # \xff"
+		peers, _ := serve(t, 1, func(_ context.Context, _ int, got *plan.Task) ([]byte, error) {
+			require.Equal(t, want, got)
+			return []byte("x"), nil
+		})
+		p := pool(t, "caller", peers)
+		k := key(0)
+		for i := 1; p.Here(k); i++ {
+			k = key(i)
+		}
+		_, err := p.Run(t.Context(), k, want)
+		require.NoError(t, err)
 	})
-	p := pool(t, "caller", peers)
-	k := key(0)
-	for i := 1; p.Here(k); i++ {
-		k = key(i)
-	}
-	_, err := p.Run(t.Context(), k, want)
-	require.NoError(t, err)
 }
 
 // Whatever a task is, the worker goes on.
 func TestBadTasks(t *testing.T) {
-	var runs atomic.Int64
-	peers, _ := serve(t, 1, func(_ context.Context, _ int, x *plan.Task) ([]byte, error) {
-		runs.Add(1)
-		return []byte{x.Query[10]}, nil // a bug
-	})
-	p := pool(t, "caller", peers)
-	k := key(0)
-	for i := 1; p.Here(k); i++ {
-		k = key(i)
-	}
-	for _, change := range []func(x *plan.Task){
-		func(x *plan.Task) { x.Step = math.MaxInt64 / 1000 },
-		func(x *plan.Task) { x.Lookback = math.MaxInt64 },
-		func(x *plan.Task) { x.Span = math.MaxInt64 },
-		func(x *plan.Task) { x.Blocks[0].Ranges = nil },
-	} {
+	synctest.Test(t, func(t *testing.T) {
+		var runs atomic.Int64
+		peers, _ := serve(t, 1, func(_ context.Context, _ int, x *plan.Task) ([]byte, error) {
+			runs.Add(1)
+			return []byte{x.Query[10]}, nil // a bug
+		})
+		p := pool(t, "caller", peers)
+		k := key(0)
+		for i := 1; p.Here(k); i++ {
+			k = key(i)
+		}
+		for _, change := range []func(x *plan.Task){
+			func(x *plan.Task) { x.Step = math.MaxInt64 / 1000 },
+			func(x *plan.Task) { x.Lookback = math.MaxInt64 },
+			func(x *plan.Task) { x.Span = math.MaxInt64 },
+			func(x *plan.Task) { x.Blocks[0].Ranges = nil },
+		} {
+			x := task()
+			change(x)
+			_, err := p.Run(t.Context(), k, x)
+			require.ErrorIs(t, err, plan.ErrHere)
+		}
+		require.Zero(t, runs.Load())
 		x := task()
-		change(x)
+		x.Query = "x"
 		_, err := p.Run(t.Context(), k, x)
 		require.ErrorIs(t, err, plan.ErrHere)
-	}
-	require.Zero(t, runs.Load())
-	x := task()
-	x.Query = "x"
-	_, err := p.Run(t.Context(), k, x)
-	require.ErrorIs(t, err, plan.ErrHere)
-	require.Equal(t, int64(1), runs.Load())
-	_, err = p.Run(t.Context(), k, task())
-	require.NoError(t, err)
+		require.Equal(t, int64(1), runs.Load())
+		_, err = p.Run(t.Context(), k, task())
+		require.NoError(t, err)
+	})
 }
 
 // A slow gateway is overtaken by the next, and told to stop.
@@ -362,7 +378,7 @@ func TestHedge(t *testing.T) {
 		require.NoError(t, err)
 		require.Equal(t, "fast", string(out))
 	}
-	require.Eventually(t, func() bool { return stopped.Load() == hung.Load() }, 5*time.Second, time.Millisecond)
+	require.Eventually(t, func() bool { return stopped.Load() == hung.Load() }, time.Minute, time.Millisecond)
 }
 
 // A part is waited for as long as its caller wants it, however long others took; callers learn
@@ -438,10 +454,10 @@ func TestCancel(t *testing.T) {
 		_, err := p.Run(ctx, k, task())
 		done <- err
 	}()
-	require.Eventually(t, func() bool { return started.Load() > 0 }, 5*time.Second, time.Millisecond)
+	require.Eventually(t, func() bool { return started.Load() > 0 }, time.Minute, time.Millisecond)
 	cancel()
 	require.ErrorIs(t, <-done, context.Canceled)
-	require.Eventually(t, func() bool { return ended.Load() == started.Load() }, time.Second, time.Millisecond)
+	require.Eventually(t, func() bool { return ended.Load() == started.Load() }, time.Minute, time.Millisecond)
 }
 
 // A tenant with many parts doesn't hold up one with few, and doesn't get more in

@@ -31,8 +31,9 @@ import (
 // startTimeout is how long a server may take until it answers, on a busy machine.
 const startTimeout = 60 * time.Second
 
-// stopTimeout is how long a server may take to end after it was asked to.
-const stopTimeout = 30 * time.Second
+// stopTimeout is how long a server may take to end after it was asked to: an ingester
+// has a minute for its last flush alone, and needs it where the disk is slow.
+const stopTimeout = 2 * time.Minute
 
 // Root is the root of the repository: the nearest folder above the working
 // directory of the test that holds a go.mod.
