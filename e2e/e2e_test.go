@@ -70,7 +70,7 @@ func TestRoles(t *testing.T) {
 	t.Parallel()
 	s := startRoles(t, testenv.S3(t))
 	for _, g := range s.gateways {
-		metricIs(t, 30*time.Second, g.url, "epimetheus_gateway_workers", func(v float64) bool { return v == float64(len(s.gateways)) })
+		metricIs(t, time.Minute, g.url, "epimetheus_gateway_workers", func(v float64) bool { return v == float64(len(s.gateways)) })
 	}
 	scenario(t, s)
 }

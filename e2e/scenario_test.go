@@ -99,7 +99,7 @@ func scenario(t *testing.T, s *stack) {
 	gw := s.gateways[len(s.gateways)-1].url
 
 	for _, n := range tenants {
-		eventually(t, 20*time.Second, "first samples of "+n.name, func() error {
+		eventually(t, time.Minute, "first samples of "+n.name, func() error {
 			v, err := query(ctx, gw, n.name, `up == 1`)
 			if err == nil && len(v.Result) < 2 {
 				err = fmt.Errorf("%d series", len(v.Result))
@@ -110,7 +110,7 @@ func scenario(t *testing.T, s *stack) {
 
 	// Queries mean what they mean at the tenant's Prometheus: the sidecar tells its
 	// flags.
-	eventually(t, 45*time.Second, "functions that team-b's Prometheus has", func() error {
+	eventually(t, time.Minute, "functions that team-b's Prometheus has", func() error {
 		_, err := query(ctx, gw, "team-b", `mad_over_time(up[1m])`)
 		return err
 	})
@@ -185,7 +185,7 @@ func scenario(t *testing.T, s *stack) {
 	for _, n := range tenants {
 		// Its account is published now and then: only what stays so counts.
 		since := time.Now()
-		eventually(t, 30*time.Second, "last samples of "+n.name, func() error {
+		eventually(t, time.Minute, "last samples of "+n.name, func() error {
 			if err := caughtUp(ctx, n); err != nil {
 				since = time.Now()
 				return err
@@ -309,7 +309,7 @@ func more(than float64) func(float64) bool { return func(v float64) bool { retur
 func (n *tenant) scraping(t *testing.T) {
 	t.Helper()
 	since := time.Now()
-	eventually(t, 30*time.Second, "new samples in Prometheus of "+n.name, func() error {
+	eventually(t, time.Minute, "new samples in Prometheus of "+n.name, func() error {
 		v, err := query(t.Context(), n.prom.URL, "", fmt.Sprintf("count(timestamp(scrape_duration_seconds) > %d)", since.Unix()))
 		if err == nil && len(v.Result) != 1 {
 			err = errors.New("none")
@@ -443,7 +443,7 @@ func apiAnswers(t *testing.T, gw string, tenants []*tenant) {
 		if len(series) == 0 || series[0]["replica"] != "0" {
 			t.Errorf("%s: series %v", n.name, series)
 		}
-		eventually(t, 40*time.Second, "metadata of "+n.name, func() error { return sameMetadata(ctx, n, gw) })
+		eventually(t, time.Minute, "metadata of "+n.name, func() error { return sameMetadata(ctx, n, gw) })
 		metadataOfTargets(t, gw, n)
 		var exemplars []struct {
 			SeriesLabels map[string]string

@@ -266,7 +266,7 @@ func TestAgent(t *testing.T) {
 // auditAgent compares with the agent's WAL: it has no API to read samples by.
 func auditAgent(t *testing.T, s *stack, n *tenant, from, to time.Time) {
 	t.Helper()
-	eventually(t, time.Minute, "audit", func() error {
+	eventually(t, 2*time.Minute, "audit", func() error {
 		out, err := s.runTool(t, "audit", "--prometheus="+n.prom.Dir, "--external-label=cluster=cluster-of-"+n.name, "--external-label=replica=0",
 			"--gateway="+s.gateways[0].url, "--tenant="+n.name, "--from="+from.Format(time.RFC3339Nano), "--to="+to.Format(time.RFC3339Nano))
 		if err != nil {
