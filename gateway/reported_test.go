@@ -160,7 +160,7 @@ func TestReportWaits(t *testing.T) {
 				if !strings.Contains(got, `"query.lookback-delta":"30s"`) {
 					t.Errorf("while another report is written: %s", got)
 				}
-			case <-time.After(10 * time.Second):
+			case <-time.After(time.Minute):
 				t.Error("a query waits for the write of a report")
 				go func() { <-answered }()
 			}

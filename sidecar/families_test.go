@@ -171,7 +171,7 @@ func TestMetadataFromAPI(t *testing.T) {
 	once := true
 	until := func(want ...string) {
 		t.Helper()
-		for deadline := time.Now().Add(20 * time.Second); ; time.Sleep(2 * time.Millisecond) {
+		for deadline := time.Now().Add(time.Minute); ; time.Sleep(2 * time.Millisecond) {
 			got = append(got, h.told()...)
 			var metrics []string
 			for _, x := range got {

@@ -297,15 +297,19 @@ func TestDynamoDBGivesUpAtItsDeadline(t *testing.T) {
 			return ProxyPass
 		})
 		o := DynamoDBOptions(t, url)
-		if o.Table = name; fault == ProxyThrottle {
-			o.Timeout = 300 * time.Millisecond
-		}
+		o.Table = name
 		s, err := index.NewDynamoDB(t.Context(), o, prometheus.NewRegistry())
 		if err != nil {
 			t.Fatal(err)
 		}
 		if err := s.CreateTable(t.Context()); err != nil {
 			t.Fatal(err)
+		}
+		if fault == ProxyThrottle {
+			o.Timeout = 300 * time.Millisecond
+			if s, err = index.NewDynamoDB(t.Context(), o, prometheus.NewRegistry()); err != nil {
+				t.Fatal(err)
+			}
 		}
 		on.Store(true)
 		items := make([]index.Item, 0, 25)
@@ -331,7 +335,7 @@ func TestDynamoDBHotKey(t *testing.T) {
 	var hot atomic.Bool
 	hot.Store(true)
 	o := DynamoDBOptions(t, DynamoDBHolding(t, server.Endpoint, func(hash string) bool { return hash == "hot" && hot.Load() }))
-	o.Table, o.Timeout = "hot", 2*time.Second
+	o.Table, o.Timeout = "hot", 6*time.Second // of a busy machine the other rows take seconds
 	s, err := index.NewDynamoDB(t.Context(), o, prometheus.NewRegistry())
 	if err != nil {
 		t.Fatal(err)

@@ -70,7 +70,7 @@ func start(t *testing.T, id string, join ...string) *node {
 // await waits until the ring as seen by n is as told: "id=state id=state".
 func await(t *testing.T, n *node, want string) {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
 	got, version := "", ""
 	for ctx.Err() == nil {

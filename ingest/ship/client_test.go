@@ -111,7 +111,7 @@ func startSession(t *testing.T, addr string, change func(*SessionOptions)) (*Ses
 // until waits for a state.
 func until(t *testing.T, s *Session, changed chan struct{}, cond func(SessionState) bool) SessionState {
 	t.Helper()
-	timeout := time.After(10 * time.Second)
+	timeout := time.After(time.Minute)
 	for {
 		if st := s.State(); cond(st) {
 			return st
@@ -257,7 +257,7 @@ func TestSessionEnds(t *testing.T) {
 				if !errors.Is(err, ErrSessionEnded) {
 					t.Errorf("ended with %v", err)
 				}
-			case <-time.After(10 * time.Second):
+			case <-time.After(time.Minute):
 				t.Fatal("goes on")
 			}
 			st := s.State()
