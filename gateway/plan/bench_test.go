@@ -136,7 +136,8 @@ func timed(b *testing.B, engine promql.QueryEngine, data storage.Queryable, expr
 
 // BenchmarkSpread runs a long query over the same data: not cut (whole), cut with
 // nothing kept and all computed here (parts), by one, two and four other gateways
-// over gRPC on the same processors (workers=n), and with all results kept (kept).
+// over gRPC on the same processors (workers=n), by a gateway that keeps results and has
+// none yet (first), that has all (kept), and that has all but for the last step (later).
 func BenchmarkSpread(b *testing.B) {
 	const day = 24 * time.Hour
 	c := gen.Config{Series: 1000, Targets: 10, Churn: 0.1, Seed: 1, Interval: 15_000, Start: 1_700_006_400_000}
@@ -148,35 +149,46 @@ func BenchmarkSpread(b *testing.B) {
 	o.MaxSamples, o.EnableDelayedNameRemoval, o.UseStartTimestamps = 50_000_000, false, false
 	o.Parser = parser.NewParser(parser.Options{})
 	engine := promql.NewEngine(o)
-	end := time.UnixMilli(c.End)
-	for _, q := range []struct{ name, expr string }{
-		{"rate-by-job", `sum by (job) (rate(http_requests_total[1h]))`},
-		{"p99-by-job", `histogram_quantile(0.99, sum by (le, job) (rate(http_request_duration_seconds_bucket[1h])))`},
-		{"rate-by-series", `rate(http_requests_total[1h])`},
+	const room = 2 * day // for later ones
+	span -= room
+	for _, q := range []struct {
+		name, expr string
+		span, step time.Duration
+	}{
+		{"rate-by-job", `sum by (job) (rate(http_requests_total[1h]))`, span, time.Hour},
+		{"rate-by-job-5m", `sum by (job) (rate(http_requests_total[5m]))`, span, 5 * time.Minute},
+		{"p99-by-job", `histogram_quantile(0.99, sum by (le, job) (rate(http_request_duration_seconds_bucket[1h])))`, span, time.Hour},
+		{"rate-by-series", `rate(http_requests_total[1h])`, span, time.Hour},
+		{"quantile-7d", `quantile(0.95, rate(node_cpu_seconds_total{mode!="idle"}[5m]))`, 7 * day, 5 * time.Minute},
+		{"rate-by-job-6h", `sum by (job) (rate(http_requests_total[5m]))`, 6 * time.Hour, time.Minute},
 	} {
 		for _, by := range []struct {
 			name    string
 			workers int
 			bytes   int64 // of results that are kept
 			cut     bool
-		}{{"whole", 0, 0, false}, {"parts", 0, 0, true}, {"workers=1", 1, 0, true}, {"workers=2", 2, 0, true}, {"workers=4", 4, 0, true}, {"kept", 0, 1 << 30, true}} {
+		}{{"whole", 0, 0, false}, {"parts", 0, 0, true}, {"workers=1", 1, 0, true}, {"workers=2", 2, 0, true}, {"workers=4", 4, 0, true}, {"first", 0, 1 << 30, true}, {"kept", 0, 1 << 30, true}, {"later", 0, 1 << 30, true}} {
 			b.Run("q="+q.name+"/"+by.name, func(b *testing.B) {
 				var s plan.Spread
-				if by.cut {
-					r, err := plan.NewResults(by.bytes, nil, prometheus.NewRegistry())
-					if err != nil {
-						b.Fatal(err)
-					}
-					s = plan.Spread{TenantOf: tenantOf, Results: r}
-				}
 				if by.workers > 0 {
 					s.Workers = onlyOthers{gateways(b, by.workers, func(ctx context.Context, task *plan.Task) ([]byte, error) {
 						return plan.New(engine, o, plan.Spread{}).Work(ctx, ours.History, task)
 					})}
 				}
-				planned := plan.New(engine, o, s)
+				starts := func() *plan.Engine {
+					if by.cut {
+						r, err := plan.NewResults(by.bytes, nil, prometheus.NewRegistry())
+						if err != nil {
+							b.Fatal(err)
+						}
+						s.TenantOf, s.Results = tenantOf, r
+					}
+					return plan.New(engine, o, s)
+				}
+				planned := starts()
+				end := time.UnixMilli(c.End).Add(-room)
 				run := func() {
-					p, err := planned.NewRangeQuery(b.Context(), ours.Storage, nil, q.expr, end.Add(-span), end, time.Hour)
+					p, err := planned.NewRangeQuery(b.Context(), ours.Storage, nil, q.expr, end.Add(-q.span), end, q.step)
 					if err != nil {
 						b.Fatal(err)
 					}
@@ -188,6 +200,14 @@ func BenchmarkSpread(b *testing.B) {
 				run()
 				before := cpu()
 				for b.Loop() {
+					switch by.name {
+					case "first":
+						planned = starts()
+					case "later":
+						if end = end.Add(q.step); end.UnixMilli() > c.End {
+							b.Fatalf("there is no room for %d runs", b.N)
+						}
+					}
 					run()
 				}
 				b.ReportMetric(float64(cpu()-before)/1e6/float64(b.N), "cpu-ms/op")

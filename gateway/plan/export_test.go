@@ -10,13 +10,14 @@ import (
 // them.
 func Tight(s Spread) Spread {
 	minute := hour / 60
-	s.parting = parting{samples: 1, far: 30, spans: []int64{minute, 5 * minute, 20 * minute, hour, 4 * hour, 24 * hour}, steps: 1}
+	s.parting = parting{share: 1, samples: 1, far: 30, spans: []int64{minute, 5 * minute, 20 * minute, hour, 4 * hour, 24 * hour}, steps: 1}
 	return s
 }
 
 // Usual makes parts as large as ever, but of so many times less samples.
 func Usual(s Spread, less int64) Spread {
 	s.parting = usual
+	s.parting.least /= less
 	s.parting.samples /= less
 	s.parting.far /= less
 	s.parting.shard /= less
@@ -25,7 +26,7 @@ func Usual(s Spread, less int64) Spread {
 
 // TightShards makes shards of all leaves that can be cut so.
 func TightShards(s Spread) Spread {
-	s.parting = parting{samples: 1}
+	s.parting = parting{share: 1, samples: 1}
 	return s
 }
 

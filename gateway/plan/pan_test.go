@@ -9,6 +9,7 @@ import (
 	"github.com/oklog/ulid/v2"
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/prometheus/model/labels"
+	"github.com/prometheus/prometheus/promql"
 	"github.com/prometheus/prometheus/promql/promqltest"
 	"github.com/stretchr/testify/require"
 
@@ -68,13 +69,18 @@ func TestPan(t *testing.T) {
 	o := suiteOptions
 	o.MaxSamples = 50_000_000
 	inner := promqltest.NewTestEngineWithOpts(t, o)
+	whole := plan.New(inner, o, plan.Spread{})
 	for _, q := range []struct {
 		expr    string
 		step    time.Duration
 		instant bool
+		summed  bool // of summaries, which are so few that parts are of less
 	}{
 		{expr: "sum by (job) (rate(requests_total[5m]))", step: 30 * time.Minute},
-		{expr: "sum by (job) (rate(requests_total[1h15s]))", step: time.Hour},
+		{expr: "sum by (job) (rate(requests_total[1h]))", step: time.Hour, summed: true},
+		{expr: "sum by (job) (rate(requests_total[1h15s]))", step: time.Hour, summed: true},
+		{expr: "topk(5, max_over_time(load[1h]))", step: time.Hour, summed: true},
+		{expr: "quantile(0.5, avg_over_time(load[2h]))", step: time.Hour, summed: true},
 		{expr: "load", step: 30 * time.Minute},
 		{expr: "sum(rate(load[5m]))", step: 30 * time.Minute}, // with an info: it isn't named as counters are
 		{expr: "sum(load)", step: 10 * time.Minute},
@@ -85,8 +91,12 @@ func TestPan(t *testing.T) {
 	} {
 		results, err := plan.NewResults(64<<20, nil, prometheus.NewRegistry())
 		require.NoError(t, err)
-		e := plan.New(inner, o, plan.Usual(plan.Spread{TenantOf: tenantOf, Results: results}, 1<<8))
-		read := func(from, to time.Duration) account.Cost {
+		less := int64(1 << 8)
+		if q.summed {
+			less = 1 << 4
+		}
+		e := plan.New(inner, o, plan.Usual(plan.Spread{TenantOf: tenantOf, Results: results}, less))
+		read := func(e *plan.Engine, from, to time.Duration) (*promql.Result, account.Cost) {
 			ctx, acc, done := account.NewMemory(0, prometheus.NewRegistry()).Open(t.Context(), "", account.Limits{})
 			defer done()
 			at := func(d time.Duration) time.Time { return time.UnixMilli(d.Milliseconds()) }
@@ -96,11 +106,15 @@ func TestPan(t *testing.T) {
 			}
 			require.NoError(t, err)
 			defer query.Close()
-			require.NoError(t, query.Exec(ctx).Err)
-			return acc.Cost()
+			r := query.Exec(ctx)
+			require.NoError(t, r.Err)
+			return detach(r), acc.Cost()
 		}
-		all := read(end-30*day, end)
+		_, all := read(e, end-30*day, end)
 		require.Greater(t, all.PartsHere, int64(20), q.expr)
+		if q.summed {
+			require.Positive(t, all.Windows, q.expr)
+		}
 		least := 0.1 * float64(all.PartsHere) // two or three parts are fresh
 		for _, x := range []struct {
 			what string
@@ -114,9 +128,16 @@ func TestPan(t *testing.T) {
 			{"a week before", -7 * day, 6. / 30},
 			{"back", 0, 0},
 		} {
-			got := read(end-30*day+x.from, end+x.from)
+			r, got := read(e, end-30*day+x.from, end+x.from)
+			want, _ := read(whole, end-30*day+x.from, end+x.from)
+			if diff := differ(want, r); diff != "" {
+				t.Errorf("%s, %s: %s", q.expr, x.what, diff)
+			}
 			if most := least + 1.1*x.new*float64(all.PartsHere); float64(got.PartsHere) > most || got.PartsHere+got.PartsKept < all.PartsHere/2 {
 				t.Errorf("%s, %s: %d parts were computed, want %g at most, and %d were kept; first %d were computed", q.expr, x.what, got.PartsHere, most, got.PartsKept, all.PartsHere)
+			}
+			if most := (0.1 + 1.1*x.new) * float64(all.Windows); float64(got.Windows) > most {
+				t.Errorf("%s, %s: %d summaries were read, want %g at most; first it were %d", q.expr, x.what, got.Windows, most, all.Windows)
 			}
 		}
 	}

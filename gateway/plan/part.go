@@ -21,10 +21,14 @@ import (
 
 // parting says how large parts of leaves are.
 type parting struct {
-	samples int64   // that a part reads, about: enough for what goes with a part to be little beside it
-	shard   int64   // that a shard reads at least, about: whoever computes one looks up all series
-	far     int64   // that a task for another gateway reads, about: a request costs some milliseconds, of both and of the caches of processors
-	spans   []int64 // times that parts may have, ms; few, so that the same parts come back when a query of another time comes
+	// A part reads one share-th of what the leaf reads, about, so that little is computed again when a query has moved. But it
+	// reads least samples, for what goes with a part to be little beside it, and no more than samples, so that other gateways
+	// have some to compute.
+	share, least, samples int64
+
+	shard int64   // that a shard reads at least, about: whoever computes one looks up all series
+	far   int64   // that a task for another gateway reads, about: a request costs some milliseconds, of both and of the caches of processors
+	spans []int64 // times that parts may have, ms; few, so that the same parts come back when a query of another time comes
 	// A part has so many times the range of windows, which reach into the part before, and so many
 	// steps, at least. A task has taskRanges times the range: the parts of one are read in one go.
 	ranges, steps, taskRanges int64
@@ -33,7 +37,7 @@ type parting struct {
 
 //nolint:gochecknoglobals // a constant
 var usual = parting{
-	samples: 1 << 20, far: 1 << 23, shard: 1 << 25, spans: []int64{3 * hour / 2, 6 * hour, 24 * hour, 4 * 24 * hour, 16 * 24 * hour, 64 * 24 * hour},
+	share: 32, least: 1 << 15, samples: 1 << 20, far: 1 << 23, shard: 1 << 25, spans: []int64{3 * hour / 2, 6 * hour, 24 * hour, 4 * 24 * hour, 16 * 24 * hour, 64 * 24 * hour},
 	ranges: 1, steps: 4, taskRanges: 8, long: 24 * hour,
 }
 
@@ -47,6 +51,18 @@ type part struct {
 	number   int64 // which multiple of the span
 }
 
+// worthParts says whether a leaf that reads about so many samples is to be cut.
+func (l *Leaf) worthParts(samples int64, o options) bool { return samples >= 8*l.least(o) }
+
+// least is how many samples a part reads at least, about. Without an aggregation there is a point of each series at each
+// step: where summaries answer it, it takes about as long to compute as to read from what is kept.
+func (l *Leaf) least(o options) int64 {
+	if l.Agg == nil {
+		return max(o.parting.least, o.parting.samples/4)
+	}
+	return o.parting.least
+}
+
 // cut gives the parts of a leaf that reads about so many samples; one if it isn't
 // to be parted. What is kept of parts of one span is of no use for another, and estimates are
 // another each time, if by little: where kept says no of the span that fits, and yes of one beside it,
@@ -54,10 +70,11 @@ type part struct {
 func (l *Leaf) cut(samples int64, o options, kept func(parts []part, span int64) bool) (span int64, parts []part) {
 	n := l.Grid.Len()
 	whole := []part{{to: n}}
-	if n < 2 || samples < 2*o.parting.samples || !l.separable(o) {
+	if n < 2 || !l.worthParts(samples, o) || !l.separable(o) {
 		return 0, whole
 	}
-	want := float64(l.maxt()-l.mint()) / float64(samples) * float64(o.parting.samples)
+	each := min(max(samples/o.parting.share, l.least(o)), o.parting.samples)
+	want := float64(l.maxt()-l.mint()) / float64(samples) * float64(each)
 	least := max(o.parting.ranges*l.Range, o.parting.steps*l.Grid.Step)
 	spans := o.parting.spans
 	fits := slices.IndexFunc(spans, func(s int64) bool { return float64(s) >= want && s >= least })
@@ -358,8 +375,9 @@ func within[P any](ps []P, at func(P) int64, mint, maxt int64) []P {
 	return ps[search(mint):search(maxt+1)]
 }
 
-// join puts the results of a leaf's parts, in order of time, together.
+// join puts the results of a leaf's parts, in order of time, together. Those without steps are in another.
 func join(ps []*partial) *partial {
+	ps = slices.DeleteFunc(ps, func(p *partial) bool { return len(p.counts.window) == 0 })
 	if len(ps) == 1 {
 		return ps[0]
 	}

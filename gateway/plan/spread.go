@@ -169,7 +169,7 @@ func (l *Leaf) estimate(ctx context.Context, sel *merge.Selection, o options) (e
 	} else {
 		e.samples, err = snap.Estimate(ctx, ms, l.mint(), l.maxt())
 	}
-	if err == nil && e.cost() >= 2*o.parting.samples {
+	if err == nil && l.worthParts(e.cost(), o) {
 		var share float64
 		share, err = snap.Share(ctx, ms, l.mint(), l.maxt())
 		e.windows, e.samples = int64(share*float64(e.windows)), int64(share*float64(e.samples))
@@ -542,11 +542,16 @@ func (w *work) elsewhere(ctx context.Context, tenant string, n neighbours) error
 	}
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	w.out[n.from] = out
-	for i := n.from + 1; i < n.to; i++ {
-		w.out[i] = &partial{} // it is in the first
-	}
+	w.set(n.from, n.to, out)
 	return nil
+}
+
+// set notes the result of the parts from, up to, without, to: it is in the first.
+func (w *work) set(from, to int, p *partial) {
+	w.out[from] = p
+	for i := from + 1; i < to; i++ {
+		w.out[i] = &partial{}
+	}
 }
 
 // compute computes parts here, neighbours in one go, and keeps what may be kept.
@@ -571,9 +576,8 @@ func (w *work) compute(ctx context.Context, is []int) error {
 		keep := w.l.keepable(all, w.q.opts) && w.sel.Snapshot().Stats.IndexQueries.Load() == lists
 		for _, i := range is[:n] {
 			p := w.parts[i]
-			w.out[i] = all.slice(g, p.from-from, p.to-from)
 			if r := w.q.engine.spread.Results; r != nil && !w.fresh[i] && keep {
-				if err := r.put(tenant, w.keys[i], w.grid(i), w.l.toKeep(w.out[i], all, w.q.opts)); err != nil {
+				if err := r.put(tenant, w.keys[i], w.grid(i), w.l.toKeep(all.slice(g, p.from-from, p.to-from), all, w.q.opts)); err != nil {
 					return err
 				}
 			}
@@ -581,7 +585,7 @@ func (w *work) compute(ctx context.Context, is []int) error {
 		if to-from < w.l.Grid.Len() && all.hinted() {
 			return errHinted
 		}
-		w.out[is[0]].annotated = all.annotated
+		w.set(is[0], is[0]+n, all)
 		is = is[n:]
 	}
 	return nil
