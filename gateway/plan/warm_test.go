@@ -74,6 +74,7 @@ type warmWorld struct {
 	log        []string
 	pool       []int // of warmExprs
 	forever    bool  // all is kept so long
+	summed     int   // answers in parts that summaries had a share in
 }
 
 const warmHours = 36
@@ -224,7 +225,7 @@ func (w *warmWorld) importBlock() {
 		return
 	}
 	var buf bytes.Buffer
-	wr := chunkfmt.NewWriter(&buf, chunkfmt.WriterOptions{Window: history.Window, Rollups: w.rnd.Intn(2) == 0})
+	wr := chunkfmt.NewWriter(&buf, chunkfmt.WriterOptions{Window: history.Window, Rollups: w.rnd.Intn(4) > 0})
 	for _, s := range all {
 		require.NoError(w.t, wr.Add(gateway.DefaultTenant, s))
 	}
@@ -326,7 +327,7 @@ func (w *warmWorld) act() {
 // warmExprs are queries that come again and again.
 var warmExprs = []string{
 	"sum by (job) (rate(requests_total[10m]))", "requests_total", "latency", "load offset 20m * 2", "requests_total", "rate(load[10m])", "1 + sum by (job) (increase(load[10m]))", "sum(load)", "max_over_time(load[1h])", "avg by (job) (load offset 20m)",
-	"sum(increase(requests_total[1h] offset -30m))", "topk(2, load)", "quantile(0.5, load)", "count_over_time(load[7m13s])", "rate(load[5m])",
+	"sum(increase(requests_total[1h] offset -30m))", "sum by (job) (rate(requests_total[1h]))", "quantile(0.5, avg_over_time(load[2h]))", "topk(2, max_over_time(load[1h]))", "topk(2, load)", "quantile(0.5, load)", "count_over_time(load[7m13s])", "rate(load[5m])",
 	"max_over_time(sum(rate(requests_total[5m]))[1h:5m])", "avg_over_time(load[30m]) - avg_over_time(load[30m] offset 1h)",
 	"sum(rate(requests_total[10m])) / sum(rate(requests_total[10m] @ end()))", "max_over_time(load[1h:7m] offset 10m)", "absent_over_time(load{i=\"2\"}[10m])",
 	"histogram_quantile(0.9, sum by (job) (rate(latency[10m])))", "histogram_count(rate(latency[10m]))", "sum(latency)",
@@ -354,6 +355,9 @@ func (w *warmWorld) ask(gs []*warmGateway) {
 	expr := warmExprs[w.pool[r.Intn(len(w.pool))]]
 	variant := r.Intn(len(warmVariants))
 	step := []time.Duration{time.Minute, 10 * time.Minute, 10 * time.Minute, 10 * time.Minute, 10 * time.Minute, time.Hour, 7*time.Minute + 13*time.Second + 7*time.Millisecond}[r.Intn(7)]
+	if strings.Contains(expr, "h]") && r.Intn(3) > 0 {
+		step = time.Hour // summaries answer it
+	}
 	start := w.base.Add(time.Duration(r.Int63n(warmHours * int64(time.Hour)))).Truncate(step)
 	if r.Intn(5) == 0 {
 		start = start.Add(1234 * time.Millisecond)
@@ -375,7 +379,13 @@ func (w *warmWorld) ask(gs []*warmGateway) {
 		}
 		require.NoError(w.t, err)
 		defer q.Close()
-		return detach(q.Exec(w.t.Context()))
+		ctx, acc, done := account.NewMemory(0, prometheus.NewRegistry()).Open(w.t.Context(), "", account.Limits{})
+		defer done()
+		result := detach(q.Exec(ctx))
+		if cost := acc.Cost(); s != w.all.storage && cost.Windows > 0 && cost.PartsHere+cost.PartsKept > 1 {
+			w.summed++
+		}
+		return result
 	}
 	for _, k := range r.Perm(len(gs)) {
 		g := gs[k]
@@ -439,6 +449,7 @@ func runWarm(t *testing.T, seed int64) {
 			w.ask(gs)
 		}
 	}
+	t.Logf("%d answers had parts of summaries", w.summed)
 	for _, g := range gs {
 		ms, err := g.reg.Gather()
 		require.NoError(t, err)
