@@ -160,6 +160,7 @@ func BenchmarkSpread(b *testing.B) {
 		{"p99-by-job", `histogram_quantile(0.99, sum by (le, job) (rate(http_request_duration_seconds_bucket[1h])))`, span, time.Hour},
 		{"rate-by-series", `rate(http_requests_total[1h])`, span, time.Hour},
 		{"quantile-7d", `quantile(0.95, rate(node_cpu_seconds_total{mode!="idle"}[5m]))`, 7 * day, 5 * time.Minute},
+		{"p99-by-job-1d", `histogram_quantile(0.99, sum by (le, job) (rate(http_request_duration_seconds_bucket[5m])))`, day, time.Minute},
 		{"rate-by-job-6h", `sum by (job) (rate(http_requests_total[5m]))`, 6 * time.Hour, time.Minute},
 	} {
 		for _, by := range []struct {

@@ -55,9 +55,10 @@ type part struct {
 func (l *Leaf) worthParts(samples int64, o options) bool { return samples >= 8*l.least(o) }
 
 // least is how many samples a part reads at least, about. Without an aggregation there is a point of each series at each
-// step: where summaries answer it, it takes about as long to compute as to read from what is kept.
+// step: where summaries answer it, it takes about as long to compute as to read from what is kept. So it is with
+// aggregations at short steps, where there are few samples for a point, which then summaries don't answer.
 func (l *Leaf) least(o options) int64 {
-	if l.Agg == nil {
+	if l.Agg == nil || l.width == 0 {
 		return max(o.parting.least, o.parting.samples/4)
 	}
 	return o.parting.least
