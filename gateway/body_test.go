@@ -19,7 +19,6 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/prometheus/prompb"
 	"github.com/stretchr/testify/require"
-	"google.golang.org/grpc/test/bufconn"
 
 	"github.com/epimetheus-tsdb/epimetheus/gateway"
 	"github.com/epimetheus-tsdb/epimetheus/gateway/account"
@@ -141,21 +140,12 @@ func TestSlowReader(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		api := newAPI(t, fifty(t), gateway.Options{Limits: gateway.Limits{Queries: 1}})
 		api.SetTimeouts(400 * time.Millisecond)
-		l := bufconn.Listen(64 << 10) // what a connection holds
-		server, served := &http.Server{Handler: api}, make(chan struct{})
-		go func() {
-			defer close(served)
-			_ = server.Serve(l) // ends with Close
-		}()
-		defer func() {
-			require.NoError(t, server.Close())
-			<-served
-		}()
+		pipe, stop := gateway.ServePipe(t, api)
+		defer stop()
 		long := url.Values{"query": {"requests_total"}, "start": {"0"}, "end": {"3600"}, "step": {"0.4"}}.Encode()
 		dial := func() net.Conn {
-			c, err := l.DialContext(t.Context())
-			require.NoError(t, err)
-			_, err = fmt.Fprintf(c, "GET /api/v1/query_range?%s HTTP/1.1\r\nHost: x\r\n\r\n", long)
+			c := pipe()
+			_, err := fmt.Fprintf(c, "GET /api/v1/query_range?%s HTTP/1.1\r\nHost: x\r\n\r\n", long)
 			require.NoError(t, err)
 			return c
 		}
@@ -171,16 +161,8 @@ func TestSlowReader(t *testing.T) {
 		resp, err := http.ReadResponse(bufio.NewReader(slow), nil)
 		require.NoError(t, err)
 		defer resp.Body.Close()
-		n := 0
-		for {
-			some, err := io.CopyN(io.Discard, resp.Body, 1<<20)
-			n += int(some)
-			if err != nil {
-				require.ErrorIs(t, err, io.EOF)
-				break
-			}
-			time.Sleep(100 * time.Millisecond) // what a slow client does
-		}
+		n, err := gateway.ReadSlowly(resp.Body, 1<<20)
+		require.NoError(t, err)
 		require.Greater(t, n, 8<<20)
 		require.GreaterOrEqual(t, time.Since(begin), 800*time.Millisecond)
 	})

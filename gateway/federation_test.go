@@ -1,7 +1,6 @@
 package gateway_test
 
 import (
-	"bytes"
 	"cmp"
 	"context"
 	"fmt"
@@ -14,7 +13,6 @@ import (
 	"time"
 
 	gocmp "github.com/google/go-cmp/cmp"
-	"github.com/oklog/ulid/v2"
 	"github.com/prometheus/common/model"
 	"github.com/prometheus/prometheus/model/exemplar"
 	"github.com/prometheus/prometheus/model/labels"
@@ -26,7 +24,6 @@ import (
 	"github.com/epimetheus-tsdb/epimetheus/chunkfmt"
 	"github.com/epimetheus-tsdb/epimetheus/gateway"
 	"github.com/epimetheus-tsdb/epimetheus/gateway/gatewaytest"
-	"github.com/epimetheus-tsdb/epimetheus/history"
 	"github.com/epimetheus-tsdb/epimetheus/history/historytest"
 	"github.com/epimetheus-tsdb/epimetheus/history/index"
 	"github.com/epimetheus-tsdb/epimetheus/ingest/fetch/fetchpb"
@@ -202,18 +199,9 @@ func TestWhoseTrouble(t *testing.T) {
 	c := gatewaytest.New(t, gatewaytest.Options{})
 	now := time.Now().UnixMilli()
 	for _, tenant := range []string{"a", "b", "lost"} {
-		var buf bytes.Buffer
-		w := chunkfmt.NewWriter(&buf, chunkfmt.WriterOptions{Window: history.Window})
 		s := &chunkfmt.Series{Labels: labels.FromStrings("__name__", "up")}
 		s.Floats.T, s.Floats.V = []int64{now - 60_000}, []float64{1}
-		if err := w.Add(tenant, s); err != nil {
-			t.Fatal(err)
-		}
-		summary, err := w.Close()
-		if err != nil {
-			t.Fatal(err)
-		}
-		if err := c.History.Publish(t.Context(), ulid.Make(), buf.Bytes(), summary); err != nil {
+		if _, err := c.Import(t.Context(), tenant, chunkfmt.WriterOptions{}, s); err != nil {
 			t.Fatal(err)
 		}
 	}

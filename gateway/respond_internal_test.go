@@ -18,7 +18,6 @@ import (
 	"github.com/prometheus/prometheus/tsdb/tsdbutil"
 	v1 "github.com/prometheus/prometheus/web/api/v1"
 	"github.com/stretchr/testify/require"
-	"google.golang.org/grpc/test/bufconn"
 )
 
 // Answers are byte for byte Prometheus's, whatever is in them.
@@ -96,42 +95,25 @@ func BenchmarkEncode(b *testing.B) {
 func TestSlowReaderOfOneWrite(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		const size, timeout = 96 << 20, time.Second
-		l := bufconn.Listen(64 << 10) // what a connection holds
-		server := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		dial, stop := ServePipe(t, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 			rw := &responseWriter{ResponseWriter: w, answers: &streaming{}, encodings: &encodings{}, timeout: timeout}
 			defer rw.close()
 			n, err := rw.Write(make([]byte, size))
 			if n != size || err != nil {
 				t.Errorf("%d bytes written: %v", n, err)
 			}
-		})}
-		served := make(chan struct{})
-		go func() {
-			defer close(served)
-			_ = server.Serve(l) // ends with Close
-		}()
-		defer func() {
-			require.NoError(t, server.Close())
-			<-served
-		}()
-		c, err := l.DialContext(t.Context())
-		require.NoError(t, err)
+		}))
+		defer stop()
+		c := dial()
 		defer c.Close()
-		_, err = io.WriteString(c, "GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+		_, err := io.WriteString(c, "GET / HTTP/1.1\r\nHost: x\r\n\r\n")
 		require.NoError(t, err)
 		resp, err := http.ReadResponse(bufio.NewReader(c), nil)
 		require.NoError(t, err)
 		defer resp.Body.Close()
-		begin, n := time.Now(), 0
-		for {
-			some, err := io.CopyN(io.Discard, resp.Body, 4<<20)
-			n += int(some)
-			if err != nil {
-				require.ErrorIs(t, err, io.EOF)
-				break
-			}
-			time.Sleep(100 * time.Millisecond) // what a slow client does
-		}
+		begin := time.Now()
+		n, err := ReadSlowly(resp.Body, 4<<20)
+		require.NoError(t, err)
 		require.Equal(t, size, n)
 		require.Greater(t, time.Since(begin), 2*timeout)
 	})

@@ -1,6 +1,7 @@
 package gatewaytest
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -190,6 +191,24 @@ func (c *Cluster) Flush(ctx context.Context) error {
 		}
 	}
 	return nil
+}
+
+// Import publishes a block that no head has had, of a tenant's series. The options' window is set.
+func (c *Cluster) Import(ctx context.Context, tenant string, o chunkfmt.WriterOptions, ss ...*chunkfmt.Series) (id ulid.ULID, err error) {
+	o.Window = history.Window
+	var block bytes.Buffer
+	w := chunkfmt.NewWriter(&block, o)
+	for _, s := range ss {
+		if err := w.Add(tenant, s); err != nil {
+			return id, err
+		}
+	}
+	sum, err := w.Close()
+	if err != nil {
+		return id, err
+	}
+	id = ulid.Make()
+	return id, c.History.Publish(ctx, id, block.Bytes(), sum)
 }
 
 // Close ends all.

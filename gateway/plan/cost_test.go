@@ -1,7 +1,6 @@
 package plan_test
 
 import (
-	"bytes"
 	"context"
 	"fmt"
 	"slices"
@@ -11,7 +10,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/oklog/ulid/v2"
 	"github.com/prometheus/client_golang/prometheus"
 	dto "github.com/prometheus/client_model/go"
 	"github.com/prometheus/prometheus/model/labels"
@@ -88,18 +86,16 @@ func TestCostOfWorkers(t *testing.T) {
 	c := gatewaytest.New(t, gatewaytest.Options{})
 	const hour, interval, chunk, series = int64(3_600_000), 15_000, 120, 40
 	for from := int64(0); from < 24*hour; from += 6 * hour {
-		var buf bytes.Buffer
-		w := chunkfmt.NewWriter(&buf, chunkfmt.WriterOptions{Window: history.Window, ChunkSamples: chunk, Rollups: true})
+		var all []*chunkfmt.Series
 		for i := range int64(series) {
 			s := &chunkfmt.Series{Labels: labels.FromStrings("__name__", "requests_total", "i", fmt.Sprint(10+i))}
 			for ts := from; ts < from+6*hour; ts += interval {
 				s.Floats.T, s.Floats.V = append(s.Floats.T, ts), append(s.Floats.V, float64(ts/1000*i%100_000))
 			}
-			require.NoError(t, w.Add(gateway.DefaultTenant, s))
+			all = append(all, s)
 		}
-		summary, err := w.Close()
+		_, err := c.Import(t.Context(), gateway.DefaultTenant, chunkfmt.WriterOptions{ChunkSamples: chunk, Rollups: true}, all...)
 		require.NoError(t, err)
-		require.NoError(t, c.History.Publish(t.Context(), ulid.Make(), buf.Bytes(), summary))
 	}
 	var fresh []gatewaytest.Sample
 	for i := range series {

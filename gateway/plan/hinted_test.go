@@ -1,13 +1,11 @@
 package plan_test
 
 import (
-	"bytes"
 	"context"
 	"fmt"
 	"testing"
 	"time"
 
-	"github.com/oklog/ulid/v2"
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/prometheus/model/histogram"
 	"github.com/prometheus/prometheus/model/labels"
@@ -21,7 +19,6 @@ import (
 	"github.com/epimetheus-tsdb/epimetheus/gateway/account"
 	"github.com/epimetheus-tsdb/epimetheus/gateway/gatewaytest"
 	"github.com/epimetheus-tsdb/epimetheus/gateway/plan"
-	"github.com/epimetheus-tsdb/epimetheus/history"
 )
 
 // TestHintsInParts: hints of counter resets, and what is warned of them, are those that the engine has of the whole time, however
@@ -30,8 +27,7 @@ import (
 func TestHintsInParts(t *testing.T) {
 	c := gatewaytest.New(t, gatewaytest.Options{})
 	publish := func(first, apart time.Duration, hint func(i, k int) histogram.CounterResetHint) {
-		var buf bytes.Buffer
-		wr := chunkfmt.NewWriter(&buf, chunkfmt.WriterOptions{Window: history.Window})
+		var all []*chunkfmt.Series
 		for k := range 3 {
 			s := &chunkfmt.Series{Labels: labels.FromStrings("__name__", "latency", "i", fmt.Sprint(k))}
 			for i, at := 0, first; at < 10*time.Hour; i, at = i+1, at+apart {
@@ -39,16 +35,14 @@ func TestHintsInParts(t *testing.T) {
 				h.CounterResetHint = hint(i, k)
 				s.Histograms.T, s.Histograms.H = append(s.Histograms.T, at.Milliseconds()), append(s.Histograms.H, h)
 			}
-			require.NoError(t, wr.Add(gateway.DefaultTenant, s))
+			all = append(all, s)
 		}
 		g := &chunkfmt.Series{Labels: labels.FromStrings("__name__", "queued")}
 		for at := first; at < 10*time.Hour; at += apart {
 			g.Histograms.T, g.Histograms.H = append(g.Histograms.T, at.Milliseconds()), append(g.Histograms.H, tsdbutil.GenerateTestGaugeHistogram(int64(at/time.Minute)))
 		}
-		require.NoError(t, wr.Add(gateway.DefaultTenant, g))
-		sum, err := wr.Close()
+		_, err := c.Import(t.Context(), gateway.DefaultTenant, chunkfmt.WriterOptions{}, append(all, g)...)
 		require.NoError(t, err)
-		require.NoError(t, c.History.Publish(t.Context(), ulid.Make(), buf.Bytes(), sum))
 	}
 	publish(0, 10*time.Minute, func(i, k int) histogram.CounterResetHint { // at the steps
 		switch {

@@ -1,12 +1,10 @@
 package plan_test
 
 import (
-	"bytes"
 	"fmt"
 	"testing"
 	"time"
 
-	"github.com/oklog/ulid/v2"
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/prometheus/model/labels"
 	"github.com/prometheus/prometheus/promql"
@@ -18,7 +16,6 @@ import (
 	"github.com/epimetheus-tsdb/epimetheus/gateway/account"
 	"github.com/epimetheus-tsdb/epimetheus/gateway/gatewaytest"
 	"github.com/epimetheus-tsdb/epimetheus/gateway/plan"
-	"github.com/epimetheus-tsdb/epimetheus/history"
 )
 
 // TestPan: a dashboard of a month that is refreshed, as time goes on, and panned, reads only what is new.
@@ -29,20 +26,18 @@ func TestPan(t *testing.T) {
 	end := 60 * day
 	value := func(i int, at time.Duration) float64 { return float64(i+1) * float64(at/time.Minute) }
 	publish := func(from, to time.Duration) {
-		var buf bytes.Buffer
-		w := chunkfmt.NewWriter(&buf, chunkfmt.WriterOptions{Window: history.Window, Rollups: to-from >= day})
+		var all []*chunkfmt.Series
 		for _, name := range []string{"load", "requests_total"} {
 			for i := range series {
 				s := &chunkfmt.Series{Labels: labels.FromStrings("__name__", name, "i", fmt.Sprintf("%02d", i), "job", fmt.Sprint(i%3))}
 				for at := from + interval; at <= to; at += interval {
 					s.Floats.T, s.Floats.V = append(s.Floats.T, at.Milliseconds()), append(s.Floats.V, value(i, at))
 				}
-				require.NoError(t, w.Add(gateway.DefaultTenant, s))
+				all = append(all, s)
 			}
 		}
-		sum, err := w.Close()
+		_, err := c.Import(t.Context(), gateway.DefaultTenant, chunkfmt.WriterOptions{Rollups: to-from >= day}, all...)
 		require.NoError(t, err)
-		require.NoError(t, c.History.Publish(t.Context(), ulid.Make(), buf.Bytes(), sum))
 	}
 	for at := time.Duration(0); at < end-day; at += day {
 		publish(at, at+day)

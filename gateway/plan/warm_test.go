@@ -224,15 +224,8 @@ func (w *warmWorld) importBlock() {
 	if len(all) == 0 {
 		return
 	}
-	var buf bytes.Buffer
-	wr := chunkfmt.NewWriter(&buf, chunkfmt.WriterOptions{Window: history.Window, Rollups: w.rnd.Intn(4) > 0})
-	for _, s := range all {
-		require.NoError(w.t, wr.Add(gateway.DefaultTenant, s))
-	}
-	sum, err := wr.Close()
+	id, err := w.c.Import(w.t.Context(), gateway.DefaultTenant, chunkfmt.WriterOptions{Rollups: w.rnd.Intn(4) > 0}, all...)
 	require.NoError(w.t, err)
-	id := ulid.Make()
-	require.NoError(w.t, w.c.History.Publish(w.t.Context(), id, buf.Bytes(), sum))
 	w.did("  imported as %s", id)
 }
 
@@ -506,16 +499,12 @@ func TestOtherBlocks(t *testing.T) {
 	c := gatewaytest.New(t, gatewaytest.Options{Run: true})
 	w := &warmWorld{t: t, rnd: rand.New(rand.NewSource(1)), c: c, forever: true}
 	publish := func(from, to time.Duration) {
-		var buf bytes.Buffer
-		wr := chunkfmt.NewWriter(&buf, chunkfmt.WriterOptions{Window: history.Window})
 		s := &chunkfmt.Series{Labels: labels.FromStrings("__name__", "load")}
 		for at := from; at < to; at += time.Minute {
 			s.Floats.T, s.Floats.V = append(s.Floats.T, at.Milliseconds()), append(s.Floats.V, at.Seconds())
 		}
-		require.NoError(t, wr.Add(gateway.DefaultTenant, s))
-		sum, err := wr.Close()
+		_, err := c.Import(t.Context(), gateway.DefaultTenant, chunkfmt.WriterOptions{}, s)
 		require.NoError(t, err)
-		require.NoError(t, c.History.Publish(t.Context(), ulid.Make(), buf.Bytes(), sum))
 	}
 	var err error
 	w.compactor, err = compact.New(compact.Options{
